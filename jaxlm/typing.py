@@ -1,0 +1,30 @@
+"""The axis glossary, and the array aliases built from it.
+
+Axes, one word each, in signatures and in the sharding table:
+
+    batch      rows, over all devices        vocab      entries of the vocabulary
+    length     positions of a row            embed      the residual stream
+    q_length   positions that attend         heads      attention heads
+    kv_length  positions attended to         head_dim   channels of one head
+    masked     predicted positions of a row  mlp        channels inside a feed-forward block
+    layers     a stack of equal blocks       rank       inner channels of an adapter
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+Tokens = Int[Array, "batch length"]
+Hidden = Float[Array, "batch length embed"]
+Mask = Bool[Array, "#batch #heads #q_length #kv_length"]  # True = may attend
+Bias = Float[Array, "#batch #heads #q_length #kv_length"]  # added to the attention logits
+Scalar = Float[Array, ""]
+PRNGKey = Key[Array, ""]
+
+Params = PyTree[Array]  # one collection
+Variables = Mapping[str, Params]  # all collections, by name
+Batch = Mapping[str, Array]
+Apply = Callable[..., Any]  # (variables, batch arrays, *, deterministic, rngs) -> outputs
+Dtype = jax.typing.DTypeLike
