@@ -5,7 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
+
+from jaxlm.typing import Params
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -25,18 +28,17 @@ def leaves_with_path(tree: PyTree) -> list[tuple[str, Any]]:
     return [(path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def partition(tree: PyTree, keep: Callable[[str], bool]) -> tuple[PyTree, PyTree]:
-    """Split by path into (kept, rest): two trees of the same structure, ``None`` where absent."""
-    kept = map_with_path(lambda path, leaf: leaf if keep(path) else None, tree)
-    rest = map_with_path(lambda path, leaf: None if keep(path) else leaf, tree)
-    return kept, rest
+def partition(tree: Params, keep: Callable[[str], bool]) -> tuple[Params, Params]:
+    """Split a nested dict by path into (kept, rest); what is empty is left out of either."""
+    flat = flatten_dict(tree, sep="/")
+    kept = {path: leaf for path, leaf in flat.items() if keep(path)}
+    rest = {path: leaf for path, leaf in flat.items() if path not in kept}
+    return unflatten_dict(kept, sep="/"), unflatten_dict(rest, sep="/")
 
 
-def combine(kept: PyTree, rest: PyTree) -> PyTree:
+def combine(kept: Params, rest: Params) -> Params:
     """The inverse of :func:`partition`."""
-    return jax.tree.map(
-        lambda a, b: b if a is None else a, kept, rest, is_leaf=lambda leaf: leaf is None
-    )
+    return unflatten_dict(flatten_dict(kept) | flatten_dict(rest))
 
 
 def num_params(tree: PyTree) -> int:

@@ -27,4 +27,5 @@ Params = PyTree[Array]  # one collection
 Variables = Mapping[str, Params]  # all collections, by name
 Batch = Mapping[str, Array]
 Apply = Callable[..., Any]  # (variables, batch arrays, *, deterministic, rngs) -> outputs
+Loss = Callable[..., Any]  # (variables, batch, key, *, progress, deterministic) -> (sum, Sums)
 Dtype = jax.typing.DTypeLike

@@ -1,0 +1,105 @@
+"""The documentation that every Python interpreter carries, as a small corpus of English prose."""
+
+import ast
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jaxlm.data import files
+from jaxlm.data.files import OnRead, ignore
+from jaxlm.errors import InputError
+
+_WITHOUT_PROSE = frozenset(
+    "test tests idle_test idlelib turtledemo site-packages dist-packages _bundled lib2to3".split()
+)
+_HEADING = re.compile(r"^\S.*\n([=*\-~^\"'#])\1{2,}$", re.MULTILINE)
+_ROLE = re.compile(r":[a-z:]+:`~?([^`<]+)[^`]*`")  # :class:`list` reads as list
+_MARKUP = re.compile(r"[`*|]+|\[\d+\]_?|(?<=:):")
+_WORD = re.compile(r"[\"'(]*[A-Za-z]+(['’-][A-Za-z]+)*[\"')]*[.,;:!?]*[\"')]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyDocs:
+    """The running interpreter's own documentation: the language reference and all docstrings.
+
+    About 2 MB of English, with nothing to download. It differs between versions of Python.
+    """
+
+    def documents(self, on_read: OnRead = ignore) -> Iterator[str]:
+        """Sections of the reference, then docstrings module by module; prose only, unwrapped."""
+        for path, texts in _collect():
+            yield from texts
+            on_read(path.stat().st_size)
+
+    def size(self) -> int:
+        """Bytes of the modules read."""
+        return files.size(_modules())
+
+    def fingerprint(self) -> str:
+        """Of the modules' contents."""
+        return files.sha256(_modules(), "pydocs")
+
+
+@cache  # parsing takes seconds, the result two megabytes
+def _collect() -> tuple[tuple[Path, tuple[str, ...]], ...]:
+    found = []
+    for path in _modules():
+        texts = _topics(path) if path.name == "topics.py" else _docstrings(path)
+        found.append((path, tuple(text for text in map(_prose, texts) if text)))
+    return tuple(found)
+
+
+@cache
+def _modules() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    modules = [
+        root / name
+        for name in names
+        if _WITHOUT_PROSE.isdisjoint(name.split("/"))
+        and not name.startswith(("config-", "_sysconfigdata", "pydoc_data/__init__"))
+    ]
+    if not modules:
+        raise InputError(f"the interpreter's library {root} holds no Python source to read")
+    topics = [path for path in modules if path.name == "topics.py"]
+    return topics + [path for path in modules if path not in topics]
+
+
+def _topics(path: Path) -> Iterator[str]:
+    (topics,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(path.read_bytes()).body
+        if isinstance(node, ast.Assign)
+    )
+    for _, text in sorted(topics.items()):
+        starts = [match.start() for match in _HEADING.finditer(text)]
+        for start, end in zip([0, *starts], [*starts, len(text)], strict=True):
+            yield text[start:end]
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    with warnings.catch_warnings(action="ignore"):  # old modules hold invalid escapes
+        tree = ast.parse(path.read_bytes())
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def _prose(text: str) -> str:
+    """The paragraphs that read as sentences, without markup: no code, doctests, tables, titles."""
+    text = _ROLE.sub(r"\1", _HEADING.sub("", text))
+    paragraphs = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
+    return "\n".join(
+        _MARKUP.sub("", paragraph) for paragraph in paragraphs if _is_prose(paragraph)
+    )
+
+
+def _is_prose(paragraph: str) -> bool:
+    words = _MARKUP.sub("", paragraph).split()
+    plain = sum(_WORD.fullmatch(word) is not None for word in words)
+    return len(words) >= 4 and plain >= 0.75 * len(words) and not paragraph.startswith(">>>")

@@ -1,0 +1,130 @@
+"""Text from TensorFlow Datasets, without TensorFlow."""
+
+import hashlib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.data.files import OnRead, ignore
+from jaxlm.errors import InputError
+
+_CHUNK = 1024  # records read at once: single reads are slow in large array_record files
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tfds:
+    """A data set of TensorFlow Datasets, by name; downloaded and prepared if it is not yet."""
+
+    name: str
+    """Such as 'imdb_reviews' or 'wikipedia/20230601.simple'."""
+    split: str = "train"
+    """A split, or a slice of one: 'train[:10%]', 'train+test'."""
+    field: str = "text"
+    """The text feature that is the document."""
+    data_dir: str | None = None
+    """Where data sets lie; None means the usual place, ~/tensorflow_datasets."""
+
+    def documents(self, on_read: OnRead = ignore) -> Iterator[str]:
+        """The texts, in the order of the data set."""
+        source = self._data_source()
+        for start in range(0, len(source), _CHUNK):
+            for record in source.__getitems__(range(start, min(start + _CHUNK, len(source)))):
+                on_read(1)
+                text = record[self.field]
+                yield text.decode() if isinstance(text, bytes) else text
+
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self._data_source())
+
+    def fingerprint(self) -> str:
+        """Of the data set's own description (name, version, sizes of splits) and the settings."""
+        info = self._builder().info
+        description = repr((info.full_name, self.split, self.field)) + info.as_json
+        return hashlib.sha256(description.encode()).hexdigest()
+
+    def _data_source(self) -> Any:
+        builder = self._builder()
+        features = builder.info.features
+        if self.field not in features or features[self.field].np_dtype not in (object, str, bytes):
+            raise InputError(
+                f"{self.name} has no text feature {self.field!r} among "
+                f"{', '.join(map(repr, features))}; name the one that holds the text"
+            )
+        try:
+            return builder.as_data_source(split=self.split)
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"{self.name} has no split {self.split!r} among "
+                f"{', '.join(map(repr, builder.info.splits))}"
+            ) from error
+        except NotImplementedError as error:  # TFDS's word for the tfrecord format
+            raise InputError(
+                f"{self.name} in {builder.data_dir} was not prepared as array_record; "
+                f"prepare it again into another data_dir"
+            ) from error
+
+    def _builder(self) -> Any:
+        builder = self._find_builder()
+        if not builder.is_prepared():
+            self._prepare(builder)
+        return builder
+
+    def _find_builder(self) -> Any:
+        import tensorflow_datasets as tfds
+        from tensorflow_datasets import (  # noqa: F401  (registers the names TFDS itself skips)
+            question_answering,
+            summarization,
+            text,
+            text_simplification,
+            translate,
+        )
+
+        settings = {"data_dir": self.data_dir}
+        try:
+            try:
+                return tfds.builder(self.name, file_format="array_record", **settings)
+            except TypeError:  # a folder of prepared data, read without its code, has one format
+                return tfds.builder(self.name, **settings)
+        except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+            raise InputError(
+                f"TensorFlow Datasets knows no {self.name!r}, and data_dir {self.data_dir!r} holds "
+                "no prepared data set of that name"
+            ) from error
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"{self.name} cannot be opened, because its definition needs {error.name}"
+            ) from error
+
+    def _prepare(self, builder: Any) -> None:
+        recipe = (
+            f"prepare it on a machine that has, with tfds.builder({self.name!r}, "
+            "file_format='array_record').download_and_prepare(), and copy the folder to "
+            f"{builder.data_dir}"
+        )
+        if not _online():
+            raise InputError(
+                f"{self.name} is not in {builder.data_dir} and there is no network to download it; "
+                f"{recipe}"
+            )
+        try:
+            builder.download_and_prepare()
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"preparing {self.name} needs {error.name}, which is not installed here; {recipe}"
+            ) from error
+        except OSError as error:  # requests' exceptions are OSErrors
+            raise InputError(f"downloading {self.name} failed ({error}); {recipe}") from error
+
+
+def _online() -> bool:
+    """Asked first, because a download without a network retries for minutes."""
+    try:
+        urllib.request.urlopen("https://storage.googleapis.com/tfds-data/", timeout=5).close()
+    except urllib.error.HTTPError:
+        return True  # an answer is an answer
+    except OSError:
+        return False
+    return True

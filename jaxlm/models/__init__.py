@@ -1,0 +1,1 @@
+"""One architecture, one file: Config, Block, Model. Heads are modules of their own."""

@@ -1,0 +1,167 @@
+"""BERT (Devlin, Chang, Lee and Toutanova 2018, arXiv:1810.04805, section 3).
+
+A post-norm Transformer encoder (Vaswani et al. 2017) over the sum of token, position and
+token-type embeddings. RoBERTa (Liu et al. 2019, arXiv:1907.11692) is the same network with one
+token type, a byte-level vocabulary and other training: ``ROBERTA_BASE``, ``ROBERTA_LARGE``.
+
+Deliberate deviations: no pooler and no next-sentence head, which RoBERTa (section 4.2) found to
+be no loss; heads live in ``heads.py``. RoBERTa's position table has no two unused rows in front.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxlm.nn.attention import MultiHeadAttention
+from jaxlm.nn.dropout import Dropout
+from jaxlm.nn.embed import Embed
+from jaxlm.nn.feedforward import Mlp
+from jaxlm.nn.norms import LayerNorm
+from jaxlm.nn.stack import Remat, apply_stack
+from jaxlm.sharding import constrain
+from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """Sizes are BERT-base's (section 3)."""
+
+    vocab_size: int | None = None
+    """Entries of the token table; None = those of the tokenizer, rounded up to a multiple of 64."""
+    num_layers: int = 12
+    hidden_dim: int = 768
+    num_heads: int = 12
+    mlp_dim: int = 3072
+    max_length: int = 512
+    """Rows of the position table: the longest input."""
+    num_token_types: int = 2
+    dropout_rate: float = 0.1
+    """Of embeddings and of what each sub-layer adds."""
+    attention_dropout_rate: float = 0.1
+    epsilon: float = 1e-12
+    """Added to the variance by layer normalisation."""
+    initializer_std: float = 0.02
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of matrix products and activations; None = bfloat16 on accelerators, float32 on CPUs."""
+    unroll: int | None = None
+    """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
+    remat: Remat | None = None
+    """What the backward pass computes again: "full", "dots" (all but products), None: nothing."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"hidden_dim={self.hidden_dim} is not divisible by num_heads={self.num_heads}"
+            )
+
+    def make(self) -> "Bert":
+        """The encoder. ``vocab_size`` must be known by now."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size=None: set it to the size of the tokenizer's vocabulary")
+        return Bert(config=self)
+
+
+TINY = BertConfig(num_layers=2, hidden_dim=128, num_heads=2, mlp_dim=512)
+MINI = BertConfig(num_layers=4, hidden_dim=256, num_heads=4, mlp_dim=1024)
+SMALL = BertConfig(num_layers=4, hidden_dim=512, num_heads=8, mlp_dim=2048)
+MEDIUM = BertConfig(num_layers=8, hidden_dim=512, num_heads=8, mlp_dim=2048)
+BASE = BertConfig()
+LARGE = BertConfig(num_layers=24, hidden_dim=1024, num_heads=16, mlp_dim=4096)
+ROBERTA_BASE = replace(BASE, num_token_types=1, epsilon=1e-5)
+ROBERTA_LARGE = replace(LARGE, num_token_types=1, epsilon=1e-5)
+
+
+class BertBlock(nn.Module):
+    """Post-norm: ``x = norm(x + attention(x)); x = norm(x + mlp(x))``."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Hidden,
+        mask: Mask | None,
+        segment_ids: Int[Array, "batch length"] | None,
+        deterministic: bool,
+    ) -> Hidden:
+        c = self.config
+        dtype = jnp.dtype(c.dtype or "float32")
+        init = nn.initializers.truncated_normal(c.initializer_std)
+        attention = MultiHeadAttention(
+            c.num_heads,
+            c.hidden_dim // c.num_heads,
+            dropout_rate=c.attention_dropout_rate,
+            dtype=dtype,
+            kernel_init=init,
+            name="attention",
+        )
+        y = attention(x, mask=mask, segment_ids=segment_ids, deterministic=deterministic)
+        y = Dropout(c.dropout_rate)(y, deterministic=deterministic)
+        x = LayerNorm(c.epsilon, dtype, name="attention_norm")(x + y)
+        y = Mlp(c.mlp_dim, dtype=dtype, kernel_init=init, name="mlp")(x)
+        y = Dropout(c.dropout_rate)(y, deterministic=deterministic)
+        x = LayerNorm(c.epsilon, dtype, name="mlp_norm")(x + y)
+        return constrain(x, ("batch", "length", "embed"))
+
+
+class Bert(nn.Module):
+    """Tokens to hidden states ``[batch, length, embed]``."""
+
+    config: BertConfig
+
+    def setup(self) -> None:
+        c = self.config
+        init = nn.initializers.truncated_normal(c.initializer_std)
+        dtype = jnp.dtype(c.dtype or "float32")
+        self.token_embed = Embed(c.vocab_size, c.hidden_dim, dtype, init)
+        self.position_embed = Embed(c.max_length, c.hidden_dim, dtype, init)
+        self.token_type_embed = Embed(c.num_token_types, c.hidden_dim, dtype, init)
+        self.embed_norm = LayerNorm(c.epsilon, dtype)
+        self.embed_dropout = Dropout(c.dropout_rate)
+        self.layers = BertBlock(c)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        token_type_ids: Int[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
+        deterministic: bool = True,
+    ) -> Hidden:
+        """Encode rows.
+
+        Args:
+            tokens: ids below ``vocab_size``.
+            token_type_ids: 0 for the first text of a pair, 1 for the second; ``None``, all 0.
+            positions: below ``max_length``; ``None``, counted from 0 in each row.
+            segment_ids: positions of equal id attend to each other; ``None``, no restriction.
+            mask: further restriction of attention, such as ``masks.padding``.
+            deterministic: no dropout; otherwise pass ``rngs={"dropout": key}`` to ``apply``.
+        """
+        c = self.config
+        length = tokens.shape[1]
+        if length > c.max_length:
+            raise ValueError(f"rows of {length} tokens do not fit max_length={c.max_length}")
+        if positions is None:
+            positions = jnp.arange(length)[None, :]
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros((1, 1), jnp.int32)
+        x = self.token_embed(tokens) + self.position_embed(positions)
+        x = x + self.token_type_embed(token_type_ids)
+        x = self.embed_dropout(self.embed_norm(x), deterministic=deterministic)
+        x = constrain(x, ("batch", "length", "embed"))
+        return apply_stack(
+            self.layers,
+            c.num_layers,
+            x,
+            mask,
+            segment_ids,
+            deterministic,
+            unroll=c.unroll,
+            remat=c.remat,
+        )

@@ -1,0 +1,34 @@
+"""Tables of vectors."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxlm.nn.linear import attend
+from jaxlm.typing import Dtype
+
+
+class Embed(nn.Module):
+    """A learned vector for each of ``num_embeddings`` ids; ``attend`` scores against all of them.
+
+    Ids at or above ``num_embeddings`` are clamped by the gather: check them where data enters.
+    """
+
+    num_embeddings: int
+    features: int
+    dtype: Dtype = jnp.float32
+    embedding_init: Callable[..., Array] = nn.initializers.normal(0.02)
+
+    def setup(self) -> None:
+        self.embedding = self.param(
+            "embedding", self.embedding_init, (self.num_embeddings, self.features), jnp.float32
+        )
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
+        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
+
+    def attend(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
+        """Logits in float32: the inner products with every row of the table."""
+        return attend(x.astype(self.dtype), self.embedding.astype(self.dtype))

@@ -1,0 +1,16 @@
+"""Who may attend to whom: boolean masks, True = may attend."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def segments(
+    q_segment_ids: Int[Array, "batch q_length"], kv_segment_ids: Int[Array, "batch kv_length"]
+) -> Bool[Array, "batch 1 q_length kv_length"]:
+    """Positions of equal segment id see each other: documents that share a row stay apart."""
+    return q_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :]
+
+
+def padding(lengths: Int[Array, "batch"], kv_length: int) -> Bool[Array, "batch 1 1 kv_length"]:
+    """The first ``lengths`` positions of each row may be attended to."""
+    return (jnp.arange(kv_length)[None, :] < lengths[:, None])[:, None, None, :]

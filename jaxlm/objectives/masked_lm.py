@@ -1,0 +1,88 @@
+"""Masked language modelling (Devlin et al. 2018, section 3.1): predict the tokens hidden from view."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxlm.objectives.cross_entropy import cross_entropy
+from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
+from jaxlm.sums import Sums
+from jaxlm.typing import Apply, Batch, Loss, PRNGKey, Scalar, Tokens, Variables
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLmConfig:
+    """What is hidden in training and in evaluation, and whether documents see each other."""
+
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    eval_masking: MaskingConfig = field(default_factory=MaskingConfig)
+    """At a rate of 0.15 unless told otherwise, so that losses of different runs compare."""
+    isolate_documents: bool = False
+    """Documents that share a row do not attend to each other, and each counts positions from 0."""
+
+
+def segment_ids(
+    tokens: Tokens, lengths: Int[Array, "batch"], start_id: int
+) -> Int[Array, "batch length"]:
+    """Number the documents of each row from 0 (which may be the rest of one); -1 on padding."""
+    ids = jnp.cumsum(tokens == start_id, axis=1)
+    return jnp.where(jnp.arange(tokens.shape[1])[None, :] < lengths[:, None], ids, -1)
+
+
+def positions_within(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
+    """Positions that start from 0 in every segment."""
+    place = jnp.arange(segment_ids.shape[1])[None, :]
+    starts = jnp.diff(segment_ids, axis=1, prepend=-2) != 0
+    return place - jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
+
+
+def make_loss(
+    apply: Apply, vocabulary: Vocabulary, masking: MaskingConfig, *, isolate_documents: bool = False
+) -> Loss:
+    """The summed cross-entropy of the predicted tokens.
+
+    ``apply(variables, tokens, predicted, *, positions, segment_ids, deterministic, rngs)`` gives
+    the logits at the positions ``predicted``. The batch holds ``tokens`` [batch, length], their
+    ``lengths`` [batch], and ``index`` [batch], which picks each row's random numbers.
+    """
+
+    def loss(
+        variables: Variables,
+        batch: Batch,
+        key: PRNGKey,
+        *,
+        progress: Scalar,
+        deterministic: bool,
+    ) -> tuple[Scalar, Sums]:
+        tokens, lengths = batch["tokens"].astype(jnp.int32), batch["lengths"]
+        masking_key, dropout_key = jax.random.split(key)
+        # Devices under pmap and micro-batches hold different rows, and so drop differently.
+        dropout_key = jax.random.fold_in(dropout_key, batch["index"][0])
+        corrupted = corrupt(
+            masking_key, tokens, lengths, batch["index"], vocabulary, masking, progress=progress
+        )
+        segments = segment_ids(tokens, lengths, vocabulary.start_id)
+        logits = apply(
+            variables,
+            corrupted.tokens,
+            corrupted.predicted,
+            positions=positions_within(segments) if isolate_documents else None,
+            segment_ids=segments if isolate_documents else jnp.minimum(segments, 0),
+            deterministic=deterministic,
+            rngs=None if deterministic else {"dropout": dropout_key},
+        )
+        losses, correct = cross_entropy(logits, corrupted.labels)
+        total = (losses * corrupted.weights).sum()
+        sums = Sums(
+            totals={"loss": total, "accuracy": (correct * corrupted.weights).sum()},
+            weight=corrupted.weights.sum(),
+            counts={
+                "tokens": lengths.sum().astype(jnp.float32),
+                "overflow": corrupted.overflow,
+            },
+        )
+        return total, sums
+
+    return loss

@@ -1,0 +1,149 @@
+"""Which tokens to predict, and what to show in their place: on the device, inside the step.
+
+Every choice is a function of the key and of the row's ``index`` alone, so it is the same however
+rows are spread over devices, hosts and micro-batches, and there is nothing to save.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxlm.errors import InputError
+from jaxlm.typing import PRNGKey, Scalar, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """How many tokens are predicted, which, and what stands in their place (BERT's by default)."""
+
+    rate: float = 0.15
+    """Share of a row's ordinary tokens that are predicted, inside (0, 1)."""
+    final_rate: float | None = None
+    """Share at the end of the run, reached linearly; None = `rate` throughout."""
+    unit: Literal["token", "word", "span"] = "token"
+    """What is chosen as a whole: tokens, words, or spans cut at random."""
+    mean_span: float = 3.8
+    """Mean length of a span, in tokens (SpanBERT, Joshi et al. 2020, section 3.1)."""
+    mask_share: float = 0.8
+    """Share of the predicted tokens that the mask token replaces."""
+    random_share: float = 0.1
+    """Share replaced by a random token; the rest stay as they are."""
+    budget: int | None = None
+    """Predicted positions computed per row; what is chosen beyond it is left alone and counted as
+    overflow. None = enough for tokens; for words and spans, with a margin."""
+
+    def __post_init__(self) -> None:
+        for name, rate in (("rate", self.rate), ("final_rate", self.final_rate)):
+            if rate is not None and not 0 < rate < 1:
+                raise InputError(f"{name}={rate} is not inside (0, 1); 0.15 to 0.4 is usual")
+        if not 0 <= self.mask_share + self.random_share <= 1 or self.mask_share < 0:
+            raise InputError(
+                f"mask_share={self.mask_share} and random_share={self.random_share} are shares of "
+                "the predicted tokens: each at least 0, together at most 1"
+            )
+        if self.mean_span < 1:
+            raise InputError(f"mean_span={self.mean_span} is shorter than one token")
+
+    def num_predicted(self, length: int) -> int:
+        """Predicted positions for which a row of ``length`` tokens has room."""
+        if self.budget is not None:
+            return min(self.budget, length)
+        margin = {"token": 0, "word": 8, "span": math.ceil(3 * self.mean_span)}[self.unit]
+        return min(math.ceil(max(self.rate, self.final_rate or 0) * length) + margin, length)
+
+
+@flax.struct.dataclass
+class Vocabulary:
+    """What masking has to know of the tokenizer.
+
+    Attributes:
+        mask_id: shown in place of a masked token.
+        start_id: begins every document.
+        ordinary: ids that may be predicted and drawn: all but the special tokens, ``[ordinary]``.
+        is_ordinary: the same as a table, ``[vocab]``.
+        word_starts: True where a token begins a word, ``[vocab]``.
+    """
+
+    mask_id: int = flax.struct.field(pytree_node=False)
+    start_id: int = flax.struct.field(pytree_node=False)
+    ordinary: Int[Array, "ordinary"]
+    is_ordinary: Bool[Array, "vocab"]
+    word_starts: Bool[Array, "vocab"]
+
+
+class Corrupted(NamedTuple):
+    """A batch to fill in: the tokens shown, and for each row what to predict where."""
+
+    tokens: Tokens
+    predicted: Int[Array, "batch masked"]  # positions
+    labels: Int[Array, "batch masked"]
+    weights: Float[Array, "batch masked"]  # 1, or 0 on spare places
+    overflow: Scalar  # chosen tokens that found no place in the budget
+
+
+def corrupt(
+    key: PRNGKey,
+    tokens: Tokens,
+    lengths: Int[Array, "batch"],
+    index: Int[Array, "batch"],
+    vocabulary: Vocabulary,
+    config: MaskingConfig,
+    *,
+    progress: Scalar,
+) -> Corrupted:
+    """Choose ``round(rate * ordinary tokens)`` tokens of each row, at least one (Devlin et al. A.1).
+
+    Whole units are taken in random order until the count is reached, so words and spans may
+    exceed it by what is left of the last one.
+
+    Args:
+        lengths: real tokens of each row; what lies behind is never chosen.
+        index: a number for each row: its stream of random numbers.
+        progress: share of the run that is done, for ``final_rate``.
+    """
+    rate = config.rate
+    if config.final_rate is not None:
+        rate = rate + (config.final_rate - rate) * progress
+    num_predicted = config.num_predicted(tokens.shape[1])
+    mask_share, random_share = config.mask_share, config.random_share
+
+    def row(tokens: Array, length: Array, index: Array) -> Corrupted:
+        keys = jax.random.split(jax.random.fold_in(key, index), 4)
+        place = jnp.arange(tokens.size)
+        allowed = vocabulary.is_ordinary[tokens] & (place < length)
+        if config.unit == "word":
+            begins = vocabulary.word_starts[tokens]
+        elif config.unit == "span":
+            begins = jax.random.uniform(keys[3], tokens.shape) < 1 / config.mean_span
+        else:
+            begins = jnp.ones_like(allowed)
+        # One uniform number a unit; a special token ends the unit before it.
+        unit = jnp.cumsum(begins | ~allowed)
+        order = jax.random.uniform(keys[0], (tokens.size + 1,))[unit]
+        order, place = jax.lax.sort_key_val(jnp.where(allowed, order, jnp.inf), place)
+        opens = jnp.diff(order, prepend=-1.0) != 0
+        rank = jax.lax.cummax(jnp.where(opens, jnp.arange(tokens.size), 0))
+        count = allowed.sum()
+        target = jnp.clip(jnp.round(rate * count), 1, count)
+        chosen = (rank < target) & jnp.isfinite(order)
+
+        predicted, weights = place[:num_predicted], chosen[:num_predicted]
+        labels = tokens[predicted]
+        draw = jax.random.randint(keys[1], labels.shape, 0, vocabulary.ordinary.size)
+        fate = jax.random.uniform(keys[2], labels.shape)
+        shown = jnp.where(
+            fate < mask_share,
+            vocabulary.mask_id,
+            jnp.where(fate < mask_share + random_share, vocabulary.ordinary[draw], labels),
+        )
+        tokens = tokens.at[predicted].set(jnp.where(weights, shown, labels))
+        overflow = chosen[num_predicted:].sum().astype(jnp.float32)
+        return Corrupted(tokens, predicted, labels, weights.astype(jnp.float32), overflow)
+
+    rows = jax.vmap(row)(tokens, lengths, index)
+    return rows._replace(overflow=rows.overflow.sum())

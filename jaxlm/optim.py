@@ -1,0 +1,164 @@
+"""Optimizers and schedules on Optax.
+
+A schedule is a function of *progress*, the share of the run that is done: steps over steps, or
+minutes over minutes. So a run of any length, or one that must end at a given time, decays fully.
+The optimizer leaves the learning rate out; the train step applies it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxlm import tree
+from jaxlm.errors import InputError
+from jaxlm.sharding import Axes, axes_of
+from jaxlm.typing import Scalar
+
+Schedule = Callable[[Scalar], Scalar]  # progress in [0, 1] -> learning rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Defaults are those of encoder pretraining (RoBERTa's, with MosaicBERT's warm-up)."""
+
+    name: Literal["adamw", "lamb", "adafactor", "muon"] = "adamw"
+    peak_lr: float = 5e-4
+    schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant"] = "linear"
+    """After the warm-up: down to `final_lr_share` on a line or a cosine; wsd: constant, then
+    1 - sqrt in the last `decay_share`; inverse_sqrt: 1 / sqrt(progress), never 0."""
+    warmup_share: float = 0.06
+    """Share of the run in which the learning rate grows from 0 on a line."""
+    decay_share: float = 0.2
+    """Share of the run that decays under wsd."""
+    final_lr_share: float = 0.0
+    """The learning rate at the end, as a share of `peak_lr`."""
+    b1: float = 0.9
+    """Decay of the mean of gradients; Muon's momentum is `momentum`."""
+    b2: float = 0.98
+    """Decay of the mean of squares."""
+    epsilon: float = 1e-6
+    momentum: float = 0.95
+    """Muon's."""
+    weight_decay: float = 0.01
+    """Decoupled, times the learning rate, on linear maps and embeddings; never on norms, biases."""
+    clip_norm: float | None = 1.0
+    """Global norm above which gradients are scaled down; None = no clipping."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_share <= 1 or not 0 < self.decay_share <= 1:
+            raise InputError(
+                f"warmup_share={self.warmup_share} and decay_share={self.decay_share} are shares "
+                "of the run, between 0 and 1"
+            )
+        if self.peak_lr <= 0:
+            raise InputError(f"peak_lr={self.peak_lr} is not above 0")
+
+
+def make_schedule(config: OptimizerConfig) -> Schedule:
+    """The learning rate as a function of progress."""
+    warmup, decay, floor = config.warmup_share, config.decay_share, config.final_lr_share
+
+    def shape(progress: Scalar) -> Scalar:
+        since = jnp.clip((progress - warmup) / max(1 - warmup, 1e-9), 0, 1)
+        if config.schedule == "linear":
+            return 1 - (1 - floor) * since
+        if config.schedule == "cosine":
+            return floor + (1 - floor) * (1 + jnp.cos(jnp.pi * since)) / 2
+        if config.schedule == "wsd":  # Hägele et al. 2024, arXiv:2405.18392, equation 1
+            since = jnp.clip((progress - (1 - decay)) / decay, 0, 1)
+            return 1 - (1 - floor) * jnp.sqrt(since)
+        if config.schedule == "inverse_sqrt":  # Vaswani et al. 2017, equation 3
+            start = max(warmup, 1e-3)
+            return jnp.sqrt(start / jnp.maximum(progress, start))
+        return jnp.ones_like(since)
+
+    def schedule(progress: Scalar) -> Scalar:
+        rise = jnp.minimum(1, progress / warmup) if warmup else 1.0
+        return config.peak_lr * rise * shape(progress)
+
+    return schedule
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradients to updates for a learning rate of 1, to be subtracted; decay included."""
+    decay = optax.add_decayed_weights(config.weight_decay, mask=_map_axes(lambda a: a.inputs > 0))
+    adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    if config.name == "adamw":  # Loshchilov and Hutter 2019, algorithm 2
+        parts = [adam, decay]
+    elif config.name == "lamb":  # You et al. 2020, algorithm 2
+        parts = [adam, decay, optax.stateless(_scale_by_trust_ratio)]
+    elif config.name == "adafactor":  # Shazeer and Stern 2018, algorithm 4, with momentum
+        parts = [
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.ema(config.b1),
+            decay,
+        ]
+    else:
+        transforms = {"muon": _muon(config), "adam": adam}
+        labels = _map_axes(lambda axes: "muon" if _is_hidden_matrix(axes) else "adam")
+        parts = [optax.partition(transforms, labels), decay]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return optax.chain(*parts)
+
+
+def _map_axes(function: Callable[[Axes], Any]) -> Callable[[PyTree], PyTree]:
+    """A function of a parameter's axis names, as one of a tree of parameters."""
+    return partial(
+        tree.map_with_path, lambda path, leaf: function(axes_of(path, jnp.ndim(leaf)))
+    )
+
+
+def _is_hidden_matrix(axes: Axes) -> bool:
+    return axes.inputs > 0 and not {"vocab", "table"} & set(axes.names)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Orthogonalised momentum (Jordan et al. 2024), a stack's layers each on their own.
+
+    Updates get the root mean square of Adam's, 0.2 (Liu et al. 2025, arXiv:2502.16982, equation
+    4), so that AdamW's learning rate and decay carry over.
+    """
+
+    def dimension_numbers(axes: Axes) -> optax.contrib.MuonDimensionNumbers:
+        first = int(axes.names[0] == "layers")
+        split, end = first + axes.inputs, len(axes.names)
+        return optax.contrib.MuonDimensionNumbers(range(first, split), range(split, end))
+
+    def rescale(updates: PyTree, _: PyTree) -> PyTree:
+        def one(path: str, update: Array) -> Array:
+            axes = axes_of(path, update.ndim)
+            first = int(axes.names[0] == "layers")
+            split = first + axes.inputs
+            sides = math.prod(update.shape[first:split]), math.prod(update.shape[split:])
+            return update * (0.2 * max(sides) ** 0.5)
+
+        return tree.map_with_path(one, updates)
+
+    return optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=config.momentum, weight_dimension_numbers=_map_axes(dimension_numbers)
+        ),
+        optax.stateless(rescale),
+    )
+
+
+def _scale_by_trust_ratio(updates: PyTree, params: PyTree) -> PyTree:
+    """Scale each layer's update to the norm of its weights; not norms and biases."""
+
+    def one(path: str, update: Array, param: Array) -> Array:
+        axes = axes_of(path, param.ndim)
+        if not axes.inputs:
+            return update
+        within = tuple(range(int(axes.names[0] == "layers"), param.ndim))
+        norms = [jnp.sqrt(jnp.square(x).sum(within, keepdims=True)) for x in (param, update)]
+        return update * jnp.where(norms[0] * norms[1] > 0, norms[0] / norms[1], 1.0)
+
+    return tree.map_with_path(one, updates, params)

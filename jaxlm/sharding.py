@@ -1,0 +1,166 @@
+"""One table of axis names per parameter, one table of rules from names to mesh axes.
+
+The same function shards parameters, optimizer moments, adapters and scanned stacks, because the
+path of a moment ends like the path of its parameter. Nothing is matched by default: a parameter
+without a row, a row of the wrong rank, or an axis name without a rule raises.
+"""
+
+import contextlib
+import contextvars
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from jaxlm import tree
+from jaxlm.errors import InputError
+
+# (pattern of a path's end, axes). An arrow marks a linear map and separates its inputs from its
+# outputs: such parameters are decayed, and adapters split where the arrow stands.
+AXES: tuple[tuple[str, str], ...] = (
+    (r"token_embed/embedding", "vocab -> embed"),
+    (r"(position|token_type)_embed/embedding", "table -> embed"),
+    (r"(query|key|value)/kernel", "embed -> heads head_dim"),
+    (r"(query|key|value)/bias", "heads head_dim"),
+    (r"attention/out/kernel", "heads head_dim -> embed"),
+    (r"(up|gate)/kernel", "embed -> mlp"),
+    (r"(up|gate)/bias", "mlp"),
+    (r"down/kernel", "mlp -> embed"),
+    (r"(out|down)/bias", "norm"),
+    (r"transform/kernel", "embed -> embed_out"),
+    (r"transform/bias", "norm"),
+    (r"(\w+_)?norm/(scale|bias)", "norm"),
+    (r"head/bias", "vocab"),
+)
+
+# Axis name -> mesh axes it is split over, or None. `batch` to `mlp` also pin activations, where
+# `embed` stays whole: gathering it is what FSDP does to parameters just before their use.
+RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
+    ("batch", ("data", "fsdp")),
+    ("length", ("sequence",)),
+    ("layers", None),
+    ("vocab", ("tensor",)),
+    ("table", None),
+    ("embed", ("fsdp",)),
+    ("embed_out", None),
+    ("heads", ("tensor",)),
+    ("head_dim", None),
+    ("mlp", ("tensor",)),
+    ("norm", None),
+)
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; at most one is None: all the devices that are left."""
+
+    data: int | None = None
+    """Copies of the model, each on its part of the batch."""
+    fsdp: int = 1
+    """Parts of every parameter and moment, gathered when used; also splits the batch."""
+    tensor: int = 1
+    """Parts of heads, feed-forward channels and vocabulary."""
+    sequence: int = 1
+    """Parts of each row."""
+
+
+class Axes(NamedTuple):
+    """The axis names of a parameter; ``inputs`` of them are contracted, 0 if it is no linear map."""
+
+    names: tuple[str, ...]
+    inputs: int
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or over ``devices``. Raises when the sizes do not fit them."""
+    devices = jax.devices() if devices is None else devices
+    sizes = dict(zip(MESH_AXES, (config.data, config.fsdp, config.tensor, config.sequence)))
+    known = math.prod(size for size in sizes.values() if size is not None)
+    shape = [len(devices) // known if size is None else size for size in sizes.values()]
+    if math.prod(shape) != len(devices) or list(sizes.values()).count(None) > 1:
+        wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise InputError(
+            f"the mesh {wanted} does not fit {len(devices)} devices: its sizes must multiply to "
+            "their number, and only one may be None"
+        )
+    # Linen's Embed fails on explicit axes, which jax.make_mesh gives by default.
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def axes_of(path: str, ndim: int) -> Axes:
+    """The axis names of the parameter at ``path``; a stacked one has ``layers`` in front."""
+    for pattern, text in AXES:
+        if re.search(rf"(^|/){pattern}$", path):
+            left, arrow, right = text.partition("->")
+            names = (*left.split(), *right.split())
+            inputs = len(left.split()) if arrow else 0
+            if ndim == len(names):
+                return Axes(names, inputs)
+            if ndim == len(names) + 1:
+                return Axes(("layers", *names), inputs)
+            raise ValueError(f"{path} has {ndim} axes, but sharding.AXES names {text!r} for it")
+    raise ValueError(f"no row of sharding.AXES matches the parameter {path}: add one")
+
+
+def spec(names: tuple[str, ...], mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
+    """Names to mesh axes, leaving out axes of size 1. Raises where a size is not divisible."""
+    rules = dict(RULES)
+    parts: list[tuple[str, ...] | None] = []
+    for name, size in zip(names, shape, strict=True):
+        if name not in rules:
+            raise ValueError(f"the axis name {name!r} has no row in sharding.RULES: add one")
+        part = tuple(axis for axis in rules[name] or () if mesh.shape[axis] > 1)
+        pieces = math.prod(mesh.shape[axis] for axis in part)
+        if size % pieces:
+            raise InputError(
+                f"the axis {name} of size {size} cannot be split over {'*'.join(part)}={pieces} "
+                "devices: change the mesh or the size"
+            )
+        parts.append(part or None)
+    used = [axis for part in parts if part for axis in part]
+    if len(used) != len(set(used)):
+        raise ValueError(f"two of the axes {names} are split over the same mesh axis: {used}")
+    return PartitionSpec(*parts)
+
+
+def tree_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
+    """A ``NamedSharding`` for each leaf (array or ``ShapeDtypeStruct``); scalars are replicated."""
+
+    def one(path: str, leaf: Any) -> NamedSharding:
+        names = axes_of(path, leaf.ndim).names if leaf.ndim else ()
+        try:
+            return NamedSharding(mesh, spec(names, mesh, leaf.shape))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+    return tree.map_with_path(one, shapes)
+
+
+_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("jaxlm_mesh", default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Iterator[None]:
+    """Makes :func:`constrain` act. Enter it inside the traced function."""
+    token = _MESH.set(mesh)
+    try:
+        yield
+    finally:
+        _MESH.reset(token)
+
+
+def constrain(x: Array, names: tuple[str, ...]) -> Array:
+    """Pin how an activation is laid out; the identity where no mesh is set (one device, pmap)."""
+    mesh = _MESH.get()
+    if mesh is None:
+        return x
+    # `embed` is split in parameters only: in activations the batch already uses those devices.
+    rules_apply = tuple("norm" if name == "embed" else name for name in names)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(rules_apply, mesh, x.shape)))

@@ -1,0 +1,1 @@
+"""Training: takes functions, transformations and shardings; knows no model and no objective."""

@@ -1,0 +1,132 @@
+"""Where a step runs: under jit over a mesh, or under pmap. Both give the same few functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxlm import sharding, tree
+from jaxlm.errors import InputError
+from jaxlm.sums import Sums
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import EvalStep, TrainStep
+from jaxlm.typing import Batch, PRNGKey
+
+Init = Callable[[PRNGKey], TrainState]
+HostBatch = dict[str, np.ndarray]  # the rows of this process
+
+
+class Placement(NamedTuple):
+    """A run's functions on its devices; ``train_step`` and ``eval_step`` can be lowered."""
+
+    init: Init
+    train_step: Callable[..., Any]  # (state, batch, progress) -> (state, Sums); donates the state
+    eval_step: Callable[..., Any]  # (state, batch) -> Sums
+    put_batch: Callable[[HostBatch], Batch]
+    abstract_state: TrainState  # shapes and shardings
+
+
+def jit_placement(
+    init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: Mesh
+) -> Placement:
+    """One program over the whole mesh; parameters and moments are never whole on one device."""
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = state_shardings(shapes, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args: Any) -> Any:
+            with sharding.use_mesh(mesh):
+                return function(*args)
+
+        return inside
+
+    def put_batch(batch: HostBatch) -> Batch:
+        def put(x: np.ndarray) -> jax.Array:
+            names = ("batch", "length")[: x.ndim]
+            shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+            place = NamedSharding(mesh, sharding.spec(names, mesh, shape))
+            return jax.make_array_from_process_local_data(place, x, shape)
+
+        return jax.tree.map(put, batch)
+
+    return Placement(
+        jax.jit(init, out_shardings=shardings),
+        jax.jit(on_mesh(train_step), donate_argnums=0, out_shardings=(shardings, everywhere)),
+        jax.jit(on_mesh(eval_step), out_shardings=everywhere),
+        put_batch,
+        _abstract(shapes, shardings),
+    )
+
+
+def pmap_placement(
+    init: Init, train_step: TrainStep, eval_step: EvalStep, axis_name: str
+) -> Placement:
+    """Data parallel only, for code that still needs ``pmap``: each device holds all parameters.
+
+    The steps must have been made with the same ``axis_name``: with ``out_axes=None`` a missing
+    ``psum`` would go unnoticed. The state keeps its plain shape, so checkpoints are those of jit.
+    """
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    num_local = jax.local_device_count()
+
+    def put_batch(batch: HostBatch) -> Batch:
+        rows = len(next(iter(batch.values())))
+        if rows % num_local:
+            raise InputError(f"{rows} rows cannot be split over {num_local} devices")
+        return {name: x.reshape(num_local, -1, *x.shape[1:]) for name, x in batch.items()}
+
+    return Placement(
+        jax.jit(init, out_shardings=shardings),
+        jax.pmap(
+            train_step,
+            axis_name,
+            in_axes=(None, 0, None),
+            out_axes=None,  # pyright: ignore[reportArgumentType]
+            donate_argnums=0,
+        ),
+        jax.pmap(eval_step, axis_name, in_axes=(None, 0), out_axes=None),  # pyright: ignore[reportArgumentType]
+        put_batch,
+        _abstract(shapes, shardings),
+    )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Parameters by the axis table; a moment of a parameter's shape lies where the parameter does.
+
+    Other moments (counters, Adafactor's factors) are small: every device holds them.
+    """
+    trainable = sharding.tree_shardings(state.trainable, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = {
+        path: (leaf.shape, place)
+        for (path, leaf), place in zip(
+            tree.leaves_with_path(state.trainable), jax.tree.leaves(trainable), strict=True
+        )
+    }
+
+    def moment(path: str, leaf: Any) -> NamedSharding:
+        parts = path.split("/")
+        for start in range(len(parts)):
+            shape, place = params.get("/".join(parts[start:]), (None, everywhere))
+            if shape == leaf.shape:
+                return place
+        return everywhere
+
+    return TrainState(
+        everywhere,  # pyright: ignore[reportArgumentType]
+        trainable,
+        sharding.tree_shardings(state.frozen, mesh),
+        tree.map_with_path(moment, state.opt_state),
+    )
+
+
+def _abstract(shapes: PyTree, shardings: PyTree) -> Any:
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+    )

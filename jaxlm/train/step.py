@@ -1,0 +1,104 @@
+"""The one train step: pure, and the same under jit, pmap and on one device."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jaxtyping import Array
+
+from jaxlm import tree
+from jaxlm.sums import Sums
+from jaxlm.train.state import TrainState
+from jaxlm.typing import Batch, Loss, Params, Scalar
+
+TrainStep = Callable[[TrainState, Batch, Scalar], tuple[TrainState, Sums]]
+EvalStep = Callable[[TrainState, Batch], Sums]
+
+
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Scalar], Scalar],
+    *,
+    seed: int,
+    num_micro_batches: int = 1,
+    axis_name: str | None = None,
+) -> TrainStep:
+    """``(state, batch, progress) -> (state, sums)``.
+
+    Sums of losses and gradients are added over micro-batches and devices and divided once, by the
+    number of predicted tokens in the whole batch. Gradients that are not finite, and a batch that
+    predicts nothing, leave parameters and moments as they are; ``skipped`` counts the former.
+
+    Args:
+        loss: ``(variables, batch, key, *, progress, deterministic) -> (sum, Sums)``.
+        schedule: learning rate as a function of progress, the share of the run that is done.
+        num_micro_batches: parts of the batch whose gradients are computed one after the other.
+        axis_name: of the devices under ``pmap``, which hold parts of the batch.
+    """
+
+    def train_step(state: TrainState, batch: Batch, progress: Scalar) -> tuple[TrainState, Sums]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def summed(trainable: Params, batch: Batch) -> tuple[Scalar, Sums]:
+            variables = tree.combine(trainable, state.frozen)
+            return loss(variables, batch, key, progress=progress, deterministic=False)
+
+        def gradients(batch: Batch) -> tuple[Params, Sums]:
+            (_, sums), grads = jax.value_and_grad(summed, has_aux=True)(state.trainable, batch)
+            return grads, sums
+
+        grads, sums = _accumulate(gradients, batch, num_micro_batches)
+        if axis_name is not None:
+            grads, sums = jax.lax.psum((grads, sums), axis_name)
+        grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.weight, 1), grads)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        lr = schedule(progress)
+        trainable = jax.tree.map(lambda p, u: p - lr * u, state.trainable, updates)
+        trainable, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite & (sums.weight > 0), new, old),
+            (trainable, opt_state),
+            (state.trainable, state.opt_state),
+        )
+        counts = {"steps": jnp.ones(()), "skipped": 1.0 - finite, "grad_norm": norm, "lr": lr}
+        return (
+            state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state),
+            sums.replace(counts=sums.counts | counts),
+        )
+
+    return train_step
+
+
+def make_eval_step(loss: Loss, *, seed: int, axis_name: str | None = None) -> EvalStep:
+    """``(state, batch) -> sums``; what is hidden depends on seed and row alone, not on the step."""
+
+    def eval_step(state: TrainState, batch: Batch) -> Sums:
+        key = jax.random.key(seed)
+        _, sums = loss(state.variables, batch, key, progress=jnp.ones(()), deterministic=True)
+        return sums if axis_name is None else jax.lax.psum(sums, axis_name)
+
+    return eval_step
+
+
+def _accumulate(
+    gradients: Callable[[Batch], tuple[Params, Sums]], batch: Batch, num_micro_batches: int
+) -> tuple[Params, Sums]:
+    if num_micro_batches == 1:
+        return gradients(batch)
+
+    # Neighbouring rows go to different micro-batches, so that each device's rows stay with it.
+    def split(x: Array) -> Array:
+        return rearrange(x, "(batch micro) ... -> micro batch ...", micro=num_micro_batches)
+
+    micro_batches = jax.tree.map(split, dict(batch))
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, first))
+
+    def body(total: tuple[Params, Sums], batch: Batch) -> tuple[tuple[Params, Sums], None]:
+        return jax.tree.map(jnp.add, total, gradients(batch)), None
+
+    return jax.lax.scan(body, zeros, micro_batches)[0]
