@@ -29,9 +29,7 @@ class Placement(NamedTuple):
     abstract_state: TrainState  # shapes and shardings
 
 
-def jit_placement(
-    init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: Mesh
-) -> Placement:
+def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: Mesh) -> Placement:
     """One program over the whole mesh; parameters and moments are never whole on one device."""
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = state_shardings(shapes, mesh)

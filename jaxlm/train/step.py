@@ -53,7 +53,8 @@ def make_train_step(
         grads, sums = _accumulate(gradients, batch, num_micro_batches)
         if axis_name is not None:
             grads, sums = jax.lax.psum((grads, sums), axis_name)
-        grads = jax.tree.map(lambda grad: grad / jnp.maximum(sums.weight, 1), grads)
+        weight = jnp.where(sums.weight > 0, sums.weight, 1)
+        grads = jax.tree.map(lambda grad: grad / weight, grads)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)

@@ -1,0 +1,204 @@
+"""A run assembled from its configuration: what training, evaluation and prediction share."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tokenizers import Tokenizer
+
+from jaxlm import config as configs
+from jaxlm import optim, sharding
+from jaxlm.config import RunConfig
+from jaxlm.data import tokenizers
+from jaxlm.data.prepared import Prepared, PreparedInfo
+from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
+from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.objectives import masked_lm
+from jaxlm.objectives.masking import MaskingConfig, Vocabulary
+from jaxlm.train import restore
+from jaxlm.train.placement import Placement, jit_placement, pmap_placement
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import make_eval_step, make_train_step
+from jaxlm.typing import Loss, PRNGKey, Variables
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
+
+
+def resolve(config: RunConfig, info: PreparedInfo, platform: str) -> RunConfig:
+    """Fill in what the config leaves to the data and the platform; raise where they clash."""
+    model = config.model
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=math.ceil(info.vocab_size / 64) * 64)
+    if model.dtype is None:
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+        model = dataclasses.replace(model, dtype=dtype)
+    if model.vocab_size < info.vocab_size:
+        raise InputError(
+            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's vocabulary of "
+            f"{info.vocab_size}: leave it None, or set it to that or more"
+        )
+    if info.row_length > model.max_length:
+        raise InputError(
+            f"the data's rows of {info.row_length} tokens are longer than the model's "
+            f"max_length={model.max_length}: raise it, or prepare shorter rows"
+        )
+    return dataclasses.replace(config, model=model)
+
+
+def check_batch(config: RunConfig, mesh: Mesh) -> None:
+    """The batch must split evenly over micro-batches, and each of those over devices."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    pieces = devices * config.train.num_micro_batches
+    if config.data.batch_size % pieces:
+        raise InputError(
+            f"data.batch_size={config.data.batch_size} is not divisible by {devices} devices "
+            f"(data * fsdp) times train.num_micro_batches={config.train.num_micro_batches}: "
+            f"the nearest that is are {max(1, config.data.batch_size // pieces) * pieces} and "
+            f"{(config.data.batch_size // pieces + 1) * pieces}"
+        )
+
+
+def make_model(config: BertConfig) -> MaskedLm:
+    """The encoder with its masked-language-model head."""
+    head = MlmHead(config.epsilon, jnp.dtype(config.dtype or "float32"), config.initializer_std)
+    return MaskedLm(config.make(), head)
+
+
+def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
+    """What masking has to know of the tokenizer."""
+    special = tokenizers.SpecialTokens.of(tokenizer)
+    is_ordinary = np.ones(tokenizers.vocab_size(tokenizer), bool)
+    is_ordinary[list(dataclasses.asdict(special).values())] = False
+    return Vocabulary(
+        mask_id=special.mask,
+        start_id=special.cls,
+        ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
+        is_ordinary=jnp.asarray(is_ordinary),
+        word_starts=jnp.asarray(tokenizers.word_starts(tokenizer)),
+    )
+
+
+def make_loss(config: RunConfig, vocabulary: Vocabulary, masking: MaskingConfig) -> Loss:
+    """The objective on the config's model."""
+    return masked_lm.make_loss(
+        make_model(config.model).apply,
+        vocabulary,
+        masking,
+        isolate_documents=config.objective.isolate_documents,
+    )
+
+
+def make_placement(config: RunConfig, vocabulary: Vocabulary) -> Placement:
+    """The run's steps on all devices."""
+    objective, train = config.objective, config.train
+    model = make_model(config.model)
+    optimizer = optim.make_optimizer(config.optimizer)
+
+    def init(key: PRNGKey) -> TrainState:
+        return TrainState.create(model.init(key, jnp.zeros((1, 8), jnp.int32)), {}, optimizer)
+
+    axis_name = "data" if config.placement == "pmap" else None
+    train_step = make_train_step(
+        make_loss(config, vocabulary, objective.masking),
+        optimizer,
+        optim.make_schedule(config.optimizer),
+        seed=train.seed,
+        num_micro_batches=train.num_micro_batches,
+        axis_name=axis_name,
+    )
+    eval_loss = make_loss(config, vocabulary, objective.eval_masking)
+    eval_step = make_eval_step(eval_loss, seed=EVAL_SEED, axis_name=axis_name)
+    mesh = sharding.make_mesh(config.mesh)
+    check_batch(config, mesh)
+    if axis_name is None:
+        return jit_placement(init, train_step, eval_step, mesh)
+    if mesh.shape["data"] != mesh.size:
+        raise InputError("placement=pmap is data parallel only: leave the mesh as it is, or use jit")
+    return pmap_placement(init, train_step, eval_step, axis_name)
+
+
+def flops_per_token(config: RunConfig, row_length: int) -> float:
+    """Floating-point operations of one training step per token read (forward and backward)."""
+    num_predicted = config.objective.masking.num_predicted(row_length)
+    return 3 * config.model.forward_flops(row_length, num_predicted) / row_length
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained run, read from its folder."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    step: int
+    variables: Variables
+    cursor: dict
+    placement: Placement
+
+    @property
+    def state(self) -> TrainState:
+        """What ``placement.eval_step`` takes."""
+        return TrainState(jnp.asarray(self.step), self.variables, {}, ())
+
+
+def open_run(directory: Path | str, step: int | None = None) -> Run:
+    """Read a run folder: its best checkpoint, or that of ``step``.
+
+    Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
+    """
+    directory = Path(directory)
+    for name in (CONFIG, TOKENIZER):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} is no run folder: it holds no {name}")
+    config = configs.from_json((directory / CONFIG).read_text())
+    tokenizer = tokenizers.load(directory / TOKENIZER)
+    config = dataclasses.replace(config, mesh=sharding.MeshConfig(), placement="jit")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, batch_size=_whole(config.data.batch_size))
+    )
+    placement = make_placement(config, make_vocabulary(tokenizer))
+    checkpoints = directory / CHECKPOINTS
+    restored = restore.restore_part(
+        checkpoints,
+        {"trainable": placement.abstract_state.trainable},
+        restore.best_step(checkpoints) if step is None else step,
+    )
+    check_tokenizer(tokenizers.fingerprint(tokenizer), restored.cursor, directory)
+    return Run(
+        config, tokenizer, restored.step, restored.state["trainable"], restored.cursor, placement
+    )
+
+
+def _whole(batch_size: int) -> int:
+    """Rounded up to what all devices can share, whatever the run was trained on."""
+    return math.ceil(batch_size / jax.device_count()) * jax.device_count()
+
+
+def check_tokenizer(fingerprint: str, cursor: dict, where: Path) -> None:
+    """The checkpoint must have been trained with this tokenizer."""
+    if fingerprint != cursor["tokenizer_sha256"]:
+        raise InputError(
+            f"the checkpoint in {where} was trained with another tokenizer (sha256 "
+            f"{cursor['tokenizer_sha256'][:12]}) than this one ({fingerprint[:12]}): use the "
+            f"run's own {where / TOKENIZER}"
+        )
+
+
+def make_cursor(config: RunConfig, datasets: Iterable[Prepared]) -> dict:
+    """Where a run stands at its start, and what it stands on."""
+    datasets = list(datasets)
+    return {
+        "examples_seen": 0,
+        "elapsed_s": 0.0,
+        "seed": config.train.seed,
+        "data": [data.info.fingerprint for data in datasets],
+        "tokenizer_sha256": datasets[0].info.tokenizer_sha256,
+        "unigram_entropy": datasets[0].info.unigram_entropy,
+    }

@@ -1,0 +1,170 @@
+"""Checkpoints: state and data position together, written in the background, verified when read.
+
+``<directory>/<step>/state`` holds the arrays; ``<step>/meta`` is a JSON of the cursor, the metrics,
+and the shape, dtype and checksum of every leaf.
+"""
+
+import contextlib
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from jaxlm import tree
+from jaxlm.errors import InputError
+from jaxlm.train import restore
+from jaxlm.train.checksum import checksums
+from jaxlm.train.restore import Cursor, Report, Restored
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run; a context manager, entered by all processes together.
+
+    Kept are the newest ``keep`` and the one with the lowest ``best_metric``. What an earlier run,
+    killed, left half-written is removed. A full or read-only disk raises InputError: at once, or,
+    when it shows in the background, from the next ``save`` or at the end; finished steps stay.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        best_metric: str | None = "loss",
+        report: Report = print,
+    ):
+        if keep < 1:
+            raise InputError(
+                f"keep={keep} checkpoints leave nothing to resume from: use at least 1"
+            )
+        self._directory = directory.absolute()
+        self._best_metric = best_metric
+        self._report = report
+        self._head = math.inf  # the step this run continues from, or saved last
+        self._scores = restore.read_scores(self._directory, best_metric)
+        restore.quiet_orbax()
+        with _disk_faults(self._directory):
+            if jax.process_index() == 0:
+                for stale in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(stale)
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=_NewestAndBest(keep, self._scores),
+                    lightweight_initialize=True,  # else one damaged step fails the opening
+                ),
+            )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
+        if error_type is None:
+            self.close()
+        elif jax.process_count() == 1:  # others would wait minutes for a process that has failed
+            with contextlib.suppress(Exception):  # the first error is the one to show
+                self.close()
+
+    def close(self) -> None:
+        """Wait until the last checkpoint is complete, and let go of the directory."""
+        with _disk_faults(self._directory):
+            self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps with a finished checkpoint, in order."""
+        return restore.list_steps(self._directory)
+
+    def save(
+        self, step: int, state: PyTree, cursor: Cursor, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Copy the state and write it in the background; the caller may donate it at once.
+
+        A step of this run that is saved already is left as it is. Later steps than the one
+        restored, and an equal step of another history, give way.
+        """
+        with _disk_faults(self._directory):
+            self._manager.wait_until_finished()
+            saved = self._manager.all_steps()
+            if step == self._head and step in saved:
+                return
+            for left in [s for s in saved if s >= step or s > self._head]:
+                self._manager.delete(left)
+                self._scores.pop(left, None)
+            self._head = step
+            metrics = {name: float(value) for name, value in (metrics or {}).items()}
+            score = metrics.get(self._best_metric, math.nan) if self._best_metric else math.nan
+            if math.isfinite(score):
+                self._scores[step] = score
+            meta = {"cursor": cursor, "metrics": metrics, "leaves": _describe(state)}
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(restore.seal(meta))
+                ),
+                force=True,  # when to save is the caller's affair
+            )
+
+    def restore(self, target: PyTree, step: int | None = None) -> Restored:
+        """Read the whole state of a step, else of the newest that is undamaged.
+
+        Args:
+            target: the state as ``ShapeDtypeStruct`` with shardings, on any mesh.
+            step: this one and no other.
+
+        Raises:
+            InputError: nothing can be read, or the checkpoint is that of another configuration.
+        """
+        with _disk_faults(self._directory):
+            self._manager.wait_until_finished()
+        restored = restore.restore(self._directory, target, step, whole=True, report=self._report)
+        self._head = restored.step
+        return restored
+
+
+def _describe(state: PyTree) -> dict[str, Any]:
+    sums = checksums(state)
+    return {
+        path: {"shape": leaf.shape, "dtype": leaf.dtype.name, "checksum": sums[path]}
+        for path, leaf in tree.leaves_with_path(state)
+    }
+
+
+class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
+    """Orbax's own ``best_fn`` with ``max_to_keep`` deletes the newest when it is not the best."""
+
+    def __init__(self, keep: int, scores: dict[int, float]):
+        self.keep = keep
+        self.scores = scores  # shared with the Checkpointer, which fills it
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        present = sorted(info.step for info in checkpoints)
+        scored = [step for step in present if step in self.scores]
+        kept = {*present[-self.keep :], min(scored, key=self.scores.__getitem__, default=None)}
+        return [info.step in kept for info in checkpoints]
+
+
+@contextlib.contextmanager
+def _disk_faults(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if (reason := _os_reason(error)) is None:
+            raise
+        complete = "".join(
+            f"; the checkpoint of step {s} is intact" for s in restore.list_steps(directory)[-1:]
+        )
+        raise InputError(f"cannot write checkpoints to {directory}: {reason}{complete}") from error
+
+
+def _os_reason(error: Exception) -> str | None:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's, in a ValueError
+    return os.strerror(int(code[1])) if code else None

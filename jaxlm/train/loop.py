@@ -1,0 +1,213 @@
+"""The training loop: straight lines that take functions. Copy it if you need another."""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm.errors import InputError
+from jaxlm.sums import Sums, add_all
+from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.placement import HostBatch, Placement
+from jaxlm.train.restore import Cursor
+from jaxlm.train.state import TrainState
+from jaxlm.train.view import View
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, and how often one looks."""
+
+    steps: int | None = None
+    """Length of the run; None = `minutes` decide."""
+    minutes: float | None = None
+    """Wall-clock budget, evaluations and compilation included: the run stops then, having decayed
+    its learning rate. None = `steps` decide; with both, whatever comes first."""
+    num_micro_batches: int = 1
+    """Parts of a batch whose gradients are computed one after the other, to save memory."""
+    num_evals: int = 10
+    """Evaluations, each followed by a checkpoint, spread evenly over the run."""
+    eval_rows: int | None = 2048
+    """Rows of the validation split to evaluate on; None = all."""
+    save_every: int | None = None
+    """Steps between checkpoints besides those that follow evaluations."""
+    keep: int = 2
+    """Newest checkpoints to keep; the best is kept as well."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    max_skipped: int = 20
+    """Updates in a row that may be skipped, for gradients that are not finite."""
+    seed: int = 0
+    """Of initialisation, order of rows, masks and dropout."""
+
+    def __post_init__(self) -> None:
+        if self.steps is None and self.minutes is None:
+            raise InputError("train.steps and train.minutes are both None: set one of them")
+        for name in ("steps", "minutes", "num_micro_batches", "num_evals", "log_every", "keep"):
+            value = vars(self)[name]
+            if value is not None and value <= 0:
+                raise InputError(f"train.{name}={value} is not above 0")
+
+
+def fit(
+    config: TrainConfig,
+    placement: Placement,
+    state: TrainState,
+    batches: Iterator[HostBatch],
+    evaluate: Callable[[TrainState], dict[str, float]],
+    checkpointer: Checkpointer,
+    cursor: Cursor,
+    view: View,
+    *,
+    batch_size: int,
+) -> TrainState:
+    """Train to the end of ``config``'s steps or minutes, or until SIGINT or SIGTERM.
+
+    Step n is dispatched before the sums of step n-1 are read, so the devices never wait for the
+    host. ``cursor`` says where the data stand; it is saved with every checkpoint.
+    """
+    first = step = int(state.step)
+    clock = Clock(config, cursor)
+    share = clock.share(step)
+    evals_done = int(share * config.num_evals)
+    skipped = 0
+    pending: Sums | None = None
+
+    def read() -> None:
+        nonlocal pending, skipped
+        if pending is None:
+            return
+        sums, pending = jax.device_get(pending), None
+        view.add(step, share, sums)
+        skipped = skipped + 1 if sums.counts["skipped"] else 0
+        if skipped >= config.max_skipped:
+            raise InputError(
+                f"gradients were not finite in {skipped} steps in a row, up to step {step}: lower "
+                "optimizer.peak_lr; the same command goes on from the newest checkpoint"
+            )
+
+    def save(metrics: dict[str, float]) -> None:
+        read()
+        now = {
+            "examples_seen": cursor["examples_seen"] + (step - first) * batch_size,
+            "tokens_seen": view.tokens_seen,
+            "elapsed_s": clock.elapsed_s(),
+            "share": share,
+        }
+        with view.pause():
+            checkpointer.save(step, state, cursor | now, metrics)
+
+    def evaluate_and_save() -> None:
+        read()
+        with view.pause("evaluating, and compiling that" if step == first else None):
+            metrics = evaluate(state)
+        view.evaluated(step, metrics)
+        save(metrics)
+
+    if share >= 1:
+        view.print(f"the run is complete: it has its {step} steps")
+        return state
+    stream = map(placement.put_batch, batches)
+    batch = next(stream)
+    with view.pause("compiling the train step"):
+        train_step = placement.train_step.lower(state, batch, np.float32(share)).compile()
+    if first == 0:
+        evaluate_and_save()
+    clock.start()
+    with stop_on_signal() as stop:
+        while (share := clock.share(step)) < 1 and not stop.is_set():
+            if int(share * config.num_evals) > evals_done:
+                evals_done = int(share * config.num_evals)
+                evaluate_and_save()
+            elif config.save_every is not None and step > first and step % config.save_every == 0:
+                save({})
+            state, sums = train_step(state, batch, np.float32(share))
+            read()
+            pending = sums
+            step += 1
+            batch = next(stream)
+        if stop.is_set():
+            save({})
+            view.print(f"stopped at step {step} and saved: the same command goes on from there")
+        else:
+            evaluate_and_save()
+    return state
+
+
+class Clock:
+    """The share of a run that is done: of its steps, or of its minutes, whichever is larger.
+
+    A function of the step alone where no minutes are given, so that a run can be repeated exactly;
+    then it is seen from the middle of a step, so that neither the first nor the last learning rate
+    is 0. With minutes, the time before :meth:`start` counts against the budget and not as progress,
+    so that compiling does not eat the warm-up. Process 0's clock rules.
+    """
+
+    def __init__(self, config: TrainConfig, cursor: Cursor):
+        self._config = config
+        self._zero = time.monotonic() - cursor["elapsed_s"]
+        self._share = cursor["share"]
+        self._started = time.monotonic()
+
+    def start(self) -> None:
+        """Progress begins now."""
+        self._started = time.monotonic()
+
+    def elapsed_s(self) -> float:
+        """Seconds of this run, over all its parts."""
+        return time.monotonic() - self._zero
+
+    def share(self, step: int) -> float:
+        """Between 0 and 1; 1 when the run is over."""
+        steps, minutes = self._config.steps, self._config.minutes
+        shares = []
+        if steps is not None:
+            shares.append(1.0 if step >= steps else (step + 0.5) / steps)
+        if minutes is not None:
+            left = self._zero + 60 * minutes - self._started
+            done = (time.monotonic() - self._started) / left if left > 0 else 1.0
+            share = np.float32(self._share + (1 - self._share) * min(done, 1.0))
+            if jax.process_count() > 1:
+                share = multihost_utils.broadcast_one_to_all(share)
+            shares.append(float(share))
+        return max(shares)
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; the second acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers
+        return
+
+    def handle(number: int, _: object) -> None:
+        stop.set()
+        signal.signal(number, before[number])
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def evaluate(
+    placement: Placement, state: TrainState, batches: Iterable[HostBatch]
+) -> dict[str, float]:
+    """Means over all batches, and the perplexity, exp(loss)."""
+    sums = add_all(
+        [jax.device_get(placement.eval_step(state, placement.put_batch(b))) for b in batches]
+    )
+    means = sums.means()
+    loss = means.pop("loss")
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), **means}

@@ -1,0 +1,117 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+# (key of the values, how it is shown)
+SHOWN: tuple[tuple[str, str], ...] = (
+    ("loss", "loss {:.3f}"),
+    ("accuracy", "accuracy {:.1%}"),
+    ("tokens_per_s", "{:,.0f} tokens/s"),
+    ("mfu", "MFU {:.1%}"),
+)
+
+
+class Progress:
+    """A bar with step, loss, masked accuracy, speed and time left; a context manager.
+
+    Without a terminal each update is one plain line.
+
+    Args:
+        total_steps: None for a run that ends by the clock: then the share of its time is shown.
+        visible: False on all processes but one.
+    """
+
+    def __init__(
+        self, total_steps: int | None, *, visible: bool = True, console: Console | None = None
+    ):
+        self._console = console or Console(quiet=not visible, soft_wrap=not visible)
+        self._total_steps = total_steps
+        self._status: Spinner | None = None
+        self._fraction = 0.0
+        self._parts: list[str] = []
+        self._first: tuple[float, float] | None = None  # (time, fraction) of the first update
+        self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=8)
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._live.stop()
+
+    def update(self, step: int, fraction: float, values: Mapping[str, float | int]) -> None:
+        """Show where the run stands: ``fraction`` of it is done, in [0, 1]."""
+        total = "" if self._total_steps is None else f"/{self._total_steps:,}"
+        self._fraction = fraction
+        self._parts = [
+            f"step {step:,}{total}",
+            f"{fraction:.0%}",
+            *(form.format(values[key]) for key, form in SHOWN if key in values),
+            self._time_left(),
+        ]
+        if not self._console.is_terminal:
+            self._line(" · ".join(part for part in self._parts if part))
+
+    def print(self, text: str) -> None:
+        """A line above the bar."""
+        self._line(text)
+
+    def warn(self, text: str) -> None:
+        """A line above the bar that stands out."""
+        self._line(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def status(self, doing: str) -> Iterator[None]:
+        """Say what takes its time, such as "compiling the train step", then how long it took."""
+        began = time.perf_counter()
+        if self._console.is_terminal:
+            self._status = Spinner("dots", Text(f"{doing} …"), style="cyan")
+        else:
+            self._line(f"{doing} …")
+        try:
+            yield
+        finally:
+            self._status = None
+        self._line(f"{doing}: {time.perf_counter() - began:.1f} s", style="dim")
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._console.print(Text(text, style=style), soft_wrap=True)
+
+    def _time_left(self) -> str:
+        now = time.perf_counter()
+        if self._first is None:  # compiling came before, and is no measure of what is to come
+            self._first = (now, self._fraction)
+        began, done_before = self._first
+        if self._fraction <= done_before:
+            return ""
+        left = (now - began) * (1 - self._fraction) / (self._fraction - done_before)
+        return f"{_duration(left)} left" if self._fraction < 1 else ""
+
+    def _render(self) -> RenderableType:
+        if self._status is not None:
+            return self._status
+        if not self._parts:
+            return ""
+        where, share, *values, left = self._parts
+        first = Table.grid(padding=(0, 1), expand=True)
+        for ratio in (None, 1, None, None):  # the bar takes the room that is left
+            first.add_column(ratio=ratio, no_wrap=True)
+        first.add_row(where, ProgressBar(total=1.0, completed=self._fraction), share, left)
+        return Group(first, Text(" · ".join(values), style="cyan"))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

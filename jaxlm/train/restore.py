@@ -1,0 +1,203 @@
+"""Reading checkpoints, whole or in part, on any mesh and number of processes.
+
+Orbax restores flipped bytes without a word, so every leaf is compared with its checksum; a damaged
+step is refused in one sentence, and the step before it is used.
+"""
+
+import contextlib
+import functools
+import gc
+import json
+import logging
+import math
+import sys
+import textwrap
+import warnings
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from jaxlm import tree
+from jaxlm.errors import InputError
+from jaxlm.train.checksum import checksums
+
+Report = Callable[[str], object]
+Cursor = dict[str, Any]  # JSON: how many examples were seen, of which data, under which seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """A checkpoint that was read and found whole."""
+
+    step: int
+    state: Any
+    cursor: Cursor
+    metrics: dict[str, float]
+    refused: list[str]
+    """A sentence for each newer step that is damaged."""
+
+
+def list_steps(directory: Path) -> list[int]:
+    """Steps with a finished checkpoint, in order."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+
+
+def best_step(directory: Path, metric: str = "loss") -> int | None:
+    """The step with the lowest ``metric``, or None where none was recorded."""
+    scores = read_scores(directory, metric)
+    return min(scores, key=scores.__getitem__, default=None)
+
+
+def restore_part(
+    directory: Path, target: PyTree, step: int | None = None, *, report: Report = print
+) -> Restored:
+    """Read a part of the state, such as ``{"trainable": {"params": …}}``, changing nothing on disk.
+
+    As :meth:`Checkpointer.restore`, but leaves that ``target`` lacks are not read, and dtypes may
+    differ: arrays are verified as they were saved and then cast.
+    """
+    return restore(directory.absolute(), target, step, whole=False, report=report)
+
+
+def restore(
+    directory: Path, target: PyTree, step: int | None, *, whole: bool, report: Report
+) -> Restored:
+    """Read ``step``, else the newest that is undamaged; with ``whole``, trees must be equal."""
+    found = list_steps(directory)
+    if not found:
+        raise InputError(f"{directory} holds no checkpoint")
+    if step is not None and step not in found:
+        known = ", ".join(map(str, found))
+        raise InputError(f"{directory} holds no checkpoint of step {step}, only of {known}")
+    refused: list[str] = []
+    quiet_orbax()
+    for candidate in reversed(found) if step is None else [step]:
+        try:
+            meta, state = _read(directory / str(candidate), target, whole)
+        except (InputError, jax.errors.JaxRuntimeError):  # too little memory is no damage
+            raise
+        except Exception as error:
+            reason = textwrap.shorten(str(error), 160, placeholder=" …")
+            refused.append(f"the checkpoint of step {candidate} is damaged: {reason}")
+            report(refused[-1])
+        else:
+            return Restored(
+                step=candidate,
+                state=state,
+                cursor=meta["cursor"],
+                metrics=meta["metrics"],
+                refused=refused,
+            )
+        with warnings.catch_warnings(action="ignore"):
+            gc.collect()  # coroutines that Orbax left without awaiting them complain when they go
+    raise InputError(f"no checkpoint in {directory} can be used: {refused[0]}")
+
+
+def _read(directory: Path, target: PyTree, whole: bool) -> tuple[dict[str, Any], PyTree]:
+    meta = _in_all_processes(lambda: _read_meta(directory))
+    leaves = meta["leaves"]
+    _check_same_tree(directory, leaves, target, whole)
+    as_saved = tree.map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, leaves[path]["dtype"], sharding=x.sharding),
+        target,
+    )
+    state = _in_all_processes(lambda: _read_arrays(directory / "state", as_saved))
+    for path, checksum in checksums(state).items():
+        if checksum != leaves[path]["checksum"]:
+            raise ValueError(f"{path} has the checksum {checksum}, not {leaves[path]['checksum']}")
+    return meta, jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state, target)
+
+
+def _read_meta(directory: Path) -> dict[str, Any]:
+    meta = json.loads((directory / "meta" / "metadata").read_text())
+    if meta != seal({name: value for name, value in meta.items() if name != "crc32"}):
+        raise ValueError("its metadata are not those that were written")
+    return meta
+
+
+def _read_arrays(directory: Path, target: PyTree) -> PyTree:
+    # The handler alone: around it Orbax puts a barrier, at which a failed process never arrives.
+    return ocp.PyTreeCheckpointHandler().restore(
+        epath.Path(directory),
+        args=ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        ),
+    )
+
+
+def _in_all_processes(read: Callable[[], Any]) -> Any:
+    """What ``read`` returns; where it fails in one process, it fails in all."""
+    result, error = None, None
+    try:
+        result = read()
+    except Exception as raised:
+        error = raised
+    if not multihost_utils.process_allgather(np.array(error is None)).all():
+        raise error or ValueError("another process cannot read it")
+    return result
+
+
+def _check_same_tree(directory: Path, leaves: dict[str, Any], target: PyTree, whole: bool) -> None:
+    def show(shape: Sequence[int], dtype: str) -> str:
+        return f"{dtype if whole else ''}[{', '.join(map(str, shape))}]"
+
+    saved = {path: show(leaf["shape"], leaf["dtype"]) for path, leaf in leaves.items()}
+    wanted = {
+        path: show(leaf.shape, leaf.dtype.name) for path, leaf in tree.leaves_with_path(target)
+    }
+    for path in [*wanted, *saved] if whole else wanted:
+        here, there = wanted.get(path, "absent"), saved.get(path, "absent")
+        if here != there:
+            raise InputError(
+                f"{directory} is the checkpoint of another configuration: {path} is {there} "
+                f"there and {here} here; use the configuration of that run, or another run folder"
+            )
+
+
+def seal(meta: dict[str, Any]) -> dict[str, Any]:
+    """The same with its own checksum, under ``crc32``."""
+    meta = json.loads(json.dumps(meta))  # as it will be read: string keys, lists
+    return meta | {"crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
+
+
+def read_scores(directory: Path, metric: str | None) -> dict[int, float]:
+    """The metric of each step that has a finite one."""
+    scores = {}
+    for step in list_steps(directory) if metric else []:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            score = _read_meta(directory / str(step))["metrics"][metric]
+            if math.isfinite(score):
+                scores[step] = score
+    return scores
+
+
+@functools.cache
+def quiet_orbax() -> None:
+    """Keep Orbax from printing hundreds of lines, from now on, on errors that it raises as well."""
+    unraisable_hook = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # Reads that outlive a failed restore report to an event loop that is gone by then.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            unraisable_hook(unraisable)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        message = f"{record.pathname} {record.getMessage()}"
+        return record.levelno < logging.ERROR or "orbax" not in message
+
+    sys.unraisablehook = hook
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_news)

@@ -1,0 +1,107 @@
+"""What is seen of a run: the progress bar, ``metrics.jsonl``, TensorBoard, and ``loss.png``."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from jaxlm.sums import Sums, add_all
+from jaxlm.train.metrics import JsonlWriter, TensorBoardWriter, Throughput, Writer
+from jaxlm.train.plots import plot_loss
+from jaxlm.train.progress import Progress
+
+METRICS, PLOT, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
+
+
+class View:
+    """Takes sums and metrics as they come, and shows them; enter the progress bar first.
+
+    Args:
+        directory: of the run; None on all processes but one: nothing is written.
+        step, tokens_seen: where the run stands; what was recorded of later steps is dropped.
+        log_every: steps that are added up for a line of metrics.
+        reference: losses to draw as dashed lines.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        progress: Progress,
+        throughput: Throughput,
+        *,
+        step: int,
+        tokens_seen: float,
+        log_every: int,
+        reference: Mapping[str, float],
+        more_writers: tuple[Writer, ...] = (),
+    ):
+        self._directory = directory
+        self._progress = progress
+        self._throughput = throughput
+        self._log_every = log_every
+        self._reference = reference
+        self._writers: list[Writer] = list(more_writers)
+        if directory is not None:
+            self._writers.append(JsonlWriter(directory / METRICS, step=step))
+            self._writers.append(TensorBoardWriter(directory / TENSORBOARD, step=step))
+        self._window: list[Sums] = []
+        self.tokens_seen = tokens_seen
+
+    def __enter__(self) -> "View":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for writer in self._writers:
+            writer.close()
+
+    def add(self, step: int, share: float, sums: Sums) -> None:
+        """The sums of a training step, on the host; every ``log_every``-th time they are shown."""
+        self._window.append(sums)
+        tokens = float(sums.counts["tokens"])
+        self.tokens_seen += tokens
+        self._throughput.add(int(tokens))
+        if len(self._window) < self._log_every:
+            return
+        total = add_all(self._window)
+        self._window = []
+        counts = {name: float(count) for name, count in total.counts.items()}
+        steps = counts["steps"]
+        means = total.means()
+        speed = self._throughput.read()
+        self._write(
+            step,
+            {f"train/{name}": mean for name, mean in means.items()}
+            | {name: counts[name] / steps for name in ("lr", "grad_norm")}
+            | {"overflow": counts["overflow"], "skipped": counts["skipped"]}
+            | {"tokens": self.tokens_seen}
+            | speed,
+        )
+        self._progress.update(step, share, means | speed)
+        if counts["skipped"]:
+            self._progress.warn(
+                f"{counts['skipped']:.0f} updates up to step {step} were skipped: their gradients "
+                "were not finite"
+            )
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of an evaluation: recorded, printed, and drawn."""
+        self._write(step, {f"eval/{name}": value for name, value in metrics.items()})
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        self._progress.print(f"step {step:,}: validation {shown}")
+        if self._directory is not None:
+            with self._throughput.paused():
+                plot_loss(self._directory / METRICS, self._directory / PLOT, self._reference)
+
+    def print(self, text: str) -> None:
+        """A line above the bar."""
+        self._progress.print(text)
+
+    @contextlib.contextmanager
+    def pause(self, doing: str | None = None) -> Iterator[None]:
+        """Time that is none of training's; ``doing`` says what takes it."""
+        status = self._progress.status(doing) if doing else contextlib.nullcontext()
+        with self._throughput.paused(), status:
+            yield
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, values)

@@ -1,0 +1,315 @@
+import resource
+import shutil
+import time
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlm.errors import InputError
+from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.restore import best_step, list_steps, restore_part
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    trainable: dict
+    frozen: dict
+    opt_state: tuple
+
+
+def make_state(seed=0, *, hidden_dim=64, shape=(4, 2), spec=("b",), frozen=()):
+    key = jax.random.key(seed)
+    params = {
+        "up": {"kernel": jax.random.normal(key, (hidden_dim, 32)), "bias": jnp.ones(32)},
+        "head": {"kernel": jnp.ones((32, 8), jnp.bfloat16)},
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    trainable = {"params": params}
+    state = State(jnp.int32(seed), trainable, dict(frozen), optimizer.init(trainable))
+    mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    return jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, P(*spec) if x.ndim == 2 else P())), state
+    )
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert all(
+        x.dtype == y.dtype and np.array_equal(np.asarray(x), np.asarray(y))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def save_all(directory, saves, **options):
+    """``saves``: {step: loss or None}; the state of a step is ``make_state(step)``."""
+    with Checkpointer(directory, **options) as checkpointer:
+        for step, loss in saves.items():
+            metrics = None if loss is None else {"loss": loss}
+            checkpointer.save(step, make_state(step), {"examples_seen": 8 * step}, metrics)
+
+
+def array_files(step_directory):
+    return [path for path in (step_directory / "state").rglob("d/*") if path.is_file()]
+
+
+@pytest.mark.parametrize("frozen", [{}, {"params": {"table": jnp.ones((8, 8), jnp.int8)}}])
+def test_restores_on_another_mesh(tmp_path, frozen):
+    state = make_state(3, frozen=frozen)
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        checkpointer.save(3, state, {"examples_seen": 24, "part": [1, 2.5]}, {"loss": 1.5})
+    elsewhere = make_state(shape=(1, 8), spec=(None, "b"), frozen=frozen)
+    with Checkpointer(tmp_path / "run") as checkpointer:
+        restored = checkpointer.restore(abstract(elsewhere))
+    assert (restored.step, restored.refused) == (3, [])
+    assert restored.cursor == {"examples_seen": 24, "part": [1, 2.5]}
+    assert restored.metrics == {"loss": 1.5}
+    assert_same(restored.state, state)
+    kernel = restored.state.trainable["params"]["up"]["kernel"]
+    assert kernel.sharding == elsewhere.trainable["params"]["up"]["kernel"].sharding
+
+
+def test_the_state_may_be_donated_at_once(tmp_path):
+    state = make_state(1)
+    expected = jax.tree.map(np.asarray, state)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {})
+        step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+        jax.block_until_ready(step(state))
+        assert_same(checkpointer.restore(abstract(make_state())).state, expected)
+
+
+def test_keeps_the_newest_and_the_best(tmp_path):
+    save_all(tmp_path, {10: 3.0, 20: 2.0, 30: 5.0})
+    # After a restart the best is still known; a step without metrics, or with NaN, is never best.
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.restore(abstract(make_state()))
+    save_all(tmp_path, {40: 9.0, 50: None, 60: float("nan")})
+    assert list_steps(tmp_path) == [20, 50, 60]
+    assert best_step(tmp_path) == 20
+    assert best_step(tmp_path, "accuracy") is None
+    save_all(tmp_path, {70: 1.0, 80: None, 90: None}, best_metric=None, keep=1)
+    assert list_steps(tmp_path) == [90]
+
+
+def test_keeping_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="keep=0"):
+        Checkpointer(tmp_path, keep=0)
+
+
+def truncate(step):
+    for path in array_files(step):
+        path.write_bytes(path.read_bytes()[:100])
+
+
+def delete_data(step):
+    for path in array_files(step):
+        path.unlink()
+
+
+def delete_state(step):
+    shutil.rmtree(step / "state")
+
+
+def break_metadata(step):
+    (step / "meta" / "metadata").write_text("{")
+
+
+def empty_metadata(step):
+    (step / "meta" / "metadata").write_text("{}")
+
+
+def change_cursor(step):
+    path = step / "meta" / "metadata"
+    path.write_text(path.read_text().replace('"examples_seen": 160', '"examples_seen": 161'))
+
+
+def break_orbax_metadata(step):
+    (step / "state" / "_METADATA").write_text("{")
+
+
+DAMAGES = [
+    truncate,
+    delete_data,
+    delete_state,
+    break_metadata,
+    empty_metadata,
+    change_cursor,
+    break_orbax_metadata,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_step_gives_way_to_the_one_before(tmp_path, damage, capfd):
+    save_all(tmp_path, {10: 2.0, 20: 1.0})
+    damage(tmp_path / "20")
+    reports = []
+    with Checkpointer(tmp_path, report=reports.append) as checkpointer:
+        restored = checkpointer.restore(abstract(make_state()))
+        assert restored.step == 10
+        assert restored.cursor == {"examples_seen": 80}
+        assert_same(restored.state, make_state(10))
+        assert restored.refused == reports
+        assert reports[0].startswith("the checkpoint of step 20 is damaged: ")
+        assert len(reports) == 1
+        assert "\n" not in reports[0]
+        with pytest.raises(InputError, match="step 20 is damaged"):
+            checkpointer.restore(abstract(make_state()), 20)
+        # The run goes on, and the damaged step is out of its way.
+        checkpointer.save(15, make_state(15), {})
+        assert checkpointer.restore(abstract(make_state())).step == 15
+        assert checkpointer.steps() == [10, 15]
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_flipped_bytes_that_orbax_accepts_are_found(tmp_path, monkeypatch):
+    """Rewritten by Orbax itself, so that nothing but the checksum can know."""
+    save_all(tmp_path / "one", {10: 2.0, 20: 1.0})
+    state = make_state(20)
+    params = state.trainable["params"]
+    params["up"]["kernel"] = params["up"]["kernel"].at[5, 7].multiply(-1)
+    with Checkpointer(tmp_path / "two") as checkpointer:
+        checkpointer.save(20, state, {})
+    shutil.rmtree(tmp_path / "one" / "20" / "state")
+    shutil.move(tmp_path / "two" / "20" / "state", tmp_path / "one" / "20" / "state")
+    reports = []
+    part = {"trainable": abstract(make_state()).trainable}
+    restored = restore_part(tmp_path / "one", part, report=reports.append)
+    assert restored.step == 10
+    assert "trainable/params/up/kernel has the checksum" in reports[0]
+    # Control: without the comparison the wrong values come back without a word.
+    monkeypatch.setattr("jaxlm.train.restore.checksums", lambda state: {})
+    assert restore_part(tmp_path / "one", part).step == 20
+
+
+def test_flipped_bytes_in_the_files_are_found(tmp_path):
+    save_all(tmp_path, {10: 2.0, 20: 1.0})
+    for path in array_files(tmp_path / "20"):
+        content = bytearray(path.read_bytes())
+        for place in range(len(content) // 4, len(content), 97):
+            content[place] ^= 0x40
+        path.write_bytes(content)
+    with Checkpointer(tmp_path, report=lambda _: None) as checkpointer:
+        assert checkpointer.restore(abstract(make_state())).step == 10
+
+
+def test_all_damaged_or_none_there_is_one_sentence(tmp_path):
+    with pytest.raises(InputError, match=r"holds no checkpoint$"):
+        restore_part(tmp_path / "nowhere", {})
+    save_all(tmp_path, {10: 2.0, 20: 1.0})
+    with pytest.raises(InputError, match="no checkpoint of step 15, only of 10, 20"):
+        restore_part(tmp_path, {}, 15)
+    for step in ("10", "20"):
+        truncate(tmp_path / step)
+    with (
+        Checkpointer(tmp_path, report=lambda _: None) as checkpointer,
+        pytest.raises(InputError, match="can be used: the checkpoint of step 20 is damaged"),
+    ):
+        checkpointer.restore(abstract(make_state()))
+
+
+def test_another_configuration_is_named_and_never_called_damaged(tmp_path):
+    save_all(tmp_path, {10: 2.0, 20: 1.0})
+    reports = []
+    with Checkpointer(tmp_path, report=reports.append) as checkpointer:
+        with pytest.raises(InputError, match=r"kernel is float32\[64, 32\] there and float32\[48,"):
+            checkpointer.restore(abstract(make_state(hidden_dim=48)))
+        extra = make_state()
+        extra.trainable["params"]["extra"] = jnp.ones(3)
+        with pytest.raises(InputError, match=r"extra is absent there and float32\[3\] here"):
+            checkpointer.restore(abstract(extra))
+        fewer = make_state()
+        del fewer.trainable["params"]["up"]
+        with pytest.raises(InputError, match=r"trainable/params/up/bias is float32\[32\] there"):
+            checkpointer.restore(abstract(fewer))
+    assert reports == []
+
+
+def test_a_part_is_cast_and_placed_anew(tmp_path):
+    save_all(tmp_path, {10: 1.0, 20: 2.0})
+    up = abstract(make_state(shape=(8, 1), spec=("a",)).trainable["params"]["up"])
+    up = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), up
+    )
+    target = {"trainable": {"params": {"up": up}}}
+    restored = restore_part(tmp_path, target, best_step(tmp_path))
+    kernel = restored.state["trainable"]["params"]["up"]["kernel"]
+    expected = make_state(10).trainable["params"]["up"]["kernel"].astype(jnp.bfloat16)
+    assert restored.step == 10
+    assert kernel.sharding == up["kernel"].sharding
+    assert_same(kernel, expected)
+
+
+def test_saving_a_step_again(tmp_path):
+    save_all(tmp_path, {10: 2.0, 20: 1.0, 30: 3.0}, keep=3)
+    with Checkpointer(tmp_path, keep=3) as checkpointer:
+        checkpointer.restore(abstract(make_state()), 10)
+        checkpointer.save(20, make_state(77), {})  # another history: the former 20 and 30 go
+        assert checkpointer.restore(abstract(make_state())).step == 20
+        assert_same(checkpointer.restore(abstract(make_state())).state, make_state(77))
+        checkpointer.save(20, make_state(78), {})  # this run's own: left as it is
+        assert_same(checkpointer.restore(abstract(make_state())).state, make_state(77))
+    assert list_steps(tmp_path) == [10, 20]
+
+
+def test_half_written_steps_are_ignored_and_removed(tmp_path):
+    save_all(tmp_path, {10: 2.0})
+    stale = tmp_path / "20.orbax-checkpoint-tmp" / "state"
+    stale.mkdir(parents=True)
+    assert list_steps(tmp_path) == [10]
+    with Checkpointer(tmp_path) as checkpointer:
+        assert not stale.exists()
+        assert checkpointer.restore(abstract(make_state())).step == 10
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot write checkpoints to .*: Not a directory"):
+        Checkpointer(tmp_path / "file" / "run")
+
+
+def test_errors_of_the_run_pass_through(tmp_path):
+    with pytest.raises(FileNotFoundError), Checkpointer(tmp_path):
+        raise FileNotFoundError("a missing shard of the data")
+
+
+@pytest.fixture
+def limit_file_size():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def fail_in_background(checkpointer, step, limit_file_size):
+    limit_file_size(1000)
+    checkpointer.save(step, make_state(step), {})
+    while checkpointer._manager.is_saving_in_progress():
+        time.sleep(0.01)
+    limit_file_size(resource.RLIM_INFINITY)
+
+
+def test_a_full_disk_shows_at_the_next_save_and_at_the_end(tmp_path, limit_file_size, capfd):
+    save_all(tmp_path, {10: 2.0})
+    message = r"cannot write checkpoints to .*: File too large; the checkpoint of step 10 is intact"
+    with Checkpointer(tmp_path) as checkpointer:
+        fail_in_background(checkpointer, 20, limit_file_size)
+        with pytest.raises(InputError, match=message):
+            checkpointer.save(30, make_state(30), {})
+        checkpointer.save(40, make_state(40), {"examples_seen": 1})  # there is space again
+        assert checkpointer.restore(abstract(make_state())).step == 40
+    with pytest.raises(InputError, match="File too large"), Checkpointer(tmp_path) as checkpointer:
+        fail_in_background(checkpointer, 50, limit_file_size)
+    assert list_steps(tmp_path) == [10, 40]
+    assert "Traceback" not in "".join(capfd.readouterr())

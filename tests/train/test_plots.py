@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+
+from jaxlm.train import plots
+from jaxlm.train.metrics import JsonlWriter
+from jaxlm.train.plots import _smooth, plot_loss
+
+image = pytest.importorskip("PIL.Image")
+
+
+def write_metrics(path, records):
+    writer = JsonlWriter(path)
+    for step, values in records:
+        writer.write(step, values)
+    writer.close()
+
+
+def colours(path):
+    pixels = np.asarray(image.open(path).convert("RGB")).reshape(-1, 3)
+    return {"#{:02x}{:02x}{:02x}".format(*pixel) for pixel in np.unique(pixels, axis=0)}
+
+
+def test_draws_what_there_is(tmp_path):
+    training = [(s, {"train/loss": 9 - s / 100, "tokens": 8.0 * s}) for s in range(10, 400, 10)]
+    evaluation = [(200, {"eval/loss": 7.0}), (400, {"eval/loss": float("nan")})]
+    write_metrics(tmp_path / "all.jsonl", training + evaluation)
+    write_metrics(tmp_path / "train.jsonl", training)
+    write_metrics(tmp_path / "empty.jsonl", [])
+    out = tmp_path / "loss.png"
+    shown = {}
+    for name in ("all", "train", "empty"):
+        reference = {"unigram entropy": 6.5} if name == "all" else None
+        plot_loss(tmp_path / f"{name}.jsonl", out, reference)
+        shown[name] = colours(out) & {plots.TRAIN, plots.VALIDATION, plots.REFERENCE}
+    assert shown["all"] == {plots.TRAIN, plots.VALIDATION, plots.REFERENCE}
+    assert shown["train"] == {plots.TRAIN}
+    assert shown["empty"] == set()
+
+
+def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
+    write_metrics(tmp_path / "metrics.jsonl", [(1, {"train/loss": 2.0})])
+    out = tmp_path / "loss.png"
+    plot_loss(tmp_path / "metrics.jsonl", out)
+    before = out.read_bytes()
+
+    def fail(_, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", fail)
+    with pytest.raises(OSError, match="no space"):
+        plot_loss(tmp_path / "metrics.jsonl", out)
+    assert out.read_bytes() == before
+
+
+def test_smoothing_is_unbiased_and_undelayed():
+    assert _smooth(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
+    line = np.arange(600.0)
+    assert _smooth(line)[100:500] == pytest.approx(line[100:500], abs=1e-2)
+    noise = np.random.default_rng(0).normal(size=6000)
+    assert _smooth(noise).std() < 0.2

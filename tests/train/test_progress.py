@@ -1,0 +1,86 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from jaxlm.train import progress
+from jaxlm.train.progress import Progress
+
+VALUES = {"loss": 5.1234, "accuracy": 0.1234, "tokens_per_s": 12345.6}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def console(*, terminal):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=120, color_system=None)
+
+
+def test_without_a_terminal_there_are_plain_lines(clock):
+    plain = console(terminal=False)
+    with Progress(1000, console=plain) as bar:
+        with bar.status("compiling the train step"):
+            clock[0] += 12.34
+        bar.update(100, 0.1, VALUES)
+        clock[0] += 60
+        bar.update(200, 0.2, VALUES | {"mfu": 0.415})
+        bar.print("evaluation at step 200: loss 5.0 [MASK]")
+        bar.warn("3 masked tokens did not fit")
+        clock[0] += 480
+        bar.update(1000, 1.0, {"loss": 4.0})
+    assert plain.file.getvalue().splitlines() == [
+        "compiling the train step …",
+        "compiling the train step: 12.3 s",
+        "step 100/1,000 · 10% · loss 5.123 · accuracy 12.3% · 12,346 tokens/s",
+        "step 200/1,000 · 20% · loss 5.123 · accuracy 12.3% · 12,346 tokens/s · MFU 41.5%"
+        " · 8:00 left",
+        "evaluation at step 200: loss 5.0 [MASK]",
+        "warning: 3 masked tokens did not fit",
+        "step 1,000/1,000 · 100% · loss 4.000",
+    ]
+
+
+def test_on_a_terminal_there_is_one_bar_below_the_lines(clock):
+    terminal = console(terminal=True)
+    with Progress(None, console=terminal) as bar:
+        with bar.status("compiling the train step"):
+            bar._live.refresh()
+            assert "compiling the train step …" in terminal.file.getvalue()
+            clock[0] += 3
+        bar.update(7, 0.25, VALUES)
+        bar._live.refresh()
+        clock[0] += 3600
+        bar.update(9, 0.5, VALUES)
+        bar.print("evaluation")
+    text = terminal.file.getvalue()
+    assert "compiling the train step: 3.0 s" in text
+    assert text.rindex("evaluation") < text.rindex("step 9")
+    first, second = text[text.rindex("step 9") :].splitlines()[:2]
+    assert re.search(r"━ +50% +2:00:00 left", first)
+    assert "loss 5.123 · accuracy 12.3% · 12,346 tokens/s" in second
+
+
+def test_an_invisible_one_is_silent(capfd):
+    with Progress(10, visible=False) as bar:
+        with bar.status("compiling"):
+            pass
+        bar.update(1, 0.1, VALUES)
+        bar.print("text")
+        bar.warn("text")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_error_leaves_the_terminal_clean():
+    terminal = console(terminal=True)
+    with (
+        pytest.raises(RuntimeError, match="diverged"),
+        Progress(10, console=terminal) as bar,
+        bar.status("compiling"),
+    ):
+        raise RuntimeError("diverged")
+    assert terminal.file.getvalue().endswith("\x1b[?25h")  # the cursor is shown again
