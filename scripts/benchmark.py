@@ -1,0 +1,296 @@
+"""Measure jaxlm's training step against other frameworks, on this machine.
+
+    pip install -e ".[bench]" && python scripts/benchmark.py mlm
+
+Every variant is a live process. They take turns, in an order that rotates with each round: one
+runs for about a second while all others sleep. A turn during which other processes used the
+CPU, or a hypervisor took it away, is repeated a few times. Reported are medians over rounds,
+and ratios between steps of the same round, with their range. The loss after a few steps is there
+to show that all variants do the same work; the strongest torch is the fastest of each table.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from ctypes.util import find_library
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import tyro
+from benchmark_protocol import PREFIX, Chunk, Ready, Work, wait_until_quiet
+from benchmark_report import Result, is_clean, peak_flops, summarize, to_markdown
+
+from jaxlm.errors import InputError
+
+ATTEMPTS = 4
+"""Turns of one round, until one is clean."""
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+SHAPES: dict[str, dict[str, int]] = {
+    "mini": {"num_layers": 4, "hidden_dim": 256, "num_heads": 4, "mlp_dim": 1024},
+    "small": {"num_layers": 4, "hidden_dim": 512, "num_heads": 8, "mlp_dim": 2048},
+    "base": {"num_layers": 12, "hidden_dim": 768, "num_heads": 12, "mlp_dim": 3072},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlm:
+    """Masked-language-model pretraining: BERT, AdamW, 15 % masked, dropout 0.1."""
+
+    sizes: tuple[Literal["mini", "small", "base"], ...] = ("mini", "small", "base")
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] | None = None
+    """None = both on a CPU, bfloat16 on a GPU."""
+    batch_size: dict[str, int] = field(
+        default_factory=lambda: {"mini": 32, "small": 32, "base": 16}
+    )
+    """Rows of a step, by size."""
+    row_length: int = 128
+    vocab_size: int = 30522
+    device: Literal["cpu", "cuda"] | None = None
+    """None = cuda where there is an NVIDIA device, else cpu."""
+    rounds: int = 7
+    chunk_seconds: float = 1.0
+    """Length of a turn; two steps at least."""
+    python_torch: Path | None = None
+    """Interpreter for the torch workers; None = this one."""
+    tcmalloc: Path | None = None
+    """libtcmalloc_minimal for the tuned torch variants; None = the system's, if installed."""
+    peak_tflops: float | None = None
+    """The GPU's dense bfloat16 peak, for MFU; None = known for common data-centre GPUs."""
+    output: Path = Path("benchmark.json")
+    """All measurements."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of a table, and how to start its worker."""
+
+    label: str
+    command: list[str]
+    work: Work
+    env: dict[str, str]
+    allocator: str
+    is_torch: bool
+
+
+class Worker:
+    """A live process that runs steps of one variant when asked."""
+
+    def __init__(self, variant: Variant, stack: ExitStack, errors: IO[str]) -> None:
+        self.variant = variant
+        self.chunks: list[Chunk] = []
+        self._errors = errors
+        self._process = stack.enter_context(
+            subprocess.Popen(
+                [*variant.command, json.dumps(asdict(variant.work))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                env=_clean_environment() | variant.env,
+            )
+        )
+        stack.callback(self._process.kill)
+        self.ready = Ready(**self._answer())
+
+    def run(self, chunk_seconds: float) -> Chunk:
+        """Run a turn of about that long."""
+        steps = max(2, math.ceil(chunk_seconds / self.ready.step_seconds))
+        assert self._process.stdin is not None
+        print(steps, file=self._process.stdin, flush=True)
+        return Chunk(**self._answer())
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(PREFIX):
+                return json.loads(line.removeprefix(PREFIX))
+        self._errors.seek(0)
+        reason = (self._errors.read().strip().splitlines() or ["no message"])[-1]
+        status = self._process.wait()
+        way_out = 'pip install -e ".[bench]", or name an environment with --python-torch'
+        raise InputError(
+            f"{self.variant.label}: the worker ended with status {status} ({reason})"
+            + (f"; if torch or transformers is missing: {way_out}" if self.variant.is_torch else "")
+        )
+
+
+def _clean_environment() -> dict[str, str]:
+    """Ours, without allocator settings: each variant states its own."""
+    own = {"LD_PRELOAD", "GLIBC_TUNABLES"}
+    return {name: value for name, value in os.environ.items() if name not in own}
+
+
+def tuned_allocator(tcmalloc: Path | None) -> tuple[dict[str, str], str]:
+    """The best allocator settings at hand for torch on a CPU: (environment, name)."""
+    if sys.platform != "linux":
+        return {}, "default"
+    if tcmalloc is not None and not tcmalloc.is_file():
+        raise InputError(f"--tcmalloc {tcmalloc}: no such file")
+    library = str(tcmalloc) if tcmalloc else find_library("tcmalloc_minimal")
+    return ({"LD_PRELOAD": library}, "tcmalloc") if library else (HUGE_PAGES, "glibc huge pages")
+
+
+def mlm_variants(
+    options: Mlm,
+    size: str,
+    dtype: Literal["float32", "bfloat16"],
+    device: Literal["cpu", "cuda"],
+) -> list[Variant]:
+    """The rows of one table; the first is the reference."""
+    scripts = Path(__file__).parent
+    torch_command = [
+        str(options.python_torch or sys.executable),
+        str(scripts / "benchmark_torch.py"),
+    ]
+    jaxlm_command = [sys.executable, str(scripts / "benchmark_jaxlm.py")]
+    tuned = Work(
+        recipe="tuned",
+        dtype=dtype,
+        device=device,
+        batch_size=options.batch_size[size],
+        row_length=options.row_length,
+        vocab_size=options.vocab_size,
+        **SHAPES[size],
+    )
+    shipped = replace(tuned, recipe="shipped")
+    on_cpu = device == "cpu"
+    torch_env, torch_allocator = tuned_allocator(options.tcmalloc) if on_cpu else ({}, "torch")
+    # All workers of a table live on the GPU at once, so jax may not take most of it at its start.
+    jax_env = HUGE_PAGES if on_cpu else {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".40"}
+    jax_allocator = "glibc huge pages" if on_cpu else "jax"
+    # A compile time read from a cache would be no compile time.
+    jax_env = jax_env | {"JAX_PLATFORMS": device, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    compile_env = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+
+    def torch(label: str, work: Work, env: dict[str, str], allocator: str) -> Variant:
+        return Variant(
+            label=label,
+            command=torch_command,
+            work=work,
+            env=env,
+            allocator=allocator,
+            is_torch=True,
+        )
+
+    default = "default" if on_cpu else "torch"
+    variants = []
+    if on_cpu or dtype == "float32":
+        reference = replace(shipped, dtype="float32")
+        variants.append(torch("HF as shipped, float32", reference, {}, default))
+    if dtype == "bfloat16":
+        variants.append(torch("HF as shipped, bf16 autocast", shipped, {}, default))
+    how = "float32" if dtype == "float32" else "bf16 autocast"
+    variants.append(torch(f"HF + gathered head, {how}", tuned, torch_env, torch_allocator))
+    if not on_cpu:
+        compiled = replace(tuned, recipe="compiled")
+        variants.append(
+            torch(f"HF + gathered head + compile, {how}", compiled, compile_env, "torch")
+        )
+    jaxlm = Variant(
+        label=f"jaxlm, {dtype}",
+        command=jaxlm_command,
+        work=tuned,
+        env=jax_env,
+        allocator=jax_allocator,
+        is_torch=False,
+    )
+    return [*variants, jaxlm]
+
+
+def measure(variants: list[Variant], rounds: int, chunk_seconds: float) -> list[Result]:
+    """Start all variants, let them take turns, stop them."""
+    with ExitStack() as stack:
+        workers = []
+        for variant in variants:
+            _say(f"  starting {variant.label}")
+            errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            workers.append(Worker(variant, stack, errors))
+        for number in range(rounds):
+            _say(f"  round {number + 1} of {rounds}")
+            first = number % len(workers)
+            for worker in workers[first:] + workers[:first]:
+                worker.chunks.append(_clean_turn(worker, chunk_seconds))
+        return [
+            Result(
+                label=worker.variant.label,
+                is_torch=worker.variant.is_torch,
+                work=worker.variant.work,
+                allocator=worker.variant.allocator,
+                ready=worker.ready,
+                chunks=worker.chunks,
+            )
+            for worker in workers
+        ]
+
+
+def _clean_turn(worker: Worker, chunk_seconds: float) -> Chunk:
+    """A turn without contamination, or else the least contaminated of a few."""
+    turns: list[Chunk] = []
+    for _ in range(ATTEMPTS):
+        wait_until_quiet(1.5)
+        turns.append(worker.run(chunk_seconds))
+        if is_clean(turns[-1]):
+            return turns[-1]
+    return min(turns, key=lambda turn: max(turn.others_share, turn.steal_share))
+
+
+def run_mlm(options: Mlm) -> None:
+    """Print a table for every size and dtype, and write all measurements."""
+    if min(options.rounds, options.row_length, *options.batch_size.values()) < 1:
+        raise InputError("--rounds, --row-length and every --batch-size must be at least 1")
+    if not options.output.parent.is_dir():
+        raise InputError(f"--output {options.output}: the folder does not exist")
+    device = options.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
+    dtypes = options.dtypes or (("float32", "bfloat16") if device == "cpu" else ("bfloat16",))
+    groups: list[dict[str, Any]] = []
+    report = {"command": sys.argv, "machine": _machine(), "groups": groups}
+    for size in options.sizes:
+        for dtype in dtypes:
+            title = (
+                f"BERT-{size}, {dtype}, batch {options.batch_size[size]} × {options.row_length} "
+                f"tokens, vocabulary {options.vocab_size:,}"
+            )
+            _say(title)
+            variants = mlm_variants(options, size, dtype, device)
+            results = measure(variants, options.rounds, options.chunk_seconds)
+            peak = None
+            if device == "cuda":
+                given = options.peak_tflops
+                peak = given * 1e12 if given else peak_flops(results[0].ready.device_name)
+            rows = summarize(results, peak)
+            versions = sorted({result.ready.versions for result in results})
+            where = results[0].ready.device_name or f"{_machine()['cpu']}, {os.cpu_count()} CPUs"
+            print(f"\n### {title}\n\n{where}; {'; '.join(versions)}\n\n{to_markdown(rows)}\n")
+            groups.append(
+                {"title": title, "table": rows, "results": [asdict(result) for result in results]}
+            )
+            # After each table: an hour's measurements survive an interruption.
+            options.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    print(f"All measurements: {options.output}")
+
+
+def _machine() -> dict[str, str]:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((li.split(":")[1].strip() for li in lines if li.startswith("model name")), cpu)
+    return {"cpu": cpu, "cpus": str(os.cpu_count()), "system": platform.platform()}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        run_mlm(tyro.extras.subcommand_cli_from_dict({"mlm": Mlm}))
+    except InputError as error:
+        _say(f"error: {error}")
+        sys.exit(2)

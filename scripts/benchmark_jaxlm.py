@@ -1,0 +1,128 @@
+"""A worker of ``benchmark.py mlm``: jaxlm's own model, objective, optimizer and training step.
+
+Masks are drawn afresh on the device within every step, which the torch workers leave to their
+data loader, outside of what is timed.
+"""
+
+from collections.abc import Callable
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmark_protocol import Work, read_work, serve
+
+from jaxlm import tree
+from jaxlm.models.bert import BertConfig
+from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.objectives.masked_lm import make_loss
+from jaxlm.objectives.masking import MaskingConfig, Vocabulary
+from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxlm.sharding import MeshConfig, make_mesh
+from jaxlm.sums import Sums
+from jaxlm.train.placement import HostBatch, jit_placement
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import make_eval_step, make_train_step
+from jaxlm.typing import PRNGKey
+
+NUM_SPECIAL, START_ID, MASK_ID = 1000, 101, 103
+"""Of BERT's vocabulary: below 1000 are special and unused tokens."""
+
+
+def make_batch(work: Work) -> HostBatch:
+    """Full rows of random tokens, one document each."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(NUM_SPECIAL, work.vocab_size, (work.batch_size, work.row_length))
+    return {
+        "tokens": tokens.astype(np.int32),
+        "lengths": np.full(work.batch_size, work.row_length, np.int32),
+        "index": np.arange(work.batch_size, dtype=np.int32),
+    }
+
+
+def make_vocabulary(work: Work) -> Vocabulary:
+    """Every token from ``NUM_SPECIAL`` up is ordinary and a word of its own."""
+    is_ordinary = np.arange(work.vocab_size) >= NUM_SPECIAL
+    return Vocabulary(
+        mask_id=MASK_ID,
+        start_id=START_ID,
+        ordinary=jnp.arange(NUM_SPECIAL, work.vocab_size),
+        is_ordinary=jnp.asarray(is_ordinary),
+        word_starts=jnp.asarray(is_ordinary),
+    )
+
+
+def make_model(work: Work) -> MaskedLm:
+    """BERT with its masked-language-model head."""
+    config = BertConfig(
+        vocab_size=work.vocab_size,
+        num_layers=work.num_layers,
+        hidden_dim=work.hidden_dim,
+        num_heads=work.num_heads,
+        mlp_dim=work.mlp_dim,
+        max_length=max(512, work.row_length),
+        dropout_rate=work.dropout_rate,
+        attention_dropout_rate=work.dropout_rate,
+        dtype=work.dtype,
+    )
+    return MaskedLm(config.make(), MlmHead(dtype=jnp.dtype(work.dtype)))
+
+
+def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
+    """A function that dispatches one training step and returns what it will give."""
+    # As torch's AdamW: constant learning rate, its own constants, and no clipping.
+    optimization = OptimizerConfig(
+        peak_lr=work.peak_lr,
+        schedule="constant",
+        warmup_share=0.0,
+        b2=0.999,
+        epsilon=1e-8,
+        weight_decay=work.weight_decay,
+        clip_norm=None,
+    )
+    model, optimizer = make_model(work), make_optimizer(optimization)
+    masking = MaskingConfig(rate=work.mask_rate, budget=work.num_masked)
+    loss = make_loss(model.apply, make_vocabulary(work), masking)
+
+    def init(key: PRNGKey) -> TrainState:
+        variables = model.init(key, jnp.zeros((1, work.row_length), jnp.int32))
+        return TrainState.create(*tree.partition(variables, lambda path: True), optimizer)
+
+    placement = jit_placement(
+        init,
+        make_train_step(loss, optimizer, make_schedule(optimization), seed=0),
+        make_eval_step(loss, seed=0),
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+    )
+    batch, progress = placement.put_batch(make_batch(work)), jnp.zeros(())
+    state = placement.init(jax.random.key(0))
+
+    def step() -> tuple[TrainState, Sums]:
+        nonlocal state
+        state, sums = placement.train_step(state, batch, progress)
+        return state, sums
+
+    return step
+
+
+def main() -> None:
+    """Build the step and serve it."""
+    work = read_work()
+
+    def finish(handle: tuple[TrainState, Sums]) -> float:
+        _, sums = jax.block_until_ready(handle)
+        return sums.means()["loss"]
+
+    serve(
+        work,
+        versions=f"jax {jax.__version__}, flax {flax.__version__}",
+        device_name=jax.devices()[0].device_kind if work.device == "cuda" else "",
+        compiles=True,
+        step=make_step(work),
+        finish=finish,
+        device_peak_bytes=lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"],
+    )
+
+
+if __name__ == "__main__":
+    main()

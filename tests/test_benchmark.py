@@ -1,0 +1,246 @@
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jaxlm.errors import InputError
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+FAKE_WORKER = """
+import time
+from benchmark_protocol import read_work, serve
+
+print("a library's greeting")
+serve(
+    read_work(), versions="fake 1", device_name="Fake H100", compiles=True,
+    step=lambda: time.sleep(0.002), finish=lambda handle: 1.5, device_peak_bytes=lambda: 3 * 2**20,
+)
+"""
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
+
+
+def load(name):
+    return importlib.import_module(name)
+
+
+def make_work(**changes):
+    work = load("benchmark_protocol").Work(
+        recipe="tuned",
+        dtype="float32",
+        device="cpu",
+        num_layers=12,
+        hidden_dim=768,
+        num_heads=12,
+        mlp_dim=3072,
+        vocab_size=30522,
+        batch_size=16,
+        row_length=128,
+    )
+    return replace(work, **changes)
+
+
+def make_result(label, rounds, *, is_torch=True, contaminated=(), work=None):
+    protocol, report = load("benchmark_protocol"), load("benchmark_report")
+    chunks = [
+        protocol.Chunk(
+            step_seconds=[seconds, seconds, 9 * seconds],
+            others_share=0.5 if i in contaminated else 0.01,
+            steal_share=0.0,
+            peak_mib=100.0 + i,
+        )
+        for i, seconds in enumerate(rounds)
+    ]
+    ready = protocol.Ready(
+        versions="fake 1",
+        device_name="",
+        compile_seconds=None if is_torch else 1.25,
+        step_seconds=1.0,
+        loss=10.0,
+        peak_mib=1500.0,
+    )
+    return report.Result(
+        label=label,
+        is_torch=is_torch,
+        work=work or make_work(),
+        allocator="default",
+        ready=ready,
+        chunks=chunks,
+    )
+
+
+def test_flops_per_token_of_bert_base():
+    flops = load("benchmark_report").step_flops
+    # 6 per weight of the encoder's 84,934,656, attention's 12 S H N, the head at 20 of 128.
+    expected = 6 * 84_934_656 + 12 * 128 * 768 * 12 + 20 / 128 * 6 * (768**2 + 768 * 30522)
+    assert flops(make_work()) / (16 * 128) == pytest.approx(expected, rel=1e-12)
+    shipped, tuned = flops(make_work(recipe="shipped")), flops(make_work())
+    assert shipped - tuned == 3 * 16 * 108 * 2 * (768**2 + 768 * 30522)
+
+
+def test_masked_positions_of_a_row():
+    assert make_work().num_masked == 20
+    assert make_work(row_length=512).num_masked == 77
+    assert make_work(recipe="shipped").num_projected == 128
+
+
+def test_ratios_compare_steps_of_the_same_round():
+    report = load("benchmark_report")
+    # The machine is half as fast in round 1: medians differ, ratios do not.
+    reference, fast = make_result("a", [4.0, 8.0]), make_result("b", [1.0, 2.0])
+    assert report.round_ratios(fast, reference) == [4.0, 4.0]
+    assert report.round_ratios(reference, reference) == [1.0, 1.0]
+
+
+def test_contaminated_rounds_count_only_if_all_are():
+    report = load("benchmark_report")
+    reference = make_result("a", [4.0, 4.0, 4.0], contaminated={0})
+    fast = make_result("b", [1.0, 2.0, 100.0], contaminated={2})
+    assert report.round_ratios(fast, reference) == [2.0]
+    assert report.median_seconds(fast) == 1.5
+    hopeless = make_result("c", [1.0, 2.0, 3.0], contaminated={0, 1, 2})
+    assert report.round_ratios(hopeless, reference) == pytest.approx([4.0, 2.0, 4 / 3])
+    assert report.median_seconds(hopeless) == 2.0
+
+
+def test_strongest_is_the_fastest_of_torch_only():
+    report = load("benchmark_report")
+    results = [make_result("slow", [4.0]), make_result("fast", [2.0])]
+    ours = make_result("ours", [1.0], is_torch=False)
+    assert report.strongest_torch([*results, ours]).label == "fast"
+
+
+def test_table_has_a_row_a_variant():
+    report = load("benchmark_report")
+    results = [
+        make_result("HF", [4.0, 4.0], work=make_work(recipe="shipped")),
+        make_result("tuned", [2.0, 2.0]),
+        make_result("ours", [1.0, 1.25], is_torch=False),
+    ]
+    rows = report.summarize(results, peak=1e12)
+    assert rows[0]["× HF as shipped"] == "1.00 (1.00–1.00)"
+    assert rows[2]["× HF as shipped"] == "3.60 (3.20–4.00)"
+    assert rows[2]["× strongest torch"] == "1.80 (1.60–2.00)"
+    assert rows[2]["tokens/s"] == "1,820"
+    assert rows[0]["compile s"] == "–"
+    assert (rows[2]["peak MiB"], rows[2]["steady MiB"]) == ("1,500", "101")
+    assert rows[1]["MFU"] == f"{report.step_flops(make_work()) / 2e12:.1%}"
+    assert "MFU" not in report.summarize(results, peak=None)[0]
+    lines = report.to_markdown(rows).splitlines()
+    assert len(lines) == 5
+    assert len({len(line) for line in lines}) == 1
+    assert {line.count("|") for line in lines} == {len(rows[0]) + 1}
+    assert lines[1].startswith("| ---")
+
+
+def test_peak_of_known_devices_only():
+    peak = load("benchmark_report").peak_flops
+    assert peak("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak("NVIDIA H100 PCIe") == 756e12
+    assert peak("NVIDIA GeForce GTX 1080") is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "labels"),
+    [
+        ("cpu", "float32", ["HF as shipped, float32", "HF + gathered head, float32"]),
+        (
+            "cpu",
+            "bfloat16",
+            [
+                "HF as shipped, float32",
+                "HF as shipped, bf16 autocast",
+                "HF + gathered head, bf16 autocast",
+            ],
+        ),
+        (
+            "cuda",
+            "bfloat16",
+            [
+                "HF as shipped, bf16 autocast",
+                "HF + gathered head, bf16 autocast",
+                "HF + gathered head + compile, bf16 autocast",
+            ],
+        ),
+    ],
+)
+def test_variants_of_a_table(device, dtype, labels):
+    benchmark = load("benchmark")
+    variants = benchmark.mlm_variants(benchmark.Mlm(), "mini", dtype, device)
+    assert [v.label for v in variants] == [*labels, f"jaxlm, {dtype}"]
+    assert [v.is_torch for v in variants] == [True] * len(labels) + [False]
+    assert variants[0].env == {}
+
+
+def make_variant(tmp_path, source, **changes):
+    script = tmp_path / "worker.py"
+    script.write_text(source)
+    return load("benchmark").Variant(
+        label="fake",
+        command=[sys.executable, str(script)],
+        work=make_work(**changes),
+        env={},
+        allocator="default",
+        is_torch=True,
+    )
+
+
+def take_any_turn(monkeypatch, benchmark):
+    """Tests run on busy machines, and time nothing."""
+    monkeypatch.setattr(benchmark, "ATTEMPTS", 1)
+    monkeypatch.setattr(benchmark, "wait_until_quiet", lambda limit_seconds: None)
+
+
+def test_workers_take_turns(tmp_path, monkeypatch):
+    benchmark = load("benchmark")
+    take_any_turn(monkeypatch, benchmark)
+    variants = [
+        make_variant(tmp_path, FAKE_WORKER),
+        make_variant(tmp_path, FAKE_WORKER, device="cuda"),
+    ]
+    cpu, gpu = benchmark.measure(variants, rounds=2, chunk_seconds=0.02)
+    assert [len(r.chunks) for r in (cpu, gpu)] == [2, 2]
+    assert len(cpu.chunks[0].step_seconds) > 2
+    assert len(gpu.chunks[0].step_seconds) == 1
+    assert all(s >= 0.002 for r in (cpu, gpu) for c in r.chunks for s in c.step_seconds)
+    assert gpu.chunks[0].peak_mib == 3.0
+    assert (cpu.ready.loss, gpu.ready.device_name) == (1.5, "Fake H100")
+
+
+def test_a_worker_that_fails_is_named(tmp_path):
+    variant = make_variant(tmp_path, "raise SystemExit('No module named torch')")
+    with pytest.raises(InputError, match=r"fake: .* \(No module named torch\).*--python-torch"):
+        load("benchmark").measure([variant], rounds=1, chunk_seconds=0.01)
+
+
+def test_measurements_are_written(tmp_path, monkeypatch, capsys):
+    benchmark = load("benchmark")
+    variants = [make_variant(tmp_path, FAKE_WORKER, device="cuda")]
+    take_any_turn(monkeypatch, benchmark)
+    monkeypatch.setattr(benchmark, "mlm_variants", lambda *_: variants)
+    output = tmp_path / "benchmark.json"
+    options = benchmark.Mlm(
+        sizes=("mini",), rounds=1, chunk_seconds=0.01, device="cuda", output=output
+    )
+    benchmark.run_mlm(options)
+    (group,) = json.loads(output.read_text())["groups"]
+    assert len(group["results"][0]["chunks"]) == 1
+    assert " MFU |" in capsys.readouterr().out
+
+
+def test_bad_options(tmp_path):
+    benchmark = load("benchmark")
+    with pytest.raises(InputError, match="--rounds"):
+        benchmark.run_mlm(benchmark.Mlm(rounds=0))
+    with pytest.raises(InputError, match="missing"):
+        benchmark.run_mlm(benchmark.Mlm(output=tmp_path / "missing" / "b.json"))
+    with pytest.raises(InputError, match=r"none\.so"):
+        benchmark.tuned_allocator(tmp_path / "none.so")
