@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement, jit_placement, pmap_placement
+from jaxlm.train.restore import Cursor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
 from jaxlm.typing import Loss, PRNGKey, Variables
@@ -121,7 +123,9 @@ def make_placement(config: RunConfig, vocabulary: Vocabulary) -> Placement:
     if axis_name is None:
         return jit_placement(init, train_step, eval_step, mesh)
     if mesh.shape["data"] != mesh.size:
-        raise InputError("placement=pmap is data parallel only: leave the mesh as it is, or use jit")
+        raise InputError(
+            "placement=pmap is data parallel only: leave the mesh as it is, or use jit"
+        )
     return pmap_placement(init, train_step, eval_step, axis_name)
 
 
@@ -139,7 +143,7 @@ class Run:
     tokenizer: Tokenizer
     step: int
     variables: Variables
-    cursor: dict
+    cursor: Cursor
     placement: Placement
 
     @property
@@ -170,7 +174,12 @@ def open_run(directory: Path | str, step: int | None = None) -> Run:
         {"trainable": placement.abstract_state.trainable},
         restore.best_step(checkpoints) if step is None else step,
     )
-    check_tokenizer(tokenizers.fingerprint(tokenizer), restored.cursor, directory)
+    found, trained = tokenizers.fingerprint(tokenizer), restored.cursor["tokenizer_sha256"]
+    if found != trained:
+        raise InputError(
+            f"{directory / TOKENIZER} (sha256 {found[:12]}) is not the tokenizer that the "
+            f"checkpoint was trained with ({trained[:12]}): restore it"
+        )
     return Run(
         config, tokenizer, restored.step, restored.state["trainable"], restored.cursor, placement
     )
@@ -181,24 +190,38 @@ def _whole(batch_size: int) -> int:
     return math.ceil(batch_size / jax.device_count()) * jax.device_count()
 
 
-def check_tokenizer(fingerprint: str, cursor: dict, where: Path) -> None:
-    """The checkpoint must have been trained with this tokenizer."""
-    if fingerprint != cursor["tokenizer_sha256"]:
-        raise InputError(
-            f"the checkpoint in {where} was trained with another tokenizer (sha256 "
-            f"{cursor['tokenizer_sha256'][:12]}) than this one ({fingerprint[:12]}): use the "
-            f"run's own {where / TOKENIZER}"
-        )
+def write_folder(directory: Path, config: RunConfig, tokenizer: Path) -> None:
+    """Start a run folder: the resolved config, and the tokenizer."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG).write_text(configs.to_json(config))
+        shutil.copyfile(tokenizer, directory / TOKENIZER)
+    except OSError as error:
+        raise InputError(f"the run folder {directory} cannot be written: {error}") from error
 
 
-def make_cursor(config: RunConfig, datasets: Iterable[Prepared]) -> dict:
+def make_cursor(config: RunConfig, datasets: Sequence[Prepared]) -> Cursor:
     """Where a run stands at its start, and what it stands on."""
-    datasets = list(datasets)
     return {
         "examples_seen": 0,
+        "tokens_seen": 0.0,
         "elapsed_s": 0.0,
+        "share": 0.0,
         "seed": config.train.seed,
-        "data": [data.info.fingerprint for data in datasets],
+        "data": [dataset.info.fingerprint for dataset in datasets],
         "tokenizer_sha256": datasets[0].info.tokenizer_sha256,
-        "unigram_entropy": datasets[0].info.unigram_entropy,
     }
+
+
+def check_cursor(saved: Cursor, now: Cursor, directory: Path) -> None:
+    """A run goes on with the tokenizer, data and seed it began with, or not at all."""
+    for name in ("tokenizer_sha256", "data", "seed"):
+        if saved[name] != now[name]:
+            raise InputError(
+                f"the run in {directory} was trained with {name} {_short(saved[name])} and would "
+                f"go on with {_short(now[name])}: restore it, or give the run another --name"
+            )
+
+
+def _short(value: object) -> str:
+    return str(value) if isinstance(value, int) else str(value)[:16] + "…"

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxlm.errors import InputError
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
@@ -53,14 +54,32 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_dim % self.num_heads:
-            raise ValueError(
+            raise InputError(
                 f"hidden_dim={self.hidden_dim} is not divisible by num_heads={self.num_heads}"
             )
+        rates = {
+            "dropout_rate": self.dropout_rate,
+            "attention_dropout_rate": self.attention_dropout_rate,
+        }
+        for name, rate in rates.items():
+            if not 0 <= rate < 1:
+                raise InputError(f"{name}={rate} is not inside [0, 1); 0.1 is usual, 0 is off")
+
+    def forward_flops(self, length: int, num_predicted: int) -> float:
+        """Of one row through encoder and masked-language-model head, multiply-adds as two.
+
+        The products alone: projections, attention over ``length`` positions, and the vocabulary at
+        ``num_predicted`` of them. A training step is three times that.
+        """
+        h, m = self.hidden_dim, self.mlp_dim
+        layer = 2 * (4 * h * h + 2 * h * m) + 4 * length * h
+        head = 2 * h * h + 2 * h * (self.vocab_size or 0)
+        return float(length * self.num_layers * layer + num_predicted * head)
 
     def make(self) -> "Bert":
         """The encoder. ``vocab_size`` must be known by now."""
         if self.vocab_size is None:
-            raise ValueError("vocab_size=None: set it to the size of the tokenizer's vocabulary")
+            raise InputError("vocab_size=None: set it to the size of the tokenizer's vocabulary")
         return Bert(config=self)
 
 
@@ -146,7 +165,7 @@ class Bert(nn.Module):
         c = self.config
         length = tokens.shape[1]
         if length > c.max_length:
-            raise ValueError(f"rows of {length} tokens do not fit max_length={c.max_length}")
+            raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
         if positions is None:
             positions = jnp.arange(length)[None, :]
         if token_type_ids is None:

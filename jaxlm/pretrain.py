@@ -1,0 +1,125 @@
+"""Pretraining from a configuration: the whole way from text to a run folder."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from jaxlm import config as configs
+from jaxlm import run, tree
+from jaxlm.config import RunConfig
+from jaxlm.data import tokenizers
+from jaxlm.data.loader import eval_batches, train_batches
+from jaxlm.data.prepare import prepare
+from jaxlm.data.prepared import Prepared, open_prepared
+from jaxlm.errors import InputError
+from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.loop import evaluate, fit
+from jaxlm.train.metrics import Throughput, WandbWriter, Writer
+from jaxlm.train.progress import Progress
+from jaxlm.train.restore import list_steps
+from jaxlm.train.state import TrainState
+from jaxlm.train.view import View
+
+
+def pretrain(config: RunConfig) -> Path:
+    """Prepare what is missing, train, and leave a self-contained run folder; returns it.
+
+    Where the folder holds an unfinished run, that run goes on.
+    """
+    main_process = jax.process_index() == 0
+    console = Console(quiet=not main_process, highlight=False)
+    datasets = open_data(config, console)
+    info = datasets[0].info
+    config = run.resolve(config, info, jax.default_backend())
+    vocabulary = run.make_vocabulary(tokenizers.load(datasets[0].tokenizer_path))
+    placement = run.make_placement(config, vocabulary)
+    directory = config.directory
+    resuming = bool(list_steps(directory / run.CHECKPOINTS))
+    if resuming and not config.resume:
+        raise InputError(f"{directory} holds a run: give another --name, or leave out --no-resume")
+    console.print(
+        f"{config.name}: {tree.num_params(placement.abstract_state.trainable) / 1e6:.1f} M "
+        f"parameters, {sum(d.info.tokens['train'] for d in datasets) / 1e6:.2f} M tokens in rows "
+        f"of {info.row_length}, {jax.device_count()} x {jax.devices()[0].device_kind}"
+    )
+
+    throughput = Throughput(
+        run.flops_per_token(config, info.row_length),
+        jax.devices()[0].device_kind,
+        jax.device_count(),
+    )
+    checkpoints = directory / run.CHECKPOINTS
+    with (
+        Progress(config.train.steps, visible=main_process, console=console) as progress,
+        Checkpointer(checkpoints, keep=config.train.keep, report=progress.warn) as checkpointer,
+    ):
+        # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. from scratch.
+        if resuming:
+            restored = checkpointer.restore(placement.abstract_state)
+            run.check_cursor(restored.cursor, run.make_cursor(config, datasets), directory)
+            state, cursor = restored.state, restored.cursor
+            progress.print(f"going on from step {restored.step} of {directory}")
+        else:
+            state = placement.init(jax.random.key(config.train.seed))
+            cursor = run.make_cursor(config, datasets)
+        if main_process:
+            run.write_folder(directory, config, datasets[0].tokenizer_path)
+
+        def evaluation(state: TrainState) -> dict[str, float]:
+            batches = eval_batches(
+                datasets[0],
+                config.data.batch_size,
+                max_rows=config.train.eval_rows,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            )
+            return evaluate(placement, state, batches)
+
+        with View(
+            directory if main_process else None,
+            progress,
+            throughput,
+            step=int(state.step),
+            tokens_seen=cursor["tokens_seen"],
+            log_every=config.train.log_every,
+            reference={"unigram entropy": info.unigram_entropy},
+            more_writers=writers(config) if main_process else (),
+        ) as view:
+            fit(
+                config.train,
+                placement,
+                state,
+                train_batches(
+                    datasets,
+                    config.data,
+                    seed=config.train.seed,
+                    examples_seen=cursor["examples_seen"],
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                ),
+                evaluation,
+                checkpointer,
+                cursor,
+                view,
+                batch_size=config.data.batch_size,
+            )
+    return directory
+
+
+def open_data(config: RunConfig, console: Console) -> list[Prepared]:
+    """All prepared data of a run; the first is made where it is missing and the config says how."""
+    first = Path(config.data.paths[0])
+    if config.prepare is not None and jax.process_index() == 0:
+        prepare(config.prepare, first, console=console)
+    return [open_prepared(path) for path in config.data.paths]
+
+
+def writers(config: RunConfig) -> Iterable[Writer]:
+    """Weights & Biases, where the config asks for it."""
+    if config.wandb is None:
+        return ()
+    settings = dataclasses.asdict(config)
+    return (WandbWriter(config.directory, project=config.wandb, config=settings),)

@@ -1,0 +1,21 @@
+"""Pretrain by filling in text: ``python scripts/pretrain.py configs/quickstart.py``.
+
+Every field of the config can be changed behind it, such as ``--optimizer.peak-lr 3e-4``; put
+``--help`` there for all of them. The same command goes on where an interrupted run was saved.
+"""
+
+from jaxlm.startup import tune_process
+
+tune_process()
+
+from jaxlm import config, pretrain  # noqa: E402  (the allocator is settled before JAX starts)
+from jaxlm.errors import report_input_errors  # noqa: E402
+
+if __name__ == "__main__":
+    with report_input_errors():
+        directory = pretrain.pretrain(config.load())
+        print(
+            f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
+            f'  python scripts/predict.py {directory} fill-mask "Return the [MASK] of the list."\n'
+            f"  python scripts/evaluate.py {directory}"
+        )
