@@ -1,5 +1,22 @@
 """What a person can mend: one sentence that names the value, the place, and the way out."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Bad input. Scripts print its message alone, without a traceback, and exit with 2."""
+
+
+@contextmanager
+def report_input_errors() -> Iterator[None]:
+    """Around a script: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

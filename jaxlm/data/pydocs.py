@@ -13,10 +13,10 @@ from jaxlm.data import files
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
 
-_WITHOUT_PROSE = frozenset(
-    "test tests idle_test idlelib turtledemo site-packages dist-packages _bundled lib2to3".split()
-)
+_NOT_LIBRARY = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "_bundled"}
+_INSTALLED = {"site-packages", "dist-packages"}
 _HEADING = re.compile(r"^\S.*\n([=*\-~^\"'#])\1{2,}$", re.MULTILINE)
+_QUOTED = re.compile(r"`([^`'\s]+)'")  # old docstrings quote `so'
 _ROLE = re.compile(r":[a-z:]+:`~?([^`<]+)[^`]*`")  # :class:`list` reads as list
 _MARKUP = re.compile(r"[`*|]+|\[\d+\]_?|(?<=:):")
 _WORD = re.compile(r"[\"'(]*[A-Za-z]+(['’-][A-Za-z]+)*[\"')]*[.,;:!?]*[\"')]*")
@@ -48,7 +48,7 @@ class PyDocs:
 def _collect() -> tuple[tuple[Path, tuple[str, ...]], ...]:
     found = []
     for path in _modules():
-        texts = _topics(path) if path.name == "topics.py" else _docstrings(path)
+        texts = _topics(path) if path.parent.name == "pydoc_data" else _docstrings(path)
         found.append((path, tuple(text for text in map(_prose, texts) if text)))
     return tuple(found)
 
@@ -60,13 +60,12 @@ def _modules() -> list[Path]:
     modules = [
         root / name
         for name in names
-        if _WITHOUT_PROSE.isdisjoint(name.split("/"))
+        if (_NOT_LIBRARY | _INSTALLED).isdisjoint(name.split("/"))
         and not name.startswith(("config-", "_sysconfigdata", "pydoc_data/__init__"))
     ]
     if not modules:
         raise InputError(f"the interpreter's library {root} holds no Python source to read")
-    topics = [path for path in modules if path.name == "topics.py"]
-    return topics + [path for path in modules if path not in topics]
+    return sorted(modules, key=lambda path: path.parent.name != "pydoc_data")
 
 
 def _topics(path: Path) -> Iterator[str]:
@@ -92,11 +91,9 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 def _prose(text: str) -> str:
     """The paragraphs that read as sentences, without markup: no code, doctests, tables, titles."""
-    text = _ROLE.sub(r"\1", _HEADING.sub("", text))
+    text = _QUOTED.sub(r"'\1'", _ROLE.sub(r"\1", _HEADING.sub("", text)))
     paragraphs = (" ".join(block.split()) for block in re.split(r"\n\s*\n", text))
-    return "\n".join(
-        _MARKUP.sub("", paragraph) for paragraph in paragraphs if _is_prose(paragraph)
-    )
+    return "\n".join(_MARKUP.sub("", paragraph) for paragraph in paragraphs if _is_prose(paragraph))
 
 
 def _is_prose(paragraph: str) -> bool:

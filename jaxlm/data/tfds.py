@@ -1,11 +1,15 @@
 """Text from TensorFlow Datasets, without TensorFlow."""
 
 import hashlib
+import logging
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
@@ -73,22 +77,20 @@ class Tfds:
         return builder
 
     def _find_builder(self) -> Any:
-        import tensorflow_datasets as tfds
-        from tensorflow_datasets import (  # noqa: F401  (registers the names TFDS itself skips)
-            question_answering,
-            summarization,
-            text,
-            text_simplification,
-            translate,
-        )
+        # TFDS registers these on import, but stops at the first module whose needs are not met.
+        import tensorflow_datasets.question_answering
+        import tensorflow_datasets.summarization
+        import tensorflow_datasets.text
+        import tensorflow_datasets.text_simplification
+        import tensorflow_datasets.translate  # noqa: F401
 
-        settings = {"data_dir": self.data_dir}
+        logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of whatever is unprepared
         try:
             try:
-                return tfds.builder(self.name, file_format="array_record", **settings)
+                return tfds.builder(self.name, data_dir=self.data_dir, file_format="array_record")
             except TypeError:  # a folder of prepared data, read without its code, has one format
-                return tfds.builder(self.name, **settings)
-        except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
+                return tfds.builder(self.name, data_dir=self.data_dir)
+        except (DatasetNotFoundError, ValueError) as error:
             raise InputError(
                 f"TensorFlow Datasets knows no {self.name!r}, and data_dir {self.data_dir!r} holds "
                 "no prepared data set of that name"

@@ -1,0 +1,164 @@
+"""Batches of rows: a global batch is a pure function of (data, seed, examples seen)."""
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxlm.data.prepared import Prepared
+from jaxlm.errors import InputError
+
+HostBatch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run reads."""
+
+    paths: tuple[str, ...]
+    """Folders of prepared data, all with one tokenizer and row length."""
+    weights: tuple[float, ...] | None = None
+    """How often rows come from each, in proportion; None means in proportion to their sizes."""
+    batch_size: int = 256
+    """Rows in a global batch, over all processes."""
+    num_threads: int = 1
+    """Threads that read batches ahead; more help only where storage is slow."""
+    prefetch: int = 4
+    """Batches to read ahead."""
+
+    def __post_init__(self) -> None:
+        if not self.paths:
+            raise InputError("paths is empty; name at least one folder of prepared data")
+        if self.weights is not None and len(self.weights) != len(self.paths):
+            raise InputError(
+                f"{len(self.weights)} weights for {len(self.paths)} paths; give one each"
+            )
+        if self.weights is not None and min(self.weights) <= 0:
+            raise InputError(f"weights {self.weights} are not all positive; drop the path instead")
+        if min(self.batch_size, self.num_threads, self.prefetch) < 1:
+            raise InputError(
+                f"batch_size={self.batch_size}, num_threads={self.num_threads} and "
+                f"prefetch={self.prefetch} must be positive"
+            )
+
+
+def train_batches(
+    datasets: Sequence[Prepared],
+    config: DataConfig,
+    *,
+    seed: int,
+    examples_seen: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[HostBatch]:
+    """This process's part of every global batch, without end, read ahead by threads.
+
+    A batch is ``{"tokens": [local_batch, row_length], "lengths": int32 [local_batch], "index":
+    int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Process p of P holds
+    rows p·B/P to (p+1)·B/P of a global batch of B, so that the parts, put together in order of
+    process, are the same global batch for every P. Row k of a run is the same row for every batch
+    size, so ``examples_seen`` is all there is to save. Each data set is shuffled anew for every
+    epoch.
+    """
+    _check_alike(datasets)
+    local_batch = _local_batch(config.batch_size, process_count)
+    rows = _endless(datasets, config.weights, seed)
+    first = examples_seen + process_index * local_batch
+
+    def batch(step: int) -> HostBatch:
+        start = first + step * config.batch_size
+        return _stack([rows[i] for i in range(start, start + local_batch)], start)
+
+    steps = sys.maxsize // config.batch_size - examples_seen
+    return _read_ahead(batch, steps, config.num_threads, config.prefetch)
+
+
+def eval_batches(
+    dataset: Prepared,
+    batch_size: int,
+    *,
+    split: str = "validation",
+    process_index: int = 0,
+    process_count: int = 1,
+    max_rows: int | None = None,
+) -> Iterator[HostBatch]:
+    """This process's part of every batch of one pass in fixed order, as for :func:`train_batches`.
+
+    The last global batch is filled up with rows of length 0 (all padding), so that every process
+    has the same number of full batches. ``max_rows`` takes only the first so many rows.
+    """
+    local_batch = _local_batch(batch_size, process_count)
+    rows = dataset.source(split)
+    num_rows = len(rows) if max_rows is None else min(max_rows, len(rows))
+    padding = dict(rows[0])
+    padding["tokens"] = np.full_like(padding["tokens"], dataset.info.special.pad)
+    padding["length"] = np.int32(0)
+
+    def batch(step: int) -> HostBatch:
+        start = step * batch_size + process_index * local_batch
+        indices = range(start, start + local_batch)
+        return _stack([rows[i] if i < num_rows else padding for i in indices], start)
+
+    return _read_ahead(batch, -(-num_rows // batch_size), num_threads=1, prefetch=2)
+
+
+def _check_alike(datasets: Sequence[Prepared]) -> None:
+    first, *others = datasets
+    for other in others:
+        for what in ("row_length", "tokenizer_sha256"):
+            here, there = (getattr(data.info, what) for data in (first, other))
+            if here != there:
+                raise InputError(
+                    f"{first.directory} has {what} {here} and {other.directory} has {there}; "
+                    "prepare them alike to train on both"
+                )
+
+
+def _local_batch(batch_size: int, process_count: int) -> int:
+    if batch_size % process_count:
+        raise InputError(f"batch_size={batch_size} is not divisible by {process_count} processes")
+    return batch_size // process_count
+
+
+def _endless(
+    datasets: Sequence[Prepared], weights: Sequence[float] | None, seed: int
+) -> grain.MapDataset:
+    sources = [dataset.source("train") for dataset in datasets]
+    endless = []
+    for i, source in enumerate(sources):
+        (own_seed,) = np.random.SeedSequence([seed, i]).generate_state(1)
+        dataset = grain.MapDataset.source(source).seed(int(own_seed))
+        endless.append(dataset.shuffle().repeat())  # repeat reseeds the shuffle in every epoch
+    if len(endless) == 1:
+        return endless[0]
+    return grain.MapDataset.mix(endless, weights=weights or [len(source) for source in sources])
+
+
+def _stack(records: list[Any], start: int) -> HostBatch:
+    index = np.arange(start, start + len(records)) % 2**31
+    return {
+        "tokens": np.stack([record["tokens"] for record in records]),
+        "lengths": np.array([record["length"] for record in records], np.int32),
+        "index": index.astype(np.int32),
+    }
+
+
+def _read_ahead(
+    batch: Callable[[int], HostBatch], steps: int, num_threads: int, prefetch: int
+) -> Iterator[HostBatch]:
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
+    iterator = iter(grain.MapDataset.range(steps).map(batch).to_iter_dataset(options))
+
+    def batches() -> Iterator[HostBatch]:
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
+
+    result = batches()
+    weakref.finalize(result, iterator.close)  # also if never begun, or still open at exit
+    return result

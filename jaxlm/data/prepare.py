@@ -1,0 +1,230 @@
+"""Preparing data once: text in, rows of token ids out."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from jaxlm.data import rows, tokenizers
+from jaxlm.data.corpus import Corpus, Spool, encode
+from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo, read_info
+from jaxlm.data.sources import PyDocs, Source
+from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.workspace import bar, building, say
+from jaxlm.errors import InputError
+
+_FORMAT = 1  # of the files written; part of every recipe and fingerprint
+_CHUNK = 1 << 24  # tokens counted at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer to train on the training documents, or one to load."""
+
+    path: Path | None = None
+    """A tokenizer.json, a vocab.txt, or a folder with one of them (such as other prepared data).
+    None means to train one."""
+    kind: tokenizers.Kind = "wordpiece"
+    """Which algorithm to train; bpe works on bytes."""
+    vocab_size: int = 16_384
+    """Number of tokens to train, the five special ones among them."""
+    num_documents: int | None = None
+    """Train on no more than the first so many documents; None means on all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What decides the content of prepared data."""
+
+    source: Source = field(default_factory=PyDocs)
+    """Where the text comes from."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """What cuts it into tokens."""
+    row_length: int = 128
+    """Tokens in a row. Documents share rows, and one that does not fit goes on in the next row."""
+    validation_fraction: float = 0.05
+    """Share of the documents to hold out, chosen by a hash of their text."""
+
+    def __post_init__(self) -> None:
+        if self.row_length < 3:
+            raise InputError(f"row_length={self.row_length} has no place for text; use 3 or more")
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(
+                f"validation_fraction={self.validation_fraction} is not in [0, 1); try 0.05"
+            )
+
+
+def prepare(
+    config: PrepareConfig,
+    directory: Path | str,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> PreparedInfo:
+    """Prepare all documents into ``directory``, or find that this has been done.
+
+    The same configuration and text give the same files, byte for byte. The directory appears only
+    when it is complete. Progress goes to ``console``; None is silent.
+    """
+    directory = Path(directory)
+    recipe = make_recipe(config)
+    check_place(directory)
+    if (directory / INFO).exists() and not overwrite:
+        info = read_info(directory)
+        check_same(directory, info.recipe, recipe)
+        say(console, f"{directory} is already prepared")
+        return info
+    with building(directory) as scratch:
+        corpus = Corpus(source=config.source, validation_fraction=config.validation_fraction)
+        tokenizer = _make_tokenizer(config.tokenizer, corpus, console)
+        start = time.perf_counter()
+        with bar(console, "tokenising", config.source.size()) as on_read:
+            spools = encode(corpus, tokenizer, scratch, on_read)
+        name = dataset_name(directory)
+        info = finish(scratch, name, spools, tokenizer, recipe, corpus.duplicates, console)
+    tokens, seconds = sum(info.tokens.values()), time.perf_counter() - start
+    say(console, f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} M a second")
+    return info
+
+
+def check_place(directory: Path) -> None:
+    """:class:`InputError` if there is anything that must not be overwritten."""
+    foreign = directory.exists() and not (directory / INFO).exists()
+    if foreign and (directory.is_file() or any(directory.iterdir())):
+        raise InputError(
+            f"{directory} is or holds something other than prepared data; name a new folder"
+        )
+
+
+def make_recipe(config: PrepareConfig) -> dict[str, Any]:
+    """Everything that decides the content, in JSON: equal recipes give equal rows."""
+    chosen = config.tokenizer
+    if chosen.path is None:
+        tokenizer = f"{chosen.kind} {chosen.vocab_size} on {chosen.num_documents or 'all'}"
+    else:
+        tokenizer = tokenizers.fingerprint(tokenizers.load(chosen.path))
+    return {
+        "format": _FORMAT,
+        "source": type(config.source).__name__,
+        "source_sha256": config.source.fingerprint(),
+        "tokenizer": tokenizer,
+        "row_length": config.row_length,
+        "validation_fraction": config.validation_fraction,
+    }
+
+
+def check_same(place: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """:class:`InputError`, with the differences, unless two recipes are equal."""
+    differences = [
+        f"{name} {found.get(name)} there and {wanted.get(name)} here"
+        for name in found | wanted
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise InputError(
+            f"{place} was prepared otherwise ({'; '.join(differences)}); overwrite it, or choose "
+            "another place"
+        )
+
+
+@dataclass(frozen=True)
+class _TrainingTexts:
+    """Can be iterated more than once, as training a tokenizer does."""
+
+    corpus: Corpus
+    limit: int | None
+
+    def __iter__(self) -> Iterator[str]:
+        documents = self.corpus.documents()
+        return islice((d.text for d in documents if d.split == "train"), self.limit)
+
+
+def _make_tokenizer(config: TokenizerConfig, corpus: Corpus, console: Console | None) -> Tokenizer:
+    if config.path is not None:
+        return tokenizers.load(config.path)
+    texts = _TrainingTexts(corpus, config.num_documents)
+    with bar(console, f"training a {config.kind} tokenizer", None):
+        return tokenizers.train(config.kind, texts, config.vocab_size)
+
+
+def dataset_name(directory: Path) -> str:
+    """The folder's name as TensorFlow Datasets can bear it: lower case, letters and digits."""
+    name = re.sub(r"\W+", "_", directory.resolve().name.lower())
+    return name if name[:1].isalpha() else f"data_{name}"
+
+
+def finish(
+    directory: Path,
+    name: str,
+    spools: dict[str, Spool],
+    tokenizer: Tokenizer,
+    recipe: dict[str, Any],
+    duplicates: int,
+    console: Console | None,
+) -> PreparedInfo:
+    """Turn the spools in ``directory`` into rows, ``tokenizer.json`` and ``info.json``."""
+    special = SpecialTokens.of(tokenizer)
+    contents = {split: spool.read() for split, spool in spools.items()}
+    documents = {split: len(lengths) for split, (_, lengths, _) in contents.items() if len(lengths)}
+    _check_splits(documents, recipe["validation_fraction"])
+
+    tokens = {split: contents[split][0] for split in documents}
+    row_length = recipe["row_length"]
+    num_rows = {split: -(-len(ids) // row_length) for split, ids in tokens.items()}
+    with bar(console, "writing rows", sum(num_rows.values())) as on_write:
+        rows.write(
+            directory, name, tokens, row_length=row_length, pad=special.pad, on_write=on_write
+        )
+    tokenizers.save(tokenizer, directory / TOKENIZER)
+    tokenizer_sha256 = tokenizers.fingerprint(tokenizer)
+    content = {split: hashlib.sha256(ids.data).hexdigest() for split, ids in tokens.items()}
+    decisive = json.dumps([_FORMAT, row_length, tokenizer_sha256, content])
+    info = PreparedInfo(
+        name=name,
+        row_length=row_length,
+        vocab_size=tokenizers.vocab_size(tokenizer),
+        special=special,
+        documents=documents,
+        duplicates=duplicates,
+        rows=num_rows,
+        tokens={split: len(ids) for split, ids in tokens.items()},
+        fill={split: len(ids) / (num_rows[split] * row_length) for split, ids in tokens.items()},
+        unigram_entropy=_entropy(tokens.get("validation", tokens["train"]), special),
+        fingerprint=hashlib.sha256(decisive.encode()).hexdigest(),
+        tokenizer_sha256=tokenizer_sha256,
+        source_fingerprint=recipe["source_sha256"],
+        recipe=recipe,
+    )
+    info.write(directory)
+    for spool in spools.values():
+        spool.remove()
+    return info
+
+
+def _check_splits(documents: dict[str, int], validation_fraction: float) -> None:
+    if "train" not in documents:
+        raise InputError("the source holds no document to train on; it may be all blank")
+    if "validation" not in documents and validation_fraction > 0:
+        raise InputError(
+            f"none of {documents['train']} documents fell to validation at validation_fraction="
+            f"{validation_fraction}; raise it, make documents smaller, or set it to 0"
+        )
+
+
+def _entropy(tokens: np.ndarray, special: SpecialTokens) -> float:
+    counts = np.zeros(int(tokens.max()) + 1, np.int64)
+    for start in range(0, len(tokens), _CHUNK):
+        counts += np.bincount(tokens[start : start + _CHUNK], minlength=len(counts))
+    framing = np.array([special.pad, special.cls, special.sep, special.mask])
+    counts[framing[framing < len(counts)]] = 0
+    rates = counts[counts > 0] / counts.sum()
+    return round(float(-(rates * np.log(rates)).sum()), 6)

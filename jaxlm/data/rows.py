@@ -1,0 +1,111 @@
+"""Rows of token ids as a data set of TensorFlow Datasets, in array_record files."""
+
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from jaxlm.data.files import OnRead, ignore
+from jaxlm.errors import InputError
+
+VERSION = "1.0.0"
+_RECORDS_PER_FILE = 10_000  # a random read takes time in proportion to the records of its file
+_OPTIONS = "group_size:1"  # every record can be read alone
+
+
+def write(
+    directory: Path,
+    name: str,
+    splits: dict[str, np.ndarray],
+    *,
+    row_length: int,
+    pad: int,
+    on_write: OnRead = ignore,
+) -> None:
+    """Cut each split's tokens into rows and write them, with the metadata, below ``directory``.
+
+    A record is ``{"tokens": [row_length], "length": number of tokens before the padding}``; only
+    the last row of a split is padded. ``tfds.data_source(name, data_dir=directory's parent)``
+    reads it, if the directory bears that name. ``on_write`` is told the number of rows.
+    """
+    folder = directory / VERSION
+    folder.mkdir()
+    features = tfds.features.FeaturesDict(
+        {
+            "tokens": tfds.features.Tensor(
+                shape=(row_length,),
+                dtype=next(iter(splits.values())).dtype.type,
+                encoding="bytes",
+            ),
+            "length": tfds.features.Scalar(dtype=np.int32),
+        }
+    )
+    infos = []
+    for split, tokens in splits.items():
+        num_rows = -(-len(tokens) // row_length)
+        num_files = -(-num_rows // _RECORDS_PER_FILE)
+        files = []
+        for i in range(num_files):
+            file = folder / f"{name}-{split}.array_record-{i:05d}-of-{num_files:05d}"
+            first, last = (num_rows * k // num_files for k in (i, i + 1))
+            _write_file(file, tokens, range(first, last), row_length, pad, features)
+            on_write(last - first)
+            files.append((last - first, file.stat().st_size))
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[rows for rows, _ in files],
+                num_bytes=sum(size for _, size in files),
+            )
+        )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=infos,
+        version=VERSION,
+        description="Rows of token ids, packed and written by jaxlm.",
+        check_data=False,
+    )
+
+
+def _write_file(
+    path: Path, tokens: np.ndarray, rows: range, row_length: int, pad: int, features: Any
+) -> None:
+    try:
+        with closing(ArrayRecordWriter(str(path), _OPTIONS)) as writer:
+            for row in rows:
+                real = tokens[row * row_length : (row + 1) * row_length]
+                padded = np.full(row_length, pad, tokens.dtype)
+                padded[: len(real)] = real
+                record = {"tokens": padded, "length": len(real)}
+                writer.write(features.serialize_example(record))
+    except RuntimeError as error:  # array_record's word for a full disk
+        raise OSError(str(error)) from error
+
+
+class Rows:
+    """Random access to the rows of one split; pickles to a few kilobytes."""
+
+    def __init__(self, directory: Path, split: str):
+        builder: Any = tfds.builder_from_directory(os.fspath(directory / VERSION))
+        self._source = builder.as_data_source(split=split)
+        self._place = f"{directory} ({split})"
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
+        """``{"tokens": [row_length], "length": int32}``."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        try:
+            record = self._source[int(index)]
+        except (RuntimeError, ValueError) as error:  # array_record checks sums as it reads
+            raise InputError(
+                f"{self._place}: row {index} is damaged ({error}); prepare the data again"
+            ) from error
+        return {"tokens": record["tokens"], "length": np.int32(record["length"])}

@@ -1,0 +1,113 @@
+"""Preparing on several machines: each tokenises a part of the documents, one joins the parts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jaxlm.data import tokenizers
+from jaxlm.data.corpus import Corpus, Shard, encode, interleave, make_spools
+from jaxlm.data.prepare import (
+    PrepareConfig,
+    check_place,
+    check_same,
+    dataset_name,
+    finish,
+    make_recipe,
+)
+from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo
+from jaxlm.data.workspace import bar, building, say
+from jaxlm.errors import InputError
+
+_FACTS = "shard.json"
+
+
+def prepare_shard(
+    config: PrepareConfig,
+    directory: Path | str,
+    shard: str,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Tokenise the part ``i/N`` of all documents, for :func:`merge` to join.
+
+    Every machine reads the whole source and tokenises its own part, into a folder beside
+    ``directory``. All must have one tokenizer, so ``config.tokenizer.path`` is needed.
+    """
+    part = Shard.parse(shard)
+    if config.tokenizer.path is None:
+        raise InputError(
+            f"shard {shard} needs tokenizer.path, because all shards must have one tokenizer; "
+            "prepare a sample first and name its folder"
+        )
+    recipe = make_recipe(config)
+    target = _folder(Path(directory)) / f"{part.index:05d}-of-{part.count:05d}"
+    if target.exists() and not overwrite:
+        check_same(target, _read(target)["recipe"], recipe)
+        say(console, f"{target} is already prepared")
+        return target
+    with building(target) as scratch:
+        corpus = Corpus(
+            source=config.source, validation_fraction=config.validation_fraction, shard=part
+        )
+        tokenizer = tokenizers.load(config.tokenizer.path)
+        with bar(console, f"tokenising {shard}", config.source.size()) as on_read:
+            encode(corpus, tokenizer, scratch, on_read)
+        tokenizers.save(tokenizer, scratch / TOKENIZER)
+        facts = {"count": part.count, "duplicates": corpus.duplicates, "recipe": recipe}
+        (scratch / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def merge(
+    directory: Path | str, *, overwrite: bool = False, console: Console | None = None
+) -> PreparedInfo:
+    """Join all shards of ``directory`` and remove them.
+
+    The result is, byte for byte, what :func:`jaxlm.data.prepare.prepare` would have made at once.
+    """
+    directory = Path(directory)
+    check_place(directory)
+    if (directory / INFO).exists() and not overwrite:
+        raise InputError(f"{directory} exists; overwrite it, or choose another place")
+    folder = _folder(directory)
+    shards = sorted(folder.glob("*-of-*"))
+    if not shards:
+        raise InputError(f"{folder} holds no shards; prepare them with --shard i/N")
+    facts = [_read(shard) for shard in shards]
+    count = facts[0]["count"]
+    expected = {f"{i:05d}-of-{count:05d}" for i in range(count)}
+    if wrong := expected ^ {shard.name for shard in shards}:
+        raise InputError(
+            f"{folder} does not hold exactly {count} shards; missing or in the way: "
+            f"{', '.join(sorted(wrong))}"
+        )
+    for shard, fact in zip(shards, facts, strict=True):
+        check_same(shard, fact["recipe"], facts[0]["recipe"])
+
+    tokenizer = tokenizers.load(shards[0])
+    vocab_size = tokenizers.vocab_size(tokenizer)
+    duplicates = sum(fact["duplicates"] for fact in facts)
+    with building(directory) as scratch:
+        parts = [make_spools(shard, vocab_size) for shard in shards]
+        spools = make_spools(scratch, vocab_size)
+        for split, spool in spools.items():
+            interleave([part[split] for part in parts], spool)
+        recipe, name = facts[0]["recipe"], dataset_name(directory)
+        info = finish(scratch, name, spools, tokenizer, recipe, duplicates, console)
+    shutil.rmtree(folder)
+    return info
+
+
+def _folder(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.shards")
+
+
+def _read(shard: Path) -> dict[str, Any]:
+    try:
+        return json.loads((shard / _FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shard} is not a finished shard ({error}); remove it") from error

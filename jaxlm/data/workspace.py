@@ -1,0 +1,48 @@
+"""Building a folder that appears only when complete, and showing how far it got."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+from jaxlm.data.files import OnRead
+from jaxlm.errors import InputError
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its place if all goes well, and else vanishes."""
+    scratch = target.with_name(f".{target.name}.partial")
+    replaced = target.with_name(f".{target.name}.replaced")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+        scratch.mkdir(parents=True)
+        yield scratch
+        if target.exists():
+            target.rename(replaced)
+        scratch.rename(target)
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written ({error}); make room there, or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def say(console: Console | None, message: str) -> None:
+    """Print, if there is a console."""
+    if console is not None:
+        console.print(message, highlight=False)
+
+
+@contextmanager
+def bar(console: Console | None, description: str, total: int | None) -> Iterator[OnRead]:
+    """A progress bar, if there is a console; yields what moves it on by an amount."""
+    columns = (SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=console is None) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda amount: progress.advance(task, amount)

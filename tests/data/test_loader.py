@@ -1,0 +1,184 @@
+import dataclasses
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from jaxlm.data.loader import DataConfig, eval_batches, train_batches
+from jaxlm.data.prepare import TokenizerConfig, prepare
+from jaxlm.data.prepared import Prepared, open_prepared
+from jaxlm.errors import InputError
+
+CONFIG = DataConfig(paths=("words",), batch_size=8)
+
+
+def take(count: int, *args, **kwargs) -> list[dict[str, np.ndarray]]:
+    batches = train_batches(*args, **kwargs)
+    taken = list(islice(batches, count))
+    batches.close()
+    return taken
+
+
+def keys(batches: list[dict[str, np.ndarray]]) -> list[bytes]:
+    return [row.tobytes() for batch in batches for row in batch["tokens"]]
+
+
+def all_rows(dataset: Prepared, split: str = "train") -> list[bytes]:
+    source = dataset.source(split)
+    return [source[i]["tokens"].tobytes() for i in range(len(source))]
+
+
+def same(one: list[dict[str, np.ndarray]], two: list[dict[str, np.ndarray]]) -> bool:
+    return len(one) == len(two) and all(
+        np.array_equal(a[name], b[name]) for a, b in zip(one, two, strict=True) for name in a
+    )
+
+
+def test_shapes_and_types(prepared):
+    (batch,) = take(1, [prepared], CONFIG, seed=0)
+    assert set(batch) == {"tokens", "lengths", "index"}
+    assert (batch["tokens"].shape, batch["tokens"].dtype) == ((8, 16), np.uint16)
+    for name in ("lengths", "index"):
+        assert (batch[name].shape, batch[name].dtype) == ((8,), np.int32)
+
+
+def test_the_index_numbers_the_rows_of_a_run(prepared):
+    batches = take(2, [prepared], CONFIG, seed=0, examples_seen=2**31 - 8)
+    assert np.concatenate([b["index"] for b in batches]).tolist() == [
+        *range(2**31 - 8, 2**31),
+        *range(8),
+    ]
+    last = list(eval_batches(prepared, 12, process_index=1, process_count=2))[-1]
+    assert last["index"].tolist() == list(range(102, 108))
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_batches_depend_on_the_seed_alone(prepared, num_threads):
+    config = dataclasses.replace(CONFIG, num_threads=num_threads, prefetch=2)
+    reference = take(5, [prepared], CONFIG, seed=3)
+    assert same(take(5, [prepared], config, seed=3), reference)
+    assert not same(take(5, [prepared], config, seed=4), reference)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_any_number_of_processes_gives_the_same_global_batches(
+    prepared, other, process_count, mixed
+):
+    datasets = [prepared, other] if mixed else [prepared]
+    whole = take(6, datasets, CONFIG, seed=1)
+    parts = [
+        take(6, datasets, CONFIG, seed=1, process_index=i, process_count=process_count)
+        for i in range(process_count)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert same(joined, whole)
+
+
+def test_resuming_is_going_on_even_with_another_batch_size(prepared, other):
+    datasets = [prepared, other]
+    whole = take(100, datasets, CONFIG, seed=5)  # beyond the first epoch
+    assert same(take(20, datasets, CONFIG, seed=5, examples_seen=80 * 8), whole[80:])
+    config = dataclasses.replace(CONFIG, batch_size=4)
+    assert keys(take(6, datasets, config, seed=5, examples_seen=16)) == keys(whole)[16:40]
+
+
+def test_every_epoch_has_every_row_once_in_another_order(prepared):
+    rows = all_rows(prepared)
+    config = dataclasses.replace(CONFIG, batch_size=1)
+    seen = keys(take(2 * len(rows), [prepared], config, seed=0))
+    first, second = seen[: len(rows)], seen[len(rows) :]
+    assert sorted(first) == sorted(second) == sorted(rows)
+    assert rows != first != second
+
+
+@pytest.mark.parametrize(("weights", "share"), [((3.0, 1.0), 0.75), ((0.2, 0.2), 0.5)])
+def test_mixtures_have_their_proportions(prepared, other, weights, share):
+    config = DataConfig(paths=("a", "b"), weights=weights, batch_size=8)
+    members = set(all_rows(prepared))
+    drawn = [row in members for row in keys(take(50, [prepared, other], config, seed=0))]
+    assert np.mean(drawn) == pytest.approx(share, abs=0.01)
+    assert np.mean(drawn[:40]) == pytest.approx(share, abs=0.05)  # evenly, not one by one
+
+
+def test_without_weights_every_row_is_as_frequent(prepared, other):
+    sizes = [len(all_rows(dataset)) for dataset in (prepared, other)]
+    members = set(all_rows(prepared))
+    drawn = [row in members for row in keys(take(50, [prepared, other], CONFIG, seed=0))]
+    assert np.mean(drawn) == pytest.approx(sizes[0] / sum(sizes), abs=0.02)
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+@pytest.mark.parametrize("max_rows", [None, 5])
+def test_evaluation_sees_every_row_once(prepared, process_count, max_rows):
+    parts = [
+        list(
+            eval_batches(
+                prepared, 12, process_index=i, process_count=process_count, max_rows=max_rows
+            )
+        )
+        for i in range(process_count)
+    ]
+    batches = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert all(batch["tokens"].shape == (12, 16) for batch in batches)
+    lengths = np.concatenate([batch["lengths"] for batch in batches])
+    rows = all_rows(prepared, "validation")[:max_rows]
+    assert len(rows) % 12 != 0  # so that there is something to fill up
+    assert keys(batches)[: len(rows)] == rows
+    assert (lengths[: len(rows)] > 0).all()
+    assert (lengths[len(rows) :] == 0).all()
+    pad = prepared.info.special.pad
+    assert (np.concatenate([b["tokens"] for b in batches])[len(rows) :] == pad).all()
+
+
+def test_data_sets_must_be_alike(prepared, config, tmp_path):
+    prepare(dataclasses.replace(config, row_length=32), tmp_path / "long")
+    with pytest.raises(InputError, match=r"row_length 16 and .* has 32"):
+        train_batches([prepared, open_prepared(tmp_path / "long")], CONFIG, seed=0)
+    tokenizer = TokenizerConfig(vocab_size=200)
+    prepare(dataclasses.replace(config, tokenizer=tokenizer), tmp_path / "small")
+    with pytest.raises(InputError, match="tokenizer_sha256"):
+        train_batches([prepared, open_prepared(tmp_path / "small")], CONFIG, seed=0)
+
+
+def test_indivisible_batch(prepared):
+    with pytest.raises(InputError, match="batch_size=8 is not divisible by 3 processes"):
+        train_batches([prepared], CONFIG, seed=0, process_count=3)
+    with pytest.raises(InputError, match="batch_size=8 is not divisible by 3 processes"):
+        eval_batches(prepared, 8, process_count=3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"paths": ()}, "paths is empty"),
+        ({"paths": ("a",), "weights": (1.0, 2.0)}, "2 weights for 1 paths"),
+        ({"paths": ("a", "b"), "weights": (1.0, 0.0)}, "not all positive"),
+        ({"paths": ("a",), "batch_size": 0}, "batch_size=0.* must be positive"),
+    ],
+)
+def test_bad_configuration(settings, message):
+    with pytest.raises(InputError, match=message):
+        DataConfig(**settings)
+
+
+def test_iterators_left_open_are_silent_at_exit(prepared):
+    script = f"""
+from jaxlm.data.loader import DataConfig, train_batches
+from jaxlm.data.prepared import open_prepared
+dataset = open_prepared({str(prepared.directory)!r})
+begun, untouched = (
+    train_batches([dataset], DataConfig(paths=("x",), batch_size=2), seed=0) for _ in range(2)
+)
+next(begun)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,300 @@
+import dataclasses
+import json
+import math
+import resource
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxlm.data import tokenizers
+from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
+from jaxlm.data.prepared import open_prepared
+from jaxlm.data.shards import merge, prepare_shard
+from jaxlm.data.sources import TextFiles
+from jaxlm.errors import InputError
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare.py"
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def stream(prepared, split: str) -> np.ndarray:
+    """All tokens of a split, padding removed."""
+    source = prepared.source(split)
+    rows = [source[i] for i in range(len(source))]
+    return np.concatenate([row["tokens"][: row["length"]] for row in rows])
+
+
+def documents(prepared, split: str) -> list[str]:
+    tokenizer = tokenizers.load(prepared.tokenizer_path)
+    tokens = stream(prepared, split)
+    starts = np.flatnonzero(tokens == prepared.info.special.cls)
+    return [tokenizer.decode(part.tolist()) for part in np.split(tokens, starts[1:])]
+
+
+def make(tmp_path: Path, text: str, **settings) -> PrepareConfig:
+    (tmp_path / "in.txt").write_text(text)
+    tokenizer = settings.pop("tokenizer", TokenizerConfig(vocab_size=200))
+    source = TextFiles(glob=str(tmp_path / "in.txt"), document="line")
+    return PrepareConfig(source=source, tokenizer=tokenizer, **settings)
+
+
+def test_every_document_is_in_one_split_in_order(prepared, corpus_path):
+    lines = corpus_path.read_text().splitlines()
+    train, validation = documents(prepared, "train"), documents(prepared, "validation")
+    assert sorted(train + validation) == sorted(lines)
+    assert train == [line for line in lines if line in set(train)]
+    assert 20 <= len(validation) <= 60  # 40 of 400 expected; 3 standard deviations are 18
+    assert prepared.info.documents == {"train": len(train), "validation": len(validation)}
+
+
+def test_packing(prepared):
+    """[CLS] … [SEP] end to end; all rows full but the last, which alone is padded."""
+    special, info = prepared.info.special, prepared.info
+    for split in ("train", "validation"):
+        source = prepared.source(split)
+        rows = [source[i] for i in range(len(source))]
+        assert len(rows) == info.rows[split] > 10
+        assert all(row["tokens"].shape == (16,) for row in rows)
+        assert all(row["tokens"].dtype == np.uint16 for row in rows)
+        assert {int(row["length"]) for row in rows[:-1]} == {16}
+        last = rows[-1]
+        assert (last["tokens"][last["length"] :] == special.pad).all()
+        tokens = stream(prepared, split)
+        assert info.tokens[split] == len(tokens)
+        assert info.fill[split] == len(tokens) / (16 * len(rows))
+        assert tokens[0] == special.cls
+        assert tokens[-1] == special.sep
+        ends = np.flatnonzero(tokens == special.sep)
+        np.testing.assert_array_equal(np.flatnonzero(tokens == special.cls)[1:], ends[:-1] + 1)
+        assert any(row["tokens"][0] != special.cls for row in rows)  # cut documents just go on
+
+
+def test_info(prepared):
+    info = prepared.info
+    tokenizer = tokenizers.load(prepared.tokenizer_path)
+    assert info.tokenizer_sha256 == tokenizers.fingerprint(tokenizer)
+    assert info.vocab_size == tokenizers.vocab_size(tokenizer)
+    assert info.name == "words"
+    counts = Counter(stream(prepared, "validation").tolist())
+    for token in (info.special.cls, info.special.sep):
+        del counts[token]
+    total = sum(counts.values())
+    entropy = -sum(n / total * math.log(n / total) for n in counts.values())
+    assert info.unigram_entropy == pytest.approx(entropy, abs=1e-5)
+
+
+def test_tfds_reads_it_by_name_without_our_code(prepared):
+    script = f"""
+import sys
+import tensorflow_datasets as tfds
+source = tfds.data_source("words", data_dir={str(prepared.directory.parent)!r}, split="train")
+print(len(source), source[0]["tokens"].tolist())
+assert not any(name in sys.modules for name in ("tensorflow", "jaxlm"))
+"""
+    command = [sys.executable, "-c", script]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tokens = prepared.source("train")[0]["tokens"].tolist()
+    assert printed == f"{prepared.info.rows['train']} {tokens}\n"
+
+
+def test_tensorflow_stays_out(prepared):
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_preparing_twice_gives_the_same_bytes(config, tmp_path, kind):
+    tokenizer = TokenizerConfig(kind=kind, vocab_size=300)
+    config = dataclasses.replace(config, tokenizer=tokenizer)
+    prepare(config, tmp_path / "a" / "words")
+    prepare(config, tmp_path / "b" / "words")
+    first, second = contents(tmp_path / "a"), contents(tmp_path / "b")
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_shards_merge_into_the_same_bytes(config, prepared, tmp_path):
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=prepared.directory))
+    prepare(config, tmp_path / "whole" / "words")
+    for shard in ("1/3", "0/3", "2/3"):
+        prepare_shard(config, tmp_path / "words", shard)
+    merge(tmp_path / "words")
+    assert contents(tmp_path / "words") == contents(tmp_path / "whole" / "words")
+    assert not (tmp_path / "words.shards").exists()
+
+
+def test_shards_must_be_complete_and_alike(config, prepared, tmp_path):
+    with pytest.raises(InputError, match=r"shard 0/2 needs tokenizer\.path"):
+        prepare_shard(config, tmp_path / "words", "0/2")
+    with pytest.raises(InputError, match="holds no shards"):
+        merge(tmp_path / "words")
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=prepared.directory))
+    prepare_shard(config, tmp_path / "words", "0/2")
+    with pytest.raises(InputError, match="missing or in the way: 00001-of-00002"):
+        merge(tmp_path / "words")
+    prepare_shard(dataclasses.replace(config, row_length=32), tmp_path / "words", "1/2")
+    with pytest.raises(InputError, match="row_length 32 there and 16 here"):
+        merge(tmp_path / "words")
+
+
+@pytest.mark.parametrize("shard", ["2/2", "1", "a/2", "-1/2", "1/0"])
+def test_bad_shard(config, tmp_path, shard):
+    with pytest.raises(InputError, match="is not i/N"):
+        prepare_shard(config, tmp_path / "words", shard)
+
+
+def test_copies_are_dropped(tmp_path):
+    lines = [f"line number {i % 50}" for i in range(120)]
+    info = prepare(make(tmp_path, "\n".join([*lines, "", " "])), tmp_path / "out")
+    assert sum(info.documents.values()) == 50
+    assert info.duplicates == 70
+    prepared = open_prepared(tmp_path / "out")
+    train, validation = documents(prepared, "train"), documents(prepared, "validation")
+    assert sorted(train + validation) == sorted(set(lines))
+
+
+def test_literal_special_tokens_are_plain_text(tmp_path):
+    text = "\n".join(f"say [MASK] or [CLS] and [PAD] {i}" for i in range(50))
+    prepare(make(tmp_path, text), tmp_path / "out")
+    prepared = open_prepared(tmp_path / "out")
+    tokens, special = stream(prepared, "train"), prepared.info.special
+    assert not np.isin(tokens, [special.mask, special.pad]).any()
+    assert (tokens == special.cls).sum() == prepared.info.documents["train"]
+    assert "[ mask ]" in documents(prepared, "train")[0]
+    tokenizer = tokenizers.load(prepared.tokenizer_path)  # elsewhere, it is the special token
+    assert special.mask in tokenizer.encode("say [MASK]").ids
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path, prepared):
+    tokenizer = tokenizers.load(prepared.tokenizer_path)
+    tokenizer.add_tokens([f"extra{i}" for i in range(70_000)])
+    tokenizers.save(tokenizer, tmp_path / "tokenizer.json")
+    text = "\n".join(f"extra{69_950 + i}" for i in range(50))
+    config = make(tmp_path, text, tokenizer=TokenizerConfig(path=tmp_path))
+    prepare(config, tmp_path / "out")
+    tokens = stream(open_prepared(tmp_path / "out"), "train")
+    assert tokens.dtype == np.int32
+    assert tokens.max() > 65_536
+
+
+def test_no_validation(tmp_path):
+    info = prepare(make(tmp_path, "a b c\nd e f", validation_fraction=0.0), tmp_path / "out")
+    assert set(info.rows) == {"train"}
+    assert info.unigram_entropy == pytest.approx(math.log(6), abs=1e-5)
+    with pytest.raises(InputError, match="no split 'validation', only train"):
+        open_prepared(tmp_path / "out").source("validation")
+
+
+def test_finished_work_is_reused(config, prepared):
+    before = contents(prepared.directory)
+    assert prepare(config, prepared.directory) == prepared.info
+    assert contents(prepared.directory) == before
+
+
+def test_another_configuration_is_refused_unless_overwritten(tmp_path):
+    config = make(tmp_path, "a b\n" * 3 + "c d\n", validation_fraction=0.0)
+    prepare(config, tmp_path / "out")
+    other = dataclasses.replace(config, row_length=8)
+    with pytest.raises(InputError, match=r"otherwise \(row_length 128 there and 8 here\)"):
+        prepare(other, tmp_path / "out")
+    assert prepare(other, tmp_path / "out", overwrite=True).row_length == 8
+    (tmp_path / "in.txt").write_text("something else\n")
+    with pytest.raises(InputError, match=r"otherwise \(source_sha256 \w+ there and \w+ here\)"):
+        prepare(other, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"in.txt", "out"}
+
+
+def test_a_foreign_folder_is_left_alone(config, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    for place in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(InputError, match="something other than prepared data"):
+            prepare(config, place, overwrite=True)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"row_length": 2}, "row_length=2 has no place for text"),
+        ({"validation_fraction": 1.0}, r"validation_fraction=1\.0 is not in \[0, 1\)"),
+    ],
+)
+def test_bad_configuration(settings, message):
+    with pytest.raises(InputError, match=message):
+        PrepareConfig(**settings)
+
+
+def test_too_little_text(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="none of 1 documents fell to validation"):
+        prepare(make(tmp_path, "one line", validation_fraction=0.001), out)
+    with pytest.raises(InputError, match="no text to train"):
+        prepare(make(tmp_path, " \n \n"), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_interrupted_work_vanishes(config, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        assert (tmp_path / ".out.partial").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxlm.data.rows.write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_work_is_not_taken_for_finished_and_is_cleared(config, tmp_path, monkeypatch):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "train.tokens").write_bytes(b"half of a token")
+    with pytest.raises(InputError, match="no prepared data"):
+        open_prepared(tmp_path / "out")
+    info = prepare(config, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(stream(open_prepared(tmp_path / "out"), "train")) == info.tokens["train"]
+
+
+@pytest.mark.parametrize("limit", [1_000, 50_000], ids=["while tokenising", "while writing rows"])
+def test_a_full_disk(config, prepared, tmp_path, limit):
+    """Stood in for by a limit on the size of files, which both kinds of writer run into."""
+    config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=prepared.directory))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(
+            InputError, match=r"out cannot be written \(.*File too large.*make room"
+        ):
+            prepare(config, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="out cannot be written"):
+        prepare(config, tmp_path / "file" / "out")
+
+
+def test_the_command_line(corpus_path, tmp_path):
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(SCRIPT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    source = ("text", "--glob", str(corpus_path), "--document", "line")
+    done = run("--out", str(tmp_path / "out"), "--tokenizer.vocab-size", "300", *source)
+    assert done.returncode == 0, done.stderr
+    assert "unigram entropy" in done.stdout
+    assert json.loads((tmp_path / "out" / "info.json").read_text())["vocab_size"] == 300
+
+    failed = run("--out", str(tmp_path / "other"), "text", "--glob", "no/such/file")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.startswith("error: no file matches 'no/such/file'")
+    assert failed.stderr.count("\n") == 1

@@ -1,0 +1,146 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from jaxlm.data import tokenizers
+from jaxlm.data.tokenizers import SPECIALS, SpecialTokens
+from jaxlm.errors import InputError
+
+SIZES = {"wordpiece": 200, "bpe": 400, "unigram": 100}
+KINDS = list(SIZES)
+
+
+@pytest.fixture(scope="module")
+def trained(corpus_path: Path) -> dict[str, Tokenizer]:
+    lines = corpus_path.read_text().splitlines()
+    return {kind: tokenizers.train(kind, lines, size) for kind, size in SIZES.items()}
+
+
+def test_training_again_gives_the_same_file(trained, corpus_path):
+    """In another process, where hash maps have another order."""
+    script = f"""
+from jaxlm.data import tokenizers
+lines = open({str(corpus_path)!r}).read().splitlines()
+for kind, size in {SIZES!r}.items():
+    print(tokenizers.fingerprint(tokenizers.train(kind, iter(lines), size)))
+"""
+    command = [sys.executable, "-c", script]
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert again == [tokenizers.fingerprint(trained[kind]) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_size_specials_and_framing(trained, kind):
+    tokenizer = trained[kind]
+    assert tokenizers.vocab_size(tokenizer) == SIZES[kind]
+    assert SpecialTokens.of(tokenizer) == SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
+    assert [tokenizer.id_to_token(i) for i in range(5)] == list(SPECIALS)
+    ids = tokenizer.encode("12 abc").ids
+    assert (ids[0], ids[-1]) == (2, 3)
+    assert tokenizer.decode(ids).strip() == "12 abc"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mask_replaces_a_word_with_its_space(trained, kind):
+    tokenizer = trained[kind]
+    whole = tokenizer.encode("12 13 14").ids
+    blank = tokenizer.encode("12 [MASK] 14").ids
+    start, end = blank.index(4), len(blank) - blank.index(4) - 1
+    assert whole[:start] == blank[:start]
+    assert whole[-end:] == blank[-end:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_piece_inside_a_word_is_not_special(trained, kind):
+    special = {i for i, token in trained[kind].get_added_tokens_decoder().items()}
+    assert special == set(range(5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_word_starts(trained, kind):
+    tokenizer = trained[kind]
+    starts = tokenizers.word_starts(tokenizer)
+    assert starts.shape == (SIZES[kind],)
+    assert starts[:5].all()
+    ids = tokenizer.encode("abcdefgh ijklmnop abcd", add_special_tokens=False).ids
+    assert len(ids) > 3
+    assert starts[ids].sum() == 3
+    assert starts[ids[0]]
+
+
+def test_word_starts_of_an_unknown_kind():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(InputError, match="unknown for a WordLevel tokenizer"):
+        tokenizers.word_starts(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("wordpiece", 4), ("wordpiece", 40), ("bpe", 260), ("unigram", 5)]
+)
+def test_too_small_a_vocabulary(kind, size):
+    with pytest.raises(InputError, match=f"vocab_size={size} is too small: .* need"):
+        tokenizers.train(kind, ["abcdefghijklmnopqrstuvwxyz"], size)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_no_text(kind):
+    with pytest.raises(InputError, match="no text to train"):
+        tokenizers.train(kind, [" "], 100)
+
+
+def test_save_and_load_file_or_folder(trained, tmp_path):
+    for tokenizer in trained.values():
+        tokenizers.save(tokenizer, tmp_path / "tokenizer.json")
+        for path in (tmp_path, tmp_path / "tokenizer.json"):
+            loaded = tokenizers.load(path)
+            assert tokenizers.fingerprint(loaded) == tokenizers.fingerprint(tokenizer)
+
+
+def test_loading_switches_off_truncation_and_padding(trained, tmp_path):
+    tokenizer = Tokenizer.from_str(trained["wordpiece"].to_str())
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    tokenizers.save(tokenizer, tmp_path / "tokenizer.json")
+    loaded = tokenizers.load(tmp_path)
+    assert tokenizers.fingerprint(loaded) == tokenizers.fingerprint(trained["wordpiece"])
+
+
+@pytest.mark.parametrize(("word", "cased"), [("word", False), ("Word", True)])
+def test_vocab_txt(tmp_path, word, cased):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*SPECIALS, word, "##s", "a"]) + "\n")
+    tokenizer = tokenizers.load(path)
+    expected = [2, 5 if cased else 1, 3] if cased else [2, 5, 3]
+    assert tokenizer.encode("Word").ids == expected
+    assert tokenizer.encode(f"{word}s [MASK]").ids == [2, 5, 6, 4, 3]
+
+
+def test_roberta_names():
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))
+    assert SpecialTokens.of(tokenizer) == SpecialTokens(cls=0, pad=1, sep=2, unk=3, mask=4)
+
+
+@pytest.mark.parametrize("lacking", SPECIALS)
+def test_a_missing_special_token_is_named(lacking):
+    vocab = {name: i for i, name in enumerate(SPECIALS) if name != lacking}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    with pytest.raises(InputError, match=rf"no token \{lacking[:-1]}\] or <"):
+        SpecialTokens.of(tokenizer)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(InputError, match="neither tokenizer"):
+        tokenizers.load(tmp_path)
+    with pytest.raises(InputError, match="there is no tokenizer file"):
+        tokenizers.load(tmp_path / "no.json")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="is not a tokenizer file"):
+        tokenizers.load(tmp_path)
+    (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
+    with pytest.raises(InputError, match=r"lacks the special tokens \[PAD\] \[CLS\]"):
+        tokenizers.load(tmp_path / "vocab.txt")
