@@ -32,5 +32,5 @@ config = RunConfig(
     optimizer=OptimizerConfig(
         peak_lr=1e-3, warmup_share=0.1, b2=0.98, weight_decay=0.01, clip_norm=0.5
     ),
-    train=TrainConfig(minutes=24 * 60, num_micro_batches=8, num_evals=48, log_every=20),
+    train=TrainConfig(minutes=24 * 60.0, num_micro_batches=8, num_evals=48, log_every=20),
 )

@@ -111,9 +111,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def _map_axes(function: Callable[[Axes], Any]) -> Callable[[PyTree], PyTree]:
     """A function of a parameter's axis names, as one of a tree of parameters."""
-    return partial(
-        tree.map_with_path, lambda path, leaf: function(axes_of(path, jnp.ndim(leaf)))
-    )
+    return partial(tree.map_with_path, lambda path, leaf: function(axes_of(path, jnp.ndim(leaf))))
 
 
 def _is_hidden_matrix(axes: Axes) -> bool:

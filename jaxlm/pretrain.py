@@ -56,15 +56,18 @@ def pretrain(config: RunConfig) -> Path:
         Progress(config.train.steps, visible=main_process, console=console) as progress,
         Checkpointer(checkpoints, keep=config.train.keep, report=progress.warn) as checkpointer,
     ):
+        start = run.make_cursor(config, datasets)
         # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. from scratch.
         if resuming:
+            # Before the checkpoint: with another vocabulary its shapes would not fit either.
+            own = {"tokenizer_sha256": tokenizers.fingerprint(run.read_tokenizer(directory))}
+            run.check_same(directory, start | own, start)
             restored = checkpointer.restore(placement.abstract_state)
-            run.check_cursor(restored.cursor, run.make_cursor(config, datasets), directory)
+            run.check_same(directory, restored.cursor, start)
             state, cursor = restored.state, restored.cursor
             progress.print(f"going on from step {restored.step} of {directory}")
         else:
-            state = placement.init(jax.random.key(config.train.seed))
-            cursor = run.make_cursor(config, datasets)
+            state, cursor = placement.init(jax.random.key(config.train.seed)), start
         if main_process:
             run.write_folder(directory, config, datasets[0].tokenizer_path)
 

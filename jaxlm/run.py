@@ -158,11 +158,10 @@ def open_run(directory: Path | str, step: int | None = None) -> Run:
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
     directory = Path(directory)
-    for name in (CONFIG, TOKENIZER):
-        if not (directory / name).is_file():
-            raise InputError(f"{directory} is no run folder: it holds no {name}")
+    if not (directory / CONFIG).is_file():
+        raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
     config = configs.from_json((directory / CONFIG).read_text())
-    tokenizer = tokenizers.load(directory / TOKENIZER)
+    tokenizer = read_tokenizer(directory)
     config = dataclasses.replace(config, mesh=sharding.MeshConfig(), placement="jit")
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, batch_size=_whole(config.data.batch_size))
@@ -190,6 +189,13 @@ def _whole(batch_size: int) -> int:
     return math.ceil(batch_size / jax.device_count()) * jax.device_count()
 
 
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The run folder's own."""
+    if not (directory / TOKENIZER).is_file():
+        raise InputError(f"{directory} is no run folder: it holds no {TOKENIZER}")
+    return tokenizers.load(directory / TOKENIZER)
+
+
 def write_folder(directory: Path, config: RunConfig, tokenizer: Path) -> None:
     """Start a run folder: the resolved config, and the tokenizer."""
     try:
@@ -213,7 +219,7 @@ def make_cursor(config: RunConfig, datasets: Sequence[Prepared]) -> Cursor:
     }
 
 
-def check_cursor(saved: Cursor, now: Cursor, directory: Path) -> None:
+def check_same(directory: Path, saved: Cursor, now: Cursor) -> None:
     """A run goes on with the tokenizer, data and seed it began with, or not at all."""
     for name in ("tokenizer_sha256", "data", "seed"):
         if saved[name] != now[name]:
@@ -224,4 +230,4 @@ def check_cursor(saved: Cursor, now: Cursor, directory: Path) -> None:
 
 
 def _short(value: object) -> str:
-    return str(value) if isinstance(value, int) else str(value)[:16] + "…"
+    return str(value) if isinstance(value, int) else f"{str(value)[:16]}…"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -59,10 +58,10 @@ MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; at most one is None: all the devices that are left."""
+    """Devices along each axis of the mesh."""
 
     data: int | None = None
-    """Copies of the model, each on its part of the batch."""
+    """Copies of the model, each on its part of the batch; None = on all devices that are left."""
     fsdp: int = 1
     """Parts of every parameter and moment, gathered when used; also splits the batch."""
     tensor: int = 1
@@ -72,7 +71,7 @@ class MeshConfig:
 
 
 class Axes(NamedTuple):
-    """The axis names of a parameter; ``inputs`` of them are contracted, 0 if it is no linear map."""
+    """The axis names of a parameter, ``inputs`` of them contracted: 0 if it is no linear map."""
 
     names: tuple[str, ...]
     inputs: int
@@ -81,14 +80,15 @@ class Axes(NamedTuple):
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices, or over ``devices``. Raises when the sizes do not fit them."""
     devices = jax.devices() if devices is None else devices
-    sizes = dict(zip(MESH_AXES, (config.data, config.fsdp, config.tensor, config.sequence)))
+    wanted = config.data, config.fsdp, config.tensor, config.sequence
+    sizes = dict(zip(MESH_AXES, wanted, strict=True))
     known = math.prod(size for size in sizes.values() if size is not None)
-    shape = [len(devices) // known if size is None else size for size in sizes.values()]
-    if math.prod(shape) != len(devices) or list(sizes.values()).count(None) > 1:
-        wanted = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    shape = [len(devices) // max(1, known) if size is None else size for size in sizes.values()]
+    if math.prod(shape) != len(devices) or min(shape) < 1:
+        text = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise InputError(
-            f"the mesh {wanted} does not fit {len(devices)} devices: its sizes must multiply to "
-            "their number, and only one may be None"
+            f"the mesh {text} does not fit {len(devices)} devices: its sizes must multiply to "
+            "their number"
         )
     # Linen's Embed fails on explicit axes, which jax.make_mesh gives by default.
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
@@ -163,4 +163,6 @@ def constrain(x: Array, names: tuple[str, ...]) -> Array:
         return x
     # `embed` is split in parameters only: in activations the batch already uses those devices.
     rules_apply = tuple("norm" if name == "embed" else name for name in names)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(rules_apply, mesh, x.shape)))
+    return jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, spec(rules_apply, mesh, x.shape))
+    )

@@ -1,12 +1,11 @@
 """``Sums``: the only currency of losses and metrics."""
 
 from functools import reduce
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-
-from jaxlm.typing import Scalar
 
 
 @flax.struct.dataclass
@@ -22,9 +21,9 @@ class Sums:
         counts: plain counters that are reported as they are, such as ``overflow``.
     """
 
-    totals: dict[str, Scalar]
-    weight: Scalar
-    counts: dict[str, Scalar] = flax.struct.field(default_factory=dict)
+    totals: dict[str, Any]  # scalars: on a device, on the host, or shapes alone
+    weight: Any
+    counts: dict[str, Any] = flax.struct.field(default_factory=dict)
 
     def __add__(self, other: "Sums") -> "Sums":
         return jax.tree.map(jnp.add, self, other)

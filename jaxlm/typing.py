@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 Tokens = Int[Array, "batch length"]
@@ -25,7 +26,7 @@ PRNGKey = Key[Array, ""]
 
 Params = PyTree[Array]  # one collection
 Variables = Mapping[str, Params]  # all collections, by name
-Batch = Mapping[str, Array]
+Batch = Mapping[str, Array | np.ndarray]
 Apply = Callable[..., Any]  # (variables, batch arrays, *, deterministic, rngs) -> outputs
 Loss = Callable[..., Any]  # (variables, batch, key, *, progress, deterministic) -> (sum, Sums)
 Dtype = jax.typing.DTypeLike

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import gelu
-from jaxlm.nn.linear import Linear, add_bias
+from jaxlm.nn.linear import Linear
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.typing import Dtype, Mask, Tokens
 
@@ -26,7 +26,7 @@ class MlmHead(nn.Module):
         x = Linear(hidden.shape[-1], dtype=self.dtype, kernel_init=init, name="transform")(hidden)
         x = LayerNorm(self.epsilon, self.dtype, name="norm")(gelu(x))
         bias = self.param("bias", nn.initializers.zeros, (table.num_embeddings,), jnp.float32)
-        return add_bias(table.attend(x), bias)
+        return table.attend(x, bias)
 
 
 class MaskedLm(nn.Module):

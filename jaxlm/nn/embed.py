@@ -29,6 +29,8 @@ class Embed(nn.Module):
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
         return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
 
-    def attend(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch vocab"]:
-        """Logits in float32: the inner products with every row of the table."""
-        return attend(x.astype(self.dtype), self.embedding.astype(self.dtype))
+    def attend(
+        self, x: Float[Array, "*batch embed"], bias: Float[Array, "vocab"]
+    ) -> Float[Array, "*batch vocab"]:
+        """Logits in float32: the inner products with every row of the table, plus ``bias``."""
+        return attend(x.astype(self.dtype), self.embedding.astype(self.dtype), bias)

@@ -15,9 +15,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
-from jaxlm.typing import Dtype
-
-WIDE = 8192  # columns; from here on XLA:CPU sums a tall matrix faster as a product with ones
+from jaxlm.typing import Dtype, PRNGKey
 
 
 def _dot(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -> Array:
@@ -48,29 +46,39 @@ def _outer(a: Array, b: Array) -> Array:
 
 
 def _sum_rows(g: Array) -> Array:
-    leading = tuple(range(g.ndim - 1))
-    if g.shape[-1] < WIDE:
-        return g.sum(leading, dtype=jnp.float32)
-    return _dot(jnp.ones(g.shape[:-1], g.dtype), g, leading, leading)
+    return g.sum(tuple(range(g.ndim - 1)), dtype=jnp.float32)
+
+
+def _add_bias(y: Array, bias: Array) -> Array:
+    return y + jnp.expand_dims(bias.astype(y.dtype), tuple(range(y.ndim - 1)))
 
 
 @jax.custom_vjp
 def linear(
-    x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
+    x: Float[Array, "*batch inputs"],
+    kernel: Float[Array, "inputs outputs"],
+    bias: Float[Array, "outputs"] | None = None,
 ) -> Float[Array, "*batch outputs"]:
-    """``x @ kernel``, accumulated and returned in float32."""
-    return _dot(x, kernel, (x.ndim - 1,), (0,))
+    """``x @ kernel + bias``, accumulated and returned in float32."""
+    return _linear_forward(x, kernel, bias)[0]
 
 
-def _linear_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x, kernel), (x, kernel)
+def _linear_forward(
+    x: Array, kernel: Array, bias: Array | None
+) -> tuple[Array, tuple[Array, Array, Array | None]]:
+    # The bare product, because the remat policies of stack.py do not look into a custom_vjp.
+    y = _dot(x, kernel, (x.ndim - 1,), (0,))
+    return y if bias is None else _add_bias(y, bias), (x, kernel, bias)
 
 
-def _linear_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
+def _linear_backward(
+    residuals: tuple[Array, Array, Array | None], g: Array
+) -> tuple[Array, Array, Array | None]:
+    x, kernel, bias = residuals
     g = g.astype(x.dtype)
     dx = _dot(g, kernel, (g.ndim - 1,), (1,)).astype(x.dtype)
-    return dx, _outer(x, g).astype(kernel.dtype)
+    dbias = None if bias is None else _sum_rows(g).astype(bias.dtype)
+    return dx, _outer(x, g).astype(kernel.dtype), dbias
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -78,40 +86,58 @@ linear.defvjp(_linear_forward, _linear_backward)
 
 @jax.custom_vjp
 def attend(
-    x: Float[Array, "*batch embed"], table: Float[Array, "vocab embed"]
+    x: Float[Array, "*batch embed"],
+    table: Float[Array, "vocab embed"],
+    bias: Float[Array, "vocab"],
 ) -> Float[Array, "*batch vocab"]:
-    """``x @ tableᵀ``, accumulated and returned in float32: logits from a tied embedding."""
-    return _dot(x, table, (x.ndim - 1,), (1,))
+    """``x @ tableᵀ + bias``, in float32: logits from a tied embedding."""
+    return _attend_forward(x, table, bias)[0]
 
 
-def _attend_forward(x: Array, table: Array) -> tuple[Array, tuple[Array, Array]]:
-    return attend(x, table), (x, table)
+def _attend_forward(x: Array, table: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+    def plain(x: Array, table: Array, bias: Array) -> Array:
+        return _add_bias(_dot(x, table, (x.ndim - 1,), (1,)), bias)
+
+    def widened(x: Array, table: Array, bias: Array) -> Array:
+        # Adding to the wide logits is a pass over memory as long as the product itself.
+        return _dot(_append(x, 1), _append(table, bias), (x.ndim - 1,), (1,))
+
+    logits = lax.platform_dependent(x, table, bias, cpu=widened, default=plain)
+    return logits, (x, table, bias)
 
 
-def _attend_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, table = residuals
+def _attend_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+    x, table, bias = residuals
     g = g.astype(x.dtype)
-    dx = _dot(g, table, (g.ndim - 1,), (0,)).astype(x.dtype)
-    return dx, _outer(g, x).astype(table.dtype)
+
+    def plain(x: Array, table: Array, bias: Array, g: Array) -> tuple[Array, Array, Array]:
+        return _dot(g, table, (g.ndim - 1,), (0,)), _outer(g, x), _sum_rows(g)
+
+    def widened(x: Array, table: Array, bias: Array, g: Array) -> tuple[Array, Array, Array]:
+        dx = _dot(g, _append(table, bias), (g.ndim - 1,), (0,))
+        both = _outer(g, _append(x, 1))
+        return dx[..., :-1], both[:, :-1], both[:, -1]
+
+    gradients = lax.platform_dependent(x, table, bias, g, cpu=widened, default=plain)
+    dx, dtable, dbias = (d.astype(v.dtype) for d, v in zip(gradients, residuals, strict=True))
+    return dx, dtable, dbias
+
+
+def _append(x: Array, column: Array | int) -> Array:
+    """``x`` with one more last column."""
+    column = jnp.broadcast_to(jnp.asarray(column, x.dtype), x.shape[:-1])
+    return jnp.concatenate([x, column[..., None]], axis=-1)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-@jax.custom_vjp
-def add_bias(x: Float[Array, "*batch out"], bias: Float[Array, "out"]) -> Float[Array, "*batch out"]:
-    """``x + bias`` along the last axis."""
-    return x + bias.astype(x.dtype)
-
-
-add_bias.defvjp(lambda x, bias: (add_bias(x, bias), None), lambda _, g: (g, _sum_rows(g)))
-
-
 class Linear(nn.Module):
     """``y = x W + b`` over the last ``num_inputs`` axes of ``x``.
 
-    The kernel is created in its final shape ``[*inputs, *features]``, so the sharding table, LoRA
-    and initializers see the real axes. Operands are cast to ``dtype``, and so is the result.
+    The kernel has its final shape ``[*inputs, *features]``, so the sharding table and LoRA see the
+    real axes; the initializer sees a matrix, from which alone it can tell inputs from outputs.
+    Operands are cast to ``dtype``, and so is the result.
 
     Attributes:
         features: the output axes, such as ``(num_heads, head_dim)``.
@@ -126,14 +152,19 @@ class Linear(nn.Module):
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         features = (self.features,) if isinstance(self.features, int) else self.features
         inputs = x.shape[x.ndim - self.num_inputs :]
         batch = x.shape[: x.ndim - self.num_inputs]
-        kernel = self.param("kernel", self.kernel_init, (*inputs, *features), jnp.float32)
-        flat = kernel.astype(self.dtype).reshape(math.prod(inputs), math.prod(features))
-        y = linear(x.astype(self.dtype).reshape(*batch, -1), flat)
+        matrix = math.prod(inputs), math.prod(features)
+
+        def init(key: PRNGKey) -> Array:
+            return self.kernel_init(key, matrix, jnp.float32).reshape(*inputs, *features)
+
+        kernel = self.param("kernel", init)
+        bias = None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
-            y = add_bias(y, bias.reshape(-1))
+            bias = self.param("bias", nn.initializers.zeros, features, jnp.float32).reshape(-1)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = linear(x.reshape(*batch, -1), kernel.reshape(matrix), bias)
         return y.astype(self.dtype).reshape(*batch, *features)

@@ -11,12 +11,21 @@ def _is_label(logits: Array, labels: Array) -> Array:
     return lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
 
 
+def _gather(logits: Array, labels: Array) -> Array:
+    return jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+
+
+def _select(logits: Array, labels: Array) -> Array:
+    # Stays local to each device when `vocab` is sharded; fused where it is read, but not on CPUs.
+    return jnp.where(_is_label(logits, labels), logits, 0).sum(-1)
+
+
 def _forward(logits: Array, labels: Array) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     top = logits.max(-1)
     exp = jnp.exp(logits - top[..., None])
     total = exp.sum(-1)
-    label_logit = jnp.where(_is_label(logits, labels), logits, 0).sum(-1)
-    loss = jnp.log(total) + top - label_logit
+    label_logit = lax.platform_dependent(logits, labels, cpu=_gather, default=_select)
+    loss = jnp.log(total) + (top - label_logit)  # the large numbers first: they cancel exactly
     return (loss, label_logit >= top), (exp, 1 / total, labels)
 
 

@@ -41,13 +41,16 @@ class MaskingConfig:
         for name, rate in (("rate", self.rate), ("final_rate", self.final_rate)):
             if rate is not None and not 0 < rate < 1:
                 raise InputError(f"{name}={rate} is not inside (0, 1); 0.15 to 0.4 is usual")
-        if not 0 <= self.mask_share + self.random_share <= 1 or self.mask_share < 0:
+        shares = self.mask_share, self.random_share
+        if min(shares) < 0 or sum(shares) > 1:
             raise InputError(
                 f"mask_share={self.mask_share} and random_share={self.random_share} are shares of "
                 "the predicted tokens: each at least 0, together at most 1"
             )
         if self.mean_span < 1:
             raise InputError(f"mean_span={self.mean_span} is shorter than one token")
+        if self.budget is not None and self.budget < 1:
+            raise InputError(f"budget={self.budget} has no room for one token: None = enough")
 
     def num_predicted(self, length: int) -> int:
         """Predicted positions for which a row of ``length`` tokens has room."""

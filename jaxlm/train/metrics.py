@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxlm.errors import InputError
 
@@ -35,6 +35,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 )
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Where metrics go; on process 0 alone."""
 

@@ -1,9 +1,11 @@
 """Everything a run carries from step to step. No key lives here: keys follow from seed and step."""
 
+from typing import Any
+
 import flax.struct
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.typing import Params, Variables
@@ -11,18 +13,18 @@ from jaxlm.typing import Params, Variables
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters and moments.
+    """Parameters and moments; also their shapes or shardings, hence no array types here.
 
     Attributes:
-        step: steps done, those whose update was skipped included.
+        step: steps done, an int32 scalar; those whose update was skipped included.
         trainable: collections of the leaves that learn.
         frozen: collections of the others: they get no gradient and no moments.
         opt_state: moments of ``trainable``.
     """
 
-    step: Int[Array, ""]
-    trainable: Params
-    frozen: Params
+    step: Any
+    trainable: PyTree
+    frozen: PyTree
     opt_state: PyTree
 
     @classmethod

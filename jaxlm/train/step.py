@@ -55,7 +55,7 @@ def make_train_step(
             grads, sums = jax.lax.psum((grads, sums), axis_name)
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         lr = schedule(progress)

@@ -1,0 +1,33 @@
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.nn import masks
+
+
+def test_segments():
+    ids = jnp.asarray(np.array([[0, 0, 1, -1], [2, 3, 3, 2]]))
+    mask = np.asarray(masks.segments(ids, ids))
+    assert mask.shape == (2, 1, 4, 4)
+    assert mask[0, 0].astype(int).tolist() == [
+        [1, 1, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]
+    assert mask[1, 0].astype(int).tolist() == [
+        [1, 0, 0, 1],
+        [0, 1, 1, 0],
+        [0, 1, 1, 0],
+        [1, 0, 0, 1],
+    ]
+
+
+def test_segments_of_queries_and_keys():
+    q, kv = jnp.asarray(np.array([[0, 1]])), jnp.asarray(np.array([[1, 1, 0]]))
+    assert np.asarray(masks.segments(q, kv))[0, 0].astype(int).tolist() == [[0, 0, 1], [1, 1, 0]]
+
+
+def test_padding():
+    mask = np.asarray(masks.padding(jnp.asarray(np.array([0, 2, 4])), 4))
+    assert mask.shape == (3, 1, 1, 4)
+    assert mask[:, 0, 0].astype(int).tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxlm.objectives.cross_entropy import cross_entropy
+
+RNG = np.random.default_rng(0)
+LOGITS = jnp.float32(5 * RNG.normal(size=(3, 4, 17)))
+LABELS = jnp.asarray(RNG.integers(0, 17, (3, 4)))
+WEIGHTS = jnp.float32(RNG.normal(size=(3, 4)))  # another cotangent for every position
+
+
+def plain(logits, labels):
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)
+    return -chosen[..., 0], logits.argmax(-1) == labels
+
+
+def value_and_gradient(function, logits, labels, weights):
+    def total(logits):
+        losses, correct = function(logits, labels)
+        return jnp.sum(jnp.square(losses) * weights), (losses, correct)
+
+    gradient, (losses, correct) = jax.jit(jax.grad(total, has_aux=True))(logits)
+    return losses, gradient, correct
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
+def test_equals_log_softmax(shift):
+    # A large shift cancels: the loss must not be a small difference of large numbers.
+    logits = LOGITS + shift
+    ours = value_and_gradient(cross_entropy, logits, LABELS, WEIGHTS)
+    exact = value_and_gradient(plain, logits, LABELS, WEIGHTS)
+    np.testing.assert_allclose(ours[0], exact[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours[1], exact[1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(ours[2], exact[2])
+    assert np.abs(exact[1]).max() > 1
+
+
+def test_by_hand():
+    logits = jnp.float32(np.log([[1, 2, 5], [1, 1, 2]]))
+    losses, gradient, correct = value_and_gradient(
+        lambda *args: cross_entropy(*args), logits, jnp.asarray(np.array([2, 0])), jnp.ones(2)
+    )
+    np.testing.assert_allclose(losses, -np.log([5 / 8, 1 / 4]), atol=1e-6)
+    softmax = np.array([[1 / 8, 2 / 8, 5 / 8 - 1], [1 / 4 - 1, 1 / 4, 1 / 2]])
+    np.testing.assert_allclose(gradient, softmax * 2 * np.asarray(losses)[:, None], atol=1e-6)
+    assert correct.tolist() == [True, False]
+
+
+def test_extreme_logits_are_finite():
+    logits = jnp.float32(np.array([[1e30, 0.0, -1e30], [-np.inf, 0.0, 1.0]]))
+    labels = jnp.asarray(np.array([0, 2]))
+    losses, gradient, correct = value_and_gradient(cross_entropy, logits, labels, jnp.ones(2))
+    np.testing.assert_allclose(losses, [0, np.log1p(np.exp(-1))], atol=1e-6)
+    assert np.isfinite(gradient).all()
+    assert correct.tolist() == [True, True]
+
+
+def test_one_array_of_the_logits_size_is_kept():
+    @jax.jit
+    def saved(logits):
+        _, backward, _ = jax.vjp(lambda x: cross_entropy(x, LABELS), logits, has_aux=True)
+        return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(backward))
+
+    assert saved(LOGITS) < 1.5 * LOGITS.size
+
+
+def test_a_sharded_vocabulary():
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    logits = jnp.float32(RNG.normal(size=(2, 3, 16)))
+    labels = jnp.asarray(RNG.integers(0, 16, (2, 3)))
+    weights = jnp.float32(RNG.normal(size=(2, 3)))
+    sharded = jax.device_put(logits, NamedSharding(mesh, PartitionSpec("data", None, "tensor")))
+    ours = value_and_gradient(cross_entropy, sharded, labels, weights)
+    exact = value_and_gradient(plain, logits, labels, weights)
+    for a, b in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

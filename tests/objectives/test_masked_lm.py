@@ -1,0 +1,189 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.models.bert import BertConfig
+from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.objectives.masked_lm import make_loss, positions_within, segment_ids
+from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
+
+START, MASK, FIRST, SIZE, LENGTH = 1, 3, 4, 32, 12
+VOCABULARY = Vocabulary(
+    mask_id=MASK,
+    start_id=START,
+    ordinary=jnp.arange(FIRST, SIZE),
+    is_ordinary=jnp.arange(SIZE) >= FIRST,
+    word_starts=jnp.arange(SIZE) >= 0,
+)
+MASKING = MaskingConfig(rate=0.4)
+MODEL = MaskedLm(
+    BertConfig(
+        vocab_size=SIZE,
+        num_layers=1,
+        hidden_dim=16,
+        num_heads=2,
+        mlp_dim=16,
+        max_length=LENGTH,
+        dropout_rate=0.0,
+        attention_dropout_rate=0.0,
+    ).make(),
+    MlmHead(),
+)
+
+
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
+
+
+def make_variables():
+    shapes = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.float32(rng.normal(size=s.shape) / 2), shapes)
+
+
+def make_batch(lengths=(12, 5, 1, 0)):
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(FIRST, SIZE, (len(lengths), LENGTH))
+    tokens[:, 6] = START
+    batch = {"tokens": tokens, "lengths": np.array(lengths), "index": np.arange(len(lengths))}
+    return {name: jnp.asarray(x, jnp.int32) for name, x in batch.items()}
+
+
+VARIABLES, BATCH, KEY = make_variables(), make_batch(), jax.random.key(0)
+
+
+def test_segment_ids_by_hand():
+    tokens = jnp.asarray(np.array([[5, 6, 1, 7, 1, 0], [1, 5, 5, 1, 1, 9], [1, 5, 5, 5, 5, 5]]))
+    ids = segment_ids(tokens, jnp.asarray(np.array([5, 6, 0])), START)
+    assert ids.tolist() == [[0, 0, 1, 1, 2, -1], [1, 1, 1, 2, 3, 3], [-1] * 6]
+    assert positions_within(ids).tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 0, 1], [*range(6)]]
+
+
+def fake_apply(told, logits_of):
+    """Keeps what it is called with."""
+
+    def apply(variables, tokens, predicted, **options):
+        told.update(options, tokens=tokens, predicted=predicted)
+        return logits_of(predicted)
+
+    return apply
+
+
+def run(loss, *, deterministic=True):
+    return loss(VARIABLES, BATCH, KEY, progress=jnp.zeros(()), deterministic=deterministic)
+
+
+def test_sums_of_a_perfect_model():
+    def logits_of(predicted):
+        labels = jnp.take_along_axis(BATCH["tokens"], predicted, axis=1)
+        return 2 * jax.nn.one_hot(labels, SIZE)
+
+    total, sums = jit(lambda: run(make_loss(fake_apply({}, logits_of), VOCABULARY, MASKING)))()
+    # round(0.4 * 11), round(0.4 * 5), at least one, none.
+    assert float(sums.weight) == 4 + 2 + 1 + 0
+    assert float(sums.totals["accuracy"]) == 7
+    nats = np.log(np.exp(2) + SIZE - 1) - 2
+    assert float(total) == float(sums.totals["loss"]) == pytest.approx(7 * nats, rel=1e-5)
+    assert {name: float(count) for name, count in sums.counts.items()} == {
+        "tokens": 18,
+        "overflow": 0,
+    }
+
+
+def test_what_the_model_is_told():
+    def told(*, deterministic=True, **options):
+        seen = {}
+        apply = fake_apply(seen, lambda predicted: jnp.zeros((*predicted.shape, SIZE)))
+
+        def arrays():
+            run(make_loss(apply, VOCABULARY, MASKING, **options), deterministic=deterministic)
+            return {name: x for name, x in seen.items() if isinstance(x, jax.Array)}
+
+        found = jit(arrays)()
+        return seen | found
+
+    real = np.arange(LENGTH)[None] < np.asarray(BATCH["lengths"])[:, None]
+    mixed = told()
+    assert mixed["positions"] is None
+    np.testing.assert_array_equal(mixed["segment_ids"], np.where(real, 0, -1))
+    assert mixed["rngs"] is None
+    assert mixed["deterministic"]
+
+    apart = told(isolate_documents=True, deterministic=False)
+    assert apart["positions"][0].tolist() == [*range(6)] * 2
+    assert apart["segment_ids"][0].tolist() == [0] * 6 + [1] * 6
+    assert apart["segment_ids"][1].tolist() == [0] * 5 + [-1] * 7
+    assert list(apart["rngs"]) == ["dropout"]
+    # The same choice for a key, whatever else is asked.
+    np.testing.assert_array_equal(apart["tokens"], mixed["tokens"])
+    assert (mixed["tokens"] != BATCH["tokens"]).any()
+
+
+def dense_loss(variables, batch, key):
+    """All logits, by the textbook; what is predicted is scattered into a table."""
+    shown = corrupt(
+        jax.random.split(key)[0],
+        batch["tokens"],
+        batch["lengths"],
+        batch["index"],
+        VOCABULARY,
+        MASKING,
+        progress=jnp.zeros(()),
+    )
+    rows = jnp.arange(batch["tokens"].shape[0])[:, None]
+    weights = jnp.zeros(batch["tokens"].shape).at[rows, shown.predicted].set(shown.weights)
+    segments = jnp.where(jnp.arange(LENGTH)[None, :] < batch["lengths"][:, None], 0, -1)
+    logits = MODEL.apply(variables, shown.tokens, segment_ids=segments)
+    labels = batch["tokens"][..., None]
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels, axis=-1)[..., 0]
+    return (losses * weights).sum(), weights.sum()
+
+
+def both_losses(masking):
+    loss = make_loss(MODEL.apply, VOCABULARY, masking)
+
+    def ours(variables):
+        return loss(variables, BATCH, KEY, progress=jnp.zeros(()), deterministic=True)
+
+    @jit
+    def both(variables):
+        dense = jax.value_and_grad(dense_loss, has_aux=True)(variables, BATCH, KEY)
+        return jax.value_and_grad(ours, has_aux=True)(variables), dense
+
+    ((total, sums), gradient), ((dense_total, dense_weight), dense_gradient) = both(VARIABLES)
+    pairs = [(total, dense_total), (sums.weight, dense_weight)]
+    pairs += zip(jax.tree.leaves(gradient), jax.tree.leaves(dense_gradient), strict=True)
+    weight = float(dense_weight)
+    return max(float(np.abs(a - b).max()) / weight for a, b in pairs), gradient
+
+
+def test_masked_only_equals_dense():
+    difference, gradient = both_losses(MASKING)
+    assert difference < 1e-5
+    assert all(float(np.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
+
+
+def test_a_budget_that_is_too_small_is_not_dense():
+    # The control: with one place a row the sums are others, and are seen to be.
+    difference, _ = both_losses(MaskingConfig(rate=0.4, budget=1))
+    assert difference > 1e-2
+
+
+@pytest.mark.parametrize("isolate_documents", [False, True])
+def test_a_batch_of_padding_is_nothing(isolate_documents):
+    batch = make_batch((0, 0))
+    loss = make_loss(MODEL.apply, VOCABULARY, MASKING, isolate_documents=isolate_documents)
+
+    @jit
+    def both(variables):
+        def run(variables):
+            return loss(variables, batch, KEY, progress=jnp.zeros(()), deterministic=True)
+
+        return jax.value_and_grad(run, has_aux=True)(variables)
+
+    (total, sums), gradient = both(VARIABLES)
+    assert (float(total), float(sums.weight), float(sums.totals["accuracy"])) == (0, 0, 0)
+    assert float(sums.counts["tokens"]) == 0
+    assert all(float(np.abs(g).max()) == 0 for g in jax.tree.leaves(gradient))

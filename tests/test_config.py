@@ -1,0 +1,118 @@
+"""Configurations: files, the command line, and the JSON of a run folder."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from jaxlm import config as configs
+from jaxlm.config import RunConfig
+from jaxlm.data.loader import DataConfig
+from jaxlm.data.prepare import PrepareConfig
+from jaxlm.data.sources import Csv, PyDocs
+from jaxlm.errors import InputError
+from jaxlm.train.loop import TrainConfig
+
+FILE = """
+from jaxlm.config import RunConfig
+from jaxlm.data.loader import DataConfig
+from jaxlm.train.loop import TrainConfig
+config = RunConfig(name="a", data=DataConfig(paths=("b",)), train=TrainConfig({}))
+"""
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "c.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_command_line_changes_nested_fields(tmp_path: Path) -> None:
+    path = write(tmp_path, FILE.format("steps=5"))
+    config = configs.load([path, "--optimizer.peak-lr", "3e-4", "--model.num-layers", "3"])
+    assert config.optimizer.peak_lr == 3e-4
+    assert config.model.num_layers == 3
+    assert config.train.steps == 5
+    assert configs.load([path, "--no-resume"]).resume is False
+
+
+def test_misspelt_option_says_what_was_meant(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, FILE.format("steps=5"))
+    with pytest.raises(SystemExit) as stop:
+        configs.load([path, "--optimizer.peak-l", "3e-4"])
+    assert stop.value.code == 2
+    assert "--optimizer.peak-lr" in capsys.readouterr().err
+
+
+def test_wrong_type_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, FILE.format("steps=5"))
+    with pytest.raises(SystemExit):
+        configs.load([path, "--train.steps", "many"])
+    assert "many" in capsys.readouterr().err
+
+
+def test_misspelt_field_in_a_file_is_one_sentence(tmp_path: Path) -> None:
+    path = write(tmp_path, FILE.format("step=5"))
+    with pytest.raises(InputError, match=r"c\.py.*unexpected keyword argument 'step'"):
+        configs.load([path])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nowhere.py"], "no config file nowhere.py"),
+        ([], "first argument is a config file"),
+        (["--help"], "first argument is a config file"),
+    ],
+)
+def test_no_config_file(argv: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        configs.load(argv)
+
+
+def test_file_without_a_config(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not end in"):
+        configs.load([write(tmp_path, "config = 3")])
+
+
+@pytest.mark.parametrize("source", [PyDocs(), Csv(glob="*.csv", column="text", delimiter=";")])
+def test_json_round_trip(source: object) -> None:
+    config = RunConfig(
+        name="a",
+        data=DataConfig(paths=("b", "c"), weights=(1.0, 2.0)),
+        prepare=PrepareConfig(source=source),  # pyright: ignore[reportArgumentType]
+        train=TrainConfig(minutes=3.0),
+    )
+    assert configs.from_json(configs.to_json(config)) == config
+
+
+def test_json_with_unknown_field_or_wrong_type() -> None:
+    config = RunConfig(name="a", data=DataConfig(paths=("b",)), train=TrainConfig(steps=5))
+    text = configs.to_json(config)
+    with pytest.raises(InputError, match=r"config\.train has no field stepz"):
+        configs.from_json(text.replace('"steps"', '"stepz"'))
+    with pytest.raises(InputError, match=r"config\.train\.steps='5'"):
+        configs.from_json(text.replace('"steps": 5', '"steps": "5"'))
+    with pytest.raises(InputError, match="not JSON"):
+        configs.from_json(text[:-5])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "both None"),
+        ({"steps": 0}, r"train\.steps=0"),
+        ({"minutes": -1.0}, r"train\.minutes=-1"),
+        ({"steps": 1, "num_evals": 0}, r"train\.num_evals=0"),
+    ],
+)
+def test_impossible_lengths_of_a_run(fields: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig(steps=1).steps = 2  # pyright: ignore[reportAttributeAccessIssue]

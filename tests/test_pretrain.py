@@ -1,0 +1,230 @@
+"""Whole runs, tiny: from text to a run folder, interrupted and resumed, evaluated and used."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import run, tree
+from jaxlm.config import RunConfig
+from jaxlm.data.loader import DataConfig, eval_batches
+from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
+from jaxlm.data.prepared import open_prepared
+from jaxlm.data.sources import TextFiles
+from jaxlm.errors import InputError
+from jaxlm.fill_mask import FillMask
+from jaxlm.models.bert import BertConfig
+from jaxlm.optim import OptimizerConfig
+from jaxlm.pretrain import pretrain
+from jaxlm.sharding import MeshConfig
+from jaxlm.train.loop import TrainConfig, evaluate
+from jaxlm.train.metrics import read_jsonl
+from jaxlm.train.restore import list_steps
+from jaxlm.train.view import View
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("pretrain")
+    words = np.random.default_rng(0).choice(["red", "green", "blue", "cat", "dog"], (400, 12))
+    (folder / "text.txt").write_text("\n".join(" ".join(line) for line in words))
+    return RunConfig(
+        name="whole",
+        runs=folder / "runs",
+        data=DataConfig(paths=(str(folder / "prepared"),), batch_size=16),
+        prepare=PrepareConfig(
+            source=TextFiles(glob=str(folder / "text.txt"), document="line"),
+            tokenizer=TokenizerConfig(vocab_size=60),
+            row_length=16,
+            validation_fraction=0.1,
+        ),
+        model=BertConfig(num_layers=2, hidden_dim=16, num_heads=2, mlp_dim=32, max_length=32),
+        optimizer=OptimizerConfig(peak_lr=1e-2),
+        train=TrainConfig(steps=STEPS, num_evals=2, log_every=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config: RunConfig) -> Path:
+    """A run that nothing interrupted."""
+    return pretrain(config)
+
+
+def final_state(config: RunConfig) -> dict[str, np.ndarray]:
+    read = run.open_run(config.directory, STEPS)
+    return {path: np.asarray(leaf) for path, leaf in tree.leaves_with_path(read.variables)}
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = View.add
+
+    def add_and_stop(view: View, now: int, *rest: Any) -> None:
+        add(view, now, *rest)
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(View, "add", add_and_stop)
+
+
+def test_run_folder_is_self_contained(whole: Path) -> None:
+    names = {path.name for path in whole.iterdir()}
+    assert names >= {"config.json", "tokenizer.json", "checkpoints", "metrics.jsonl", "loss.png"}
+    assert list((whole / "tensorboard").glob("events.*"))
+    lines = read_jsonl(whole / "metrics.jsonl")
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == STEPS
+    assert {line["step"] for line in lines if "eval/loss" in line} == {0, 3, STEPS}
+    wanted = {"lr", "grad_norm", "overflow", "skipped", "tokens", "tokens_per_s", "train/accuracy"}
+    assert wanted <= lines[1].keys()
+
+
+def test_interrupted_and_resumed_is_bit_identical(
+    config: RunConfig, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_b = replace(config, name="interrupted")
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        pretrain(config_b)
+    (stopped,) = [s for s in list_steps(config_b.directory / "checkpoints") if s > 0]
+    assert stopped < STEPS
+    pretrain(config_b)
+    a, b = final_state(config), final_state(config_b)
+    assert all(np.array_equal(a[path], b[path]) for path in a)
+    losses = [
+        [(line["step"], line["train/loss"]) for line in read_jsonl(folder / "metrics.jsonl")
+         if "train/loss" in line]
+        for folder in (whole, config_b.directory)
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), "pmap"], ids=str)
+def test_resumed_elsewhere_sees_the_same(
+    config: RunConfig, whole: Path, monkeypatch: pytest.MonkeyPatch, mesh: MeshConfig | str
+) -> None:
+    config = replace(
+        config,
+        model=replace(config.model, dropout_rate=0.0, attention_dropout_rate=0.0),
+        optimizer=OptimizerConfig(peak_lr=1e-3),
+    )
+    reference = replace(config, name="reference")
+    pretrain(reference)
+    moved = replace(config, name=f"moved-{mesh}"[:11])
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        pretrain(moved)
+    there = {"placement": "pmap"} if mesh == "pmap" else {"mesh": mesh}
+    pretrain(replace(moved, **there))  # pyright: ignore[reportArgumentType]
+    a, b = final_state(reference), final_state(moved)
+    for path in a:
+        np.testing.assert_allclose(a[path], b[path], atol=1e-5, err_msg=path)
+
+
+def test_complete_run_is_left_alone(
+    config: RunConfig, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / "metrics.jsonl").read_text()
+    pretrain(config)
+    assert "complete" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_no_resume_refuses_a_used_folder(config: RunConfig, whole: Path) -> None:
+    with pytest.raises(InputError, match="holds a run"):
+        pretrain(replace(config, resume=False))
+
+
+def test_resume_with_other_data_or_seed_is_refused(config: RunConfig, whole: Path) -> None:
+    saved = (whole / "config.json").read_text()
+    other = replace(config.prepare, tokenizer=TokenizerConfig(vocab_size=300, kind="bpe"))
+    path = str(Path(config.data.paths[0]).with_name("other"))
+    with pytest.raises(InputError, match="tokenizer_sha256"):
+        pretrain(replace(config, prepare=other, data=replace(config.data, paths=(path,))))
+    with pytest.raises(InputError, match="seed 0"):
+        pretrain(replace(config, train=replace(config.train, seed=1, steps=2 * STEPS)))
+    assert (whole / "config.json").read_text() == saved
+
+
+def test_resume_with_another_model_names_the_shapes(config: RunConfig, whole: Path) -> None:
+    model = replace(config.model, mlp_dim=64)
+    with pytest.raises(InputError, match=r"32.*64|64.*32"):
+        pretrain(replace(config, model=model))
+
+
+def test_evaluate_and_fill_mask(config: RunConfig, whole: Path) -> None:
+    read = run.open_run(whole)
+    data = open_prepared(config.data.paths[0])
+    metrics = evaluate(read.placement, read.state, eval_batches(data, read.config.data.batch_size))
+    recorded = [line for line in read_jsonl(whole / "metrics.jsonl") if "eval/loss" in line]
+    assert metrics["loss"] == pytest.approx(min(line["eval/loss"] for line in recorded), abs=1e-5)
+
+    fill = FillMask(run.make_model(read.config.model).apply, read.variables, read.tokenizer, 32)
+    (blanks, single) = fill(["red [MASK] blue [MASK]", "a [MASK]"], top_k=3)
+    assert [len(blank) for blank in blanks] == [3, 3]
+    assert "[MASK]" not in blanks[0][0].text
+    assert blanks[0][0].probability >= blanks[0][1].probability
+    (alone,) = fill(["a [MASK]"], top_k=3)  # in another batch: the same numbers
+    assert [f.token for f in alone[0]] == [f.token for f in single[0]]
+    assert alone[0][0].probability == pytest.approx(single[0][0].probability, abs=1e-6)
+    with pytest.raises(InputError, match="no blank"):
+        list(fill(["no blank at all"]))
+    with pytest.raises(InputError, match="more than the model's 32"):
+        list(fill(["red " * 40 + "[MASK]"]))
+
+
+def test_another_tokenizer_in_the_run_folder(
+    config: RunConfig, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    tokenizer = TokenizerConfig(vocab_size=300, kind="bpe")
+    prepare(replace(config.prepare, tokenizer=tokenizer), tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / "tokenizer.json", folder / "tokenizer.json")
+    with pytest.raises(InputError, match="is not the tokenizer that the checkpoint was trained"):
+        run.open_run(folder)
+
+
+def test_not_a_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no config.json"):
+        run.open_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"batch_size": 12}}, r"batch_size=12 is not divisible by 8 devices"),
+        ({"model": {"max_length": 8}}, r"rows of 16 tokens.*max_length=8"),
+        ({"model": {"vocab_size": 20}}, r"vocab_size=20 is smaller than the tokenizer's"),
+        ({"mesh": {"fsdp": 3}}, r"fsdp=3.* does not fit 8 devices"),
+        ({"mesh": {"tensor": 8}}, r"heads of size 2 cannot be split over tensor=8"),
+    ],
+    ids=str,
+)
+def test_impossible_combinations(config: RunConfig, change: dict[str, Any], message: str) -> None:
+    parts = {name: replace(getattr(config, name), **fields) for name, fields in change.items()}
+    with pytest.raises(InputError, match=message):
+        pretrain(replace(config, name="never", **parts))
+    assert not (config.runs / "never" / "config.json").exists()
+
+
+def test_not_finite_gradients_stop_with_the_step_named(config: RunConfig) -> None:
+    mad = replace(
+        config,
+        name="mad",
+        optimizer=OptimizerConfig(peak_lr=1e30, clip_norm=None, warmup_share=0.0),
+        train=replace(config.train, steps=50, max_skipped=3, num_evals=1),
+    )
+    with pytest.raises(InputError, match=r"not finite in 3 steps in a row, up to step \d+"):
+        pretrain(mad)
+
+
+def test_jax_sees_eight_devices() -> None:
+    assert jax.device_count() == 8

@@ -1,0 +1,223 @@
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxlm import sharding, tree
+from jaxlm.errors import InputError
+from jaxlm.models import bert
+from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.sharding import MeshConfig, axes_of, constrain, make_mesh, spec, tree_shardings, use_mesh
+
+PRESETS = {name: value for name, value in vars(bert).items() if isinstance(value, bert.BertConfig)}
+MESHES = [
+    MeshConfig(),
+    MeshConfig(data=None, fsdp=8),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=1, tensor=2, sequence=4),
+]
+CUBE = MESHES[2]
+
+
+@cache
+def shapes_of(preset):
+    config = replace(PRESETS[preset], vocab_size=30528)
+    model = MaskedLm(config.make(), MlmHead())
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+
+
+def shape_tree(path, *shape):
+    for name in reversed(path.split("/")):
+        shape = {name: shape if isinstance(shape, dict) else jax.ShapeDtypeStruct(shape, float)}
+    return shape
+
+
+def test_presets_are_found():
+    assert {"TINY", "MINI", "SMALL", "MEDIUM", "BASE", "LARGE", "ROBERTA_BASE"} <= PRESETS.keys()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_parameter_of_every_preset_has_a_place(preset):
+    shapes = shapes_of(preset)
+    for config in MESHES:
+        mesh = make_mesh(config)
+        places = tree_shardings(shapes, mesh)
+        parts = jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), shapes, places)
+        sizes = [
+            np.prod(shape) for shape in jax.tree.leaves(parts, is_leaf=lambda x: type(x) is tuple)
+        ]
+        split = mesh.shape["fsdp"] * mesh.shape["tensor"]
+        # Nearly everything is split: what is left whole is a norm, a bias, or a small table.
+        assert sum(sizes) < 1.1 * tree.num_params(shapes) / split
+
+
+def places_on(mesh, shapes):
+    return {path: place.spec for path, place in tree.leaves_with_path(tree_shardings(shapes, mesh))}
+
+
+def test_places_by_hand():
+    places = places_on(make_mesh(CUBE), shapes_of("TINY"))
+    layers = "params/encoder/layers"
+    expected = {
+        "params/encoder/token_embed/embedding": P("tensor", "fsdp"),
+        "params/encoder/position_embed/embedding": P(None, "fsdp"),
+        f"{layers}/attention/query/kernel": P(None, "fsdp", "tensor", None),
+        f"{layers}/attention/query/bias": P(None, "tensor", None),
+        f"{layers}/attention/out/kernel": P(None, "tensor", None, "fsdp"),
+        f"{layers}/attention/out/bias": P(None, None),
+        f"{layers}/mlp/up/kernel": P(None, "fsdp", "tensor"),
+        f"{layers}/mlp/down/kernel": P(None, "tensor", "fsdp"),
+        f"{layers}/mlp_norm/scale": P(None, None),
+        "params/head/transform/kernel": P("fsdp", None),
+        "params/head/bias": P("tensor"),
+    }
+    assert {path: tuple(places[path]) for path in expected} == {
+        path: tuple(place) for path, place in expected.items()
+    }
+
+
+def test_mesh_axes_of_size_one_are_left_out():
+    places = places_on(make_mesh(MeshConfig(data=4, tensor=2)), shapes_of("TINY"))
+    assert tuple(places["params/encoder/token_embed/embedding"]) == ("tensor", None)
+
+
+def raises_without(row, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sharding, "AXES", tuple(other for other in sharding.AXES if other != row))
+        for preset in PRESETS:
+            try:
+                tree_shardings(shapes_of(preset), make_mesh(MeshConfig()))
+            except ValueError:
+                return True
+    return False
+
+
+def test_every_row_of_the_table_is_used(monkeypatch):
+    unused = [row for row in sharding.AXES if not raises_without(row, monkeypatch)]
+    assert unused == []
+    # The control: a row that no model needs is found.
+    stray = (r"stray/kernel", "embed -> mlp")
+    monkeypatch.setattr(sharding, "AXES", (*sharding.AXES, stray))
+    assert not raises_without(stray, monkeypatch)
+
+
+def test_every_axis_name_has_a_rule_and_every_rule_a_use():
+    named = {name for _, text in sharding.AXES for name in text.replace("->", " ").split()}
+    activations = {"batch", "length", "layers"}
+    assert named | activations == {name for name, _ in sharding.RULES}
+    assert len(dict(sharding.RULES)) == len(sharding.RULES)
+    mesh_axes = {axis for _, axes in sharding.RULES for axis in axes or ()}
+    assert mesh_axes == set(sharding.MESH_AXES)
+
+
+@pytest.mark.parametrize(
+    ("path", "ndim", "names", "inputs"),
+    [
+        ("params/query/kernel", 3, ("embed", "heads", "head_dim"), 1),
+        ("0/mu/params/layers/query/kernel", 4, ("layers", "embed", "heads", "head_dim"), 1),
+        ("attention/out/kernel", 3, ("heads", "head_dim", "embed"), 2),
+        ("layers/attention/out/bias", 2, ("layers", "norm"), 0),
+        ("encoder/token_embed/embedding", 2, ("vocab", "embed"), 1),
+        ("norm/scale", 1, ("norm",), 0),
+        ("encoder/embed_norm/bias", 1, ("norm",), 0),
+        ("head/bias", 1, ("vocab",), 0),
+    ],
+)
+def test_axes_of(path, ndim, names, inputs):
+    assert axes_of(path, ndim) == (names, inputs)
+
+
+@pytest.mark.parametrize(
+    "path", ["jquery/kernel", "query/kernel/extra", "kernel", "abnorm/scale", ""]
+)
+def test_unmatched_paths_raise(path):
+    with pytest.raises(ValueError, match=f"no row of sharding.AXES matches the parameter {path}"):
+        axes_of(path, 3)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 5])
+def test_wrong_rank_raises(ndim):
+    with pytest.raises(ValueError, match=f"a/query/kernel has {ndim} axes, but .* 'embed -> heads"):
+        axes_of("a/query/kernel", ndim)
+
+
+def test_unknown_axis_name_raises(monkeypatch):
+    monkeypatch.setattr(sharding, "AXES", ((r"up/kernel", "embed -> colour"),))
+    with pytest.raises(ValueError, match=r"'colour' has no row in sharding\.RULES"):
+        tree_shardings(shape_tree("up/kernel", 8, 8), make_mesh(CUBE))
+
+
+def test_two_names_on_one_mesh_axis_raise(monkeypatch):
+    monkeypatch.setattr(sharding, "AXES", ((r"up/kernel", "heads -> mlp"),))
+    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) are split over the same mesh axis"):
+        tree_shardings(shape_tree("up/kernel", 8, 8), make_mesh(CUBE))
+    # Where that mesh axis has size 1 there is no clash.
+    tree_shardings(shape_tree("up/kernel", 8, 8), make_mesh(MeshConfig()))
+
+
+def test_indivisible_sizes_raise():
+    message = "params/up/kernel: the axis mlp of size 9 cannot be split over tensor=2 devices"
+    with pytest.raises(InputError, match=message):
+        tree_shardings(shape_tree("params/up/kernel", 8, 9), make_mesh(CUBE))
+    with pytest.raises(InputError, match=r"batch of size 6 cannot be split over data\*fsdp=4"):
+        spec(("batch",), make_mesh(CUBE), (6,))
+    assert tuple(spec(("batch",), make_mesh(CUBE), (8,))) == (("data", "fsdp"),)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=3), "data=3, fsdp=1, tensor=1, sequence=1 does not fit 8 devices"),
+        (MeshConfig(data=2, fsdp=2), "data=2, fsdp=2, .* does not fit 8 devices"),
+        (MeshConfig(tensor=3), "data=None, .*tensor=3, .* does not fit 8 devices"),
+        (MeshConfig(fsdp=16), "fsdp=16, .* does not fit 8 devices"),
+        (MeshConfig(fsdp=0), "fsdp=0, .* does not fit 8 devices"),
+        (MeshConfig(data=-1, fsdp=-8), "data=-1, fsdp=-8, .* does not fit 8 devices"),
+    ],
+)
+def test_meshes_that_do_not_fit_raise(config, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(config)
+
+
+def test_meshes_that_fit():
+    assert dict(make_mesh(MeshConfig(tensor=2)).shape) == {
+        "data": 4,
+        "fsdp": 1,
+        "tensor": 2,
+        "sequence": 1,
+    }
+    assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+def test_scalars_are_everywhere():
+    places = tree_shardings({"count": jnp.zeros(())}, make_mesh(CUBE))
+    assert tuple(places["count"].spec) == ()
+
+
+def test_constrain_is_the_identity_without_a_mesh():
+    x = jnp.ones((4, 4, 8))
+    assert constrain(x, ("batch", "length", "embed")) is x
+    text = str(jax.make_jaxpr(lambda x: constrain(x, ("batch", "length", "embed")))(x))
+    assert "sharding_constraint" not in text
+
+
+def test_constrain_lays_out_activations():
+    mesh, x = make_mesh(MeshConfig(data=2, fsdp=2, sequence=2)), jnp.ones((4, 4, 8))
+
+    @jax.jit
+    def inside(x):
+        with use_mesh(mesh):
+            return constrain(x, ("batch", "length", "embed"))
+
+    # `embed` stays whole in activations, though parameters are split over it.
+    assert tuple(inside(x).sharding.spec) == (("data", "fsdp"), "sequence")
+    assert constrain(x, ("batch", "length", "embed")) is x  # the mesh is forgotten again
+    with use_mesh(mesh), pytest.raises(ValueError, match="'colour' has no row"):
+        constrain(x, ("batch", "length", "colour"))
+    with use_mesh(mesh), pytest.raises(InputError, match="length of size 3 cannot be split"):
+        constrain(jnp.ones((4, 3, 8)), ("batch", "length", "embed"))
