@@ -18,7 +18,7 @@ config = RunConfig(
     name="quickstart",
     data=DataConfig(paths=("prepared/pydocs",), batch_size=64),
     prepare=PrepareConfig(
-        source=PyDocs(), tokenizer=TokenizerConfig(vocab_size=8192), row_length=64
+        source=PyDocs(), tokenizer=TokenizerConfig(vocab_size=4096), row_length=64
     ),
     model=BertConfig(
         num_layers=2,
@@ -30,5 +30,5 @@ config = RunConfig(
         attention_dropout_rate=0.0,
     ),
     optimizer=OptimizerConfig(name="muon", peak_lr=5e-3),
-    train=TrainConfig(minutes=2.5),
+    train=TrainConfig(minutes=2.75),
 )
