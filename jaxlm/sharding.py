@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
@@ -156,7 +156,7 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         _MESH.reset(token)
 
 
-def constrain(x: Array, names: tuple[str, ...]) -> Array:
+def constrain(x: Float[Array, "..."], names: tuple[str, ...]) -> Float[Array, "..."]:
     """Pin how an activation is laid out; the identity where no mesh is set (one device, pmap)."""
     mesh = _MESH.get()
     if mesh is None:

@@ -18,8 +18,7 @@ def tune_process() -> None:
     if sys.platform != "linux" or TUNABLES in os.environ or _has_accelerator():
         return
     os.environ[TUNABLES] = HUGE_PAGES
-    print(f"starting again with {TUNABLES}={HUGE_PAGES}: no page faults at every step")
-    sys.stdout.flush()
+    print(f"{TUNABLES}={HUGE_PAGES}: no page faults at every step", file=sys.stderr, flush=True)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -1,10 +1,5 @@
 """Use a run: ``python scripts/predict.py runs/quickstart fill-mask "A [MASK] of strings."``."""
 
-from jaxlm.startup import tune_process
-
-tune_process()
-
-# ruff: noqa: E402  (the allocator is settled before JAX starts)
 import json
 import sys
 from dataclasses import asdict

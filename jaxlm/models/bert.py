@@ -135,7 +135,7 @@ class Bert(nn.Module):
         c = self.config
         init = nn.initializers.truncated_normal(c.initializer_std)
         dtype = jnp.dtype(c.dtype or "float32")
-        self.token_embed = Embed(c.vocab_size, c.hidden_dim, dtype, init)
+        self.token_embed = Embed(c.vocab_size, c.hidden_dim, dtype, init, axis="vocab")
         self.position_embed = Embed(c.max_length, c.hidden_dim, dtype, init)
         self.token_type_embed = Embed(c.num_token_types, c.hidden_dim, dtype, init)
         self.embed_norm = LayerNorm(c.epsilon, dtype)

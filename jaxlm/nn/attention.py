@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.nn import masks
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.linear import Linear
+from jaxlm.nn.linear import Linear, product
 from jaxlm.sharding import constrain
 from jaxlm.typing import Bias, Dtype, Hidden, Mask, PRNGKey
 
@@ -31,8 +31,7 @@ def dot_product_attention(
 
     ``dropout_key`` draws which attention weights are dropped; without it none are.
     """
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores *= query.shape[-1] ** -0.5
+    scores = product("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
     if bias is not None:
         scores += bias
     if mask is not None:
@@ -40,9 +39,7 @@ def dot_product_attention(
     weights = jax.nn.softmax(scores, axis=-1)
     if dropout_key is not None and dropout_rate > 0:
         weights = dropout(weights, dropout_rate, dropout_key)
-    out = jnp.einsum(
-        "bhqk,bkhd->bqhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
+    out = product("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
     return out.astype(query.dtype)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.nn.linear import attend
+from jaxlm.sharding import constrain
 from jaxlm.typing import Dtype
 
 
@@ -14,12 +15,16 @@ class Embed(nn.Module):
     """A learned vector for each of ``num_embeddings`` ids; ``attend`` scores against all of them.
 
     Ids at or above ``num_embeddings`` are clamped by the gather: check them where data enters.
+
+    Attributes:
+        axis: the name of the table's first axis in the sharding rules.
     """
 
     num_embeddings: int
     features: int
     dtype: Dtype = jnp.float32
     embedding_init: Callable[..., Array] = nn.initializers.normal(0.02)
+    axis: str = "table"
 
     def setup(self) -> None:
         self.embedding = self.param(
@@ -27,7 +32,9 @@ class Embed(nn.Module):
         )
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch embed"]:
-        return jnp.take(self.embedding, ids, axis=0, mode="clip").astype(self.dtype)
+        # Whole vectors on every device, as FSDP does before use: the gather would replicate all.
+        table = constrain(self.embedding, (self.axis, "embed"))
+        return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
 
     def attend(
         self, x: Float[Array, "*batch embed"], bias: Float[Array, "vocab"]

@@ -7,6 +7,7 @@ and with ``dtype=bfloat16`` its products give bfloat16 and are upcast on CPUs (1
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -130,6 +131,35 @@ def _append(x: Array, column: Array | int) -> Array:
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``einsum(spec, a, b)``, accumulated and returned in float32.
+
+    In the gradient, too, the operands keep their precision: plain ``einsum`` would upcast them to
+    the float32 of the incoming gradient. Every letter of ``spec`` stands in two of its three terms.
+    """
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _product_backward(spec: str, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    (a, b), (left, out) = operands, spec.split("->")
+    a_axes, b_axes = left.split(",")
+
+    def low(g: Array, a: Array) -> Array:
+        return product(f"{out},{a_axes}->{b_axes}", g.astype(a.dtype), a)
+
+    def float32(g: Array, a: Array) -> Array:
+        return product(f"{out},{a_axes}->{b_axes}", g, a.astype(jnp.float32))
+
+    da = product(f"{out},{b_axes}->{a_axes}", g.astype(b.dtype), b)
+    # XLA:CPU fails on a bfloat16 product over the rows of both operands.
+    db = lax.platform_dependent(g, a, cpu=float32, default=low)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+product.defvjp(lambda spec, a, b: (product(spec, a, b), (a, b)), _product_backward)
 
 
 class Linear(nn.Module):

@@ -51,6 +51,8 @@ def test_masks_of_different_keys_are_uncorrelated():
     # Neighbouring seeds and folded keys: what a run really uses.
     keys = [jax.random.key(seed) for seed in (0, 1, 2)]
     keys += [jax.random.fold_in(jax.random.key(0), step) for step in range(4)]
+    words = ((7, 1), (8, 1), (8, 2))  # both words of a key count
+    keys += [jax.random.wrap_key_data(jnp.asarray(np.uint32(pair))) for pair in words]
     pairs = list(combinations(masks_of(keys), 2))
     assert max(abs(correlation(a, b)) for a, b in pairs) < 4.5
     a = pairs[0][0]

@@ -121,6 +121,24 @@ def test_what_the_model_is_told():
     assert (mixed["tokens"] != BATCH["tokens"]).any()
 
 
+def test_parts_of_a_batch_drop_differently():
+    # Under pmap and in micro-batches every part has the same key; its rows tell it apart.
+    def dropout_key(index):
+        seen = {}
+        apply = fake_apply(seen, lambda predicted: jnp.zeros((*predicted.shape, SIZE)))
+        loss = make_loss(apply, VOCABULARY, MASKING)
+
+        def run():
+            batch = BATCH | {"index": BATCH["index"] + index}
+            loss(VARIABLES, batch, KEY, progress=jnp.zeros(()), deterministic=False)
+            return jax.random.key_data(seen["rngs"]["dropout"])
+
+        return jit(run)().tolist()
+
+    assert dropout_key(0) == dropout_key(0)
+    assert dropout_key(0) != dropout_key(4)
+
+
 def dense_loss(variables, batch, key):
     """All logits, by the textbook; what is predicted is scattered into a table."""
     shown = corrupt(

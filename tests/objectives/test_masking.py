@@ -144,6 +144,12 @@ def test_whole_words():
     excess = out.weights.sum(1) - target(WORD.rate)
     assert excess.min() >= 0
     assert 0 < excess.max() < longest
+    # A special token ends a word: what follows it is another, even where no word starts.
+    before, special, after = TOKENS[:, :-2], TOKENS[:, 1:-1], TOKENS[:, 2:]
+    around = (
+        (before >= FIRST) & np.isin(special, (START, MASK)) & (after >= FIRST) & (after % 2 == 1)
+    )
+    assert (chosen[:, :-2] != chosen[:, 2:])[around & ALLOWED[:, 2:]].any()
     # The control: tokens chosen one by one do cut words.
     picked, word = chosen_of(run(TOKEN))[3], words(TOKENS[3])
     assert any(0 < picked[word == number].mean() < 1 for number in np.unique(word))
