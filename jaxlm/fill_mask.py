@@ -38,9 +38,9 @@ class FillMask:
     def __init__(self, apply: Apply, variables: Variables, tokenizer: Tokenizer, max_length: int):
         self._tokenizer = tokenizer
         self._max_length = max_length
-        ids = [tokenizer.token_to_id(name) for name in (MASK, "<mask>")]
-        self._mask_id = next(i for i in ids if i is not None)
-        self._mask_token = tokenizer.id_to_token(self._mask_id)
+        names = (MASK, "<mask>")
+        self._mask_token = next(name for name in names if tokenizer.token_to_id(name) is not None)
+        self._mask_id = tokenizer.token_to_id(self._mask_token)
         self._vocab_size = tokenizer.get_vocab_size()
 
         @jax.jit

@@ -6,7 +6,7 @@ The optimizer leaves the learning rate out; the train step applies it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -101,7 +101,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             decay,
         ]
     else:
-        transforms = {"muon": _muon(config), "adam": adam}
+        transforms: dict[Hashable, optax.GradientTransformation] = {
+            "muon": _muon(config),
+            "adam": adam,
+        }
         labels = _map_axes(lambda axes: "muon" if _is_hidden_matrix(axes) else "adam")
         parts = [optax.partition(transforms, labels), decay]
     if config.clip_norm is not None:

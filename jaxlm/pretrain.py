@@ -1,13 +1,11 @@
 """Pretraining from a configuration: the whole way from text to a run folder."""
 
 import dataclasses
-from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from jaxlm import config as configs
 from jaxlm import run, tree
 from jaxlm.config import RunConfig
 from jaxlm.data import tokenizers
@@ -120,7 +118,7 @@ def open_data(config: RunConfig, console: Console) -> list[Prepared]:
     return [open_prepared(path) for path in config.data.paths]
 
 
-def writers(config: RunConfig) -> Iterable[Writer]:
+def writers(config: RunConfig) -> tuple[Writer, ...]:
     """Weights & Biases, where the config asks for it."""
     if config.wandb is None:
         return ()

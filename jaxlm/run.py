@@ -36,15 +36,12 @@ EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losse
 
 def resolve(config: RunConfig, info: PreparedInfo, platform: str) -> RunConfig:
     """Fill in what the config leaves to the data and the platform; raise where they clash."""
-    model = config.model
-    if model.vocab_size is None:
-        model = dataclasses.replace(model, vocab_size=math.ceil(info.vocab_size / 64) * 64)
-    if model.dtype is None:
-        dtype = "float32" if platform == "cpu" else "bfloat16"
-        model = dataclasses.replace(model, dtype=dtype)
-    if model.vocab_size < info.vocab_size:
+    vocab_size = config.model.vocab_size or math.ceil(info.vocab_size / 64) * 64
+    dtype = config.model.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    model = dataclasses.replace(config.model, vocab_size=vocab_size, dtype=dtype)
+    if vocab_size < info.vocab_size:
         raise InputError(
-            f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's vocabulary of "
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of "
             f"{info.vocab_size}: leave it None, or set it to that or more"
         )
     if info.row_length > model.max_length:

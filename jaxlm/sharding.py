@@ -9,7 +9,7 @@ import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ class Axes(NamedTuple):
     inputs: int
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices, or over ``devices``. Raises when the sizes do not fit them."""
     devices = jax.devices() if devices is None else devices
     wanted = config.data, config.fsdp, config.tensor, config.sequence

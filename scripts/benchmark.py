@@ -3,10 +3,11 @@
     pip install -e ".[bench]" && python scripts/benchmark.py mlm
 
 Every variant is a live process. They take turns, in an order that rotates with each round: one
-runs for about a second while all others sleep. A turn during which other processes used the
-CPU, or a hypervisor took it away, is repeated a few times. Reported are medians over rounds,
-and ratios between steps of the same round, with their range. The loss after a few steps is there
-to show that all variants do the same work; the strongest torch is the fastest of each table.
+runs for about a second, after a step that is not counted, while all others sleep. A turn during
+which other processes used the CPU, or a hypervisor took it away, is repeated a few times. Reported
+are medians over rounds, and ratios between steps of the same round, with their range. The loss
+after a few steps is there to show that all variants do the same work; the strongest torch is the
+fastest of each table.
 """
 
 import json

@@ -48,6 +48,7 @@ def main(
             for filling in blank:
                 print(f"{filling.probability:6.1%}  {filling.token:<15} {filling.text}")
         return
+    assert file is not None
     lines = read_lines(file)
     answers = (
         {"text": line, "blanks": [[asdict(filling) for filling in blank] for blank in blanks]}

@@ -23,7 +23,7 @@ from jaxlm.nn.feedforward import Mlp
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import Remat, apply_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Hidden, Mask, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +133,7 @@ class Bert(nn.Module):
 
     def setup(self) -> None:
         c = self.config
+        assert c.vocab_size is not None  # make() has seen to it
         init = nn.initializers.truncated_normal(c.initializer_std)
         dtype = jnp.dtype(c.dtype or "float32")
         self.token_embed = Embed(c.vocab_size, c.hidden_dim, dtype, init, axis="vocab")

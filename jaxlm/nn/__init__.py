@@ -1,1 +1,1 @@
-"""Leaves for anyone's model: plain attributes, no model's config enters, nothing but jax and flax."""
+"""Leaves for anyone's model: plain attributes, no model's config, nothing but jax and flax."""

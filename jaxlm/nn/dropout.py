@@ -4,8 +4,6 @@ A counter-based hash instead of the key's own generator: a step costs 1 % more i
 25 % on CPUs, and the mask depends on the global position alone, so it is the same on any mesh.
 """
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,13 +31,13 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def dropout(x: Float[Array, "..."], rate: float, key: PRNGKey) -> Float[Array, "..."]:
+def _dropout(x: Float[Array, "..."], rate: float, key: PRNGKey) -> Float[Array, "..."]:
     """Zero each element with probability ``rate``, scale the others by ``1 / (1 - rate)``."""
     keep = hash_bits(key, x.shape) >= np.uint32(round(rate * 2**32))
     return jnp.where(keep, x * np.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
 
 
+dropout = jax.custom_vjp(_dropout, nondiff_argnums=(1,))
 # The backward pass draws the mask again instead of keeping it: the map is linear and symmetric.
 dropout.defvjp(
     lambda x, rate, key: (dropout(x, rate, key), key),

@@ -7,7 +7,6 @@ and with ``dtype=bfloat16`` its products give bfloat16 and are upcast on CPUs (1
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import flax.linen as nn
 import jax
@@ -133,14 +132,16 @@ def _append(x: Array, column: Array | int) -> Array:
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+def _einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
     """``einsum(spec, a, b)``, accumulated and returned in float32.
 
     In the gradient, too, the operands keep their precision: plain ``einsum`` would upcast them to
     the float32 of the incoming gradient. Every letter of ``spec`` stands in two of its three terms.
     """
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+product = jax.custom_vjp(_einsum, nondiff_argnums=(0,))
 
 
 def _product_backward(spec: str, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:

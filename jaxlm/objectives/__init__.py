@@ -1,1 +1,1 @@
-"""What is learned: ``make_loss(apply, ...)`` gives ``loss(variables, batch, key, ...) -> (sum, Sums)``."""
+"""What is learned: ``make_loss(apply, …)`` gives ``loss(variables, batch, key, …)``."""

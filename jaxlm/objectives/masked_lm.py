@@ -1,4 +1,4 @@
-"""Masked language modelling (Devlin et al. 2018, section 3.1): predict the tokens hidden from view."""
+"""Masked language modelling (Devlin et al. 2018, section 3.1): predict what is hidden from view."""
 
 from dataclasses import dataclass, field
 
@@ -56,12 +56,13 @@ def make_loss(
         progress: Scalar,
         deterministic: bool,
     ) -> tuple[Scalar, Sums]:
-        tokens, lengths = batch["tokens"].astype(jnp.int32), batch["lengths"]
+        tokens = jnp.asarray(batch["tokens"], jnp.int32)
+        lengths, index = jnp.asarray(batch["lengths"]), jnp.asarray(batch["index"])
         masking_key, dropout_key = jax.random.split(key)
         # Devices under pmap and micro-batches hold different rows, and so drop differently.
-        dropout_key = jax.random.fold_in(dropout_key, batch["index"][0])
+        dropout_key = jax.random.fold_in(dropout_key, index[0])
         corrupted = corrupt(
-            masking_key, tokens, lengths, batch["index"], vocabulary, masking, progress=progress
+            masking_key, tokens, lengths, index, vocabulary, masking, progress=progress
         )
         segments = segment_ids(tokens, lengths, vocabulary.start_id)
         logits = apply(

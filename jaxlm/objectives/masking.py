@@ -99,7 +99,7 @@ def corrupt(
     *,
     progress: Scalar,
 ) -> Corrupted:
-    """Choose ``round(rate * ordinary tokens)`` tokens of each row, at least one (Devlin et al. A.1).
+    """Choose ``round(rate * ordinary tokens)`` of each row, at least one (Devlin et al. 2018, A.1).
 
     Whole units are taken in random order until the count is reached, so words and spans may
     exceed it by what is left of the last one.

@@ -1,6 +1,7 @@
 """The one train step: pure, and the same under jit, pmap and on one device."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -67,8 +68,8 @@ def make_train_step(
         )
         counts = {"steps": jnp.ones(()), "skipped": 1.0 - finite, "grad_norm": norm, "lr": lr}
         return (
-            state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state),
-            sums.replace(counts=sums.counts | counts),
+            replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state),
+            replace(sums, counts=sums.counts | counts),
         )
 
     return train_step

@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +232,23 @@ def test_bfloat16_stays_near():
     low = jax.jit(replace(CONFIG, dtype="bfloat16").make().apply)(VARIABLES, jnp.asarray(TOKENS))
     assert low.dtype == jnp.bfloat16
     assert difference(np.asarray(low, np.float32), run_plainly(TOKENS)) < 0.1
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_every_product_is_bfloat16_in_and_float32_out(platform):
+    config = replace(CONFIG, dtype="bfloat16")
+    model = MaskedLm(config.make(), MlmHead(dtype=jnp.bfloat16))
+    tokens = jnp.asarray(TOKENS, jnp.int32)
+
+    def products(model):
+        gradient = jax.grad(lambda variables: jnp.sum(jnp.sin(model.apply(variables, tokens))))
+        traced = jax.jit(gradient).trace(shapes_of(model, tokens))
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        types = re.findall(r"stablehlo.dot_general.* : \((.*), (.*)\) -> (.*)", text)
+        return {tuple(re.sub(r"tensor<[\dx]*x|>.*", "", t) for t in types_) for types_ in types}
+
+    assert products(model) == {("bf16", "bf16", "f32")}
+    assert products(MaskedLm(CONFIG.make(), MlmHead())) == {("f32", "f32", "f32")}  # the control
 
 
 @pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate", None])
