@@ -1,0 +1,91 @@
+"""The clock of a run, and stopping on a signal; whole runs are in test_pretrain.py."""
+
+import os
+import signal
+
+import pytest
+
+from jaxlm.train import loop
+from jaxlm.train.loop import Clock, TrainConfig, stop_on_signal
+
+NEW = {"elapsed_s": 0.0, "share": 0.0}
+
+
+class Time:
+    """Stands in for the module ``time``."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    time = Time()
+    monkeypatch.setattr(loop, "time", time)
+    return time
+
+
+def test_steps_alone_do_not_look_at_the_clock(time: Time) -> None:
+    clock = Clock(TrainConfig(steps=4), NEW)
+    shares = []
+    for step in range(5):
+        shares.append(clock.share(step))
+        time.now += 1e6
+    assert shares == [0.125, 0.375, 0.625, 0.875, 1.0]
+
+
+def test_compiling_counts_against_the_budget_and_not_as_progress(time: Time) -> None:
+    clock = Clock(TrainConfig(minutes=10.0), NEW)
+    time.now += 120  # compiling
+    clock.start()
+    assert clock.share(0) == 0
+    time.now += 240
+    assert clock.share(100) == pytest.approx(0.5)
+    time.now += 240
+    assert clock.share(200) == 1
+    assert clock.elapsed_s() == 600
+
+
+def test_a_resumed_run_keeps_its_budget_and_progress(time: Time) -> None:
+    clock = Clock(TrainConfig(minutes=10.0), {"elapsed_s": 300.0, "share": 0.4})
+    time.now += 60
+    clock.start()
+    assert clock.share(7) == pytest.approx(0.4)
+    time.now += 120
+    assert clock.share(8) == pytest.approx(0.7)  # half of what was left
+    time.now += 120
+    assert clock.share(9) == 1
+
+
+def test_whatever_comes_first_ends_the_run(time: Time) -> None:
+    clock = Clock(TrainConfig(minutes=10.0, steps=10), NEW)
+    clock.start()
+    assert clock.share(10) == 1
+    time.now += 600
+    assert clock.share(1) == 1
+
+
+def test_a_budget_spent_on_compiling_is_over(time: Time) -> None:
+    clock = Clock(TrainConfig(minutes=1.0), NEW)
+    time.now += 61
+    clock.start()
+    assert clock.share(0) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_stops_and_the_second_acts_as_before(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    seen = []
+    signal.signal(number, lambda *_: seen.append(number))
+    try:
+        with stop_on_signal() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.is_set()
+            assert not seen
+            os.kill(os.getpid(), number)
+            assert seen == [number]
+    finally:
+        signal.signal(number, before)
