@@ -46,7 +46,8 @@ class BertConfig:
     """Added to the variance by layer normalisation."""
     initializer_std: float = 0.02
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of matrix products and activations; None = bfloat16 on accelerators, float32 on CPUs."""
+    """Of matrix products and activations; None = float32, and in a training run bfloat16 where
+    there is an accelerator."""
     unroll: int | None = None
     """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
     remat: Remat | None = None

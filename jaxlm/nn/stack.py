@@ -27,7 +27,8 @@ def apply_stack(
         unroll: blocks compiled as one iteration of the loop; ``None``, all of them: no loop. With
             1 the compile time no longer grows with depth; a CPU's step is 1.3 times as long.
         remat: what the backward pass computes again instead of keeping: ``"full"``, all but each
-            block's input; ``"dots"``, all but the results of matrix products.
+            block's input; ``"dots"``, all but the results of matrix products. On CPUs it takes
+            effect inside a loop alone (``unroll``): XLA:CPU merges what it sees computed twice.
     """
 
     def body(block: nn.Module, x: Hidden, _: None) -> tuple[Hidden, None]:
