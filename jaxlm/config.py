@@ -83,12 +83,14 @@ def read_file(path: Path) -> RunConfig:
     """``config`` as a Python file defines it, or as a run folder's ``config.json`` holds it."""
     if not path.is_file():
         raise InputError(f"there is no config file {path}")
-    if path.suffix == ".json":
-        return from_json(path.read_text())
     try:
+        if path.suffix == ".json":
+            return from_json(path.read_text(encoding="utf-8"))
         config = runpy.run_path(str(path)).get("config")
-    except (TypeError, NameError, AttributeError, SyntaxError, ImportError) as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    except Exception as error:  # a config file is a program: it may fail in any way
+        raise InputError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
         raise InputError(f"{path} does not end in `config = RunConfig(...)`")
     return config
@@ -127,7 +129,10 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
                 if unknown := fields.keys() - hints.keys():
                     raise InputError(f"{where} has no field {sorted(unknown)[0]}")
                 parts = {k: _decode(hints[k], v, f"{where}.{k}") for k, v in fields.items()}
-                return option(**parts)  # pyright: ignore[reportCallIssue]
+                try:
+                    return option(**parts)  # pyright: ignore[reportCallIssue]
+                except TypeError as error:
+                    raise InputError(f"{where}: {error}") from error
         elif get_origin(option) is tuple and isinstance(value, list):
             return tuple(_decode(get_args(option)[0], v, where) for v in value)
         elif get_origin(option) is Literal and value in get_args(option):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Bad input. Scripts print its message alone, without a traceback, and exit with 2."""
 
 

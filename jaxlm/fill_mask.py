@@ -59,6 +59,8 @@ class FillMask:
         self, texts: Iterable[str], *, top_k: int = 5, batch_size: int = 32
     ) -> Iterator[list[list[Filling]]]:
         """For each text, for each of its blanks, the ``top_k`` candidates, likeliest first."""
+        if top_k < 1:
+            raise InputError(f"top_k={top_k} is not above 0")
         texts = iter(texts)
         while batch := list(islice(texts, batch_size)):
             yield from self._batch(batch, top_k, batch_size)

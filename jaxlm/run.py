@@ -60,8 +60,7 @@ def check_batch(config: RunConfig, mesh: Mesh) -> None:
         raise InputError(
             f"data.batch_size={config.data.batch_size} is not divisible by {devices} devices "
             f"(data * fsdp) times train.num_micro_batches={config.train.num_micro_batches}: "
-            f"the nearest that is are {max(1, config.data.batch_size // pieces) * pieces} and "
-            f"{(config.data.batch_size // pieces + 1) * pieces}"
+            f"the next that is, is {(config.data.batch_size // pieces + 1) * pieces}"
         )
 
 
@@ -157,7 +156,7 @@ def open_run(directory: Path | str, step: int | None = None) -> Run:
     directory = Path(directory)
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
-    config = configs.from_json((directory / CONFIG).read_text())
+    config = configs.read_file(directory / CONFIG)
     tokenizer = read_tokenizer(directory)
     config = dataclasses.replace(config, mesh=sharding.MeshConfig(), placement="jit")
     config = dataclasses.replace(
@@ -168,7 +167,7 @@ def open_run(directory: Path | str, step: int | None = None) -> Run:
     restored = restore.restore_part(
         checkpoints,
         {"trainable": placement.abstract_state.trainable},
-        restore.best_step(checkpoints) if step is None else step,
+        restore.best_step(checkpoints, report=restore.warn) if step is None else step,
     )
     found, trained = tokenizers.fingerprint(tokenizer), restored.cursor["tokenizer_sha256"]
     if found != trained:

@@ -18,7 +18,11 @@ def tune_process() -> None:
     if sys.platform != "linux" or TUNABLES in os.environ or _has_accelerator():
         return
     os.environ[TUNABLES] = HUGE_PAGES
-    print(f"{TUNABLES}={HUGE_PAGES}: no page faults at every step", file=sys.stderr, flush=True)
+    print(
+        f"using huge pages, for speed ({TUNABLES}={HUGE_PAGES}; {TUNABLES}= turns it off)",
+        file=sys.stderr,
+        flush=True,
+    )
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

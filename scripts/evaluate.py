@@ -34,6 +34,8 @@ def main(
         rows: How many rows; None = all.
         step: Which checkpoint; None = the best.
     """
+    if rows is not None and rows < 1:
+        raise InputError(f"--rows {rows} is not above 0")
     loaded = run.open_run(directory, step)
     dataset = prepared.open_prepared(data or Path(loaded.config.data.paths[0]))
     if dataset.info.tokenizer_sha256 != loaded.cursor["tokenizer_sha256"]:
@@ -46,11 +48,14 @@ def main(
     )
     metrics = loop.evaluate(loaded.placement, loaded.state, batches)
     result = {"step": loaded.step, "data": str(dataset.directory), "split": split, **metrics}
-    (directory / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"{directory} at step {loaded.step}, {split} split of {dataset.directory}:")
     for name, value in metrics.items():
         print(f"  {name:<10} {value:.4f}")
     print(f"  {'unigram':<10} {dataset.info.unigram_entropy:.4f}  (entropy of single tokens)")
+    try:
+        (directory / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"eval.json was not written: {error}") from error
 
 
 if __name__ == "__main__":

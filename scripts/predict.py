@@ -10,7 +10,7 @@ import tyro
 
 from jaxlm import run as runs
 from jaxlm.errors import InputError, report_input_errors
-from jaxlm.fill_mask import FillMask
+from jaxlm.fill_mask import MASK, FillMask
 
 
 def main(
@@ -36,6 +36,11 @@ def main(
     """
     if (text is None) == (file is None):
         raise InputError('give either a text, such as "A [MASK] of strings.", or --file')
+    if out is not None and (file is None or not out.parent.is_dir() or out.is_dir()):
+        raise InputError(
+            f"--out {out} must be a file in a folder that is there, and goes with --file"
+        )
+    lines = [] if file is None else read_lines(file)
     loaded = runs.open_run(run, step)
     fill = FillMask(
         runs.make_model(loaded.config.model).apply,
@@ -48,8 +53,6 @@ def main(
             for filling in blank:
                 print(f"{filling.probability:6.1%}  {filling.token:<15} {filling.text}")
         return
-    assert file is not None
-    lines = read_lines(file)
     answers = (
         {"text": line, "blanks": [[asdict(filling) for filling in blank] for blank in blanks]}
         for line, blanks in zip(lines, fill(lines, top_k=top_k), strict=True)
@@ -58,7 +61,10 @@ def main(
     if out is None:
         print(text, end="")
     else:
-        out.write_text(text)
+        try:
+            out.write_text(text)
+        except OSError as error:
+            raise InputError(f"{out} cannot be written: {error}") from error
         print(f"{len(lines)} answers in {out}")
 
 
@@ -71,6 +77,9 @@ def read_lines(file: Path) -> list[str]:
             text = file.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and MASK not in line:
+            raise InputError(f"{file}:{number} has no blank: write {MASK} where a word is missing")
     lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{file} holds no text")

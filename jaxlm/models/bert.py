@@ -54,6 +54,9 @@ class BertConfig:
     """What the backward pass computes again: "full", "dots" (all but products), None: nothing."""
 
     def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "hidden_dim", "mlp_dim", "max_length"):
+            if vars(self)[name] < 1:
+                raise InputError(f"{name}={vars(self)[name]} is not above 0")
         if self.hidden_dim % self.num_heads:
             raise InputError(
                 f"hidden_dim={self.hidden_dim} is not divisible by num_heads={self.num_heads}"

@@ -50,9 +50,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise InputError("train.steps and train.minutes are both None: set one of them")
-        for name in ("steps", "minutes", "num_micro_batches", "num_evals", "log_every", "keep"):
-            value = vars(self)[name]
-            if value is not None and value <= 0:
+        for name, value in vars(self).items():
+            if name != "seed" and value is not None and value <= 0:
                 raise InputError(f"train.{name}={value} is not above 0")
 
 

@@ -4,7 +4,6 @@ Orbax restores flipped bytes without a word, so every leaf is compared with its 
 step is refused in one sentence, and the step before it is used.
 """
 
-import contextlib
 import functools
 import gc
 import json
@@ -46,6 +45,11 @@ class Restored:
     """A sentence for each newer step that is damaged."""
 
 
+def warn(text: str) -> None:
+    """On stderr, away from answers."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def list_steps(directory: Path) -> list[int]:
     """Steps with a finished checkpoint, in order."""
     if not directory.is_dir():
@@ -53,14 +57,14 @@ def list_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
-def best_step(directory: Path, metric: str = "loss") -> int | None:
+def best_step(directory: Path, metric: str = "loss", *, report: Report | None = None) -> int | None:
     """The step with the lowest ``metric``, or None where none was recorded."""
-    scores = read_scores(directory, metric)
+    scores = read_scores(directory, metric, report)
     return min(scores, key=scores.__getitem__, default=None)
 
 
 def restore_part(
-    directory: Path, target: PyTree, step: int | None = None, *, report: Report = print
+    directory: Path, target: PyTree, step: int | None = None, *, report: Report = warn
 ) -> Restored:
     """Read a part of the state, such as ``{"trainable": {"params": …}}``, changing nothing on disk.
 
@@ -90,7 +94,8 @@ def restore(
         except Exception as error:
             reason = textwrap.shorten(str(error), 160, placeholder=" …")
             refused.append(f"the checkpoint of step {candidate} is damaged: {reason}")
-            report(refused[-1])
+            if step is None:
+                report(refused[-1])
         else:
             return Restored(
                 step=candidate,
@@ -101,6 +106,9 @@ def restore(
             )
         with warnings.catch_warnings(action="ignore"):
             gc.collect()  # coroutines that Orbax left without awaiting them complain when they go
+    if step is not None:
+        others = ", ".join(str(s) for s in found if s != step) or "none"
+        raise InputError(f"{refused[0]}; name another step of {directory}: {others}")
     raise InputError(f"no checkpoint in {directory} can be used: {refused[0]}")
 
 
@@ -173,14 +181,20 @@ def seal(meta: dict[str, Any]) -> dict[str, Any]:
     return meta | {"crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
 
 
-def read_scores(directory: Path, metric: str | None) -> dict[int, float]:
-    """The metric of each step that has a finite one."""
+def read_scores(
+    directory: Path, metric: str | None, report: Report | None = None
+) -> dict[int, float]:
+    """The metric of each step that has a finite one; ``report`` hears of damaged steps."""
     scores = {}
     for step in list_steps(directory) if metric else []:
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            score = _read_meta(directory / str(step))["metrics"][metric]
-            if math.isfinite(score):
-                scores[step] = score
+        try:
+            score = _read_meta(directory / str(step))["metrics"].get(metric, math.nan)
+        except (OSError, ValueError, KeyError) as error:
+            if report is not None:
+                report(f"the checkpoint of step {step} is damaged and left out: {error}")
+            continue
+        if math.isfinite(score):
+            scores[step] = score
     return scores
 
 
