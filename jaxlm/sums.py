@@ -16,7 +16,7 @@ class Sums:
     wrong; sums add up exactly (as far as floats do), in any order and on any mesh.
 
     Attributes:
-        totals: numerators, such as ``loss`` (nats) and ``correct``, summed over what counts.
+        totals: numerators, such as ``loss`` (nats) and ``accuracy`` (hits), over what counts.
         weight: their common denominator: the number of predicted tokens or examples.
         counts: plain counters that are reported as they are, such as ``overflow``.
     """

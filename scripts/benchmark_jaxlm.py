@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark_protocol import Work, read_work, serve
 
-from jaxlm import tree
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MaskedLm, MlmHead
 from jaxlm.objectives.masked_lm import make_loss
@@ -86,7 +85,7 @@ def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
 
     def init(key: PRNGKey) -> TrainState:
         variables = model.init(key, jnp.zeros((1, work.row_length), jnp.int32))
-        return TrainState.create(*tree.partition(variables, lambda path: True), optimizer)
+        return TrainState.create(variables, {}, optimizer)
 
     placement = jit_placement(
         init,
