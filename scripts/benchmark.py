@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
-from ctypes.util import find_library
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -28,10 +27,10 @@ from benchmark_protocol import PREFIX, Chunk, Ready, Work, wait_until_quiet
 from benchmark_report import Result, is_clean, peak_flops, summarize, to_markdown
 
 from jaxlm.errors import InputError
+from jaxlm.startup import allocator
 
 ATTEMPTS = 4
 """Turns of one round, until one is clean."""
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 SHAPES: dict[str, dict[str, int]] = {
     "mini": {"num_layers": 4, "hidden_dim": 256, "num_heads": 4, "mlp_dim": 1024},
@@ -60,8 +59,6 @@ class Mlm:
     """Length of a turn; two steps at least."""
     python_torch: Path | None = None
     """Interpreter for the torch workers; None = this one."""
-    tcmalloc: Path | None = None
-    """libtcmalloc_minimal for the tuned torch variants; None = the system's, if installed."""
     peak_tflops: float | None = None
     """The GPU's dense bfloat16 peak, for MFU; None = known for common data-centre GPUs."""
     output: Path = Path("benchmark.json")
@@ -128,16 +125,6 @@ def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in own}
 
 
-def tuned_allocator(tcmalloc: Path | None) -> tuple[dict[str, str], str]:
-    """The best allocator settings at hand for torch on a CPU: (environment, name)."""
-    if sys.platform != "linux":
-        return {}, "default"
-    if tcmalloc is not None and not tcmalloc.is_file():
-        raise InputError(f"--tcmalloc {tcmalloc}: no such file")
-    library = str(tcmalloc) if tcmalloc else find_library("tcmalloc_minimal")
-    return ({"LD_PRELOAD": library}, "tcmalloc") if library else (HUGE_PAGES, "glibc huge pages")
-
-
 def mlm_variants(
     options: Mlm,
     size: str,
@@ -162,10 +149,10 @@ def mlm_variants(
     )
     shipped = replace(tuned, recipe="shipped")
     on_cpu = device == "cpu"
-    torch_env, torch_allocator = tuned_allocator(options.tcmalloc) if on_cpu else ({}, "torch")
+    torch_env, torch_allocator = allocator() if on_cpu else ({}, "torch")
     # All workers of a table live on the GPU at once, so jax may not take most of it at its start.
-    jax_env = HUGE_PAGES if on_cpu else {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".40"}
-    jax_allocator = "glibc huge pages" if on_cpu else "jax"
+    jax_env = torch_env if on_cpu else {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".40"}
+    jax_allocator = torch_allocator if on_cpu else "jax"
     # A compile time read from a cache would be no compile time.
     jax_env = jax_env | {"JAX_PLATFORMS": device, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     compile_env = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}

@@ -242,5 +242,3 @@ def test_bad_options(tmp_path):
         benchmark.run_mlm(benchmark.Mlm(rounds=0))
     with pytest.raises(InputError, match="missing"):
         benchmark.run_mlm(benchmark.Mlm(output=tmp_path / "missing" / "b.json"))
-    with pytest.raises(InputError, match=r"none\.so"):
-        benchmark.tuned_allocator(tmp_path / "none.so")

@@ -23,7 +23,7 @@ def _dot(a: Array, b: Array, a_axes: tuple[int, ...], b_axes: tuple[int, ...]) -
 
 
 def _row_major(x: Array) -> Array:
-    return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def _outer(a: Array, b: Array) -> Array:
@@ -148,15 +148,25 @@ def _product_backward(spec: str, operands: tuple[Array, Array], g: Array) -> tup
     (a, b), (left, out) = operands, spec.split("->")
     a_axes, b_axes = left.split(",")
 
-    def low(g: Array, a: Array) -> Array:
+    def plain(g: Array, a: Array) -> Array:
         return product(f"{out},{a_axes}->{b_axes}", g.astype(a.dtype), a)
 
-    def float32(g: Array, a: Array) -> Array:
-        return product(f"{out},{a_axes}->{b_axes}", g, a.astype(jnp.float32))
+    def rows_last(g: Array, a: Array) -> Array:
+        # XLA:CPU upcasts a bfloat16 product over the rows of both, as in _outer: the smaller one
+        # is transposed, and the result stays in the order of its operands until it is one.
+        (x, x_axes), (y, y_axes) = sorted(
+            [(a, a_axes), (g.astype(a.dtype), out)], key=lambda operand: operand[0].size
+        )
+        both = [c for c in x_axes if c in y_axes]
+        batch = "".join(c for c in both if c in b_axes)
+        rows = "".join(c for c in both if c not in b_axes)
+        x_only, y_only = ("".join(c for c in axes if c not in both) for axes in (x_axes, y_axes))
+        x = _row_major(jnp.einsum(f"{x_axes}->{batch}{x_only}{rows}", x))
+        db = _einsum(f"{batch}{x_only}{rows},{y_axes}->{batch}{x_only}{y_only}", x, y)
+        return jnp.einsum(f"{batch}{x_only}{y_only}->{b_axes}", db)
 
     da = product(f"{out},{b_axes}->{a_axes}", g.astype(b.dtype), b)
-    # XLA:CPU fails on a bfloat16 product over the rows of both operands.
-    db = lax.platform_dependent(g, a, cpu=float32, default=low)
+    db = lax.platform_dependent(g, a, cpu=rows_last, default=plain)
     return da.astype(a.dtype), db.astype(b.dtype)
 
 

@@ -28,7 +28,9 @@ def segment_ids(
 ) -> Int[Array, "batch length"]:
     """Number the documents of each row from 0 (which may be the rest of one); -1 on padding."""
     ids = jnp.cumsum(tokens == start_id, axis=1)
-    return jnp.where(jnp.arange(tokens.shape[1])[None, :] < lengths[:, None], ids, -1)
+    ids = jnp.where(jnp.arange(tokens.shape[1])[None, :] < lengths[:, None], ids, -1)
+    # Computed once: XLA:CPU would fuse the running sum into every layer's attention.
+    return jax.lax.optimization_barrier(ids)
 
 
 def positions_within(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
@@ -64,13 +66,18 @@ def make_loss(
         corrupted = corrupt(
             masking_key, tokens, lengths, index, vocabulary, masking, progress=progress
         )
-        segments = segment_ids(tokens, lengths, vocabulary.start_id)
+        if isolate_documents:
+            segments = segment_ids(tokens, lengths, vocabulary.start_id)
+            positions = positions_within(segments)
+        else:
+            segments = jnp.where(jnp.arange(tokens.shape[1])[None, :] < lengths[:, None], 0, -1)
+            positions = None
         logits = apply(
             variables,
             corrupted.tokens,
             corrupted.predicted,
-            positions=positions_within(segments) if isolate_documents else None,
-            segment_ids=segments if isolate_documents else jnp.minimum(segments, 0),
+            positions=positions,
+            segment_ids=segments,
             deterministic=deterministic,
             rngs=None if deterministic else {"dropout": dropout_key},
         )
