@@ -60,7 +60,7 @@ def pretrain(config: RunConfig) -> Path:
             # Before the checkpoint: with another vocabulary its shapes would not fit either.
             own = {"tokenizer_sha256": tokenizers.fingerprint(run.read_tokenizer(directory))}
             run.check_same(directory, start | own, start)
-            restored = checkpointer.restore(placement.abstract_state)
+            restored = checkpointer.restore(placement.abstract_state.learned)
             run.check_same(directory, restored.cursor, start)
             state, cursor = restored.state, restored.cursor
             progress.print(f"going on from step {restored.step} of {directory}")

@@ -27,6 +27,7 @@ PRNGKey = Key[Array, ""]
 Params = PyTree[Array]  # one collection
 Variables = Mapping[str, Params]  # all collections, by name
 Batch = Mapping[str, Array | np.ndarray]
+HostBatch = dict[str, np.ndarray]  # the rows of this process
 Apply = Callable[..., Any]  # (variables, batch arrays, *, deterministic, rngs) -> outputs
 Loss = Callable[..., Any]  # (variables, batch, key, *, progress, deterministic) -> (sum, Sums)
 Dtype = jax.typing.DTypeLike

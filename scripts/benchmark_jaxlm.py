@@ -19,7 +19,7 @@ from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.sums import Sums
-from jaxlm.train.placement import HostBatch, jit_placement
+from jaxlm.train.placement import jit_placement
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
 from jaxlm.typing import PRNGKey

@@ -11,8 +11,7 @@ import numpy as np
 
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
-
-HostBatch = dict[str, np.ndarray]
+from jaxlm.typing import HostBatch
 
 
 @dataclass(frozen=True, kw_only=True)

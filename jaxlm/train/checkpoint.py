@@ -21,13 +21,15 @@ from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.train import restore
 from jaxlm.train.checksum import checksums
-from jaxlm.train.restore import Cursor, Report, Restored
+from jaxlm.train.restore import Cursor, Monitor, Report, Restored
+
+_LOSS = Monitor()
 
 
 class Checkpointer:
     """Writes the checkpoints of one run; a context manager, entered by all processes together.
 
-    Kept are the newest ``keep`` and the one with the lowest ``best_metric``. What an earlier run,
+    Kept are the newest ``keep`` and the best by ``monitor``. What an earlier run,
     killed, left half-written is removed. A full or read-only disk raises InputError: at once, or,
     when it shows in the background, from the next ``save`` or at the end; finished steps stay.
     """
@@ -37,7 +39,7 @@ class Checkpointer:
         directory: Path,
         *,
         keep: int = 2,
-        best_metric: str | None = "loss",
+        monitor: Monitor = _LOSS,
         report: Report = print,
     ):
         if keep < 1:
@@ -45,10 +47,10 @@ class Checkpointer:
                 f"keep={keep} checkpoints leave nothing to resume from: use at least 1"
             )
         self._directory = directory.absolute()
-        self._best_metric = best_metric
+        self.monitor = monitor
         self._report = report
         self._head = math.inf  # the step this run continues from, or saved last
-        self._scores = restore.read_scores(self._directory, best_metric)
+        self._costs = restore.read_costs(self._directory, monitor)
         restore.quiet_orbax()
         with _disk_faults(self._directory):
             if jax.process_index() == 0:
@@ -57,7 +59,7 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_NewestAndBest(keep, self._scores),
+                    preservation_policy=_NewestAndBest(keep, self._costs),
                     lightweight_initialize=True,  # else one damaged step fails the opening
                 ),
             )
@@ -96,12 +98,11 @@ class Checkpointer:
                 return
             for left in [s for s in saved if s >= step or s > self._head]:
                 self._manager.delete(left)
-                self._scores.pop(left, None)
+                self._costs.pop(left, None)
             self._head = step
             metrics = {name: float(value) for name, value in (metrics or {}).items()}
-            score = metrics.get(self._best_metric, math.nan) if self._best_metric else math.nan
-            if math.isfinite(score):
-                self._scores[step] = score
+            if math.isfinite(cost := self.monitor.cost(metrics)):
+                self._costs[step] = cost
             meta = {"cursor": cursor, "metrics": metrics, "leaves": _describe(state)}
             self._manager.save(
                 step,
@@ -139,14 +140,14 @@ def _describe(state: PyTree) -> dict[str, Any]:
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     """Orbax's own ``best_fn`` with ``max_to_keep`` deletes the newest when it is not the best."""
 
-    def __init__(self, keep: int, scores: dict[int, float]):
+    def __init__(self, keep: int, costs: dict[int, float]):
         self.keep = keep
-        self.scores = scores  # shared with the Checkpointer, which fills it
+        self.costs = costs  # shared with the Checkpointer, which fills it
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         present = sorted(info.step for info in checkpoints)
-        scored = [step for step in present if step in self.scores]
-        kept = {*present[-self.keep :], min(scored, key=self.scores.__getitem__, default=None)}
+        scored = [step for step in present if step in self.costs]
+        kept = {*present[-self.keep :], min(scored, key=self.costs.__getitem__, default=None)}
         return [info.step in kept for info in checkpoints]
 
 

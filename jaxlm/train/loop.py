@@ -15,10 +15,11 @@ from jax.experimental import multihost_utils
 from jaxlm.errors import InputError
 from jaxlm.sums import Sums, add_all
 from jaxlm.train.checkpoint import Checkpointer
-from jaxlm.train.placement import HostBatch, Placement
+from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor
 from jaxlm.train.state import TrainState
 from jaxlm.train.view import View
+from jaxlm.typing import Batch, HostBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,9 @@ class TrainConfig:
     """Rows of the validation split to evaluate on; None = all."""
     save_every: int | None = None
     """Steps between checkpoints besides those that follow evaluations."""
+    patience: int | None = None
+    """Evaluations in a row without a better one, by the monitored metric, after which the run ends;
+    None = it goes on to its end."""
     keep: int = 2
     """Newest checkpoints to keep; the best is kept as well."""
     log_every: int = 10
@@ -67,10 +71,11 @@ def fit(
     *,
     batch_size: int,
 ) -> TrainState:
-    """Train to the end of ``config``'s steps or minutes, or until SIGINT or SIGTERM.
+    """Train to the end of ``config``'s steps, minutes or patience, or until SIGINT or SIGTERM.
 
     Step n is dispatched before the sums of step n-1 are read, so the devices never wait for the
-    host. ``cursor`` says where the data stand; it is saved with every checkpoint.
+    host. ``cursor`` says where the run stands; it is saved with every checkpoint. Batches may have
+    a few different shapes; the step is compiled for each when it first comes.
     """
     first = step = int(state.step)
     clock = Clock(config, cursor)
@@ -78,6 +83,17 @@ def fit(
     evals_done = int(share * config.num_evals)
     skipped = 0
     pending: Sums | None = None
+    best, since_best = cursor.get("best", math.inf), cursor.get("since_best", 0)
+    compiled: dict[tuple[tuple[int, ...], ...], Callable[..., tuple[TrainState, Sums]]] = {}
+
+    def compiled_for(batch: Batch) -> Callable[..., tuple[TrainState, Sums]]:
+        shapes = tuple(x.shape for x in batch.values())
+        if shapes not in compiled:
+            rows = f" for rows of {shapes[0][-1]}" if compiled else ""
+            with view.pause(f"compiling the train step{rows}"):
+                lowered = placement.train_step.lower(state, batch, np.float32(share))
+                compiled[shapes] = lowered.compile()
+        return compiled[shapes]
 
     def read() -> None:
         nonlocal pending, skipped
@@ -99,35 +115,44 @@ def fit(
             "tokens_seen": view.tokens_seen,
             "elapsed_s": clock.elapsed_s(),
             "share": share,
+            "best": best,
+            "since_best": since_best,
         }
         with view.pause():
-            checkpointer.save(step, state, cursor | now, metrics)
+            checkpointer.save(step, state.learned, cursor | now, metrics)
 
     def evaluate_and_save() -> None:
+        nonlocal best, since_best
         read()
         with view.pause("evaluating, and compiling that" if step == first else None):
             metrics = evaluate(state)
         view.evaluated(step, metrics)
+        cost = checkpointer.monitor.cost(metrics)
+        best, since_best = (cost, 0) if cost < best else (best, since_best + 1)
         save(metrics)
+
+    def is_stale() -> bool:
+        return config.patience is not None and since_best >= config.patience
 
     if share >= 1:
         view.print(f"the run is complete: it has its {step} steps")
         return state
     stream = map(placement.put_batch, batches)
     batch = next(stream)
-    with view.pause("compiling the train step"):
-        train_step = placement.train_step.lower(state, batch, np.float32(share)).compile()
+    compiled_for(batch)
     if first == 0:
         evaluate_and_save()
     clock.start()
     with stop_on_signal() as stop:
-        while (share := clock.share(step)) < 1 and not stop.is_set():
+        while (share := clock.share(step)) < 1 and not stop.is_set() and not is_stale():
             if int(share * config.num_evals) > evals_done:
                 evals_done = int(share * config.num_evals)
                 evaluate_and_save()
+                if is_stale():
+                    break
             elif config.save_every is not None and step > first and step % config.save_every == 0:
                 save({})
-            state, sums = train_step(state, batch, np.float32(share))
+            state, sums = compiled_for(batch)(state, batch, np.float32(share))
             read()
             pending = sums
             step += 1
@@ -135,6 +160,11 @@ def fit(
         if stop.is_set():
             save({})
             view.print(f"stopped at step {step} and saved: the same command goes on from there")
+        elif is_stale():
+            view.print(
+                f"stopped at step {step}: {checkpointer.monitor.name} was no better in "
+                f"{since_best} evaluations; the best checkpoint is kept"
+            )
         else:
             evaluate_and_save()
     return state

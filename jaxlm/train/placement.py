@@ -12,10 +12,9 @@ from jaxlm import sharding, tree
 from jaxlm.errors import InputError
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
-from jaxlm.typing import Batch, PRNGKey
+from jaxlm.typing import Batch, HostBatch, PRNGKey
 
 Init = Callable[[PRNGKey], TrainState]
-HostBatch = dict[str, np.ndarray]  # the rows of this process
 
 
 class Placement(NamedTuple):
@@ -43,7 +42,7 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
 
     def put_batch(batch: HostBatch) -> Batch:
         def put(x: np.ndarray) -> jax.Array:
-            names = ("batch", "length")[: x.ndim]
+            names = ("batch", *("norm",) * (x.ndim - 2), "length")[: x.ndim]
             shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
             place = NamedSharding(mesh, sharding.spec(names, mesh, shape))
             return jax.make_array_from_process_local_data(place, x, shape)

@@ -13,7 +13,7 @@ import sys
 import textwrap
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,19 @@ from jaxlm.train.checksum import checksums
 
 Report = Callable[[str], object]
 Cursor = dict[str, Any]  # JSON: how many examples were seen, of which data, under which seed
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """The metric that says which checkpoint is best."""
+
+    name: str = "loss"
+    higher_is_better: bool = False
+
+    def cost(self, metrics: Mapping[str, float]) -> float:
+        """Lower is better; infinite where the metric is absent or not finite."""
+        value = metrics.get(self.name, math.nan)
+        return (-value if self.higher_is_better else value) if math.isfinite(value) else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +70,12 @@ def list_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
 
 
-def best_step(directory: Path, metric: str = "loss", *, report: Report | None = None) -> int | None:
-    """The step with the lowest ``metric``, or None where none was recorded."""
-    scores = read_scores(directory, metric, report)
-    return min(scores, key=scores.__getitem__, default=None)
+def best_step(
+    directory: Path, monitor: Monitor | None = None, *, report: Report | None = None
+) -> int | None:
+    """The best step by ``monitor`` (the loss), or None where none was evaluated."""
+    costs = read_costs(directory, monitor or Monitor(), report)
+    return min(costs, key=costs.__getitem__, default=None)
 
 
 def restore_part(
@@ -181,21 +196,19 @@ def seal(meta: dict[str, Any]) -> dict[str, Any]:
     return meta | {"crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
 
 
-def read_scores(
-    directory: Path, metric: str | None, report: Report | None = None
-) -> dict[int, float]:
-    """The metric of each step that has a finite one; ``report`` hears of damaged steps."""
-    scores = {}
-    for step in list_steps(directory) if metric else []:
+def read_costs(directory: Path, monitor: Monitor, report: Report | None = None) -> dict[int, float]:
+    """The monitored cost of each step that has one; ``report`` hears of damaged steps."""
+    costs = {}
+    for step in list_steps(directory):
         try:
-            score = _read_meta(directory / str(step))["metrics"].get(metric, math.nan)
+            cost = monitor.cost(_read_meta(directory / str(step))["metrics"])
         except (OSError, ValueError, KeyError) as error:
             if report is not None:
                 report(f"the checkpoint of step {step} is damaged and left out: {error}")
             continue
-        if math.isfinite(score):
-            scores[step] = score
-    return scores
+        if math.isfinite(cost):
+            costs[step] = cost
+    return costs
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Everything a run carries from step to step. No key lives here: keys follow from seed and step."""
 
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -33,6 +34,11 @@ class TrainState:
     ) -> "TrainState":
         """Step 0."""
         return cls(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable))
+
+    @property
+    def learned(self) -> "TrainState":
+        """All but the frozen leaves, which are read from where they came from: what is saved."""
+        return replace(self, frozen={})
 
     @property
     def variables(self) -> Variables:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,21 @@ def make_eval_step(loss: Loss, *, seed: int, axis_name: str | None = None) -> Ev
         return sums if axis_name is None else jax.lax.psum(sums, axis_name)
 
     return eval_step
+
+
+def make_predict_step(
+    loss: Loss, predict: Callable[..., Any], *, seed: int, axis_name: str | None = None
+) -> Callable[[TrainState, Batch], tuple[Sums, Any]]:
+    """``(state, batch) -> (sums, outputs)``: what ``predict(variables, batch)`` gives, as well."""
+    eval_step = make_eval_step(loss, seed=seed, axis_name=axis_name)
+
+    def predict_step(state: TrainState, batch: Batch) -> tuple[Sums, Any]:
+        outputs = predict(state.variables, batch)
+        if axis_name is not None:
+            outputs = jax.lax.all_gather(outputs, axis_name, tiled=True)
+        return eval_step(state, batch), outputs
+
+    return predict_step
 
 
 def _accumulate(

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import InputError
 from jaxlm.train.checkpoint import Checkpointer
-from jaxlm.train.restore import best_step, list_steps, restore_part
+from jaxlm.train.restore import Monitor, best_step, list_steps, restore_part
 
 
 @flax.struct.dataclass
@@ -99,8 +99,8 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     save_all(tmp_path, {40: 9.0, 50: None, 60: float("nan")})
     assert list_steps(tmp_path) == [20, 50, 60]
     assert best_step(tmp_path) == 20
-    assert best_step(tmp_path, "accuracy") is None
-    save_all(tmp_path, {70: 1.0, 80: None, 90: None}, best_metric=None, keep=1)
+    assert best_step(tmp_path, Monitor("accuracy")) is None
+    save_all(tmp_path, {70: 1.0, 80: None, 90: None}, monitor=Monitor("none"), keep=1)
     assert list_steps(tmp_path) == [90]
 
 
