@@ -1,0 +1,170 @@
+"""BERT and RoBERTa in Hugging Face's names: the tables, and what ``config.json`` means.
+
+RoBERTa's position table has two unused rows in front; positions there count from 2, here from 0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.convert.table import Row, Sizes, linear, norm
+from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How one kind of model is written."""
+
+    prefix: str
+    """Of the encoder's and the pooler's names; files of a bare encoder go without."""
+    encoder: tuple[Row, ...]
+    """Always there."""
+    heads: tuple[tuple[Row, ...], ...]
+    """Each is there whole, or not at all."""
+    copies: Mapping[str, str]
+    """Second names of tied tensors -> first names."""
+    ignored: tuple[str, ...]
+    """What names begin with that hold nothing to read."""
+    unused_positions: int = 0
+    """Leading rows of the position table."""
+
+
+def _encoder(prefix: str, unused_positions: int) -> tuple[Row, ...]:
+    embeddings, layer, ours = f"{prefix}embeddings", f"{prefix}encoder.layer.{{layer}}", "encoder"
+    attention, layers = f"{layer}.attention", f"{ours}/layers"
+
+    def table(theirs: str, path: str, axis: str, unused: int = 0) -> Row:
+        name = f"{embeddings}.{theirs}_embeddings.weight"
+        return Row(name, f"{ours}/{path}/embedding", f"{axis} embed -> {axis} embed", unused)
+
+    return (
+        table("word", "token_embed", "vocab"),
+        table("position", "position_embed", "positions", unused_positions),
+        table("token_type", "token_type_embed", "token_types"),
+        *norm(f"{embeddings}.LayerNorm", f"{ours}/embed_norm"),
+        *(
+            row
+            for name in ("query", "key", "value")
+            for row in linear(
+                f"{attention}.self.{name}", f"{layers}/attention/{name}", "embed -> heads head_dim"
+            )
+        ),
+        *linear(f"{attention}.output.dense", f"{layers}/attention/out", "heads head_dim -> embed"),
+        *norm(f"{attention}.output.LayerNorm", f"{layers}/attention_norm"),
+        *linear(f"{layer}.intermediate.dense", f"{layers}/mlp/up", "embed -> mlp"),
+        *linear(f"{layer}.output.dense", f"{layers}/mlp/down", "mlp -> embed"),
+        *norm(f"{layer}.output.LayerNorm", f"{layers}/mlp_norm"),
+    )
+
+
+def _pooler(prefix: str) -> tuple[Row, ...]:
+    return linear(f"{prefix}pooler.dense", "head/pooler", "embed -> outputs")
+
+
+def _mlm_head(transform: str, layer_norm: str, bias: str) -> tuple[Row, ...]:
+    return (
+        *linear(transform, "head/transform", "embed -> outputs"),
+        *norm(layer_norm, "head/norm"),
+        Row(bias, "head/bias", "vocab -> vocab"),
+    )
+
+
+_PREDICTIONS = "cls.predictions"
+BERT = Architecture(
+    prefix="bert.",
+    encoder=_encoder("bert.", 0),
+    heads=(
+        _pooler("bert."),
+        _mlm_head(
+            f"{_PREDICTIONS}.transform.dense",
+            f"{_PREDICTIONS}.transform.LayerNorm",
+            f"{_PREDICTIONS}.bias",
+        ),
+    ),
+    copies={
+        f"{_PREDICTIONS}.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        f"{_PREDICTIONS}.decoder.bias": f"{_PREDICTIONS}.bias",
+    },
+    ignored=("bert.embeddings.position_ids", "cls.seq_relationship."),
+)
+ROBERTA = Architecture(
+    prefix="roberta.",
+    encoder=_encoder("roberta.", 2),
+    heads=(
+        _pooler("roberta."),
+        _mlm_head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias"),
+    ),
+    copies={
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    },
+    ignored=("roberta.embeddings.position_ids",),
+    unused_positions=2,
+)
+
+
+def sizes(config: BertConfig) -> Sizes:
+    """Of the axes that the tables name."""
+    assert config.vocab_size is not None
+    return {
+        "layers": config.num_layers,
+        "vocab": config.vocab_size,
+        "positions": config.max_length,
+        "token_types": config.num_token_types,
+        "embed": config.hidden_dim,
+        "outputs": config.hidden_dim,
+        "heads": config.num_heads,
+        "head_dim": config.hidden_dim // config.num_heads,
+        "mlp": config.mlp_dim,
+    }
+
+
+def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, BertConfig]:
+    """What a ``config.json`` describes; errors call it ``source``."""
+
+    def get(key: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
+        value = default if raw.get(key) is None else raw[key]
+        if value is None:
+            raise InputError(f"{source} lacks {key}")
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+            raise InputError(f"{source}: {key}={value!r} is of the wrong type")
+        return value
+
+    def require(key: str, kind: type, value: Any) -> None:
+        if get(key, kind, value) != value:
+            raise InputError(f"{source}: {key}={raw[key]!r} is not supported; {value!r} is")
+
+    match get("model_type", str):
+        case "bert":
+            architecture = BERT
+        case "roberta":
+            architecture = ROBERTA
+            require("pad_token_id", int, 1)  # where positions count from
+        case other:
+            raise InputError(
+                f"{source}: model_type={other!r} is not supported; bert and roberta are"
+            )
+    # A key that is missing means the library's default, but for the sizes, which files always say.
+    require("hidden_act", str, "gelu")
+    require("position_embedding_type", str, "absolute")
+    require("is_decoder", bool, False)
+    require("add_cross_attention", bool, False)
+    number = (int, float)
+    values: dict[str, Any] = {
+        "vocab_size": get("vocab_size", int),
+        "num_layers": get("num_hidden_layers", int),
+        "hidden_dim": get("hidden_size", int),
+        "num_heads": get("num_attention_heads", int),
+        "mlp_dim": get("intermediate_size", int),
+        "max_length": get("max_position_embeddings", int) - architecture.unused_positions,
+        "num_token_types": get("type_vocab_size", int, 2),
+        "dropout_rate": float(get("hidden_dropout_prob", number, 0.1)),
+        "attention_dropout_rate": float(get("attention_probs_dropout_prob", number, 0.1)),
+        "epsilon": float(get("layer_norm_eps", number, 1e-12)),
+        "initializer_std": float(get("initializer_range", number, 0.02)),
+    }
+    try:
+        return architecture, BertConfig(**values)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error

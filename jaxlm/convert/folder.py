@@ -1,0 +1,74 @@
+"""Reading a model's folder in Hugging Face's layout: JSON and safetensors, whole or in shards."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+
+from jaxlm.errors import InputError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_OTHERS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not JSON, because it is not UTF-8") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Its ``config.json``."""
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"{folder} is not a model's folder in Hugging Face's layout: no {CONFIG}")
+    return read_json(folder / CONFIG)
+
+
+def read_tensors(folder: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """All tensors by name, each in the dtype of its file."""
+    tensors: dict[str, np.ndarray] = {}
+    for path in _shards(folder):
+        try:
+            with safe_open(path, framework="np") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error}") from error
+        except SafetensorError as error:
+            raise InputError(
+                f"{path} is not a whole safetensors file ({error}); fetch it again"
+            ) from error
+    return tensors
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX).get("weight_map")
+        names = list(index.values()) if isinstance(index, dict) else []
+        if not names or not all(isinstance(name, str) and "/" not in name for name in names):
+            raise InputError(f"{folder / INDEX} has no weight_map from tensors to files beside it")
+        paths = [folder / name for name in sorted(set(names))]
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"{folder / INDEX} names {path.name}, which is not there")
+        return paths
+    for name in _OTHERS:
+        if (folder / name).is_file():
+            raise InputError(
+                f"{folder} holds {name} but no {WEIGHTS}: load it with transformers and write it "
+                "again with save_pretrained"
+            )
+    raise InputError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")

@@ -1,0 +1,64 @@
+"""From the name of a model to a folder: one that exists, or a download from the hub."""
+
+from pathlib import Path
+
+from jaxlm.errors import InputError
+
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+    "tokenizer.json",
+    "vocab.txt",
+)
+_TIMEOUT = 5.0  # seconds
+
+
+def find(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
+    """The folder of that path; if there is none, the model of that name, downloaded once.
+
+    ``cache`` is the folder that keeps downloads; None, the one of ``huggingface_hub``.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{path} is a file: give the folder that holds {FILES[0]}")
+    looks_like_path = str(name_or_path).startswith((".", "/", "~"))
+    if looks_like_path or (path.parent != Path() and path.parent.exists()):
+        raise InputError(f"there is no folder {path.absolute()}")
+    return _download(str(name_or_path), cache)
+
+
+def _download(name: str, cache: str | Path | None) -> Path:
+    # Only here: it takes a while to import, and a local folder does not need it.
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    failure: Exception | None = None
+    try:
+        # Asked first, because the download waits for an answer without a limit.
+        HfApi().model_info(name, timeout=_TIMEOUT)
+    except Exception as error:  # the HTTP client's are of no class that the hub's package names
+        failure = error
+    try:
+        folder = snapshot_download(
+            name,
+            cache_dir=cache,
+            allow_patterns=list(FILES),
+            local_files_only=failure is not None,
+        )
+    except Exception as error:
+        failure = failure or error
+        if isinstance(failure, HFValidationError | RepositoryNotFoundError):
+            raise InputError(
+                f"{name!r} is neither a folder nor a model that the Hugging Face hub shows you: "
+                "check the name"
+            ) from error
+        reason = str(failure).partition("\n")[0].rstrip(".") or type(failure).__name__
+        raise InputError(
+            f"{name!r} is neither a folder nor in the cache, and cannot be downloaded ({reason}): "
+            f"fetch it on a machine with a network, with 'hf download {name}', and give the folder"
+        ) from error
+    return Path(folder)
