@@ -37,24 +37,32 @@ class PyDocs:
 
     def size(self) -> int:
         """Bytes of the modules read."""
-        return files.size(_modules())
+        return files.size(modules())
 
     def fingerprint(self) -> str:
         """Of the modules' contents."""
-        return files.sha256(_modules(), "pydocs")
+        return files.sha256(modules(), "pydocs")
+
+
+def by_module() -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The texts of each module, whose path is relative to the library."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path, texts in _collect():
+        yield path.relative_to(root), texts
 
 
 @cache  # parsing takes seconds, the result two megabytes
 def _collect() -> tuple[tuple[Path, tuple[str, ...]], ...]:
     found = []
-    for path in _modules():
+    for path in modules():
         texts = _topics(path) if path.parent.name == "pydoc_data" else _docstrings(path)
         found.append((path, tuple(text for text in map(_prose, texts) if text)))
     return tuple(found)
 
 
 @cache
-def _modules() -> list[Path]:
+def modules() -> list[Path]:
+    """The files read: of the library, without tests and what was installed later."""
     root = Path(sysconfig.get_path("stdlib"))
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     modules = [

@@ -5,15 +5,12 @@ same order, and tells ``on_read`` how far it got; ``size()`` is the total that `
 have been told; ``fingerprint()`` is a sha256 of all that decides the documents.
 """
 
-import csv
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxlm.data import files
+from jaxlm.data import files, tabular
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.data.pydocs import PyDocs
 from jaxlm.data.tfds import Tfds
@@ -74,36 +71,8 @@ class Jsonl:
     def documents(self, on_read: OnRead = ignore) -> Iterator[str]:
         """The texts, in order; blank lines are skipped."""
         for path in files.find(self.glob):
-            for number, line in enumerate(files.lines(path, on_read), start=1):
-                if line.strip():
-                    yield self._text(line, f"{path}:{number}")
-
-    def _text(self, line: str, place: str) -> str:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{place}: not JSON ({error.msg} at column {error.colno}); every line must be one "
-                "JSON object"
-            ) from error
-        if not isinstance(record, dict):
-            raise InputError(f"{place}: a JSON {type(record).__name__} where an object is expected")
-        if self.field not in record:
-            raise InputError(
-                f"{place}: no field {self.field!r} among {', '.join(map(repr, record)) or 'none'}; "
-                "name the one that holds the text"
-            )
-        text = record[self.field]
-        if not isinstance(text, str):
-            raise InputError(f"{place}: field {self.field!r} is {text!r:.40}, which is not text")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{place}: field {self.field!r} holds half of a surrogate pair "
-                f"(\\u{ord(text[error.start]):04x}), which is no character; remove it"
-            ) from error
-        return text
+            for place, record in tabular.read_json_lines(path, on_read):
+                yield tabular.text_field(record, self.field, place)
 
     def size(self) -> int:
         """Bytes."""
@@ -132,36 +101,19 @@ class Csv:
             yield from self._column(path, on_read)
 
     def _column(self, path: Path, on_read: OnRead) -> Iterator[str]:
-        csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
-        lines = (line + "\n" for line in files.lines(path, on_read))
-        delimiter = self._delimiter(path)
-        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-        try:
-            header = next(rows, [])
-            if self.column not in header:
-                raise InputError(
-                    f"{path}:1: no column {self.column!r} among {', '.join(map(repr, header))}; "
-                    "name the one that holds the text, or set the delimiter"
-                )
-            column = header.index(self.column)
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise InputError(
-                        f"{path}:{rows.line_num}: {len(row)} fields where the header has "
-                        f"{len(header)}; quote the fields that contain {delimiter!r}"
-                    )
-                if row:
-                    yield row[column]
-        except csv.Error as error:
-            raise InputError(f"{path}:{rows.line_num}: malformed quoting ({error})") from error
+        rows = tabular.read_table(path, self._delimiter(path), on_read=on_read)
+        place, header = next(rows, (f"{path}:1", []))
+        if self.column not in header:
+            raise InputError(
+                f"{place}: no column {self.column!r} among {', '.join(map(repr, header))}; "
+                "name the one that holds the text, or set the delimiter"
+            )
+        column = header.index(self.column)
+        for _, row in rows:
+            yield row[column]
 
     def _delimiter(self, path: Path) -> str:
-        if self.delimiter is None:
-            return "\t" if path.suffix == ".tsv" else ","
-        if len(self.delimiter) != 1:
-            raise InputError(f"delimiter {self.delimiter!r} is not one character")
-        return self.delimiter
+        return tabular.delimiter_of(path, self.delimiter)
 
     def size(self) -> int:
         """Bytes."""

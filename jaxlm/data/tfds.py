@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
@@ -32,12 +33,22 @@ class Tfds:
 
     def documents(self, on_read: OnRead = ignore) -> Iterator[str]:
         """The texts, in the order of the data set."""
+        feature = self._text_feature()
+        for record in self._raw_records(on_read):
+            yield _plain(record[self.field], feature)
+
+    def records(self, on_read: OnRead = ignore) -> Iterator[dict[str, Any]]:
+        """All features of every example as plain Python, classes by their names."""
+        features = self._features()
+        for record in self._raw_records(on_read):
+            yield _plain(record, features)
+
+    def _raw_records(self, on_read: OnRead) -> Iterator[dict[str, Any]]:
         source = self._data_source()
         for start in range(0, len(source), _CHUNK):
             for record in source.__getitems__(range(start, min(start + _CHUNK, len(source)))):
                 on_read(1)
-                text = record[self.field]
-                yield text.decode() if isinstance(text, bytes) else text
+                yield record
 
     def size(self) -> int:
         """Number of examples."""
@@ -49,14 +60,20 @@ class Tfds:
         description = repr((info.full_name, self.split, self.field)) + info.as_json
         return hashlib.sha256(description.encode()).hexdigest()
 
-    def _data_source(self) -> Any:
-        builder = self._builder()
-        features = builder.info.features
+    def _features(self) -> Any:
+        return self._builder().info.features
+
+    def _text_feature(self) -> Any:
+        features = self._features()
         if self.field not in features or features[self.field].np_dtype not in (object, str, bytes):
             raise InputError(
                 f"{self.name} has no text feature {self.field!r} among "
                 f"{', '.join(map(repr, features))}; name the one that holds the text"
             )
+        return features[self.field]
+
+    def _data_source(self) -> Any:
+        builder = self._builder()
         try:
             return builder.as_data_source(split=self.split)
         except (ValueError, KeyError) as error:
@@ -119,6 +136,22 @@ class Tfds:
             ) from error
         except OSError as error:  # requests' exceptions are OSErrors
             raise InputError(f"downloading {self.name} failed ({error}); {recipe}") from error
+
+
+def _plain(value: Any, feature: Any) -> Any:
+    """Plain Python for what a feature decodes to; a class of -1 (unknown) is None."""
+    if isinstance(feature, tfds.features.FeaturesDict):
+        return {name: _plain(value[name], inner) for name, inner in feature.items()}
+    if isinstance(feature, tfds.features.Sequence):
+        if isinstance(value, dict):  # a sequence of dicts comes as a dict of sequences
+            inner: Any = feature.feature
+            return {name: [_plain(v, inner[name]) for v in value[name]] for name in value}
+        return [_plain(item, feature.feature) for item in value]
+    if isinstance(feature, tfds.features.ClassLabel):
+        return feature.int2str(int(value)) if value >= 0 else None
+    if isinstance(value, bytes):
+        return value.decode()
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
 
 
 def _online() -> bool:

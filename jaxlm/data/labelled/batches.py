@@ -1,0 +1,180 @@
+"""Batches of examples of like length; a global batch is a function of (data, seed, examples seen).
+
+Each batch is padded to the smallest of a few lengths, its bucket, so that short texts are not
+computed as long ones, and few shapes are compiled.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from jaxlm.data.labelled.augment import Augment
+from jaxlm.data.labelled.examples import Examples, Row, pad_rows
+from jaxlm.errors import InputError
+
+_CHUNK = 64  # batches that are sorted by length together
+_EPOCH, _ORDER = 2, 3  # set apart the random numbers of epochs and of chunks
+
+
+def make_buckets(
+    lengths: Int[np.ndarray, " examples"],
+    num_buckets: int = 4,
+    *,
+    multiple: int = 8,
+    max_length: int | None = None,
+) -> tuple[int, ...]:
+    """The lengths to pad to that pad least in all, ascending; the last is enough for the longest.
+
+    All are multiples of ``multiple``, except that none exceeds ``max_length``.
+    """
+    rounded = -(-np.asarray(lengths) // multiple) * multiple
+    if max_length is not None:
+        rounded = np.minimum(rounded, max_length)
+    sizes, counts = np.unique(rounded, return_counts=True)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    # costs[j]: of the best buckets, so many as the round, for all examples up to size j.
+    costs = sizes * below[1:]
+    choices: list[np.ndarray] = []
+    for _ in range(min(num_buckets, len(sizes)) - 1):
+        split = costs[:, None] + sizes[None, :] * (below[None, 1:] - below[1:, None])
+        split = np.where(np.tri(len(sizes), k=-1).T > 0, split, np.iinfo(np.int64).max)
+        choices.append(split.argmin(axis=0))
+        costs = np.minimum(split.min(axis=0), sizes * below[1:])
+    buckets, j = [len(sizes) - 1], len(sizes) - 1
+    for choice in reversed(choices):
+        j = int(choice[j])
+        buckets.append(j)
+    return tuple(sizes[sorted(set(buckets))].tolist())
+
+
+def train_batches(
+    examples: Examples,
+    batch_size: int,
+    buckets: Sequence[int],
+    *,
+    seed: int,
+    examples_seen: int = 0,
+    augment: Augment | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Row]:
+    """This process's part of every global batch, without end.
+
+    Epochs, each in an order of its own, follow each other without a gap. Chunks of this sequence
+    are sorted by bucket and cut into batches, which come in random order: up to the bounds of
+    chunks, every example comes once an epoch. Process p of P holds rows p·B/P to (p+1)·B/P of a
+    global batch of B. ``index`` numbers the rows of a run, modulo 2³¹.
+    """
+    local = _local_rows(batch_size, process_index, process_count)
+    if examples_seen % batch_size:
+        raise InputError(
+            f"examples_seen={examples_seen} is not a multiple of batch_size={batch_size}; "
+            "resume with the batch size that the run began with"
+        )
+    which = _bucket_numbers(examples, buckets)
+    # At most an epoch, lest copies of one example, which are equally long, meet in a batch.
+    chunk_batches = min(_CHUNK, max(1, len(examples) // batch_size))
+
+    def batches() -> Iterator[Row]:
+        step, chunk = examples_seen // batch_size, -1
+        order = np.empty((0, 0, 2), int)
+        while True:
+            if step // chunk_batches != chunk:
+                chunk = step // chunk_batches
+                order = _chunk_order(which, chunk, chunk_batches, batch_size, seed)
+            numbers, epochs = order[step % chunk_batches].T
+            rows = [examples.rows[i] for i in numbers[local]]
+            if augment is not None:
+                keys = zip(rows, numbers[local].tolist(), epochs[local].tolist(), strict=True)
+                rows = [augment(row, number, epoch) for row, number, epoch in keys]
+            length = buckets[which[numbers].max()]
+            yield _stack(examples, rows, length) | _index(step * batch_size, local)
+            step += 1
+
+    return batches()
+
+
+def eval_batches(
+    examples: Examples,
+    batch_size: int,
+    buckets: Sequence[int],
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Row]:
+    """This process's part of every batch of one pass, the longest examples first.
+
+    ``example`` gives the number of each row's example. The last batch is filled up with copies,
+    whose ``weights`` are 0 and whose ``example`` is -1.
+    """
+    local = _local_rows(batch_size, process_index, process_count)
+    which = _bucket_numbers(examples, buckets)
+
+    def batches() -> Iterator[Row]:
+        order = np.argsort(-examples.lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            length = buckets[which[numbers].max()]
+            real = (np.arange(batch_size) < len(numbers))[local]
+            numbers = np.resize(numbers, batch_size)[local]
+            batch = _stack(examples, [examples.rows[i] for i in numbers], length)
+            batch["weights"][~real] = 0
+            example = np.where(real, numbers, -1).astype(np.int32)
+            yield batch | _index(start, local) | {"example": example}
+
+    return batches()
+
+
+def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    if batch_size < 1 or batch_size % process_count:
+        raise InputError(f"batch_size={batch_size} is not divisible by {process_count} processes")
+    rows = batch_size // process_count
+    return slice(process_index * rows, (process_index + 1) * rows)
+
+
+def _bucket_numbers(examples: Examples, buckets: Sequence[int]) -> Int[np.ndarray, " examples"]:
+    if not len(examples):
+        raise InputError("there are no examples to make batches of")
+    lengths = examples.lengths
+    if lengths.max() > buckets[-1]:
+        raise InputError(
+            f"an example of {lengths.max()} tokens does not fit the longest bucket, {buckets[-1]}; "
+            "make the buckets from all examples"
+        )
+    return np.searchsorted(np.asarray(buckets), lengths)
+
+
+def _chunk_order(
+    which: np.ndarray, chunk: int, chunk_batches: int, batch_size: int, seed: int
+) -> Int[np.ndarray, "batches batch 2"]:
+    """The example and the epoch of each row of a chunk."""
+    size = chunk_batches * batch_size
+    epochs, places = np.divmod(np.arange(chunk * size, (chunk + 1) * size), len(which))
+    numbers = np.empty(size, int)
+    for epoch in np.unique(epochs):
+        order = _rng(seed, _EPOCH, int(epoch)).permutation(len(which))
+        numbers[epochs == epoch] = order[places[epochs == epoch]]
+    rows = np.stack([numbers, epochs], axis=-1)
+    rows = rows[np.argsort(which[numbers], kind="stable")]
+    batches = rows.reshape(chunk_batches, batch_size, 2)
+    return batches[_rng(seed, _ORDER, chunk).permutation(chunk_batches)]
+
+
+def _rng(seed: int, *key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
+
+
+def _index(start: int, local: slice) -> dict[str, Int32[np.ndarray, " batch"]]:
+    return {"index": (np.arange(start + local.start, start + local.stop) % 2**31).astype(np.int32)}
+
+
+def _stack(examples: Examples, rows: list[Row], length: int) -> Row:
+    batch = {}
+    for name in rows[0]:
+        arrays = [row[name] for row in rows]
+        if name in examples.along_length:
+            batch[name] = pad_rows(arrays, examples.pad if name == "tokens" else 0, length)
+        else:
+            batch[name] = np.stack(arrays)
+    return batch

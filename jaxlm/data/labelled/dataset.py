@@ -1,0 +1,72 @@
+"""Labelled data as a configuration names it: read, split, without duplicates, a few of a class."""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxlm.data.labelled import splits
+from jaxlm.data.labelled.augment import AugmentConfig
+from jaxlm.data.labelled.pydocs import PyDocsTopics
+from jaxlm.data.labelled.records import Conll, JsonLines, Record, Squad, Table, TfdsRecords
+from jaxlm.errors import InputError
+
+Source = Table | JsonLines | Conll | Squad | TfdsRecords | PyDocsTopics
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledConfig:
+    """What fine-tuning reads."""
+
+    train: Source
+    """The training data."""
+    validation: Source | None = None
+    """The data that decide which checkpoint is best; None = a part of the training data."""
+    validation_fraction: float = 0.1
+    """That part, where there is no `validation`: a share of each class."""
+    split_seed: int = 0
+    """Of that part, and of `few_shot`: runs with other training seeds see the same examples."""
+    few_shot: int | None = None
+    """Only so many training examples of each class; None = all."""
+    max_length: int = 128
+    """Tokens of the longest row; longer texts are cut."""
+    batch_size: int = 32
+    """Examples in a global batch, over all processes."""
+    num_buckets: int = 4
+    """Lengths to which batches are padded; each is compiled once."""
+    augment: AugmentConfig | None = None
+    """Random changes to training texts."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "batch_size", "num_buckets"):
+            if vars(self)[name] < 1:
+                raise InputError(f"data.{name}={vars(self)[name]} is not above 0")
+
+
+class Parts(NamedTuple):
+    """Examples to train on and to choose by."""
+
+    train: list[Any]
+    validation: list[Any]
+    duplicates: int  # training examples left out because validation has the same text
+    fingerprint: str  # of what the examples were read from, and how they were split
+
+
+def read_parts(config: LabelledConfig, read: Callable[[Iterable[Record]], list[Any]]) -> Parts:
+    """The examples of a configuration; ``read`` makes them of records."""
+    train = read(config.train.records())
+    if not train:
+        raise InputError(f"{config.train} holds no examples")
+    if config.validation is None:
+        train, validation = splits.stratified(train, config.validation_fraction, config.split_seed)
+    else:
+        validation = read(config.validation.records())
+        if not validation:
+            raise InputError(f"{config.validation} holds no examples")
+    train, duplicates = splits.without_duplicates(train, validation)
+    if config.few_shot is not None:
+        train = splits.few_shot(train, config.few_shot, config.split_seed)
+    sources = [source.fingerprint() for source in (config.train, config.validation) if source]
+    split = (config.validation_fraction, config.split_seed, config.few_shot)
+    digest = hashlib.sha256(repr((sources, split)).encode()).hexdigest()
+    return Parts(train, validation, len(duplicates), digest)

@@ -1,0 +1,41 @@
+"""Encoded examples, ready to be put into batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32, Shaped
+
+Row = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """Examples of one task, encoded alike."""
+
+    rows: list[Row]
+    """For each example, the arrays of a batch without the batch axis and without padding."""
+    along_length: frozenset[str]
+    """Those arrays whose last axis is positions, as that of ``tokens`` is."""
+    pad: int
+    """The token that pads ``tokens``; all other arrays are padded with 0."""
+    untruncated: Int32[np.ndarray, " examples"]
+    """Tokens of each example if there were no maximal length."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def lengths(self) -> Int32[np.ndarray, " examples"]:
+        """Positions that each example needs in a batch."""
+        return np.array([row["tokens"].shape[-1] for row in self.rows], np.int32)
+
+
+def pad_rows(
+    rows: Sequence[np.ndarray], value: int, length: int
+) -> Shaped[np.ndarray, "rows *axes {length}"]:
+    """Stack arrays that differ in their last axis alone, each padded to a length."""
+    stacked = np.full((len(rows), *rows[0].shape[:-1], length), value, rows[0].dtype)
+    for row, into in zip(rows, stacked, strict=True):
+        into[..., : row.shape[-1]] = row
+    return stacked

@@ -1,0 +1,101 @@
+"""The interpreter's own documentation as a labelled data set: which topic a text is about."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jaxlm.data import files, pydocs
+from jaxlm.data.labelled.records import Record
+
+# Packages and modules of the standard library, by what they are for.
+TOPICS: dict[str, tuple[str, ...]] = {
+    "concurrency": (
+        "asyncio",
+        "concurrent",
+        "multiprocessing",
+        "queue",
+        "sched",
+        "selectors",
+        "subprocess",
+        "threading",
+    ),
+    "data types": (
+        "_pydatetime",
+        "_pydecimal",
+        "bisect",
+        "calendar",
+        "collections",
+        "copy",
+        "dataclasses",
+        "datetime",
+        "decimal",
+        "enum",
+        "fractions",
+        "heapq",
+        "numbers",
+        "random",
+        "statistics",
+        "types",
+        "typing",
+        "weakref",
+    ),
+    "files": (
+        "_pyio",
+        "bz2",
+        "fileinput",
+        "genericpath",
+        "glob",
+        "gzip",
+        "lzma",
+        "os",
+        "pathlib",
+        "posixpath",
+        "shutil",
+        "tarfile",
+        "tempfile",
+        "zipfile",
+    ),
+    "network": (
+        "email",
+        "ftplib",
+        "http",
+        "imaplib",
+        "mailbox",
+        "poplib",
+        "smtplib",
+        "socket",
+        "socketserver",
+        "ssl",
+        "urllib",
+        "wsgiref",
+        "xmlrpc",
+    ),
+    "program text": ("ast", "dis", "importlib", "inspect", "pdb", "pkgutil", "pydoc", "tokenize"),
+    "testing": ("doctest", "unittest"),
+    "text": ("csv", "difflib", "html", "json", "re", "string", "textwrap", "xml"),
+    "user interface": ("cmd", "curses", "tkinter", "turtle"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyDocsTopics:
+    """Docstrings of the running interpreter (``text``), labelled by where they stand (``topic``).
+
+    Nothing to download; it differs a little between versions of Python. Texts of fewer than
+    ``min_words`` words say too little to be told apart.
+    """
+
+    min_words: int = 6
+
+    def records(self) -> Iterator[Record]:
+        """One for each docstring of a module that belongs to a topic."""
+        topic_of = {name: topic for topic, names in TOPICS.items() for name in names}
+        for path, texts in pydocs.by_module():
+            topic = topic_of.get(path.parts[0].removesuffix(".py"))
+            for number, text in enumerate(texts if topic else (), start=1):
+                if len(text.split()) >= self.min_words:
+                    place = f"{path.as_posix()}, docstring {number}"
+                    yield Record(fields={"text": text, "topic": topic}, place=place)
+
+    def fingerprint(self) -> str:
+        """Of the modules' contents."""
+        return files.sha256(pydocs.modules(), "topics", str(self.min_words), repr(TOPICS))

@@ -1,0 +1,207 @@
+"""Questions whose answer is a span of a context (Rajpurkar et al. 2016, 2018)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from jaxlm.data.labelled.examples import Examples
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.records import Record
+from jaxlm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpanFields:
+    """Which fields of a record are what; the defaults are SQuAD's."""
+
+    question: str = "question"
+    """The question."""
+    context: str = "context"
+    """The text that may hold the answer."""
+    answers: str | None = "answers/text"
+    """A list of answers, any of which is right, or one answer; None: answers are not known."""
+    starts: str | None = "answers/answer_start"
+    """Where each answer begins in the context, in characters; None: where it first stands."""
+    id: str | None = "id"
+    """What identifies the question; None: its place in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A question on a context. No answers: the context does not hold one, or none is known."""
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    starts: tuple[int, ...]
+    place: str
+
+    @property
+    def content(self) -> str:
+        """All text."""
+        return f"{self.question}\n{self.context}"
+
+    @property
+    def stratum(self) -> str:
+        """Whether there is an answer."""
+        return "answer" if self.answers else "no answer"
+
+
+def read(records: Iterable[Record], fields: SpanFields) -> list[Question]:
+    """The questions of all records; an answer that is not where it should be raises."""
+    questions = []
+    for record in records:
+        name = record.place if fields.id is None else str(record.value(fields.id))
+        context = record.text(fields.context)
+        answers = _answers(record, fields)
+        if answers and fields.starts is not None:
+            starts = _starts(record, fields.starts, len(answers))
+        else:
+            starts = [context.find(answer) for answer in answers]
+        for answer, start in zip(answers, starts, strict=True):
+            if start < 0 or not answer.strip() or not context.startswith(answer, start):
+                where = "in its context" if fields.starts is None else f"at character {start}"
+                raise InputError(
+                    f"{record.place}: the answer {answer!r:.60} to question {name} is not {where}; "
+                    "correct it, or leave the question out"
+                )
+        questions.append(
+            Question(
+                id=name,
+                question=record.text(fields.question),
+                context=context,
+                answers=tuple(answers),
+                starts=tuple(starts),
+                place=record.place,
+            )
+        )
+    return questions
+
+
+def _answers(record: Record, fields: SpanFields) -> list[str]:
+    if fields.answers is None:
+        return []
+    value = record.value(fields.answers)
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    return record.texts(fields.answers)
+
+
+def _starts(record: Record, name: str, count: int) -> list[int]:
+    value = record.value(name)
+    try:
+        starts = [int(start) for start in (value if isinstance(value, list) else [value])]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{record.place}: {name} is {value!r:.40}, not where answers are"
+        ) from error
+    if len(starts) != count:
+        raise InputError(f"{record.place}: {len(starts)} {name} for {count} answers")
+    return starts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The part of a context that one row holds."""
+
+    example: int
+    """The question's number; its windows follow each other."""
+    example_id: str
+    """The question's id."""
+    offsets: Int32[np.ndarray, "length 2"]
+    """Where each token begins and ends in the context, in characters; -1 outside of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Encoded windows, and what leads from positions back to characters."""
+
+    examples: Examples
+    windows: list[Window]
+    """One for each of the rows."""
+
+
+def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Windows:
+    """Rows of the question and a window of its context, which slides if it does not fit.
+
+    ``doc_stride`` is the number of tokens that neighbouring windows share. ``starts`` and ``ends``
+    are those of the first answer, or 0 where the window does not hold all of it; ``allowed`` marks
+    the context and the first token.
+    """
+    texts = list(dict.fromkeys(question.context for question in questions))
+    contexts = {
+        text: (
+            np.array(encoding.ids, np.int32),
+            np.array(encoding.offsets, np.int32).reshape(-1, 2),
+        )
+        for text, encoding in zip(texts, framer.encodings(texts), strict=True)
+    }
+    all_ids = framer.ids([question.question for question in questions])
+    rows: list[dict[str, np.ndarray]] = []
+    windows: list[Window] = []
+    for number, (question, asked) in enumerate(zip(questions, all_ids, strict=True)):
+        ids, offsets = contexts[question.context]
+        span = _span(question, offsets)
+        size = framer.room(2) - len(asked)
+        if size <= doc_stride:
+            raise InputError(
+                f"{question.place}: question {question.id} of {len(asked)} tokens leaves {size} of "
+                f"max_length={framer.max_length} to the context, not more than "
+                f"doc_stride={doc_stride}; raise the one, or lower the other"
+            )
+        for begin in range(0, max(len(ids) - doc_stride, 1), size - doc_stride):
+            part = slice(begin, begin + size)
+            row, start = _row(framer, asked, ids[part], span, begin)
+            rows.append(row)
+            place = np.full((len(row["tokens"]), 2), -1, np.int32)
+            place[start : start + len(offsets[part])] = offsets[part]
+            windows.append(Window(example=number, example_id=question.id, offsets=place))
+    examples = Examples(
+        rows=rows,
+        along_length=frozenset({"tokens", "token_type_ids", "allowed"}),
+        pad=framer.special.pad,
+        untruncated=np.array([row["lengths"] for row in rows], np.int32),
+    )
+    return Windows(examples=examples, windows=windows)
+
+
+def _span(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:
+    """The first and the last token of the first answer."""
+    if not question.answers:
+        return None
+    answer = question.answers[0]
+    begin = question.starts[0] + len(answer) - len(answer.lstrip())
+    end = question.starts[0] + len(answer.rstrip())
+    first = int(np.searchsorted(offsets[:, 1], begin, side="right"))
+    last = int(np.searchsorted(offsets[:, 0], end, side="left")) - 1
+    if first > last:
+        raise InputError(
+            f"{question.place}: the tokenizer drops all of the answer {answer!r:.60} to question "
+            f"{question.id}; leave the question out"
+        )
+    return first, last
+
+
+def _row(
+    framer: Framer, asked: np.ndarray, ids: np.ndarray, span: tuple[int, int] | None, begin: int
+) -> tuple[dict[str, np.ndarray], int]:
+    framed = framer.frame(asked, ids)
+    start = framed.starts[1]
+    allowed = np.zeros(len(framed.tokens), bool)
+    allowed[[0, *range(start, start + len(ids))]] = True
+    first = last = 0
+    if span is not None and begin <= span[0] and span[1] < begin + len(ids):
+        first, last = (place - begin + start for place in span)
+    row = {
+        "tokens": framed.tokens,
+        "token_type_ids": framed.token_type_ids,
+        "lengths": np.array(len(framed.tokens), np.int32),
+        "starts": np.array(first, np.int32),
+        "ends": np.array(last, np.int32),
+        "allowed": allowed,
+        "weights": np.ones((), np.float32),
+    }
+    return row, start

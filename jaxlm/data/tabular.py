@@ -1,0 +1,94 @@
+"""Tables and JSON lines, with errors that name the file and the line."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlm.data import files
+from jaxlm.data.files import OnRead, ignore
+from jaxlm.errors import InputError
+
+
+def delimiter_of(path: Path, delimiter: str | None) -> str:
+    """What separates columns; None means a tab for .tsv files and a comma for all others."""
+    if delimiter is None:
+        return "\t" if path.suffix == ".tsv" else ","
+    if len(delimiter) != 1:
+        raise InputError(f"delimiter {delimiter!r} is not one character")
+    return delimiter
+
+
+def read_table(
+    path: Path, delimiter: str, *, header: bool = True, on_read: OnRead = ignore
+) -> Iterator[tuple[str, list[str]]]:
+    """The place (file:line) and the fields of every row, the header's too; blank lines are skipped.
+
+    All rows have as many fields as the first. Fields may be quoted with ", except between tabs,
+    where a quotation mark is an ordinary character.
+    """
+    csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
+    lines = (line + "\n" for line in files.lines(path, on_read))
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    count, number = None, 1
+    try:
+        for row in rows:
+            place = f"{path}:{number}"
+            number = rows.line_num + 1  # a quoted field may span lines
+            if not row:
+                continue
+            count = count or len(row)
+            if len(row) != count:
+                first = "the header" if header else "the first line"
+                raise InputError(
+                    f"{place}: {len(row)} fields where {first} has {count}; "
+                    f"quote the fields that contain {delimiter!r}, or set the delimiter"
+                )
+            yield place, row
+    except csv.Error as error:
+        raise InputError(f"{path}:{number}: malformed quoting ({error})") from error
+
+
+def read_json_lines(path: Path, on_read: OnRead = ignore) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The place (file:line) and the object of every line; blank lines are skipped."""
+    for number, line in enumerate(files.lines(path, on_read), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{place}: not JSON ({error.msg} at column {error.colno}); every line must be one "
+                "JSON object"
+            ) from error
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: a JSON {type(record).__name__} where an object is expected")
+        yield place, record
+
+
+def text_field(fields: Mapping[str, Any], name: str, place: str) -> str:
+    """The text under a name; what is missing or is no text raises."""
+    if name not in fields:
+        raise InputError(
+            f"{place}: no field {name!r} among {', '.join(map(repr, fields)) or 'none'}; "
+            "name the one that holds the text"
+        )
+    return check_text(fields[name], f"field {name!r}", place)
+
+
+def check_text(value: Any, what: str, place: str) -> str:
+    """The value, if it is text that UTF-8 can write."""
+    if not isinstance(value, str):
+        raise InputError(f"{place}: {what} is {value!r:.40}, which is not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{place}: {what} holds half of a surrogate pair "
+            f"(\\u{ord(value[error.start]):04x}), which is no character; remove it"
+        ) from error
+    return value

@@ -1,0 +1,197 @@
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from jaxlm.data.labelled.records import Conll, JsonLines, Record, Squad, Table, TfdsRecords
+from jaxlm.errors import InputError
+
+
+def read(source) -> list[Record]:
+    return list(source.records())
+
+
+def fields(source) -> list[dict]:
+    return [record.fields for record in read(source)]
+
+
+def fails(action, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        action()
+    assert "\n" not in str(error.value)
+
+
+def test_a_table_with_a_header(write):
+    records = read(Table(path=write("a.csv", 'text,label\n"one,\ntwo",1\n\nthree,0\n')))
+    assert [record.fields for record in records] == [
+        {"text": "one,\ntwo", "label": "1"},
+        {"text": "three", "label": "0"},
+    ]
+    assert [record.place.rsplit("/")[-1] for record in records] == ["a.csv:2", "a.csv:5"]
+
+
+def test_a_table_without_header(write):
+    path = write("a.tsv", 'the "best\t1\nworst\t0\n')
+    assert fields(Table(path=path, header=False)) == [
+        {"0": 'the "best', "1": "1"},
+        {"0": "worst", "1": "0"},
+    ]
+    named = Table(path=path, header=False, columns=("text", "label"))
+    assert fields(named)[1] == {"text": "worst", "label": "0"}
+    assert Table(path=path).fingerprint() != named.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ("text,label\nx\n", {}, r"a\.csv:2: 1 fields where the header has 2"),
+        ("x,1\ny,0,\n", {"header": False}, r"a\.csv:2: 3 fields where the first line has 2"),
+        ("x,1\n", {"header": False, "columns": ("t",)}, r"a\.csv:1: 2 fields for 1 columns"),
+        ("text,text\nx,y\n", {}, r"a\.csv:1: the header names 'text' 2 times"),
+        ("text,label\n", {}, r"a\.csv holds no records"),
+        ("", {}, r"a\.csv holds no records"),
+        (b"text\ncaf\xe9\n", {}, r"a\.csv:2: byte 0xe9 at column 4 is not UTF-8"),
+        ('text\n"x\n', {}, r"a\.csv:2: malformed quoting"),
+        ("text\nx\n", {"delimiter": "tab"}, "delimiter 'tab' is not one character"),
+    ],
+)
+def test_bad_tables(write, content, settings, message):
+    source = Table(path=write("a.csv", content), **settings)
+    fails(lambda: read(source), message)
+
+
+def test_bad_table_settings(tmp_path):
+    fails(lambda: Table(path="a.csv", columns=("text",)), "columns=.* a.csv, whose header")
+    fails(lambda: read(Table(path=str(tmp_path / "no.csv"))), r"there is no file '.*no\.csv'")
+
+
+def test_fields_that_are_missing_or_wrong(write):
+    (record,) = read(Table(path=write("a.csv", "text;label\nx;1\n")))
+    fails(
+        lambda: record.value("label"),
+        r"a\.csv:2: no field 'label', but a single one, 'text;la.*delimiter",
+    )
+    (record,) = read(Table(path=write("b.csv", "text,label\n ,1\n")))
+    fails(lambda: record.value("body"), r"b\.csv:2: no field 'body' among 'text', 'label'.*header")
+    fails(lambda: record.text("text"), r"b\.csv:2: field 'text' is empty")
+    (record,) = read(JsonLines(path=write("a.jsonl", '{"text": 7, "words": ["x", 1]}')))
+    fails(lambda: record.text("text"), r"a\.jsonl:1: field 'text' is 7, which is not text")
+    fails(lambda: record.texts("text"), r"a\.jsonl:1: field 'text' is 7, which is no list")
+    fails(lambda: record.texts("words"), r"a\.jsonl:1: an entry of field 'words' is 1")
+
+
+def test_json_lines_flatten_objects(write):
+    path = write("a.jsonl", '{"id": 1, "answers": {"text": ["x"]}}\n\n{"id": 2}\n')
+    records = read(JsonLines(path=path))
+    assert [record.fields for record in records] == [{"id": 1, "answers/text": ["x"]}, {"id": 2}]
+    assert records[1].place == f"{path}:3"
+    fails(lambda: read(JsonLines(path=write("b.jsonl", "{}\n[]"))), r"b\.jsonl:2: a JSON list")
+
+
+@pytest.mark.parametrize("separator", ["\t", "  "])
+def test_conll(write, separator):
+    lines = ["-DOCSTART- -X- O", "", "EU NNP B-ORG", "rejects VB O", " ", "Peter NNP B-PER"]
+    content = "\n".join(lines).replace(" ", separator)
+    path = write("a.conll", content)
+    assert fields(Conll(path=path)) == [
+        {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
+        {"tokens": ["Peter"], "tags": ["B-PER"]},
+    ]
+    assert [record.place for record in read(Conll(path=path))] == [f"{path}:3", f"{path}:6"]
+    assert fields(Conll(path=path, tag_column=1))[1]["tags"] == ["NNP"]
+    assert fields(Conll(path=path, tag_column=None))[1] == {"tokens": ["Peter"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ("EU NNP O\nrejects O\n", {}, r"a\.conll:2: 2 columns where there were 3"),
+        ("EU O\n", {"tag_column": 3}, r"a\.conll:1: no column 3 among 2"),
+        ("EU,O\n", {}, r"a\.conll:1: the word and its tag are both column 0"),
+        ("EU\tO\n\tO\n", {}, r"a\.conll:2: an empty word or tag"),
+        ("\n\n", {}, r"a\.conll holds no records"),
+    ],
+)
+def test_bad_conll(write, content, settings, message):
+    source = Conll(path=write("a.conll", content), **settings)
+    fails(lambda: read(source), message)
+
+
+def squad(*questions: dict) -> str:
+    return json.dumps({"data": [{"paragraphs": [{"context": "In Rome.", "qas": questions}]}]})
+
+
+def test_squad(write):
+    answered = {"id": "1", "question": "Where?", "answers": [{"text": "Rome", "answer_start": 3}]}
+    impossible = {"id": "2", "question": "Who?", "answers": [], "is_impossible": True}
+    records = read(Squad(path=write("a.json", squad(answered, impossible))))
+    assert records[0].fields == {
+        "id": "1",
+        "question": "Where?",
+        "context": "In Rome.",
+        "answers/text": ["Rome"],
+        "answers/answer_start": [3],
+        "is_impossible": False,
+    }
+    assert (records[1].fields["answers/text"], records[1].fields["is_impossible"]) == ([], True)
+    assert records[1].place.endswith("a.json: question '2'")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"data":\n[}', r"a\.json:2: not JSON"),
+        ("[1]", r"a\.json: no list 'data'"),
+        (squad({"id": "1", "answers": []}), r"a\.json: 'question' is missing .* after 0 questions"),
+        ('{"data": []}', "holds no records"),
+    ],
+)
+def test_bad_squad(write, content, message):
+    source = Squad(path=write("a.json", content))
+    fails(lambda: read(source), message)
+
+
+class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
+    def _split_generators(self, _):
+        return {name: iter(records) for name, records in self._split_datasets.items()}
+
+
+def test_tfds_records_are_plain(tmp_path):
+    features = tfds.features
+    record = {
+        "context": "In Rome é",
+        "label": 1,
+        "score": 0.5,
+        "answers": [{"text": "Rome", "answer_start": 3}],
+        "tags": ["pos", "neg"],
+        "tokens": ["In", "Rome"],
+    }
+    classes = features.ClassLabel(names=["neg", "pos"])
+    _Builder(
+        name="my_own",
+        version="1.0.0",
+        features=features.FeaturesDict(
+            {
+                "context": features.Text(),
+                "label": classes,
+                "score": features.Scalar(np.float32),
+                "answers": features.Sequence(
+                    {"text": features.Text(), "answer_start": features.Scalar(np.int32)}
+                ),
+                "tags": features.Sequence(classes),
+                "tokens": features.Sequence(features.Text()),
+            }
+        ),
+        description="",
+        split_datasets={"train": enumerate([record, record | {"label": -1}])},
+        data_dir=tmp_path,
+        file_format="array_record",
+    ).download_and_prepare()
+    source = TfdsRecords(name="my_own", data_dir=str(tmp_path))
+    records = sorted(read(source), key=lambda record: str(record.fields["label"]))
+    expected = {name: value for name, value in record.items() if name != "answers"}
+    expected |= {"label": "pos", "answers/text": ["Rome"], "answers/answer_start": [3]}
+    assert [record.fields for record in records] == [expected | {"label": None}, expected]
+    assert {record.place for record in records} == {"my_own train:0", "my_own train:1"}
+    assert len(source.fingerprint()) == 64

@@ -1,0 +1,125 @@
+"""Answers in windows of a context."""
+
+import pytest
+
+from jaxlm.data import tokenizers
+from jaxlm.data.labelled import span
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.span import Question, SpanFields
+from jaxlm.errors import InputError
+
+
+def question(context: str, answer: str | None, asked: str = "who ?") -> Question:
+    found = () if answer is None else (answer,)
+    starts = tuple(context.index(text) for text in found)
+    return Question(
+        id="q1", question=asked, context=context, answers=found, starts=starts, place="a.json"
+    )
+
+
+def test_windows_by_hand(framer, words):
+    # 12 - [CLS] who ? [SEP] … [SEP] leaves 7 tokens to the context, of which 3 are shared.
+    context = "a b c d e f g h john smith a b"
+    encoded = span.encode(framer, [question(context, "John Smith".lower())], doc_stride=3)
+    rows = encoded.examples.rows
+    assert [words(row["tokens"]) for row in rows] == [
+        "[CLS] who ? [SEP] a b c d e f g [SEP]",
+        "[CLS] who ? [SEP] e f g h john smith a [SEP]",
+        "[CLS] who ? [SEP] john smith a b [SEP]",
+    ]
+    assert [(int(row["starts"]), int(row["ends"])) for row in rows] == [(0, 0), (8, 9), (4, 5)]
+    assert rows[2]["allowed"].tolist() == [True, *[False] * 3, *[True] * 4, False]
+    assert rows[2]["token_type_ids"].tolist() == [0] * 4 + [1] * 5
+    for row, window in zip(rows, encoded.windows, strict=True):
+        assert (window.example, window.example_id) == (0, "q1")
+        assert len(window.offsets) == row["lengths"] == len(row["tokens"])
+        assert ((window.offsets[:, 0] >= 0)[1:] == row["allowed"][1:]).all()
+        for token, (begin, end) in zip(row["tokens"], window.offsets, strict=True):
+            assert begin < 0 or context[begin:end] == words([token])
+
+
+def test_a_window_holds_the_answer_or_does_not(framer):
+    context = "a b c d e f john smith g h"  # the first window ends after john
+    rows = span.encode(framer, [question(context, "john smith")], doc_stride=2).examples.rows
+    assert [(int(row["starts"]), int(row["ends"])) for row in rows] == [(0, 0), (5, 6)]
+
+
+def test_each_context_token_is_in_a_window_and_none_is_superfluous(framer):
+    for length in range(1, 30):
+        context = " ".join("abcdefgh"[i % 8] for i in range(length))
+        windows = span.encode(framer, [question(context, None)], doc_stride=2).windows
+        seen = {tuple(place) for window in windows for place in window.offsets.tolist()}
+        assert len(seen - {(-1, -1)}) == length
+        assert len(windows) == (1 if length <= 7 else 1 + -(-(length - 7) // 5))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize("answer", ["Rôme", "Rôme, 1", " saw (the ", "(the  café)", "x"])
+def test_answers_map_back_to_their_characters(kind, answer):
+    context = "In Rôme, 1 saw (the  café) twice; x — y."
+    tokenizer = tokenizers.train(kind, [context, "who ?"] * 3, 600)
+    encoded = span.encode(Framer(tokenizer, 64), [question(context, answer)], doc_stride=4)
+    (row,), (window,) = encoded.examples.rows, encoded.windows
+    begin, end = window.offsets[row["starts"], 0], window.offsets[row["ends"], 1]
+    assert row["starts"] > 0
+    assert context[begin:end].strip() == answer.strip()
+
+
+def test_questions_number_their_windows(framer):
+    questions = [question("a " * 12, None), question("b c", "c")]
+    encoded = span.encode(framer, questions, doc_stride=2)
+    assert [window.example for window in encoded.windows] == [0, 0, 1]
+    assert int(encoded.examples.rows[-1]["starts"]) == 5
+
+
+def test_a_question_that_leaves_no_room(framer):
+    with pytest.raises(InputError, match=r"question q1 of 6 tokens leaves 3 of max_length=12 .*=3"):
+        span.encode(framer, [question("a", None, "who " * 6)], doc_stride=3)
+
+
+def test_an_answer_without_tokens(framer):
+    with pytest.raises(InputError, match=r"a.json: the tokenizer drops all of the answer"):
+        span.encode(framer, [question("a \u200d b", "\u200d")], doc_stride=3)
+
+
+def record(**changes) -> Record:
+    fields = {
+        "id": 7,
+        "question": "who ?",
+        "context": "John lives in York.",
+        "answers/text": ["York", "in York"],
+        "answers/answer_start": [14, 11],
+    }
+    return Record(fields=fields | changes, place="a.jsonl:3")
+
+
+def test_reading_questions():
+    (read,) = span.read([record()], SpanFields())
+    assert (read.id, read.answers, read.starts) == ("7", ("York", "in York"), (14, 11))
+    fields = SpanFields(answers="answer", starts=None, id=None)
+    (read,) = span.read([record(answer="lives")], fields)
+    assert (read.id, read.answers, read.starts) == ("a.jsonl:3", ("lives",), (5,))
+    (read,) = span.read([record(answer="")], fields)
+    assert (read.answers, read.stratum) == ((), "no answer")
+    (read,) = span.read([record()], SpanFields(answers=None))
+    assert read.answers == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "message"),
+    [
+        ({"answers/answer_start": [13, 11]}, {}, "'York' to question 7 is not at character 13"),
+        ({"answers/answer_start": [14]}, {}, "1 answers/answer_start for 2 answers"),
+        ({"answers/answer_start": ["x", 1]}, {}, "not where answers are"),
+        (
+            {"answers/text": ["Rome"]},
+            {"starts": None},
+            "'Rome' to question 7 is not in its context",
+        ),
+        ({"context": " "}, {}, "field 'context' is empty"),
+    ],
+)
+def test_bad_questions(changes, fields, message):
+    with pytest.raises(InputError, match=r"a\.jsonl:3: .*" + message):
+        span.read([record(**changes)], SpanFields(**fields))
