@@ -12,7 +12,7 @@ Hardware and time: not yet measured (the paper: 16 TPU v2 chips, four days).
 Expected: not yet measured.
 """
 
-from jaxlm.config import RunConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.models import bert
 from jaxlm.objectives.masked_lm import MaskedLmConfig
@@ -22,7 +22,7 @@ from jaxlm.train.loop import TrainConfig
 
 STEPS = 1_000_000
 
-config = RunConfig(
+config = PretrainConfig(
     name="bert_base",
     data=DataConfig(paths=("prepared/corpus",), batch_size=256),
     model=bert.BASE,

@@ -14,7 +14,7 @@ Expected: not yet measured.
 
 import dataclasses
 
-from jaxlm.config import RunConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.models import bert
 from jaxlm.objectives.masked_lm import MaskedLmConfig
@@ -22,7 +22,7 @@ from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.train.loop import TrainConfig
 
-config = RunConfig(
+config = PretrainConfig(
     name="mosaic_bert_style",
     data=DataConfig(paths=("prepared/corpus",), batch_size=4096),
     model=dataclasses.replace(bert.BASE, dropout_rate=0.0, attention_dropout_rate=0.0),

@@ -6,7 +6,7 @@ Hardware and time: two CPU cores, three minutes.
 Expected: validation loss 4.2 (unigram entropy 6.0).
 """
 
-from jaxlm.config import RunConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import PyDocs
@@ -14,7 +14,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.train.loop import TrainConfig
 
-config = RunConfig(
+config = PretrainConfig(
     name="quickstart",
     data=DataConfig(paths=("prepared/pydocs",), batch_size=64),
     prepare=PrepareConfig(

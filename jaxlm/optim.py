@@ -6,12 +6,14 @@ The optimizer leaves the learning rate out; the train step applies it.
 """
 
 import math
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
@@ -49,6 +51,8 @@ class OptimizerConfig:
     """Decoupled, times the learning rate, on linear maps and embeddings; never on norms, biases."""
     clip_norm: float | None = 1.0
     """Global norm above which gradients are scaled down; None = no clipping."""
+    layer_decay: float | None = None
+    """Learning rate of each layer over that of the layer above, such as 0.9; None = 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_share <= 1 or not 0 < self.decay_share <= 1:
@@ -58,6 +62,8 @@ class OptimizerConfig:
             )
         if self.peak_lr <= 0:
             raise InputError(f"peak_lr={self.peak_lr} is not above 0")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise InputError(f"layer_decay={self.layer_decay} is not inside (0, 1]; 0.9 is usual")
 
 
 def make_schedule(config: OptimizerConfig) -> Schedule:
@@ -85,8 +91,13 @@ def make_schedule(config: OptimizerConfig) -> Schedule:
     return schedule
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradients to updates for a learning rate of 1, to be subtracted; decay included."""
+def make_optimizer(
+    config: OptimizerConfig, lr_factor: Callable[[str], float] | None = None
+) -> optax.GradientTransformation:
+    """Gradients to updates for a learning rate of 1, to be subtracted; decay included.
+
+    ``lr_factor`` multiplies the learning rate of the parameter at a path, as in LoRA+.
+    """
     decay = optax.add_decayed_weights(config.weight_decay, mask=_map_axes(lambda a: a.inputs > 0))
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     if config.name == "adamw":  # Loshchilov and Hutter 2019, algorithm 2
@@ -109,6 +120,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         parts = [optax.partition(transforms, labels), decay]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.layer_decay is not None:
+        parts.append(optax.stateless(partial(_scale_by_depth, config.layer_decay)))
+    if lr_factor is not None:
+        parts.append(optax.stateless(partial(_scale_by_path, lr_factor)))
     return optax.chain(*parts)
 
 
@@ -163,3 +178,34 @@ def _scale_by_trust_ratio(updates: PyTree, params: PyTree) -> PyTree:
         return update * jnp.where(norms[0] * norms[1] > 0, norms[0] / norms[1], 1.0)
 
     return tree.map_with_path(one, updates, params)
+
+
+def _scale_by_path(factor: Callable[[str], float], updates: PyTree, _: PyTree) -> PyTree:
+    return tree.map_with_path(lambda path, update: update * factor(path), updates)
+
+
+def _scale_by_depth(decay: float, updates: PyTree, _: PyTree) -> PyTree:
+    """Times ``decay ** distance`` from the top (Howard and Ruder 2018, section 3.2).
+
+    As in ELECTRA's published code, layer l of L, from 0, is ``L - l`` away, the embeddings
+    ``L + 1``, and all above the layers 0.
+    """
+
+    def depth(path: str, update: Array) -> np.ndarray | int | None:
+        """The layers of a stack, or the layer, that a leaf belongs to."""
+        if axes_of(path, update.ndim).names[0] == "layers":
+            return np.arange(update.shape[0])
+        number = re.search(r"(?:^|/)layers_(\d+)/", path)
+        return int(number[1]) if number else None
+
+    depths = [depth(path, update) for path, update in tree.leaves_with_path(updates)]
+    top = 1 + max((int(np.max(layer)) for layer in depths if layer is not None), default=-1)
+
+    def one(path: str, update: Array) -> Array:
+        layer = depth(path, update)
+        if layer is None:
+            return update * decay ** (top + 1 if re.search(r"embed(_norm)?/", path) else 0)
+        factor = np.float32(decay) ** np.float32(top - layer)
+        return update * np.reshape(factor, (-1, *[1] * (update.ndim - 1)))
+
+    return tree.map_with_path(one, updates)

@@ -13,7 +13,7 @@ from jaxlm.errors import report_input_errors  # noqa: E402
 
 if __name__ == "__main__":
     with report_input_errors():
-        directory = pretrain.pretrain(config.load())
+        directory = pretrain.pretrain(config.load(config.PretrainConfig))
         print(
             f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
             f'  python scripts/predict.py {directory} fill-mask "Return the [MASK] of the list."\n'

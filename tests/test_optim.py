@@ -104,6 +104,8 @@ def test_a_schedule_of_warmup_alone():
         ({"warmup_share": -0.1}, "warmup_share=-0.1"),
         ({"decay_share": 0.0}, "decay_share=0.0"),
         ({"peak_lr": 0.0}, "peak_lr=0.0 is not above 0"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0 is not inside"),
+        ({"layer_decay": 1.1}, "layer_decay=1.1 is not inside"),
     ],
 )
 def test_bad_configs(change, message):
@@ -239,6 +241,54 @@ def test_every_optimizer_lowers_a_loss(name):
     values = run(PARAMS)
     assert np.isfinite(values).all()
     assert values[-1] < 0.7 * values[0]
+
+
+# Learning rates of their own.
+
+
+def ratios(updates, plain):
+    """How often the plain update, layer by layer of a stack."""
+    found = {}
+    for path, update in updates.items():
+        layers = range(len(update)) if "/layers/" in path else [...]
+        per_layer = [update[layer] / plain[path][layer] for layer in layers]
+        assert max(np.ptp(ratio) for ratio in per_layer) < 1e-5  # one factor for all of a layer
+        found[path] = [pytest.approx(float(ratio.mean()), rel=1e-5) for ratio in per_layer]
+    return found
+
+
+def test_layer_decay_by_hand():
+    plain = update_of(OptimizerConfig(weight_decay=0.5))  # decay is scaled as well
+    found = ratios(update_of(OptimizerConfig(weight_decay=0.5, layer_decay=0.5)), plain)
+    stacked, embeddings = [0.125, 0.25, 0.5], [0.0625]  # three layers; the head keeps its rate
+    for path, factors in found.items():
+        part = path.split("/")[1]
+        assert factors == (stacked if part == "layers" else embeddings if "embed" in part else [1])
+
+
+def test_layer_decay_of_layers_that_are_not_stacked():
+    shapes = {
+        "encoder/token_embed/embedding": (12, 8),
+        "encoder/layers_0/forward/input/bias": (4, 4),
+        "encoder/layers_1/backward/recurrent_kernel": (4, 4, 4),
+        "head/classifier/kernel": (8, 3),
+        "final_norm/scale": (8,),
+    }
+    params = {path: normal(*shape) for path, shape in shapes.items()}
+    grads = {path: normal(*shape, seed=1) for path, shape in shapes.items()}
+    plain = update_of(OptimizerConfig(), params=params, grads=grads)
+    found = ratios(update_of(OptimizerConfig(layer_decay=0.5), params=params, grads=grads), plain)
+    factors = [found[path][0] for path in shapes]
+    assert factors == [0.125, 0.25, 0.5, 1, 1]
+
+
+def test_lr_factor():
+    config = OptimizerConfig()
+    optimizer = make_optimizer(config, lambda path: 16.0 if path.endswith("bias") else 1.0)
+    updates = jit(lambda: optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)[0])()
+    found = ratios(jax.tree.map(np.asarray, updates), update_of(config))
+    for path, factors in found.items():
+        assert all(factor == (16 if path.endswith("bias") else 1) for factor in factors)
 
 
 # Where the moments lie.

@@ -1,14 +1,23 @@
-"""Heads: from hidden states to logits, and the models that join an encoder with one."""
+"""Heads: from hidden states to logits, and the models that join an encoder with one.
+
+The heads of fine-tuning are called as ``head(hidden, segment_ids, deterministic=…)``; positions
+whose segment id is below 0 are padding, and without segment ids there is none. What is as wide as
+the encoder is computed in the type of its hidden states; what comes out is float32.
+"""
+
+from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import gelu
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.norms import LayerNorm
-from jaxlm.typing import Dtype, Mask, Tokens
+from jaxlm.typing import Dtype, Hidden, Mask, Tokens
 
 
 class MlmHead(nn.Module):
@@ -63,3 +72,125 @@ class MaskedLm(nn.Module):
         if predicted is not None:
             hidden = jnp.take_along_axis(hidden, predicted[:, :, None], axis=1)
         return self.head(hidden, self.encoder.token_embed)
+
+
+Pool = Callable[..., Float[Array, "batch embed"]]  # (hidden, segment_ids) -> one vector a row
+
+
+def bert_pooler(
+    hidden: Hidden, segment_ids: Int[Array, "batch length"] | None = None
+) -> Float[Array, "batch embed"]:
+    """``tanh(x W + b)`` of the first token's ``x`` (BERT's published code).
+
+    Only inside a module's ``nn.compact``, which gets a layer called ``pooler``.
+    """
+    init = nn.initializers.truncated_normal(0.02)
+    dense = Linear(hidden.shape[-1], dtype=hidden.dtype, kernel_init=init, name="pooler")
+    return jnp.tanh(dense(hidden[:, 0]))
+
+
+def mean_pool(
+    hidden: Hidden, segment_ids: Int[Array, "batch length"] | None = None
+) -> Float[Array, "batch embed"]:
+    """The float32 mean over the real positions of each row; 0 where there is none."""
+    hidden = hidden.astype(jnp.float32)
+    if segment_ids is None:
+        return hidden.mean(1)
+    real = segment_ids >= 0
+    total = jnp.where(real[..., None], hidden, 0).sum(1)
+    return total / jnp.maximum(real.sum(1, keepdims=True), 1)
+
+
+class WithHead(nn.Module):
+    """An encoder and a head on its hidden states; what comes out is the head's."""
+
+    encoder: nn.Module
+    head: nn.Module
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        token_type_ids: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch ..."]:
+        hidden = self.encoder(
+            tokens,
+            token_type_ids=token_type_ids,
+            segment_ids=segment_ids,
+            deterministic=deterministic,
+        )
+        return self.head(hidden, segment_ids, deterministic=deterministic)
+
+
+class ClassificationHead(nn.Module):
+    """Pool, drop out, classify each row (Devlin et al. 2018, section 4.1).
+
+    Multiple choice is ``num_labels=1`` over all choices (section 4.4); so is regression.
+
+    Attributes:
+        pool: :func:`bert_pooler`, :func:`mean_pool`, or any function of hidden states and segment
+            ids.
+    """
+
+    num_labels: int
+    dropout_rate: float = 0.1
+    pool: Pool = bert_pooler
+    initializer_std: float = 0.02
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Hidden,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch labels"]:
+        x = self.pool(hidden, segment_ids)
+        x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        return _classifier(self.num_labels, self.initializer_std)(x)
+
+
+class TokenHead(nn.Module):
+    """Drop out, classify each position: tags (Devlin et al. 2018, section 5.3).
+
+    Extractive question answering is ``num_labels=2``: start and end of the answer (section 4.2).
+    """
+
+    num_labels: int
+    dropout_rate: float = 0.1
+    initializer_std: float = 0.02
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Hidden,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch length labels"]:
+        x = Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
+        return _classifier(self.num_labels, self.initializer_std)(x)
+
+
+class EmbeddingHead(nn.Module):
+    """The mean over the real positions, scaled to length 1 (Reimers and Gurevych 2019)."""
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden: Hidden,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch embed"]:
+        x = mean_pool(hidden, segment_ids)
+        square = jnp.square(x).sum(-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))  # a row without tokens stays 0
+
+
+def _classifier(num_labels: int, initializer_std: float) -> Linear:
+    # In float32: it is narrow, and a bfloat16 logit has three digits.
+    init = nn.initializers.truncated_normal(initializer_std)
+    return Linear(num_labels, kernel_init=init, name="classifier")

@@ -49,3 +49,17 @@ def _backward(residuals: tuple[Array, ...], gradients: tuple[Array, Array]) -> t
 
 
 cross_entropy.defvjp(_forward, _backward)
+
+
+def smoothed_cross_entropy(
+    logits: Float[Array, "*batch vocab"], labels: Int[Array, "*batch"], smoothing: float
+) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"]]:
+    """:func:`cross_entropy` with the share ``smoothing`` of each label spread over all of them.
+
+    Szegedy et al. (2016), section 7: ``(1 - ε) H(label, p) + ε H(uniform, p)``.
+    """
+    losses, correct = cross_entropy(logits, labels)
+    if not smoothing:
+        return losses, correct
+    uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
+    return losses + smoothing * (uniform - losses), correct

@@ -5,7 +5,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxlm.objectives.cross_entropy import cross_entropy
+from jaxlm.objectives.cross_entropy import cross_entropy, smoothed_cross_entropy
 
 RNG = np.random.default_rng(0)
 LOGITS = jnp.float32(5 * RNG.normal(size=(3, 4, 17)))
@@ -85,3 +85,20 @@ def test_a_sharded_vocabulary(platform):
     exact = value_and_gradient(plain, logits, labels, weights)
     for a, b in zip(ours, exact, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_smoothing_equals_soft_labels(smoothing):
+    def soft(logits, labels):
+        target = (1 - smoothing) * jax.nn.one_hot(labels, 17) + smoothing / 17
+        return -(target * jax.nn.log_softmax(logits)).sum(-1), logits.argmax(-1) == labels
+
+    def ours(logits, labels):
+        return smoothed_cross_entropy(logits, labels, smoothing)
+
+    found = value_and_gradient(ours, LOGITS, LABELS, WEIGHTS)
+    exact = value_and_gradient(soft, LOGITS, LABELS, WEIGHTS)
+    for a, b in zip(found, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    hard = value_and_gradient(cross_entropy, LOGITS, LABELS, WEIGHTS)
+    assert (np.abs(found[0] - hard[0]).max() > 0.1) == (smoothing > 0)

@@ -1,0 +1,106 @@
+"""The classic baseline: embeddings and a bidirectional LSTM (Graves and Schmidhuber 2005).
+
+Called like :class:`jaxlm.models.bert.Bert`, so that heads and objectives are the same. Token types
+have embeddings of their own, as there; positions need none.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxlm.errors import InputError
+from jaxlm.nn.dropout import Dropout
+from jaxlm.nn.embed import Embed
+from jaxlm.nn.recurrent import BiLstm
+from jaxlm.sharding import constrain
+from jaxlm.typing import Hidden, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class BilstmConfig:
+    """One layer, as in most published baselines."""
+
+    vocab_size: int | None = None
+    """Entries of the token table; None = those of the tokenizer, rounded up to a multiple of 64."""
+    embed_dim: int = 256
+    num_layers: int = 1
+    hidden_dim: int = 512
+    """Channels of the hidden states: half of them from each direction."""
+    max_length: int | None = None
+    """The longest input; None = no limit."""
+    num_token_types: int = 2
+    dropout_rate: float = 0.3
+    """Of embeddings and between layers."""
+    initializer_std: float = 0.1
+    """Of the embeddings: no normalisation follows, so 0.02 would hardly be heard."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of matrix products and activations; None = float32, and in a training run bfloat16 where
+    there is an accelerator."""
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "num_layers", "hidden_dim", "num_token_types"):
+            if vars(self)[name] < 1:
+                raise InputError(f"{name}={vars(self)[name]} is not above 0")
+        if self.max_length is not None and self.max_length < 1:
+            raise InputError(f"max_length={self.max_length} is not above 0; None = no limit")
+        if self.hidden_dim % 2:
+            raise InputError(f"hidden_dim={self.hidden_dim} is odd: each direction gives half")
+        if not 0 <= self.dropout_rate < 1:
+            raise InputError(
+                f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0.3 is usual, 0 is off"
+            )
+
+    def make(self) -> "Bilstm":
+        """The encoder. ``vocab_size`` must be known by now."""
+        if self.vocab_size is None:
+            raise InputError("vocab_size=None: set it to the size of the tokenizer's vocabulary")
+        return Bilstm(config=self)
+
+
+class Bilstm(nn.Module):
+    """Tokens to hidden states ``[batch, length, hidden_dim]``."""
+
+    config: BilstmConfig
+
+    def setup(self) -> None:
+        c = self.config
+        assert c.vocab_size is not None  # make() has seen to it
+        init = nn.initializers.normal(c.initializer_std)
+        dtype = jnp.dtype(c.dtype or "float32")
+        self.token_embed = Embed(c.vocab_size, c.embed_dim, dtype, init, axis="vocab")
+        self.token_type_embed = Embed(c.num_token_types, c.embed_dim, dtype, init)
+        self.dropout = Dropout(c.dropout_rate)
+        self.layers = [BiLstm(c.hidden_dim // 2, dtype) for _ in range(c.num_layers)]
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        *,
+        token_type_ids: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Hidden:
+        """Encode rows.
+
+        Args:
+            tokens: ids below ``vocab_size``.
+            token_type_ids: 0 for the first text of a pair, 1 for the second; ``None``, all 0.
+            segment_ids: both directions start afresh where the id changes, such as from the real
+                tokens to padding; ``None``, nowhere.
+            deterministic: no dropout; otherwise pass ``rngs={"dropout": key}`` to ``apply``.
+        """
+        c = self.config
+        if c.max_length is not None and tokens.shape[1] > c.max_length:
+            raise InputError(
+                f"rows of {tokens.shape[1]} tokens do not fit max_length={c.max_length}"
+            )
+        if token_type_ids is None:
+            token_type_ids = jnp.zeros((1, 1), jnp.int32)
+        x = self.token_embed(tokens) + self.token_type_embed(token_type_ids)
+        for layer in self.layers:
+            x = layer(self.dropout(x, deterministic=deterministic), segment_ids)
+            x = constrain(x, ("batch", "length", "embed"))
+        return x
