@@ -1,0 +1,146 @@
+"""What a person reads after an evaluation: the most wrong examples, and scores over seeds."""
+
+import dataclasses
+import heapq
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from jaxlm.errors import InputError
+from jaxlm.evaluate.metrics import HIGHER_IS_BETTER
+
+Scores = Mapping[str, Mapping[str, Sequence[float]]]  # row → column → one for each seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One example as the model sees it."""
+
+    loss: float
+    gold: str
+    predicted: str
+    probability: float
+    """Of what was predicted."""
+    text: str
+    place: str
+    """Where the example stands, such as ``dev.tsv:12``."""
+
+
+def classified(
+    texts: Sequence[str],
+    labels: Int[np.ndarray, "examples"],
+    probabilities: Float[np.ndarray, "predictions labels"],
+    label_names: Sequence[str],
+    places: Sequence[str],
+) -> list[Prediction]:
+    """Examples of a classification; the loss is -log of the probability of the gold label."""
+    lengths = {len(texts), len(labels), len(probabilities), len(places)}
+    if len(lengths) > 1:
+        raise InputError(
+            f"{len(texts)} texts, {len(labels)} labels, {len(probabilities)} predictions and "
+            f"{len(places)} places are not of the same examples"
+        )
+    # A probability that underflows to 0 still has a loss that can be written as JSON.
+    losses = -np.log(np.maximum(probabilities, np.finfo(np.float32).tiny, dtype=np.float64))
+    return [
+        Prediction(
+            loss=float(losses[i, gold]),
+            gold=label_names[int(gold)],
+            predicted=label_names[int(guess)],
+            probability=float(probabilities[i, guess]),
+            text=texts[i],
+            place=places[i],
+        )
+        for i, (gold, guess) in enumerate(zip(labels, probabilities.argmax(axis=1), strict=True))
+    ]
+
+
+def most_wrong(predictions: Iterable[Prediction], count: int = 20) -> list[Prediction]:
+    """Those that are wrong, by falling loss; often the label is wrong and not the model."""
+    wrong = (p for p in predictions if p.predicted != p.gold)
+    return heapq.nlargest(count, wrong, key=lambda p: p.loss)
+
+
+def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
+    """One object a line; the file is replaced at once."""
+    unfinished = path.with_name(f".{path.name}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for prediction in predictions:
+            file.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def predictions_table(predictions: Iterable[Prediction], title: str = "Most wrong") -> Table:
+    """One line for each, to print."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("loss", justify="right", no_wrap=True)
+    for name in ("gold", "predicted", "place"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("text")  # of the columns this one alone gives way
+    for p in predictions:
+        # Text, for brackets in a string would be read as markup.
+        guess = Text(f"{p.predicted} {p.probability:.0%}", "red" if p.predicted != p.gold else "")
+        text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
+        table.add_row(f"{p.loss:.2f}", Text(p.gold), guess, Text(p.place, "dim"), text)
+    return table
+
+
+def summary_table(
+    scores: Scores, *, title: str | None = None, scale: float = 1.0, digits: int = 4
+) -> Table:
+    """Mean ± standard deviation over seeds, to print; the best of a known metric is bold.
+
+    Args:
+        scale: what scores are multiplied by; 100 for shares in percent.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    header, *rows = _summary(scores, scale, digits)
+    for i, (name, _) in enumerate(header):
+        table.add_column(Text(name), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*(Text(cell, "bold" if best else "") for cell, best in row))
+    return table
+
+
+def summary_markdown(scores: Scores, *, scale: float = 1.0, digits: int = 4) -> str:
+    """The same as a Markdown table."""
+    header, *rows = _summary(scores, scale, digits)
+    lines = [[name for name, _ in header], ["---", *["---:"] * (len(header) - 1)]]
+    lines += [[f"**{cell}**" if best else cell for cell, best in row] for row in rows]
+    lines = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _summary(scores: Scores, scale: float, digits: int) -> list[list[tuple[str, bool]]]:
+    """Cells, the header first, and whether each is the best of its column."""
+    columns = list(dict.fromkeys(column for row in scores.values() for column in row))
+    best: dict[str, float] = {}
+    for column in columns:
+        means = [np.mean(row[column]) for row in scores.values() if row.get(column)]
+        if column in HIGHER_IS_BETTER and len(means) > 1:
+            best[column] = float(max(means) if HIGHER_IS_BETTER[column] else min(means))
+    lines = [[("", False), *((column, False) for column in columns)]]
+    for name, row in scores.items():
+        line = [(name, False)]
+        for column in columns:
+            values = row.get(column, ())
+            is_best = bool(values) and float(np.mean(values)) == best.get(column)
+            line.append((mean_and_sd(values, scale=scale, digits=digits), is_best))
+        lines.append(line)
+    return lines
+
+
+def mean_and_sd(values: Sequence[float], *, scale: float = 1.0, digits: int = 4) -> str:
+    """``0.9123 ± 0.0041``, the standard deviation of a sample (n - 1); of one value, itself."""
+    if not values:
+        return "–"
+    mean = f"{np.mean(values) * scale:.{digits}f}"
+    return f"{mean} ± {np.std(values, ddof=1) * scale:.{digits}f}" if len(values) > 1 else mean
