@@ -23,5 +23,5 @@ config = FinetuneConfig(
     task=Classification(fields=TextFields(label="topic"), pooling="mean"),
     tuning=LoraConfig(targets=(r"(query|key|value|out|up|down)/kernel",), rank=8),
     optimizer=OptimizerConfig(peak_lr=3e-3),
-    train=TrainConfig(epochs=12),
+    train=TrainConfig(epochs=12.0),
 )

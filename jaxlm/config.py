@@ -2,8 +2,8 @@
 
     python scripts/pretrain.py configs/bert_base.py --optimizer.peak-lr 3e-4
 
-A config file ends in ``config = RunConfig(...)``; a variant imports its parent's and uses
-``dataclasses.replace``. Each part lives beside what it configures.
+A config file ends in ``config = PretrainConfig(...)`` or ``FinetuneConfig(...)``; a variant imports
+its parent's and uses ``dataclasses.replace``. Each part lives beside what it configures.
 """
 
 import dataclasses
@@ -17,31 +17,32 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
+from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.loader import DataConfig
-from jaxlm.data.prepare import PrepareConfig
+from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.sharding import MeshConfig
+from jaxlm.tasks.answering import QuestionAnswering
+from jaxlm.tasks.choosing import MultipleChoice
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
-
-T = TypeVar("T")
+from jaxlm.tuning import FrozenDtype, Full, Tuning
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Pretraining: what is read, what is learned by which model, how, and where."""
+    """What pretraining and fine-tuning share: where the run is kept, and how it learns."""
 
     name: str
     """Of the run's folder, below `runs`."""
     runs: Path = Path("runs")
     """Where run folders are."""
-    data: DataConfig
-    prepare: PrepareConfig | None = None
-    """How to make the first of `data.paths` where it is missing; None: it must be there."""
-    model: BertConfig = field(default_factory=BertConfig)
-    objective: MaskedLmConfig = field(default_factory=MaskedLmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -58,7 +59,71 @@ class RunConfig:
         return self.runs / self.name
 
 
-def load(argv: list[str] | None = None) -> RunConfig:
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Pretraining: what is read, and what is learned by which model."""
+
+    data: DataConfig
+    prepare: PrepareConfig | None = None
+    """How to make the first of `data.paths` where it is missing; None: it must be there."""
+    model: BertConfig = field(default_factory=BertConfig)
+    objective: MaskedLmConfig = field(default_factory=MaskedLmConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """Fine-tuning: labelled data, a task, an encoder, and which of its parameters learn."""
+
+    data: LabelledConfig
+    task: Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding = field(
+        default_factory=Classification
+    )
+    base: str | None = None
+    """The pretrained encoder: a run folder, a folder in Hugging Face's layout, or a name on the
+    hub; None: `model` is trained from scratch."""
+    model: BertConfig | BilstmConfig | None = None
+    """The encoder, where it starts from scratch; None: as the base says."""
+    tokenizer: TokenizerConfig | None = None
+    """Where there is no base: what to train on the texts, or to load."""
+    tuning: Tuning = field(default_factory=Full)
+    """Which parameters learn."""
+    frozen_dtype: FrozenDtype = "float32"
+    """How the parameters that do not learn are kept; int8 rounds kernels to 8 bits a weight."""
+    dropout_rate: float = 0.1
+    """Of the encoder and the head, whatever pretraining used."""
+    monitor: str | None = None
+    """The metric that decides which checkpoint is best; None = the task's own."""
+
+    def __post_init__(self) -> None:
+        if self.base is None and self.model is None:
+            raise InputError(
+                "base and model are None: name a pretrained encoder, or one to train from scratch"
+            )
+        if self.base is None and not isinstance(self.tuning, Full):
+            raise InputError(
+                f"tuning={type(self.tuning).__name__} leaves an encoder from scratch as it is: "
+                "name a base, or use Full"
+            )
+        if isinstance(self.task, Embedding) and (
+            self.train.num_micro_batches > 1 or self.placement == "pmap"
+        ):
+            raise InputError(
+                "task=Embedding contrasts each pair with the others of a batch, which micro-batches "
+                "and pmap take apart: use placement=jit and train.num_micro_batches=1"
+            )
+        if self.data.augment is not None and not isinstance(self.task, Classification):
+            raise InputError(
+                "data.augment moves words, and with them tags and answers: it is for Classification"
+            )
+        if not 0 <= self.dropout_rate < 1:
+            raise InputError(f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0 is off")
+
+
+Config = PretrainConfig | FinetuneConfig
+C = TypeVar("C", bound=RunConfig)
+
+
+def load(kind: type[C], argv: list[str] | None = None) -> C:
     """The config file that the first argument names, with the other arguments' changes.
 
     Exits, with a list of what there is, on ``--help`` and on an option that does not exist.
@@ -70,8 +135,11 @@ def load(argv: list[str] | None = None) -> RunConfig:
             "put --help behind it to see what can be changed"
         )
     config = read_file(Path(argv[0]))
+    if not isinstance(config, kind):
+        script = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
+        raise InputError(f"{argv[0]} holds a {type(config).__name__}: use scripts/{script}.py")
     return tyro.cli(
-        RunConfig,
+        kind,
         prog=f"{Path(sys.argv[0]).name} {argv[0]}",
         default=config,
         args=argv[1:],
@@ -79,7 +147,7 @@ def load(argv: list[str] | None = None) -> RunConfig:
     )
 
 
-def read_file(path: Path) -> RunConfig:
+def read_file(path: Path) -> Config:
     """``config`` as a Python file defines it, or as a run folder's ``config.json`` holds it."""
     if not path.is_file():
         raise InputError(f"there is no config file {path}")
@@ -91,12 +159,14 @@ def read_file(path: Path) -> RunConfig:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # a config file is a program: it may fail in any way
         raise InputError(f"{path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, RunConfig):
-        raise InputError(f"{path} does not end in `config = RunConfig(...)`")
+    if not isinstance(config, Config):
+        raise InputError(
+            f"{path} does not end in `config = PretrainConfig(...)` or `FinetuneConfig(...)`"
+        )
     return config
 
 
-def to_json(config: RunConfig) -> str:
+def to_json(config: Config) -> str:
     """All fields; a dataclass that is one of several carries its name under ``type``."""
 
     def encode(value: Any) -> Any:
@@ -110,10 +180,10 @@ def to_json(config: RunConfig) -> str:
     return json.dumps(encode(config), indent=2) + "\n"
 
 
-def from_json(text: str) -> RunConfig:
+def from_json(text: str) -> Config:
     """The inverse of :func:`to_json`; unknown fields and wrong types raise."""
     try:
-        return _decode(RunConfig, json.loads(text), "config")
+        return _decode(Config, json.loads(text), "config")
     except json.JSONDecodeError as error:
         raise InputError(f"the config is not JSON: {error}") from error
 

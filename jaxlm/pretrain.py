@@ -7,7 +7,7 @@ import jax
 from rich.console import Console
 
 from jaxlm import run, tree
-from jaxlm.config import RunConfig
+from jaxlm.config import Config, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.loader import eval_batches, train_batches
 from jaxlm.data.prepare import prepare
@@ -22,7 +22,7 @@ from jaxlm.train.state import TrainState
 from jaxlm.train.view import View
 
 
-def pretrain(config: RunConfig) -> Path:
+def pretrain(config: PretrainConfig) -> Path:
     """Prepare what is missing, train, and leave a self-contained run folder; returns it.
 
     Where the folder holds an unfinished run, that run goes on.
@@ -32,7 +32,8 @@ def pretrain(config: RunConfig) -> Path:
     datasets = open_data(config, console)
     info = datasets[0].info
     config = run.resolve(config, info, jax.default_backend())
-    vocabulary = run.make_vocabulary(tokenizers.load(datasets[0].tokenizer_path))
+    tokenizer = tokenizers.load(datasets[0].tokenizer_path)
+    vocabulary = run.make_vocabulary(tokenizer)
     placement = run.make_placement(config, vocabulary)
     directory = config.directory
     resuming = bool(list_steps(directory / run.CHECKPOINTS))
@@ -67,7 +68,7 @@ def pretrain(config: RunConfig) -> Path:
         else:
             state, cursor = placement.init(jax.random.key(config.train.seed)), start
         if main_process:
-            run.write_folder(directory, config, datasets[0].tokenizer_path)
+            run.write_folder(directory, config, tokenizer)
 
         def evaluation(state: TrainState) -> dict[str, float]:
             batches = eval_batches(
@@ -110,7 +111,7 @@ def pretrain(config: RunConfig) -> Path:
     return directory
 
 
-def open_data(config: RunConfig, console: Console) -> list[Prepared]:
+def open_data(config: PretrainConfig, console: Console) -> list[Prepared]:
     """All prepared data of a run; the first is made where it is missing and the config says how."""
     first = Path(config.data.paths[0])
     if config.prepare is not None and jax.process_index() == 0:
@@ -118,7 +119,7 @@ def open_data(config: RunConfig, console: Console) -> list[Prepared]:
     return [open_prepared(path) for path in config.data.paths]
 
 
-def writers(config: RunConfig) -> tuple[Writer, ...]:
+def writers(config: Config) -> tuple[Writer, ...]:
     """Weights & Biases, where the config asks for it."""
     if config.wandb is None:
         return ()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import config as configs
 from jaxlm import optim, sharding
-from jaxlm.config import RunConfig
+from jaxlm.config import C, Config, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.prepared import Prepared, PreparedInfo
 from jaxlm.errors import InputError
@@ -34,7 +33,7 @@ CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
 
 
-def resolve(config: RunConfig, info: PreparedInfo, platform: str) -> RunConfig:
+def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> PretrainConfig:
     """Fill in what the config leaves to the data and the platform; raise where they clash."""
     vocab_size = config.model.vocab_size or math.ceil(info.vocab_size / 64) * 64
     dtype = config.model.dtype or ("float32" if platform == "cpu" else "bfloat16")
@@ -49,18 +48,27 @@ def resolve(config: RunConfig, info: PreparedInfo, platform: str) -> RunConfig:
             f"the data's rows of {info.row_length} tokens are longer than the model's "
             f"max_length={model.max_length}: raise it, or prepare shorter rows"
         )
-    return dataclasses.replace(config, model=model)
+    train = config.train.with_steps(info.rows["train"], config.data.batch_size)
+    return dataclasses.replace(config, model=model, train=train)
 
 
-def check_batch(config: RunConfig, mesh: Mesh) -> None:
+def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
     """The batch must split evenly over micro-batches, and each of those over devices."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    pieces = devices * config.train.num_micro_batches
-    if config.data.batch_size % pieces:
+    pieces = devices * num_micro_batches
+    if batch_size % pieces:
         raise InputError(
-            f"data.batch_size={config.data.batch_size} is not divisible by {devices} devices "
-            f"(data * fsdp) times train.num_micro_batches={config.train.num_micro_batches}: "
-            f"the next that is, is {(config.data.batch_size // pieces + 1) * pieces}"
+            f"data.batch_size={batch_size} is not divisible by {devices} devices (data * fsdp) "
+            f"times train.num_micro_batches={num_micro_batches}: the next that is, is "
+            f"{(batch_size // pieces + 1) * pieces}"
+        )
+
+
+def check_pmap(mesh: Mesh) -> None:
+    """``pmap`` knows one axis."""
+    if mesh.shape["data"] != mesh.size:
+        raise InputError(
+            "placement=pmap is data parallel only: leave the mesh as it is, or use jit"
         )
 
 
@@ -84,7 +92,7 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     )
 
 
-def make_loss(config: RunConfig, vocabulary: Vocabulary, masking: MaskingConfig) -> Loss:
+def make_loss(config: PretrainConfig, vocabulary: Vocabulary, masking: MaskingConfig) -> Loss:
     """The objective on the config's model."""
     return masked_lm.make_loss(
         make_model(config.model).apply,
@@ -94,7 +102,7 @@ def make_loss(config: RunConfig, vocabulary: Vocabulary, masking: MaskingConfig)
     )
 
 
-def make_placement(config: RunConfig, vocabulary: Vocabulary) -> Placement:
+def make_placement(config: PretrainConfig, vocabulary: Vocabulary) -> Placement:
     """The run's steps on all devices."""
     objective, train = config.objective, config.train
     model = make_model(config.model)
@@ -115,17 +123,14 @@ def make_placement(config: RunConfig, vocabulary: Vocabulary) -> Placement:
     eval_loss = make_loss(config, vocabulary, objective.eval_masking)
     eval_step = make_eval_step(eval_loss, seed=EVAL_SEED, axis_name=axis_name)
     mesh = sharding.make_mesh(config.mesh)
-    check_batch(config, mesh)
+    check_batch(config.data.batch_size, train.num_micro_batches, mesh)
     if axis_name is None:
         return jit_placement(init, train_step, eval_step, mesh)
-    if mesh.shape["data"] != mesh.size:
-        raise InputError(
-            "placement=pmap is data parallel only: leave the mesh as it is, or use jit"
-        )
+    check_pmap(mesh)
     return pmap_placement(init, train_step, eval_step, axis_name)
 
 
-def flops_per_token(config: RunConfig, row_length: int) -> float:
+def flops_per_token(config: PretrainConfig, row_length: int) -> float:
     """Floating-point operations of one training step per token read (forward and backward)."""
     num_predicted = config.objective.masking.num_predicted(row_length)
     return 3 * config.model.forward_flops(row_length, num_predicted) / row_length
@@ -135,7 +140,7 @@ def flops_per_token(config: RunConfig, row_length: int) -> float:
 class Run:
     """A trained run, read from its folder."""
 
-    config: RunConfig
+    config: PretrainConfig
     tokenizer: Tokenizer
     step: int
     variables: Variables
@@ -154,13 +159,12 @@ def open_run(directory: Path | str, step: int | None = None) -> Run:
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
     directory = Path(directory)
-    if not (directory / CONFIG).is_file():
-        raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
-    config = configs.read_file(directory / CONFIG)
+    config = read_config(directory, PretrainConfig)
     tokenizer = read_tokenizer(directory)
     config = dataclasses.replace(config, mesh=sharding.MeshConfig(), placement="jit")
     config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, batch_size=_whole(config.data.batch_size))
+        config,
+        data=dataclasses.replace(config.data, batch_size=whole_batch(config.data.batch_size)),
     )
     placement = make_placement(config, make_vocabulary(tokenizer))
     checkpoints = directory / CHECKPOINTS
@@ -169,18 +173,33 @@ def open_run(directory: Path | str, step: int | None = None) -> Run:
         {"trainable": placement.abstract_state.trainable},
         restore.best_step(checkpoints, report=restore.warn) if step is None else step,
     )
-    found, trained = tokenizers.fingerprint(tokenizer), restored.cursor["tokenizer_sha256"]
-    if found != trained:
-        raise InputError(
-            f"{directory / TOKENIZER} (sha256 {found[:12]}) is not the tokenizer that the "
-            f"checkpoint was trained with ({trained[:12]}): restore it"
-        )
+    found = {"tokenizer_sha256": tokenizers.fingerprint(tokenizer)}
+    check_same(directory, restored.cursor, found)
     return Run(
         config, tokenizer, restored.step, restored.state["trainable"], restored.cursor, placement
     )
 
 
-def _whole(batch_size: int) -> int:
+def is_run(directory: Path) -> bool:
+    """Whether it is a run folder of ours: other frameworks, too, write a ``config.json``."""
+    path = directory / CONFIG
+    return path.is_file() and '"type":' in path.read_text(encoding="utf-8", errors="replace")[:40]
+
+
+def read_config(directory: Path, kind: type[C]) -> C:
+    """The config in a run folder of that kind."""
+    if not (directory / CONFIG).is_file():
+        raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
+    config = configs.read_file(directory / CONFIG)
+    if not isinstance(config, kind):
+        raise InputError(
+            f"{directory} holds the run of a {type(config).__name__}, where one of a "
+            f"{kind.__name__} is expected"
+        )
+    return config
+
+
+def whole_batch(batch_size: int) -> int:
     """Rounded up to what all devices can share, whatever the run was trained on."""
     return math.ceil(batch_size / jax.device_count()) * jax.device_count()
 
@@ -192,17 +211,17 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return tokenizers.load(directory / TOKENIZER)
 
 
-def write_folder(directory: Path, config: RunConfig, tokenizer: Path) -> None:
+def write_folder(directory: Path, config: Config, tokenizer: Tokenizer) -> None:
     """Start a run folder: the resolved config, and the tokenizer."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / CONFIG).write_text(configs.to_json(config))
-        shutil.copyfile(tokenizer, directory / TOKENIZER)
+        tokenizers.save(tokenizer, directory / TOKENIZER)
     except OSError as error:
         raise InputError(f"the run folder {directory} cannot be written: {error}") from error
 
 
-def make_cursor(config: RunConfig, datasets: Sequence[Prepared]) -> Cursor:
+def make_cursor(config: PretrainConfig, datasets: Sequence[Prepared]) -> Cursor:
     """Where a run stands at its start, and what it stands on."""
     return {
         "examples_seen": 0,
@@ -216,9 +235,12 @@ def make_cursor(config: RunConfig, datasets: Sequence[Prepared]) -> Cursor:
 
 
 def check_same(directory: Path, saved: Cursor, now: Cursor) -> None:
-    """A run goes on with the tokenizer, data and seed it began with, or not at all."""
-    for name in ("tokenizer_sha256", "data", "seed"):
-        if saved[name] != now[name]:
+    """A run goes on with the tokenizer, data, seed, labels and base it began with, or not at all.
+
+    ``now`` may hold only some of them.
+    """
+    for name in ("tokenizer_sha256", "data", "seed", "labels", "base_sha256"):
+        if name in now and saved[name] != now[name]:
             raise InputError(
                 f"the run in {directory} was trained with {name} {_short(saved[name])} and would "
                 f"go on with {_short(now[name])}: restore it, or give the run another --name"

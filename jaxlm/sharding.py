@@ -34,8 +34,28 @@ AXES: tuple[tuple[str, str], ...] = (
     (r"(out|down)/bias", "norm"),
     (r"transform/kernel", "embed -> embed_out"),
     (r"transform/bias", "norm"),
+    (r"pooler/kernel", "embed -> embed_out"),
+    (r"pooler/bias", "norm"),
+    (r"classifier/kernel", "embed -> labels"),
+    (r"classifier/bias", "labels"),
+    (r"input/kernel", "embed -> gates state"),
+    (r"input/bias", "gates state"),
+    (r"recurrent_kernel", "state -> gates state"),
     (r"(\w+_)?norm/(scale|bias)", "norm"),
     (r"head/bias", "vocab"),
+)
+
+# What stands beside a linear map's or a table's parameter W, or in its place, has axes of W.
+DERIVED: tuple[tuple[str, str], ...] = (
+    (r"a", "inputs -> rank"),  # jaxlm.lora
+    (r"b", "rank -> outputs"),
+    (r"magnitude", "outputs"),
+    (r"input", "inputs"),  # jaxlm.ia3
+    (r"output", "outputs"),
+    (r"kernel/values", "inputs -> outputs"),  # jaxlm.quantize
+    (r"kernel/scale", "outputs"),
+    (r"embedding/values", "inputs -> outputs"),
+    (r"embedding/scale", "inputs"),
 )
 
 # Axis name -> mesh axes it is split over, or None. `batch` to `mlp` also pin activations, where
@@ -52,6 +72,10 @@ RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
     ("head_dim", None),
     ("mlp", ("tensor",)),
     ("norm", None),
+    ("rank", None),
+    ("labels", None),
+    ("gates", None),
+    ("state", None),
 )
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -96,17 +120,33 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def axes_of(path: str, ndim: int) -> Axes:
     """The axis names of the parameter at ``path``; a stacked one has ``layers`` in front."""
-    for pattern, text in AXES:
-        if re.search(rf"(^|/){pattern}$", path):
-            left, arrow, right = text.partition("->")
-            names = (*left.split(), *right.split())
-            inputs = len(left.split()) if arrow else 0
-            if ndim == len(names):
-                return Axes(names, inputs)
-            if ndim == len(names) + 1:
-                return Axes(("layers", *names), inputs)
-            raise ValueError(f"{path} has {ndim} axes, but sharding.AXES names {text!r} for it")
-    raise ValueError(f"no row of sharding.AXES matches the parameter {path}: add one")
+    text = _row(path) or _derived_row(path)
+    if text is None:
+        raise ValueError(f"no row of sharding.AXES matches the parameter {path}: add one")
+    left, arrow, right = text.partition("->")
+    names = (*left.split(), *right.split())
+    inputs = len(left.split()) if arrow else 0
+    if ndim == len(names):
+        return Axes(names, inputs)
+    if ndim == len(names) + 1:
+        return Axes(("layers", *names), inputs)
+    raise ValueError(f"{path} has {ndim} axes, but sharding.AXES names {text!r} for it")
+
+
+def _row(path: str) -> str | None:
+    rows = (text for pattern, text in AXES if re.search(rf"(^|/){pattern}$", path))
+    return next(rows, None)
+
+
+def _derived_row(path: str) -> str | None:
+    for pattern, text in DERIVED:
+        if end := re.search(rf"(^|/){pattern}$", path):
+            for name in ("kernel", "embedding"):
+                row = _row(f"{path[: end.start()]}/{name}")
+                if row is not None:
+                    inputs, _, outputs = row.partition("->")
+                    return text.replace("inputs", inputs).replace("outputs", outputs)
+    return None
 
 
 def spec(names: tuple[str, ...], mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:

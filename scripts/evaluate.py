@@ -1,4 +1,4 @@
-"""Evaluate a run on prepared data: ``python scripts/evaluate.py runs/quickstart``."""
+"""Evaluate a run, pretrained or fine-tuned: ``python scripts/evaluate.py runs/quickstart``."""
 
 from jaxlm.startup import tune_process
 
@@ -7,13 +7,18 @@ tune_process()
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import tyro
+from rich.console import Console
 
-from jaxlm import run
+from jaxlm import run, tuned
+from jaxlm.config import FinetuneConfig, RunConfig
 from jaxlm.data import loader, prepared
+from jaxlm.data.labelled.dataset import like, read_parts
 from jaxlm.errors import InputError, report_input_errors
+from jaxlm.evaluate import plots, report
 from jaxlm.train import loop
 
 
@@ -24,18 +29,38 @@ def main(
     split: Literal["train", "validation"] = "validation",
     rows: int | None = None,
     step: int | None = None,
+    base: str | None = None,
 ) -> None:
-    """Loss, perplexity and masked accuracy, printed and written to the run folder's eval.json.
+    """Metrics, printed and written to the run folder's eval.json.
+
+    Of a pretrained run: loss, perplexity, and accuracy at masks. Of a fine-tuned run: its task's
+    metrics; confusion.png, and the most wrong examples in wrong.jsonl, where there are classes.
 
     Args:
         directory: The run folder.
-        data: Prepared data; None = what the run was trained on.
-        split: Which part of it.
-        rows: How many rows; None = all.
+        data: Prepared data, or a file of labelled data with the columns of training; None = the
+            run's own.
+        split: Which part of the run's own data, or of prepared data.
+        rows: How many rows or examples; None = all.
         step: Which checkpoint; None = the best.
+        base: Where the encoder of an adapter lies, if not where it was.
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
+    if isinstance(run.read_config(directory, RunConfig), FinetuneConfig):
+        result = evaluate_tuned(directory, data, split, rows, step, base)
+    else:
+        result = evaluate_pretrained(directory, data, split, rows, step)
+    try:
+        (directory / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"eval.json was not written: {error}") from error
+
+
+def evaluate_pretrained(
+    directory: Path, data: Path | None, split: str, rows: int | None, step: int | None
+) -> dict[str, Any]:
+    """On rows of prepared data."""
     loaded = run.open_run(directory, step)
     dataset = prepared.open_prepared(data or Path(loaded.config.data.paths[0]))
     if dataset.info.tokenizer_sha256 != loaded.cursor["tokenizer_sha256"]:
@@ -47,15 +72,52 @@ def main(
         dataset, loaded.config.data.batch_size, split=split, max_rows=rows
     )
     metrics = loop.evaluate(loaded.placement, loaded.state, batches)
-    result = {"step": loaded.step, "data": str(dataset.directory), "split": split, **metrics}
     print(f"{directory} at step {loaded.step}, {split} split of {dataset.directory}:")
+    show(metrics)
+    print(f"  {'unigram':<18} {dataset.info.unigram_entropy:.4f}  (entropy of single tokens)")
+    return {"step": loaded.step, "data": str(dataset.directory), "split": split, **metrics}
+
+
+def evaluate_tuned(
+    directory: Path,
+    data: Path | None,
+    split: Literal["train", "validation"],
+    rows: int | None,
+    step: int | None,
+    base: str | None,
+) -> dict[str, Any]:
+    """On labelled examples."""
+    loaded = tuned.open_tuned(directory, step=step, base=base)
+    config, task, labels = loaded.config.data, loaded.config.task, loaded.labels
+    if data is None:
+        examples, where = getattr(read_parts(config, task.read), split), f"its {split} data"
+    else:
+        examples, where = task.read(like(config.train, data).records()), str(data)
+    examples = examples[:rows]
+    sums, outputs = loaded.outputs(examples)
+    assert sums is not None  # the examples are labelled
+    metrics = {"loss": sums.means()["loss"], **task.metrics(examples, labels, outputs)}
+    number = int(loaded.state.step)
+    print(f"{directory} at step {number}, {len(examples):,} examples of {where}:")
+    show(metrics)
+    predictions = task.predictions(examples, labels, outputs)
+    wrong = report.most_wrong(predictions)
+    if wrong:
+        Console().print(report.predictions_table(wrong[:10]))
+        report.write_jsonl(wrong, directory / "wrong.jsonl")
+        print(f"  the {len(wrong)} most wrong are in {directory / 'wrong.jsonl'}")
+    if labels and len(predictions) == len(examples):
+        names = {name: i for i, name in enumerate(labels)}
+        gold = np.array([names[p.gold] for p in predictions])
+        predicted = np.array([names[p.predicted] for p in predictions])
+        plots.plot_confusion(gold, predicted, labels, directory / "confusion.png")
+        print(f"  who is taken for whom is in {directory / 'confusion.png'}")
+    return {"step": number, "data": where, "examples": len(examples), **metrics}
+
+
+def show(metrics: dict[str, float]) -> None:
     for name, value in metrics.items():
-        print(f"  {name:<10} {value:.4f}")
-    print(f"  {'unigram':<10} {dataset.info.unigram_entropy:.4f}  (entropy of single tokens)")
-    try:
-        (directory / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"eval.json was not written: {error}") from error
+        print(f"  {name:<18} {value:.4f}")
 
 
 if __name__ == "__main__":

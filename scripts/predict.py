@@ -1,46 +1,128 @@
-"""Use a run: ``python scripts/predict.py runs/quickstart fill-mask "A [MASK] of strings."``."""
+"""Use a run: ``python scripts/predict.py runs/quickstart fill-mask "A [MASK] of strings."``.
 
+Pretrained runs fill in masks; fine-tuned ones do what they were tuned for: classify, tag, answer,
+choose or embed. A text is given as an argument, or many in a file, a JSON object (or a text) a
+line; answers to files are JSON lines.
+"""
+
+from jaxlm.startup import tune_process
+
+tune_process()
+
+# ruff: noqa: E402  (the allocator is settled before JAX starts)
 import json
+import os
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from jaxlm import run as runs
+from jaxlm import tuned
+from jaxlm.config import FinetuneConfig, RunConfig
+from jaxlm.data.labelled.records import JsonLines, Record
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.fill_mask import MASK, FillMask
+from jaxlm.tuned import FinetunedRun
+
+Answer = dict[str, Any]
 
 
 def main(
     run: Annotated[Path, tyro.conf.Positional],
-    task: Annotated[Literal["fill-mask"], tyro.conf.Positional],
+    task: Annotated[
+        Literal["fill-mask", "classify", "tag", "answer", "choose", "embed"], tyro.conf.Positional
+    ],
     text: Annotated[str | None, tyro.conf.Positional] = None,
     /,
+    pair: str | None = None,
     file: Path | None = None,
     out: Path | None = None,
     top_k: int = 5,
     step: int | None = None,
+    base: str | None = None,
 ) -> None:
-    """The likeliest words for each [MASK] of a text.
+    """Answer one text, or all of a file.
 
     Args:
         run: The run folder.
         task: What to do.
         text: What to do it with; or give --file.
-        file: A text a line, - for standard input; the answer is a JSON object a line.
+        pair: The second text of a pair, or the context of a question.
+        file: A text or a JSON object a line, - for standard input; answers are JSON lines.
         out: Where the JSON lines go; None = standard output.
-        top_k: Candidates for each blank.
+        top_k: Candidates for each blank, or classes to show.
         step: Which checkpoint; None = the best.
+        base: Where the encoder of an adapter lies, if not where it was.
     """
     if (text is None) == (file is None):
         raise InputError('give either a text, such as "A [MASK] of strings.", or --file')
+    if text is not None and not text.strip():
+        raise InputError("the text is empty")
     if out is not None and (file is None or not out.parent.is_dir() or out.is_dir()):
         raise InputError(
             f"--out {out} must be a file in a folder that is there, and goes with --file"
         )
-    lines = [] if file is None else read_lines(file)
+    if task == "fill-mask":
+        fill_mask(run, text, file, out, top_k, step)
+        return
+    loaded = tuned.open_tuned(run, step=step, base=base)
+    if loaded.config.task.verb != task:
+        raise InputError(
+            f"{run} was fine-tuned for {type(loaded.config.task).__name__}, whose head cannot "
+            f"{task}: use {loaded.config.task.verb}"
+        )
+    if file is not None:
+        write(loaded.answer(read_records(loaded, file)), out)
+        return
+    (answer,) = loaded.answer([record_of(loaded, text or "", pair)])
+    probabilities = answer.get("probabilities")
+    if isinstance(probabilities, dict):
+        best = sorted(probabilities.items(), key=lambda item: -item[1])[:top_k]
+        for name, probability in best:
+            print(f"{probability:6.1%}  {name}")
+    else:
+        print(json.dumps(answer, ensure_ascii=False))
+
+
+def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
+    """A record as the task reads it, of one or two texts."""
+    names = loaded.config.task.text_fields
+    given = [text] if pair is None else [text, pair]
+    if len(given) != len(names):
+        wanted = "a second text, which --pair gives" if len(names) == 2 else "one text, no --pair"
+        raise InputError(f"the task of this run takes {wanted} ({', '.join(names)})")
+    return Record(fields=dict(zip(names, given, strict=True)), place="the text given")
+
+
+def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
+    """The file's records: JSON objects, or texts."""
+    if file.suffix == ".jsonl":
+        yield from JsonLines(path=str(file)).records()
+        return
+    for number, line in read_lines(file):
+        if line.lstrip().startswith("{"):
+            try:
+                yield Record(fields=json.loads(line), place=f"{file}:{number}")
+            except json.JSONDecodeError as error:
+                raise InputError(f"{file}:{number}: not JSON ({error.msg})") from error
+        else:
+            yield Record(fields=record_of(loaded, line, None).fields, place=f"{file}:{number}")
+
+
+def fill_mask(
+    run: Path, text: str | None, file: Path | None, out: Path | None, top_k: int, step: int | None
+) -> None:
+    """The likeliest words for each [MASK]."""
+    if isinstance(runs.read_config(run, RunConfig), FinetuneConfig):
+        raise InputError(f"{run} is fine-tuned, without the head that fills in masks")
+    lines = [] if file is None else list(read_lines(file))
+    for number, line in lines:
+        if MASK not in line:
+            raise InputError(f"{file}:{number} has no blank: write {MASK} where a word is missing")
     loaded = runs.open_run(run, step)
     fill = FillMask(
         runs.make_model(loaded.config.model).apply,
@@ -53,37 +135,51 @@ def main(
             for filling in blank:
                 print(f"{filling.probability:6.1%}  {filling.token:<15} {filling.text}")
         return
-    answers = (
-        {"text": line, "blanks": [[asdict(filling) for filling in blank] for blank in blanks]}
-        for line, blanks in zip(lines, fill(lines, top_k=top_k), strict=True)
+    texts = [line for _, line in lines]
+    write(
+        (
+            {"text": line, "blanks": [[asdict(filling) for filling in blank] for blank in blanks]}
+            for line, blanks in zip(texts, fill(texts, top_k=top_k), strict=True)
+        ),
+        out,
     )
-    text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+
+
+def write(answers: Iterable[Answer], out: Path | None) -> None:
+    """JSON lines; a file appears when it is complete."""
+    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is None:
-        print(text, end="")
-    else:
-        try:
-            out.write_text(text)
-        except OSError as error:
-            raise InputError(f"{out} cannot be written: {error}") from error
-        print(f"{len(lines)} answers in {out}")
+        for line in lines:
+            print(line, end="")
+        return
+    unfinished = out.with_name(f".{out.name}")
+    count = 0
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(line)
+                count += 1
+        os.replace(unfinished, out)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(f"{count} answers in {out}")
 
 
-def read_lines(file: Path) -> list[str]:
-    """The file's lines that are not blank."""
+def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The file's lines that are not blank, with their numbers."""
     if str(file) == "-":
         text = sys.stdin.read()
     else:
         try:
-            text = file.read_text()
+            text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read: {error}") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip() and MASK not in line:
-            raise InputError(f"{file}:{number} has no blank: write {MASK} where a word is missing")
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if not lines:
         raise InputError(f"{file} holds no text")
-    return lines
+    yield from lines
 
 
 if __name__ == "__main__":

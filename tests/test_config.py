@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxlm import config as configs
-from jaxlm.config import RunConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig
 from jaxlm.data.sources import Csv, PyDocs
@@ -14,10 +14,10 @@ from jaxlm.errors import InputError
 from jaxlm.train.loop import TrainConfig
 
 FILE = """
-from jaxlm.config import RunConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.train.loop import TrainConfig
-config = RunConfig(name="a", data=DataConfig(paths=("b",)), train=TrainConfig({}))
+config = PretrainConfig(name="a", data=DataConfig(paths=("b",)), train=TrainConfig({}))
 """
 
 
@@ -29,11 +29,11 @@ def write(folder: Path, text: str) -> str:
 
 def test_command_line_changes_nested_fields(tmp_path: Path) -> None:
     path = write(tmp_path, FILE.format("steps=5"))
-    config = configs.load([path, "--optimizer.peak-lr", "3e-4", "--model.num-layers", "3"])
+    config = configs.load(configs.PretrainConfig, [path, "--optimizer.peak-lr", "3e-4", "--model.num-layers", "3"])
     assert config.optimizer.peak_lr == 3e-4
     assert config.model.num_layers == 3
     assert config.train.steps == 5
-    assert configs.load([path, "--no-resume"]).resume is False
+    assert configs.load(configs.PretrainConfig, [path, "--no-resume"]).resume is False
 
 
 def test_misspelt_option_says_what_was_meant(
@@ -41,7 +41,7 @@ def test_misspelt_option_says_what_was_meant(
 ) -> None:
     path = write(tmp_path, FILE.format("steps=5"))
     with pytest.raises(SystemExit) as stop:
-        configs.load([path, "--optimizer.peak-l", "3e-4"])
+        configs.load(configs.PretrainConfig, [path, "--optimizer.peak-l", "3e-4"])
     assert stop.value.code == 2
     assert "--optimizer.peak-lr" in capsys.readouterr().err
 
@@ -49,14 +49,14 @@ def test_misspelt_option_says_what_was_meant(
 def test_wrong_type_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, FILE.format("steps=5"))
     with pytest.raises(SystemExit):
-        configs.load([path, "--train.steps", "many"])
+        configs.load(configs.PretrainConfig, [path, "--train.steps", "many"])
     assert "many" in capsys.readouterr().err
 
 
 def test_misspelt_field_in_a_file_is_one_sentence(tmp_path: Path) -> None:
     path = write(tmp_path, FILE.format("step=5"))
     with pytest.raises(InputError, match=r"c\.py.*unexpected keyword argument 'step'"):
-        configs.load([path])
+        configs.load(configs.PretrainConfig, [path])
 
 
 @pytest.mark.parametrize(
@@ -69,17 +69,17 @@ def test_misspelt_field_in_a_file_is_one_sentence(tmp_path: Path) -> None:
 )
 def test_no_config_file(argv: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        configs.load(argv)
+        configs.load(configs.PretrainConfig, argv)
 
 
 def test_file_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not end in"):
-        configs.load([write(tmp_path, "config = 3")])
+        configs.load(configs.PretrainConfig, [write(tmp_path, "config = 3")])
 
 
 @pytest.mark.parametrize("source", [PyDocs(), Csv(glob="*.csv", column="text", delimiter=";")])
 def test_json_round_trip(source: object) -> None:
-    config = RunConfig(
+    config = PretrainConfig(
         name="a",
         data=DataConfig(paths=("b", "c"), weights=(1.0, 2.0)),
         prepare=PrepareConfig(source=source),  # pyright: ignore[reportArgumentType]
@@ -89,7 +89,7 @@ def test_json_round_trip(source: object) -> None:
 
 
 def test_json_with_unknown_field_or_wrong_type() -> None:
-    config = RunConfig(name="a", data=DataConfig(paths=("b",)), train=TrainConfig(steps=5))
+    config = PretrainConfig(name="a", data=DataConfig(paths=("b",)), train=TrainConfig(steps=5))
     text = configs.to_json(config)
     with pytest.raises(InputError, match=r"config\.train has no field stepz"):
         configs.from_json(text.replace('"steps"', '"stepz"'))

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from jaxlm import config as configs
-from jaxlm import run
-from jaxlm.config import RunConfig
+from jaxlm import run, tuned
+from jaxlm.config import PretrainConfig
+from jaxlm.models.bert import TINY
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.sharding import MeshConfig
+from jaxlm.tasks.tagging import Tagging
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+PRETRAIN = [path for path in FILES if isinstance(configs.read_file(path), PretrainConfig)]
+FINETUNE = [path for path in FILES if path not in PRETRAIN]
 VOCAB_SIZE = 64
 
 
@@ -29,7 +33,7 @@ def vocabulary() -> Vocabulary:
     )
 
 
-def tiny(config: RunConfig) -> RunConfig:
+def tiny(config: PretrainConfig) -> PretrainConfig:
     model = replace(
         config.model,
         vocab_size=VOCAB_SIZE,
@@ -48,12 +52,13 @@ def tiny(config: RunConfig) -> RunConfig:
 def test_header_gives_command_hardware_and_expectation(path: Path) -> None:
     header = ast.get_docstring(ast.parse(path.read_text()))
     assert header is not None
-    assert f"python scripts/pretrain.py configs/{path.name}" in header
+    script = "pretrain" if path in PRETRAIN else "finetune"
+    assert f"python scripts/{script}.py configs/{path.name}" in header
     assert "Hardware and time:" in header
     assert "Expected:" in header
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(), MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4)], ids=str
 )
@@ -68,7 +73,7 @@ def test_shards_at_full_size(path: Path, mesh: MeshConfig) -> None:
     assert shard == (30_528 // mesh.tensor, model.hidden_dim // mesh.fsdp)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
 def test_takes_a_step(path: Path) -> None:
     config = tiny(configs.read_file(path))
     placement = run.make_placement(config, vocabulary())
@@ -82,4 +87,34 @@ def test_takes_a_step(path: Path) -> None:
     state, sums = placement.train_step(state, placement.put_batch(batch), np.float32(0.5))
     assert int(state.step) == 1
     assert sums.means()["loss"] == pytest.approx(np.log(VOCAB_SIZE), rel=0.1)
+    assert not sums.counts["skipped"]
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, tensor=4)], ids=str)
+def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
+    config = replace(configs.read_file(path), mesh=mesh)
+    sizes = {"vocab_size": VOCAB_SIZE, "dtype": "float32"}
+    if config.base is None:
+        config = replace(config, model=replace(config.model, embed_dim=16, hidden_dim=32, **sizes))
+    else:  # of a base there is here nothing but its kind
+        config = replace(config, model=replace(TINY, num_heads=4, **sizes))
+    labels = ("a", "b", "c", "d")
+    state = tuned.make_state(config, labels, None)
+    placement = tuned.make_placement(config, labels, state)
+    rows, length = config.data.batch_size, 8
+    rng = np.random.default_rng(0)
+    shape = (rows, length) if isinstance(config.task, Tagging) else (rows,)
+    batch = {
+        "tokens": rng.integers(5, VOCAB_SIZE, (rows, length)).astype(np.int32),
+        "token_type_ids": np.zeros((rows, length), np.int32),
+        "lengths": np.full(rows, length, np.int32),
+        "labels": rng.integers(0, len(labels), shape).astype(np.int32),
+        "weights": np.ones(shape, np.float32),
+        "index": np.arange(rows, dtype=np.int32),
+    }
+    state = tuned.place(state, placement)
+    state, sums = placement.train_step(state, placement.put_batch(batch), np.float32(0.5))
+    assert int(state.step) == 1
+    assert sums.means()["loss"] == pytest.approx(np.log(len(labels)), rel=0.3)
     assert not sums.counts["skipped"]

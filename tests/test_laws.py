@@ -12,13 +12,16 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "typing"},
     {"sums", "tree"},
-    {"sharding"},
-    {"data", "lora", "nn", "optim"},
+    {"intercept", "sharding"},
+    {"data", "ia3", "lora", "nn", "optim", "quantize"},
     {"models", "objectives"},
     {"decode", "evaluate", "fill_mask", "startup", "train"},
-    {"config", "convert"},
+    {"convert", "tasks", "tuning"},
+    {"config"},
     {"run"},
-    {"pretrain"},
+    {"base", "pretrain", "sweep"},
+    {"tuned"},
+    {"finetune"},
 ]
 # These take functions: a model or an objective of the floor below is none of their business.
 BLIND = {"decode", "evaluate", "fill_mask", "train"}

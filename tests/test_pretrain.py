@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlm import run, tree
-from jaxlm.config import RunConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig, eval_batches
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
@@ -32,11 +32,11 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
     folder = tmp_path_factory.mktemp("pretrain")
     words = np.random.default_rng(0).choice(["red", "green", "blue", "cat", "dog"], (400, 12))
     (folder / "text.txt").write_text("\n".join(" ".join(line) for line in words))
-    return RunConfig(
+    return PretrainConfig(
         name="whole",
         runs=folder / "runs",
         data=DataConfig(paths=(str(folder / "prepared"),), batch_size=16),
@@ -53,12 +53,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(config: RunConfig) -> Path:
+def whole(config: PretrainConfig) -> Path:
     """A run that nothing interrupted."""
     return pretrain(config)
 
 
-def final_state(config: RunConfig) -> dict[str, np.ndarray]:
+def final_state(config: PretrainConfig) -> dict[str, np.ndarray]:
     read = run.open_run(config.directory, STEPS)
     return {path: np.asarray(leaf) for path, leaf in tree.leaves_with_path(read.variables)}
 
@@ -87,7 +87,7 @@ def test_run_folder_is_self_contained(whole: Path) -> None:
 
 
 def test_interrupted_and_resumed_is_bit_identical(
-    config: RunConfig, whole: Path, monkeypatch: pytest.MonkeyPatch
+    config: PretrainConfig, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config_b = replace(config, name="interrupted")
     with monkeypatch.context() as patch:
@@ -108,7 +108,7 @@ def test_interrupted_and_resumed_is_bit_identical(
 
 @pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), "pmap"], ids=str)
 def test_resumed_elsewhere_sees_the_same(
-    config: RunConfig, whole: Path, monkeypatch: pytest.MonkeyPatch, mesh: MeshConfig | str
+    config: PretrainConfig, whole: Path, monkeypatch: pytest.MonkeyPatch, mesh: MeshConfig | str
 ) -> None:
     config = replace(
         config,
@@ -129,7 +129,7 @@ def test_resumed_elsewhere_sees_the_same(
 
 
 def test_complete_run_is_left_alone(
-    config: RunConfig, whole: Path, capsys: pytest.CaptureFixture[str]
+    config: PretrainConfig, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (whole / "metrics.jsonl").read_text()
     pretrain(config)
@@ -137,12 +137,12 @@ def test_complete_run_is_left_alone(
     assert (whole / "metrics.jsonl").read_text() == before
 
 
-def test_no_resume_refuses_a_used_folder(config: RunConfig, whole: Path) -> None:
+def test_no_resume_refuses_a_used_folder(config: PretrainConfig, whole: Path) -> None:
     with pytest.raises(InputError, match="holds a run"):
         pretrain(replace(config, resume=False))
 
 
-def test_resume_with_other_data_or_seed_is_refused(config: RunConfig, whole: Path) -> None:
+def test_resume_with_other_data_or_seed_is_refused(config: PretrainConfig, whole: Path) -> None:
     saved = (whole / "config.json").read_text()
     other = replace(config.prepare, tokenizer=TokenizerConfig(vocab_size=300, kind="bpe"))
     path = str(Path(config.data.paths[0]).with_name("other"))
@@ -153,13 +153,13 @@ def test_resume_with_other_data_or_seed_is_refused(config: RunConfig, whole: Pat
     assert (whole / "config.json").read_text() == saved
 
 
-def test_resume_with_another_model_names_the_shapes(config: RunConfig, whole: Path) -> None:
+def test_resume_with_another_model_names_the_shapes(config: PretrainConfig, whole: Path) -> None:
     model = replace(config.model, mlp_dim=64)
     with pytest.raises(InputError, match=r"32.*64|64.*32"):
         pretrain(replace(config, model=model))
 
 
-def test_evaluate_and_fill_mask(config: RunConfig, whole: Path) -> None:
+def test_evaluate_and_fill_mask(config: PretrainConfig, whole: Path) -> None:
     read = run.open_run(whole)
     data = open_prepared(config.data.paths[0])
     metrics = evaluate(read.placement, read.state, eval_batches(data, read.config.data.batch_size))
@@ -181,7 +181,7 @@ def test_evaluate_and_fill_mask(config: RunConfig, whole: Path) -> None:
 
 
 def test_another_tokenizer_in_the_run_folder(
-    config: RunConfig, whole: Path, tmp_path: Path
+    config: PretrainConfig, whole: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
@@ -208,14 +208,14 @@ def test_not_a_run_folder(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_impossible_combinations(config: RunConfig, change: dict[str, Any], message: str) -> None:
+def test_impossible_combinations(config: PretrainConfig, change: dict[str, Any], message: str) -> None:
     parts = {name: replace(getattr(config, name), **fields) for name, fields in change.items()}
     with pytest.raises(InputError, match=message):
         pretrain(replace(config, name="never", **parts))
     assert not (config.runs / "never" / "config.json").exists()
 
 
-def test_not_finite_gradients_stop_with_the_step_named(config: RunConfig) -> None:
+def test_not_finite_gradients_stop_with_the_step_named(config: PretrainConfig) -> None:
     mad = replace(
         config,
         name="mad",

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 STEPS = 40
 CONFIG = """
 from pathlib import Path
-from jaxlm.config import RunConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import TextFiles
@@ -28,7 +28,7 @@ from jaxlm.optim import OptimizerConfig
 from jaxlm.train.loop import TrainConfig
 
 here = Path(__file__).parent
-config = RunConfig(
+config = PretrainConfig(
     name="run",
     runs=here,
     data=DataConfig(paths=(str(here / "prepared"),), batch_size=16),

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
 from jaxlm.models import bert
-from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.heads import ClassificationHead, MaskedLm, MlmHead, WithHead
 from jaxlm.sharding import MeshConfig, axes_of, constrain, make_mesh, spec, tree_shardings, use_mesh
 
 PRESETS = {name: value for name, value in vars(bert).items() if isinstance(value, bert.BertConfig)}
@@ -27,6 +28,13 @@ CUBE = MESHES[2]
 def shapes_of(preset):
     config = replace(PRESETS[preset], vocab_size=30528)
     model = MaskedLm(config.make(), MlmHead())
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+
+
+@cache
+def tuned_shapes():
+    """Of an encoder with a classification head that has all its parts."""
+    model = WithHead(BilstmConfig(vocab_size=64).make(), ClassificationHead(3))
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
 
 
@@ -88,9 +96,9 @@ def test_mesh_axes_of_size_one_are_left_out():
 def raises_without(row, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sharding, "AXES", tuple(other for other in sharding.AXES if other != row))
-        for preset in PRESETS:
+        for shapes in (*map(shapes_of, PRESETS), tuned_shapes()):
             try:
-                tree_shardings(shapes_of(preset), make_mesh(MeshConfig()))
+                tree_shardings(shapes, make_mesh(MeshConfig()))
             except ValueError:
                 return True
     return False
@@ -107,8 +115,8 @@ def test_every_row_of_the_table_is_used(monkeypatch):
 
 def test_every_axis_name_has_a_rule_and_every_rule_a_use():
     named = {name for _, text in sharding.AXES for name in text.replace("->", " ").split()}
-    activations = {"batch", "length", "layers"}
-    assert named | activations == {name for name, _ in sharding.RULES}
+    elsewhere = {"batch", "length", "layers", "rank"}
+    assert named | elsewhere == {name for name, _ in sharding.RULES}
     assert len(dict(sharding.RULES)) == len(sharding.RULES)
     mesh_axes = {axis for _, axes in sharding.RULES for axis in axes or ()}
     assert mesh_axes == set(sharding.MESH_AXES)
@@ -125,6 +133,9 @@ def test_every_axis_name_has_a_rule_and_every_rule_a_use():
         ("norm/scale", 1, ("norm",), 0),
         ("encoder/embed_norm/bias", 1, ("norm",), 0),
         ("head/bias", 1, ("vocab",), 0),
+        ("head/classifier/kernel", 2, ("embed", "labels"), 1),
+        ("layers_1/forward/input/kernel", 3, ("embed", "gates", "state"), 1),
+        ("layers_1/backward/recurrent_kernel", 3, ("state", "gates", "state"), 1),
     ],
 )
 def test_axes_of(path, ndim, names, inputs):
@@ -132,11 +143,26 @@ def test_axes_of(path, ndim, names, inputs):
 
 
 @pytest.mark.parametrize(
-    "path", ["jquery/kernel", "query/kernel/extra", "kernel", "abnorm/scale", ""]
+    "path",
+    ["jquery/kernel", "query/kernel/extra", "kernel", "abnorm/scale", "", "jquery/a", "up/c", "b"],
 )
 def test_unmatched_paths_raise(path):
     with pytest.raises(ValueError, match=f"no row of sharding.AXES matches the parameter {path}"):
         axes_of(path, 3)
+
+
+def test_every_derived_row_is_used(monkeypatch):
+    paths = ["up/a", "up/b", "up/magnitude", "up/input", "up/output"]
+    paths += [
+        f"{w}/{end}" for w in ("up/kernel", "token_embed/embedding") for end in ("values", "scale")
+    ]
+    for row in sharding.DERIVED:
+        with monkeypatch.context() as patch:
+            rest = tuple(other for other in sharding.DERIVED if other != row)
+            patch.setattr(sharding, "DERIVED", rest)
+            missing = [path for path in paths if sharding._derived_row(path) is None]
+        assert len(missing) == 1
+    assert all(sharding._derived_row(path) for path in paths)
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 5])

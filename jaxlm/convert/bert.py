@@ -168,3 +168,24 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Bert
         return architecture, BertConfig(**values)
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def write_config(config: BertConfig) -> dict[str, Any]:
+    """The ``config.json`` of a BERT: the inverse of :func:`read_config`."""
+    return {
+        "architectures": ["BertModel"],
+        "model_type": "bert",
+        "vocab_size": config.vocab_size,
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_dim,
+        "num_attention_heads": config.num_heads,
+        "intermediate_size": config.mlp_dim,
+        "max_position_embeddings": config.max_length,
+        "type_vocab_size": config.num_token_types,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": config.dropout_rate,
+        "attention_probs_dropout_prob": config.attention_dropout_rate,
+        "layer_norm_eps": config.epsilon,
+        "initializer_range": config.initializer_std,
+        "pad_token_id": 0,
+    }

@@ -1,6 +1,7 @@
 """Published encoders: a model of Hugging Face's, as our configuration, parameters and tokenizer."""
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Float32, PyTree
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxlm.convert import bert, folder, hub, table
@@ -74,6 +76,31 @@ def to_huggingface(
     """
     rows = [*bert.BERT.encoder, *(row for head in bert.BERT.heads for row in head)]
     return table.write(rows, params, bert.sizes(config))
+
+
+def save(
+    path: str | Path,
+    params: PyTree[Float[Array | np.ndarray, "..."]],
+    config: BertConfig,
+    tokenizer: Tokenizer,
+) -> None:
+    """A new folder that :func:`load`, and other libraries, read; it appears when it is complete."""
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"{path} exists: name a new folder")
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(bert.write_config(config), indent=2) + "\n"
+        (unfinished / folder.CONFIG).write_text(text, encoding="utf-8")
+        tokenizers.save(tokenizer, unfinished / "tokenizer.json")
+        tensors = {
+            name: np.ascontiguousarray(x) for name, x in to_huggingface(params, config).items()
+        }
+        save_file(tensors, unfinished / folder.WEIGHTS, metadata={"format": "pt"})
+        unfinished.rename(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error}") from error
 
 
 def _read(architecture: Architecture, config: BertConfig, raw: Tensors, source: str) -> Weights:

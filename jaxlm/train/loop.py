@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -27,10 +27,12 @@ class TrainConfig:
     """How long, and how often one looks."""
 
     steps: int | None = None
-    """Length of the run; None = `minutes` decide."""
+    """Length of the run; None = `epochs` or `minutes` decide."""
+    epochs: float | None = None
+    """Length of the run, in passes over the training data."""
     minutes: float | None = None
     """Wall-clock budget, evaluations and compilation included: the run stops then, having decayed
-    its learning rate. None = `steps` decide; with both, whatever comes first."""
+    its learning rate. None = no limit; with others, whatever comes first."""
     num_micro_batches: int = 1
     """Parts of a batch whose gradients are computed one after the other, to save memory."""
     num_evals: int = 10
@@ -52,11 +54,18 @@ class TrainConfig:
     """Of initialisation, order of rows, masks and dropout."""
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise InputError("train.steps and train.minutes are both None: set one of them")
+        if self.steps is None and self.epochs is None and self.minutes is None:
+            raise InputError("train.steps, train.epochs and train.minutes are None: set one")
         for name, value in vars(self).items():
             if name != "seed" and value is not None and value <= 0:
                 raise InputError(f"train.{name}={value} is not above 0")
+
+    def with_steps(self, num_examples: int, batch_size: int) -> "TrainConfig":
+        """The same with ``steps`` that follow from ``epochs``."""
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * num_examples / batch_size)
+        return replace(self, steps=min(steps, self.steps or steps), epochs=None)
 
 
 def fit(

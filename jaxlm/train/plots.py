@@ -57,7 +57,7 @@ def plot_loss(
             fontsize=9,
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per predicted token)")
+    axes.set_ylabel("loss (nats)")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)

@@ -88,16 +88,19 @@ def make_eval_step(loss: Loss, *, seed: int, axis_name: str | None = None) -> Ev
 
 
 def make_predict_step(
-    loss: Loss, predict: Callable[..., Any], *, seed: int, axis_name: str | None = None
-) -> Callable[[TrainState, Batch], tuple[Sums, Any]]:
-    """``(state, batch) -> (sums, outputs)``: what ``predict(variables, batch)`` gives, as well."""
-    eval_step = make_eval_step(loss, seed=seed, axis_name=axis_name)
+    loss: Loss | None, predict: Callable[..., Any], *, seed: int, axis_name: str | None = None
+) -> Callable[[TrainState, Batch], tuple[Sums | None, Any]]:
+    """``(state, batch) -> (sums, outputs)``: what ``predict(variables, batch)`` gives, as well.
 
-    def predict_step(state: TrainState, batch: Batch) -> tuple[Sums, Any]:
+    Without a loss, for batches without labels, there are no sums.
+    """
+    eval_step = None if loss is None else make_eval_step(loss, seed=seed, axis_name=axis_name)
+
+    def predict_step(state: TrainState, batch: Batch) -> tuple[Sums | None, Any]:
         outputs = predict(state.variables, batch)
         if axis_name is not None:
             outputs = jax.lax.all_gather(outputs, axis_name, tiled=True)
-        return eval_step(state, batch), outputs
+        return eval_step and eval_step(state, batch), outputs
 
     return predict_step
 

@@ -71,7 +71,7 @@ class View:
             step,
             {f"train/{name}": mean for name, mean in means.items()}
             | {name: counts[name] / steps for name in ("lr", "grad_norm")}
-            | {"overflow": counts["overflow"], "skipped": counts["skipped"]}
+            | {name: counts[name] for name in ("overflow", "skipped") if name in counts}
             | {"tokens": self.tokens_seen}
             | speed,
         )

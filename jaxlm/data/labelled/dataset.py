@@ -1,8 +1,10 @@
 """Labelled data as a configuration names it: read, split, without duplicates, a few of a class."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxlm.data.labelled import splits
@@ -70,3 +72,19 @@ def read_parts(config: LabelledConfig, read: Callable[[Iterable[Record]], list[A
     split = (config.validation_fraction, config.split_seed, config.few_shot)
     digest = hashlib.sha256(repr((sources, split)).encode()).hexdigest()
     return Parts(train, validation, len(duplicates), digest)
+
+
+def like(source: Source, path: Path) -> Source:
+    """Another file with the same columns as ``source``, of the kind that its name says."""
+    match path.suffix:
+        case ".jsonl":
+            return JsonLines(path=str(path))
+        case ".json":
+            return Squad(path=str(path))
+        case ".csv" | ".tsv" if isinstance(source, Table):
+            return dataclasses.replace(source, path=str(path), delimiter=None)
+        case ".csv" | ".tsv" if not isinstance(source, Conll):
+            return Table(path=str(path))
+    if isinstance(source, Table | Conll):
+        return dataclasses.replace(source, path=str(path))
+    raise InputError(f"{path}: the kind of its data is not known; name it .csv, .tsv or .jsonl")

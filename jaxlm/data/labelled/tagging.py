@@ -68,7 +68,7 @@ class Tagged:
     """Encoded sentences, and what leads from positions back to words."""
 
     examples: Examples
-    first_positions: list[Int32[np.ndarray, " words"]]
+    first_positions: list[Int32[np.ndarray, " _"]]
     """For each sentence, where each word's first subword is; -1 for words that were cut off, or
     that the tokenizer drops."""
 

@@ -1,0 +1,198 @@
+"""Fine-tuning from a configuration: the whole way from labelled records to a run folder."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from jaxlm import base as bases
+from jaxlm import pretrain, run, tree, tuned, tuning
+from jaxlm.base import Base
+from jaxlm.config import FinetuneConfig
+from jaxlm.data import tokenizers
+from jaxlm.data.labelled.augment import make_augment
+from jaxlm.data.labelled.batches import make_buckets, train_batches
+from jaxlm.data.labelled.dataset import Parts, read_parts
+from jaxlm.data.labelled.statistics import describe, render
+from jaxlm.data.prepare import TokenizerConfig
+from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
+from jaxlm.tasks.task import Labels
+from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.loop import fit
+from jaxlm.train.metrics import Throughput
+from jaxlm.train.progress import Progress
+from jaxlm.train.restore import Cursor, best_step, list_steps
+from jaxlm.train.state import TrainState
+from jaxlm.train.view import View
+
+
+def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Path:
+    """Train, and leave a self-contained run folder; returns it.
+
+    Where the folder holds an unfinished run, that run goes on.
+    """
+    main_process = jax.process_index() == 0
+    console = console or Console(quiet=not main_process, highlight=False)
+    directory, task = config.directory, config.task
+    parts = read_parts(config.data, task.read)
+    base = None if config.base is None else bases.load(config.base)
+    tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, parts)
+    config = resolve(config, base, tokenizer, len(parts.train), jax.default_backend())
+    labels = task.labels(parts.train)
+    framer = tuned.make_framer(config, tokenizer)
+    train, validation = (task.encode(framer, part, labels) for part in parts[:2])
+    described = {
+        "training": describe(train, task.classes(parts.train), duplicates=parts.duplicates),
+        "validation": describe(validation, task.classes(parts.validation)),
+    }
+    console.print(render(described))
+    lengths = np.concatenate([train.lengths, validation.lengths])
+    buckets = make_buckets(lengths, config.data.num_buckets, max_length=framer.max_length)
+
+    state = tuned.make_state(config, labels, base)
+    placement = tuned.make_placement(config, labels, state)
+    moments = round(tree.num_params(state.opt_state) / max(tree.num_params(state.trainable), 1))
+    console.print(tuning.table(state.trainable, state.frozen, moments))
+    resuming = bool(list_steps(directory / run.CHECKPOINTS))
+    if resuming and not config.resume:
+        raise InputError(f"{directory} holds a run: give another --name, or leave out --no-resume")
+
+    with (
+        Progress(config.train.steps, visible=main_process, console=console) as progress,
+        Checkpointer(
+            directory / run.CHECKPOINTS,
+            keep=config.train.keep,
+            monitor=tuned.monitor(config),
+            report=progress.warn,
+        ) as checkpointer,
+    ):
+        cursor = make_cursor(config, parts, tokenizer, labels, base)
+        # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. the base.
+        if resuming:
+            abstract = placement.abstract_state
+            restored = checkpointer.restore(abstract.learned)
+            run.check_same(directory, restored.cursor, cursor)
+            cursor = restored.cursor
+            state = dataclasses.replace(restored.state, frozen=state.frozen)
+            progress.print(f"going on from step {restored.step} of {directory}")
+        state = tuned.place(state, placement)
+        if main_process:
+            run.write_folder(directory, config, tokenizer)
+            (directory / tuned.LABELS).write_text(json.dumps(labels))
+
+        def evaluation(state: TrainState) -> dict[str, float]:
+            sums, outputs = tuned.predict(
+                placement, state, validation, config.data.batch_size, buckets
+            )
+            assert sums is not None  # the validation data are labelled
+            metrics = task.metrics(parts.validation, labels, outputs)
+            return {"loss": sums.means()["loss"], **metrics}
+
+        with View(
+            directory if main_process else None,
+            progress,
+            Throughput(None, jax.devices()[0].device_kind, jax.device_count()),
+            step=int(state.step),
+            tokens_seen=cursor["tokens_seen"],
+            log_every=config.train.log_every,
+            reference=_reference(task.classes(parts.validation), len(parts.validation)),
+            more_writers=pretrain.writers(config) if main_process else (),
+        ) as view:
+            special = SpecialTokens.of(tokenizer)
+            augment = config.data.augment
+            fit(
+                config.train,
+                placement,
+                state,
+                train_batches(
+                    train,
+                    config.data.batch_size,
+                    buckets,
+                    seed=config.train.seed,
+                    examples_seen=cursor["examples_seen"],
+                    augment=augment and make_augment(augment, special, config.train.seed),
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                ),
+                evaluation,
+                checkpointer,
+                cursor,
+                view,
+                batch_size=config.data.batch_size,
+            )
+    best = best_step(directory / run.CHECKPOINTS, checkpointer.monitor)
+    console.print(f"the best checkpoint by {checkpointer.monitor.name} is that of step {best}")
+    return directory
+
+
+def resolve(
+    config: FinetuneConfig,
+    base: Base | None,
+    tokenizer: Tokenizer,
+    num_examples: int,
+    platform: str,
+) -> FinetuneConfig:
+    """Fill in what the config leaves to the base, the data and the platform."""
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+    if base is not None:
+        if config.model is not None:
+            raise InputError(f"model is given, and also base={base.name!r}, which has its own")
+        model: Any = base.config
+    else:
+        assert config.model is not None
+        vocab_size = math.ceil(tokenizers.vocab_size(tokenizer) / 64) * 64
+        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+        dtype = config.model.dtype or dtype
+    rates = {"dropout_rate": config.dropout_rate}
+    if isinstance(model, BertConfig):
+        rates["attention_dropout_rate"] = config.dropout_rate
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, dtype=dtype, **rates),
+        train=config.train.with_steps(num_examples, config.data.batch_size),
+        monitor=tuned.monitor(config).name,
+    )
+
+
+def make_tokenizer(config: TokenizerConfig | None, parts: Parts) -> Tokenizer:
+    """Loaded, or trained on the training texts."""
+    config = config or TokenizerConfig()
+    if config.path is not None:
+        return tokenizers.load(config.path)
+    texts = [example.content for example in parts.train]
+    return tokenizers.train(config.kind, texts, config.vocab_size)
+
+
+def make_cursor(
+    config: FinetuneConfig, parts: Parts, tokenizer: Tokenizer, labels: Labels, base: Base | None
+) -> Cursor:
+    """Where a run stands at its start, and what it stands on."""
+    return {
+        "examples_seen": 0,
+        "tokens_seen": 0.0,
+        "elapsed_s": 0.0,
+        "share": 0.0,
+        "seed": config.train.seed,
+        "data": [parts.fingerprint],
+        "tokenizer_sha256": tokenizers.fingerprint(tokenizer),
+        "labels": list(labels),
+        "base_sha256": base and base.fingerprint,
+    }
+
+
+def _reference(classes: list[str], num_examples: int) -> dict[str, float]:
+    """The loss of one who knows how frequent each class is, where each example has one."""
+    if len(classes) != num_examples:
+        return {}
+    counts = Counter(classes)
+    shares = [count / num_examples for count in counts.values()]
+    return {"class entropy": -sum(share * math.log(share) for share in shares)}

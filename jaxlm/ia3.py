@@ -1,0 +1,81 @@
+"""(IA)³: learned scales of activations (Liu et al. 2022, arXiv:2205.05638, section 3.3).
+
+    y = l ⊙ (x W + c)    where outputs are scaled: keys and values
+    y = (l ⊙ x) W + c    where inputs are scaled: the last map of the feed-forward block
+
+Scales start at one and live in the collection ``ia3``, beside the kernels they belong to.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array
+
+from jaxlm.errors import InputError
+from jaxlm.intercept import Call, Leaves, Sites, flatten, intercept, match
+from jaxlm.typing import Apply, Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ia3Config:
+    """Regular expressions, matched with the end of a parameter's path; defaults are the paper's."""
+
+    outputs: tuple[str, ...] = (r"(key|value)/kernel",)
+    """Linear maps whose outputs are scaled."""
+    inputs: tuple[str, ...] = (r"mlp/down/kernel",)
+    """Linear maps whose inputs are scaled."""
+
+
+def init(params: Params, sites: Sites, config: Ia3Config) -> Params:
+    """The collection: ``output`` [*stack, *outputs] or ``input`` [*stack, *inputs], ones."""
+    if not config.outputs and not config.inputs:
+        raise InputError("(IA)³ has no targets: name linear maps in outputs or inputs")
+    kernels = flatten(params)
+    linear = {path: site for path, site in sites.items() if path.rpartition("/")[2] == "kernel"}
+    scales = {}
+    for name, patterns in (("output", config.outputs), ("input", config.inputs)):
+        for path in match(patterns, linear, params):
+            stack, inputs, outputs = linear[path].split(kernels[path].shape)
+            shape = stack + (outputs if name == "output" else inputs)
+            scales[path.removesuffix("kernel") + name] = jnp.ones(shape, jnp.float32)
+    return unflatten_dict(scales, sep="/")
+
+
+def adapt(apply: Apply) -> Apply:
+    """``apply`` that reads the collection ``ia3`` of its variables, on any linen module."""
+
+    def rewrite(call: Call, scales: Leaves) -> Array:
+        x = call.x
+        if "input" in scales:
+            scale = scales["input"].astype(x.dtype)
+            axes = [axis for axis in range(x.ndim) if axis not in call.axes]
+            x = x * jnp.expand_dims(scale, axes)
+        y = call.run(x)
+        if "output" in scales:
+            scale = scales["output"].astype(y.dtype)
+            y = y * jnp.expand_dims(scale, tuple(range(y.ndim - scale.ndim)))
+        return y
+
+    return intercept(apply, "ia3", rewrite)
+
+
+def merge(params: Params, ia3: Params, sites: Sites) -> Params:
+    """Parameters with the scales multiplied in, in float32: the same model without ``ia3``."""
+    merged = flatten(params)
+
+    def multiply(path: str, scale: Array) -> None:
+        merged[path] = (merged[path].astype(jnp.float32) * scale).astype(merged[path].dtype)
+
+    for path, scale in flatten(ia3).items():
+        parent, slash, name = path.rpartition("/")
+        kernel, bias = f"{parent}{slash}kernel", f"{parent}{slash}bias"
+        if kernel not in sites or kernel not in merged:
+            raise InputError(f"(IA)³ scales {kernel}, which is no linear map of this model")
+        first, ndim = sites[kernel].num_stack, merged[kernel].ndim
+        split = first + sites[kernel].num_inputs
+        others = range(first, split) if name == "output" else range(split, ndim)
+        multiply(kernel, jnp.expand_dims(scale, tuple(others)))
+        if name == "output" and bias in merged:
+            multiply(bias, scale)
+    return unflatten_dict(merged, sep="/")

@@ -1,0 +1,280 @@
+"""The trials of a sweep: ordinary run folders, run once each, with successive halving or without.
+
+Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates get a
+small share of the budget, the best 1/eta of them a share eta times as large, up to the whole. A
+trial of the next rung starts anew: the learning rate decays over the length of a run, so one that
+went on from a shorter run, decayed already, would not be the full run that it stands for. All rungs
+have about the same cost, and the last one's trials are those of a sweep without halving.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from jaxlm import config as configs
+from jaxlm import run
+from jaxlm.config import Config, FinetuneConfig
+from jaxlm.errors import InputError
+from jaxlm.evaluate.metrics import higher_is_better
+from jaxlm.sweep.process import TRIAL, RunTrial
+from jaxlm.sweep.space import Settings, label, replaced, short_label
+from jaxlm.train.metrics import read_jsonl
+from jaxlm.train.restore import Monitor, list_steps
+from jaxlm.train.view import METRICS
+
+RESULT = "result.json"  # in the folder of a trial that is finished
+# What may change between two parts of a sweep: where it runs, and who is told.
+FREE = ("name", "runs", "resume", "wandb", "mesh", "placement")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a sweep does; ``metric`` is taken at the checkpoint that ``monitor`` finds best."""
+
+    config: Config
+    name: str
+    candidates: Sequence[Settings]
+    num_seeds: int
+    eta: int | None
+    metric: str
+    monitor: Monitor
+
+    @property
+    def directory(self) -> Path:
+        """The folder of all trials."""
+        return self.config.runs / self.name
+
+    def rungs(self) -> list[tuple[Fraction, int]]:
+        """Share of the budget and number of candidates, of each rung."""
+        counts = [len(self.candidates)]
+        while self.eta and counts[-1] >= self.eta:
+            counts.append(counts[-1] // self.eta)
+        last = len(counts) - 1
+        return [(Fraction(1, (self.eta or 1) ** (last - i)), n) for i, n in enumerate(counts)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run: a candidate under a seed, with a share of the budget."""
+
+    settings: Settings
+    seed: int
+    share: Fraction = Fraction(1)
+
+    @property
+    def name(self) -> str:
+        """Of its folder: ``peak_lr=0.001_rank=4_seed=0``."""
+        parts = short_label(self.settings)
+        if self.share < 1:
+            parts.append(f"budget={self.share.numerator}of{self.share.denominator}")
+        exact = "_".join([*parts, f"seed={self.seed}"])
+        safe = re.sub(r"[^\w.,=+-]+", "-", exact)
+        if safe == exact and len(exact) <= 120:
+            return exact
+        return f"{safe[:100]}_{hashlib.sha256(exact.encode()).hexdigest()[:6]}"
+
+    def make(self, plan: Plan) -> Config:
+        """Its config; raises :class:`InputError` where the settings are impossible together."""
+        config = replaced(plan.config, self.settings)
+        train, share = config.train, self.share
+        train = dataclasses.replace(
+            train,
+            seed=self.seed,
+            steps=train.steps and max(1, round(train.steps * share)),
+            epochs=train.epochs and float(train.epochs * share),
+            minutes=train.minutes and float(train.minutes * share),
+        )
+        config = dataclasses.replace(
+            config, name=f"{plan.name}/{self.name}", resume=True, train=train
+        )
+        if isinstance(config, FinetuneConfig):
+            config = dataclasses.replace(config, monitor=plan.metric)
+        return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a trial ended: with a score at a step, or with an error."""
+
+    trial: Trial
+    score: float = math.nan
+    step: int | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    found: bool = False
+    """It was finished before, and not run again."""
+
+
+def watched(config: Config, metric: str | None) -> tuple[str, Monitor]:
+    """The metric of a sweep, and what says which checkpoint of a trial is best."""
+    if not isinstance(config, FinetuneConfig):
+        metric = metric or "loss"
+        higher_is_better(metric)  # raises where there is none of that name
+        return metric, Monitor()
+    metric = metric or config.monitor or config.task.monitor
+    return metric, Monitor(metric, higher_is_better(metric))
+
+
+def run_all(
+    plan: Plan,
+    run_trial: RunTrial,
+    console: Console,
+    record: Callable[[Sequence[Result]], object],
+) -> None:
+    """Run what is not finished, a line for each; ``record`` gets all results after each trial.
+
+    A trial that fails is a result too, and goes to no further rung. Raises :class:`InputError`
+    where a folder holds a trial of another config, or no trial knows the metric.
+    """
+    results: list[Result] = []
+    alive = list(plan.candidates)
+    first_seed = plan.config.train.seed
+    work = [(share, count * plan.num_seeds) for share, count in plan.rungs()]
+    total, number = sum(count for _, count in work), 0
+    all_work = float(sum(share * count for share, count in work))
+    for rung, (share, count) in enumerate(plan.rungs(), start=1):
+        alive = alive[:count]
+        if len(work) > 1:
+            console.print(
+                f"rung {rung} of {len(work)}: {len(alive)} of {len(plan.candidates)} candidates, "
+                + ("the whole budget" if share == 1 else f"{share} of the budget")
+            )
+        for settings in alive:
+            for seed in range(first_seed, first_seed + plan.num_seeds):
+                number += 1
+                trial = Trial(settings=settings, seed=seed, share=share)
+                with console.status(f"{number}/{total} {trial.name} …"):
+                    result = _run(trial, plan, run_trial)
+                results.append(result)
+                record(results)
+                left = _time_left(results, all_work)
+                console.print(f"{number}/{total} {_line(result, plan)}{left}", soft_wrap=True)
+        alive = ranked(plan, [r for r in results if r.trial.share == share])
+    if not any(result.error is None for result in results):
+        raise InputError(f"all {len(results)} trials failed, the first so: {results[0].error}")
+
+
+def ranked(plan: Plan, results: Sequence[Result]) -> list[Settings]:
+    """The candidates of one rung that failed under no seed, by their mean, best first."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(label(result.trial.settings), []).append(result)
+    whole = [group for group in groups.values() if all(r.error is None for r in group)]
+    whole.sort(key=lambda group: cost(plan, group))
+    return [group[0].trial.settings for group in whole]
+
+
+def cost(plan: Plan, results: Sequence[Result]) -> float:
+    """The mean of scores, lower is better; infinite without any."""
+    scores = [result.score for result in results if result.error is None]
+    if not scores:
+        return math.inf
+    return float(np.mean(scores)) * (-1 if higher_is_better(plan.metric) else 1)
+
+
+def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
+    directory, began = plan.directory / trial.name, time.monotonic()
+    try:
+        config = trial.make(plan)
+    except InputError as error:
+        return Result(trial=trial, error=str(error))
+    _check_same(directory, config)
+    found = (directory / RESULT).is_file()
+    try:
+        if not found:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / TRIAL).write_text(configs.to_json(config))
+            run_trial(config)
+        evaluations = _evaluations(directory)
+    except Exception as error:  # whatever a trial may die of, the sweep goes on
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        return Result(trial=trial, seconds=time.monotonic() - began, error=reason)
+    known = {name for metrics in evaluations.values() for name in metrics}
+    if plan.metric not in known:
+        raise InputError(
+            f"{directory} has no metric {plan.metric}: give --metric one of "
+            f"{', '.join(sorted(known))}, and --name another name"
+        )
+    costs = {step: plan.monitor.cost(metrics) for step, metrics in evaluations.items()}
+    step = min(costs, key=costs.__getitem__)
+    score = evaluations[step][plan.metric]
+    if not math.isfinite(costs[step]) or not math.isfinite(score):
+        return Result(trial=trial, error=f"its {plan.metric} is not finite")
+    if found:
+        seconds = float(json.loads((directory / RESULT).read_text())["seconds"])
+    else:
+        seconds = time.monotonic() - began
+        record = {"step": step, "seconds": round(seconds, 1), "metrics": evaluations[step]}
+        (directory / RESULT).write_text(json.dumps(record, indent=2) + "\n")
+    return Result(trial=trial, score=score, step=step, seconds=seconds, found=found)
+
+
+def _evaluations(directory: Path) -> dict[int, dict[str, float]]:
+    """The validation metrics of a finished run, by step."""
+    evaluations = {}
+    for line in read_jsonl(directory / METRICS):
+        metrics = {n.removeprefix("eval/"): x for n, x in line.items() if n.startswith("eval/")}
+        if metrics:
+            evaluations[int(line["step"])] = metrics
+    # A run ends with an evaluation; one that a signal stops saves without any.
+    newest = max(list_steps(directory / run.CHECKPOINTS), default=0)
+    if newest == 0 or newest not in evaluations:
+        raise InputError(f"it was stopped at step {newest}: the same command goes on from there")
+    return evaluations
+
+
+def _check_same(directory: Path, config: Config) -> None:
+    """A folder that holds checkpoints goes on as what it was begun as, or not at all."""
+    path = directory / TRIAL
+    if not path.is_file() or not list_steps(directory / run.CHECKPOINTS):
+        return
+    saved, now = _flat(json.loads(path.read_text())), _flat(json.loads(configs.to_json(config)))
+    for name in saved.keys() & now.keys():
+        if name.partition(".")[0] not in FREE and saved[name] != now[name]:
+            raise InputError(
+                f"{directory} was begun with {name}={saved[name]!r}, which is now {now[name]!r}: "
+                "restore it, or give the sweep another --name"
+            )
+
+
+def _flat(value: dict[str, Any], where: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, inner in value.items():
+        flat |= (
+            _flat(inner, f"{where}{name}.") if isinstance(inner, dict) else {where + name: inner}
+        )
+    return flat
+
+
+def _line(result: Result, plan: Plan) -> str:
+    if result.error is not None:
+        return f"{result.trial.name}: failed: {result.error}"
+    score = f"{result.trial.name}: {plan.metric} {result.score:.4f} at step {result.step}"
+    return f"{score}, finished before" if result.found else f"{score}, {_duration(result.seconds)}"
+
+
+def _time_left(results: Sequence[Result], all_work: float) -> str:
+    """By the time for a share of the budget; failed trials take none of it."""
+    done = float(sum(result.trial.share for result in results))
+    timed = [result for result in results if result.error is None]
+    share = float(sum(result.trial.share for result in timed))
+    left = all_work - done
+    if not timed or left <= 1e-9:
+        return ""
+    return f", {_duration(sum(r.seconds for r in timed) / share * left)} left"
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

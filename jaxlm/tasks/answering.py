@@ -1,0 +1,195 @@
+"""Extractive question answering: the answer is a span of a context, or is not in it."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from jaxlm.data.labelled import span as data
+from jaxlm.data.labelled.examples import Examples
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.span import Question, SpanFields
+from jaxlm.errors import InputError
+from jaxlm.evaluate import metrics
+from jaxlm.evaluate.report import Prediction
+from jaxlm.evaluate.spans import Answer, Reading, Window, read_windows
+from jaxlm.models.heads import TokenHead
+from jaxlm.objectives import span
+from jaxlm.objectives.supervised import Predict
+from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.typing import Apply, Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnswering:
+    """SQuAD, with questions that have no answer or without; long contexts slide by in windows."""
+
+    fields: SpanFields = field(default_factory=SpanFields)
+    """Which fields hold questions, contexts and answers."""
+    doc_stride: int = 32
+    """Tokens that neighbouring windows of a context share: as many as the longest answer has, or
+    some window ends inside of it."""
+    num_best: int = 20
+    """Answers among which probabilities are shared out, besides no answer."""
+    max_answer_length: int = 30
+    """Tokens of the longest answer that is given."""
+    null_threshold: float | None = 0.0
+    """There is no answer where that scores more than this above the best one; None: there always
+    is one, as in SQuAD 1."""
+
+    def __post_init__(self) -> None:
+        if self.fields.answers is None:
+            raise InputError("task.fields.answers is None: name the field that holds the answers")
+        if self.doc_stride < 0:
+            raise InputError(f"task.doc_stride={self.doc_stride} is below 0; 0 is no overlap")
+        for name in ("num_best", "max_answer_length"):
+            if vars(self)[name] < 1:
+                raise InputError(f"task.{name}={vars(self)[name]} is not above 0")
+
+    @property
+    def verb(self) -> str:
+        """For questions."""
+        return "answer"
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """A question and its context."""
+        return self.fields.question, self.fields.context
+
+    @property
+    def monitor(self) -> str:
+        """Of the words that answers share with right ones."""
+        return "f1"
+
+    def for_evaluation(self) -> "QuestionAnswering":
+        """The same: there is nothing of training alone."""
+        return self
+
+    def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Question]:
+        """One question a record."""
+        fields = self.fields if labelled else replace(self.fields, answers=None, id=None)
+        return data.read(records, fields)
+
+    def labels(self, examples: Sequence[Question]) -> Labels:
+        """None."""
+        return ()
+
+    def classes(self, examples: Sequence[Question]) -> list[str]:
+        """None."""
+        return []
+
+    def encode(self, framer: Framer, examples: Sequence[Question], labels: Labels) -> Examples:
+        """A row for each window.
+
+        ``question`` [] is the number of its question, and ``offsets`` [2, length] are the
+        characters of the context where each token begins and ends.
+        """
+        encoded = data.encode(framer, examples, self.doc_stride)
+        rows = encoded.examples.rows
+        for row, window in zip(rows, encoded.windows, strict=True):
+            row["question"] = np.array(window.example, np.int32)
+            row["offsets"] = window.offsets.T
+        along_length = encoded.examples.along_length | {"offsets"}
+        return replace(encoded.examples, along_length=along_length)
+
+    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+        """Two outputs at each position: the answer starts here, it ends here."""
+        return TokenHead(2, dropout_rate)
+
+    def make_loss(self, apply: Apply) -> Loss:
+        """Cross-entropy of first and last tokens."""
+        return span.make_loss(apply)
+
+    def make_predict(self, apply: Apply) -> Predict:
+        """``start_logits``, ``end_logits``, and what leads from them to an answer."""
+        predict = span.make_predict(apply)
+        return lambda variables, batch: {
+            **predict(variables, batch),
+            **{name: batch[name] for name in ("question", "offsets", "allowed")},
+        }
+
+    def metrics(
+        self, examples: Sequence[Question], labels: Labels, outputs: Outputs
+    ) -> dict[str, float]:
+        """As SQuAD counts them."""
+        readings = self._readings(examples, outputs)
+        # By number and not by id, which need not be unique.
+        references = {str(i): example.answers for i, example in enumerate(examples)}
+        texts = {str(i): reading.answer(math.inf) for i, reading in enumerate(readings)}
+        if self.null_threshold is None:
+            return metrics.squad(texts, references)
+        nulls = {str(i): reading.null_score for i, reading in enumerate(readings)}
+        return metrics.squad(texts, references, nulls, threshold=self.null_threshold)
+
+    def predictions(
+        self, examples: Sequence[Question], labels: Labels, outputs: Outputs
+    ) -> list[Prediction]:
+        """Each question; the loss is -log of the probability of all that is right."""
+        found = []
+        for example, reading in zip(examples, self._readings(examples, outputs), strict=True):
+            answer = self._answer(reading)
+            text = answer.text if answer else ""
+            right = example.answers or ("",)
+            probability = _null_probability(reading)
+            if example.answers:
+                probability = sum(a.probability for a in reading.answers if a.text in right)
+            found.append(
+                Prediction(
+                    loss=-math.log(max(probability, 1e-9)),
+                    gold=text if text in right else right[0],
+                    predicted=text,
+                    probability=answer.probability if answer else _null_probability(reading),
+                    text=example.question,
+                    place=example.place,
+                )
+            )
+        return found
+
+    def answers(
+        self, examples: Sequence[Question], labels: Labels, outputs: Outputs
+    ) -> list[dict[str, Any]]:
+        """The question, the answer or None, its characters in the context, and its probability."""
+        answers = []
+        for example, reading in zip(examples, self._readings(examples, outputs), strict=True):
+            best = self._answer(reading)
+            answers.append(
+                {
+                    "question": example.question,
+                    "answer": best.text if best else None,
+                    "start": best.start if best else None,
+                    "end": best.end if best else None,
+                    "probability": best.probability if best else _null_probability(reading),
+                }
+            )
+        return answers
+
+    def _readings(self, examples: Sequence[Question], outputs: Outputs) -> list[Reading]:
+        windows: list[list[Window]] = [[] for _ in examples]
+        names = ("question", "start_logits", "end_logits", "offsets", "allowed")
+        for number, start, end, offsets, allowed in zip(
+            *(outputs[name] for name in names), strict=True
+        ):
+            windows[number].append(
+                Window(start_logits=start, end_logits=end, offsets=offsets.T, allowed=allowed)
+            )
+        return [
+            read_windows(
+                example.context,
+                own,
+                num_best=self.num_best,
+                max_answer_length=self.max_answer_length,
+            )
+            for example, own in zip(examples, windows, strict=True)
+        ]
+
+    def _answer(self, reading: Reading) -> Answer | None:
+        threshold = math.inf if self.null_threshold is None else self.null_threshold
+        return reading.answers[0] if reading.answer(threshold) else None
+
+
+def _null_probability(reading: Reading) -> float:
+    return max(0.0, 1.0 - sum(answer.probability for answer in reading.answers))

@@ -1,0 +1,132 @@
+"""Multiple choice: which of a few texts goes best with a context."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from jaxlm.data.labelled import choice as data
+from jaxlm.data.labelled.choice import Choice, ChoiceFields
+from jaxlm.data.labelled.examples import Examples
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.records import Record
+from jaxlm.errors import InputError
+from jaxlm.evaluate import metrics
+from jaxlm.evaluate.report import Prediction
+from jaxlm.models.heads import ClassificationHead
+from jaxlm.objectives import classification
+from jaxlm.objectives.supervised import Predict
+from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.typing import Apply, Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultipleChoice:
+    """Endings of stories, answers of exams (Devlin et al. 2018, section 4.4)."""
+
+    fields: ChoiceFields = field(default_factory=ChoiceFields)
+    """Which fields hold the context, the choices, and which of them is right."""
+    label_smoothing: float = 0.0
+    """Probability that is spread over all choices in training."""
+
+    def __post_init__(self) -> None:
+        if self.fields.label is None:
+            raise InputError("task.fields.label is None: name the field of the right choice")
+
+    @property
+    def verb(self) -> str:
+        """For choices."""
+        return "choose"
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """A context and its choices."""
+        fields = self.fields
+        question = () if fields.question is None else (fields.question,)
+        return fields.context, *question, *fields.choices
+
+    @property
+    def monitor(self) -> str:
+        """The share of right choices."""
+        return "accuracy"
+
+    def for_evaluation(self) -> "MultipleChoice":
+        """Without label smoothing."""
+        return replace(self, label_smoothing=0.0)
+
+    def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Choice]:
+        """One example a record."""
+        label = self.fields.label if labelled else None
+        return data.read(records, replace(self.fields, label=label))
+
+    def labels(self, examples: Sequence[Choice]) -> Labels:
+        """None: the head gives every choice one number, however many there are."""
+        return ()
+
+    def classes(self, examples: Sequence[Choice]) -> list[str]:
+        """The places of right choices, which ought to be equally frequent."""
+        return [str(example.label) for example in examples if example.label is not None]
+
+    def encode(self, framer: Framer, examples: Sequence[Choice], labels: Labels) -> Examples:
+        """Rows of as many token rows as there are choices."""
+        return data.encode(framer, examples)
+
+    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+        """One number for a choice."""
+        return ClassificationHead(1, dropout_rate)
+
+    def make_loss(self, apply: Apply) -> Loss:
+        """Cross-entropy over the choices."""
+        chosen = classification.choices(apply)
+        return classification.make_loss(chosen, label_smoothing=self.label_smoothing)
+
+    def make_predict(self, apply: Apply) -> Predict:
+        """``probabilities`` of the choices."""
+        return classification.make_predict(classification.choices(apply))
+
+    def metrics(
+        self, examples: Sequence[Choice], labels: Labels, outputs: Outputs
+    ) -> dict[str, float]:
+        """How often the right one is chosen."""
+        gold = np.array([example.label for example in examples], np.int32)
+        return metrics.choice(gold, outputs["logits"])
+
+    def predictions(
+        self, examples: Sequence[Choice], labels: Labels, outputs: Outputs
+    ) -> list[Prediction]:
+        """Each example, with the texts of its right and its chosen choice."""
+        found = []
+        for example, row in zip(examples, outputs["probabilities"], strict=True):
+            assert example.label is not None
+            best = int(row.argmax())
+            found.append(
+                Prediction(
+                    loss=float(-np.log(max(float(row[example.label]), 1e-9))),
+                    gold=example.choices[example.label],
+                    predicted=example.choices[best],
+                    probability=float(row[best]),
+                    text=example.context,
+                    place=example.place,
+                )
+            )
+        return found
+
+    def answers(
+        self, examples: Sequence[Choice], labels: Labels, outputs: Outputs
+    ) -> list[dict[str, Any]]:
+        """The context, the chosen text, its number from 0, and the probability of each choice."""
+        answers = []
+        for example, row in zip(examples, outputs["probabilities"].tolist(), strict=True):
+            best = row.index(max(row))
+            answers.append(
+                {
+                    "context": example.context,
+                    "choice": example.choices[best],
+                    "number": best,
+                    "probability": row[best],
+                    "probabilities": row,
+                }
+            )
+        return answers

@@ -1,0 +1,185 @@
+"""Sentence embeddings: texts of like meaning get vectors of like direction."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jaxtyping import Float32
+from tokenizers import Tokenizer
+
+from jaxlm.data.labelled import classification as data
+from jaxlm.data.labelled.batches import eval_batches, make_buckets
+from jaxlm.data.labelled.classification import TextExample, TextFields
+from jaxlm.data.labelled.examples import Examples
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.records import Record
+from jaxlm.errors import InputError
+from jaxlm.evaluate import metrics
+from jaxlm.evaluate.report import Prediction
+from jaxlm.models.heads import EmbeddingHead, WithHead
+from jaxlm.objectives import contrastive, supervised
+from jaxlm.objectives.supervised import Predict
+from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.typing import Apply, Loss, Params
+
+Embed = Callable[[Sequence[str]], Float32[np.ndarray, "texts embed"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """Learnt from pairs of texts that belong together (Gao et al. 2021, SimCSE)."""
+
+    fields: TextFields = field(default_factory=lambda: TextFields(pair="pair", label=None))
+    """Which columns hold the two texts, and, if they are given, similarities, which are numbers.
+    The same column twice is SimCSE without supervision."""
+    min_similarity: float | None = None
+    """Where similarities are given: that of the least alike pairs that belong together. Others do
+    not train."""
+    temperature: float = 0.05
+    """What cosines are divided by before the softmax."""
+
+    def __post_init__(self) -> None:
+        fields = self.fields
+        if fields.pair is None:
+            raise InputError("task.fields.pair is None: embeddings are learnt from pairs; name one")
+        if fields.label is not None and fields.target != "number":
+            raise InputError(
+                f"task.fields.target={fields.target} is no similarity: set it to number, or label "
+                "to None"
+            )
+        if (fields.label is None) != (self.min_similarity is None):
+            raise InputError(
+                f"task.fields.label={fields.label} and task.min_similarity={self.min_similarity} "
+                "go together: the column of similarities, and the least that makes a pair"
+            )
+        if self.temperature <= 0:
+            raise InputError(f"task.temperature={self.temperature} is not above 0; 0.05 is usual")
+
+    @property
+    def verb(self) -> str:
+        """For texts."""
+        return "embed"
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """A text."""
+        return (self.fields.text,)
+
+    @property
+    def monitor(self) -> str:
+        """By what is known of the pairs."""
+        return "accuracy" if self.fields.label is None else "spearman"
+
+    def for_evaluation(self) -> "Embedding":
+        """The same: there is nothing of training alone."""
+        return self
+
+    def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
+        """One pair a record; with ``labelled=False`` one text."""
+        fields = self.fields if labelled else replace(self.fields, pair=None, label=None)
+        return data.read(records, fields)
+
+    def labels(self, examples: Sequence[TextExample]) -> Labels:
+        """None."""
+        return ()
+
+    def classes(self, examples: Sequence[TextExample]) -> list[str]:
+        """None."""
+        return []
+
+    def encode(self, framer: Framer, examples: Sequence[TextExample], labels: Labels) -> Examples:
+        """Rows of two token rows for pairs, and of one for single texts."""
+        if examples[0].pair is None:
+            return data.encode(framer, examples)
+        encoded = data.encode_contrastive(framer, examples)
+        for row, example in zip(encoded.rows, examples, strict=True):
+            row["weights"] = np.array(self._belongs_together(example), np.float32)
+        return encoded
+
+    def _belongs_together(self, example: TextExample) -> bool:
+        if self.min_similarity is None:
+            return True
+        assert isinstance(example.label, float)
+        return example.label >= self.min_similarity
+
+    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+        """The mean of hidden states, of length 1; it has no parameters."""
+        return EmbeddingHead()
+
+    def make_loss(self, apply: Apply) -> Loss:
+        """Cross-entropy of finding the partner among those of the batch."""
+        return contrastive.make_loss(apply, temperature=self.temperature)
+
+    def make_predict(self, apply: Apply) -> Predict:
+        """``embeddings`` [batch, embed] of single texts, [batch, 2, embed] of pairs."""
+        single = contrastive.make_predict(apply)
+        pairs = contrastive.make_predict(supervised.over_members(apply))
+        return lambda variables, batch: (single if batch["tokens"].ndim == 2 else pairs)(
+            variables, batch
+        )
+
+    def metrics(
+        self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
+    ) -> dict[str, float]:
+        """Correlations with given similarities; else how often the partner is the nearest."""
+        first, second = outputs["embeddings"][:, 0], outputs["embeddings"][:, 1]
+        if self.fields.label is not None:
+            return metrics.embeddings(data.label_array(examples, labels), first, second)
+        nearest = [int((second @ vector).argmax()) for vector in first]
+        # A partner that is there several times is the right one each time.
+        found = [examples[j].pair for j in nearest]
+        hits = [example.pair == pair for example, pair in zip(examples, found, strict=True)]
+        return {"accuracy": float(np.mean(hits))}
+
+    def predictions(
+        self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
+    ) -> list[Prediction]:
+        """None."""
+        return []
+
+    def answers(
+        self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
+    ) -> list[dict[str, Any]]:
+        """The text and its embedding."""
+        return [
+            {"text": example.text, "embedding": vector}
+            for example, vector in zip(examples, outputs["embeddings"].tolist(), strict=True)
+        ]
+
+
+def make_embed(
+    encoder: nn.Module,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int = 128,
+    batch_size: int = 32,
+) -> Embed:
+    """``embed(texts)`` with an encoder as it is: unit vectors, one for each text, in their order.
+
+    ``params`` are the encoder's, such as those of a :class:`jaxlm.base.Base`.
+    """
+    framer = Framer(tokenizer, max_length)
+    apply = WithHead(encoder, EmbeddingHead()).apply
+    variables = {"params": {"encoder": params}}
+    predict = jax.jit(contrastive.make_predict(apply))
+
+    def embed(texts: Sequence[str]) -> Float32[np.ndarray, "texts embed"]:
+        if not texts:
+            raise InputError("there are no texts to embed")
+        examples = [
+            TextExample(text=text, pair=None, label=None, place=f"text {number}")
+            for number, text in enumerate(texts, start=1)
+        ]
+        encoded = data.encode(framer, examples)
+        buckets = make_buckets(encoded.lengths, multiple=16, max_length=max_length)
+        vectors = {}
+        for batch in eval_batches(encoded, batch_size, buckets):
+            outputs = jax.device_get(predict(variables, batch))["embeddings"]
+            vectors |= dict(zip(batch["example"].tolist(), outputs, strict=True))
+        return np.stack([vectors[i] for i in range(len(texts))])
+
+    return embed

@@ -1,0 +1,155 @@
+"""A tag for each word, such as BIO tags of named entities."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from jaxlm.data.labelled import tagging as data
+from jaxlm.data.labelled.examples import Examples
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.tagging import Sentence, TagFields
+from jaxlm.evaluate import metrics
+from jaxlm.evaluate.report import Prediction
+from jaxlm.evaluate.tags import find_mentions
+from jaxlm.models.heads import TokenHead
+from jaxlm.objectives import classification
+from jaxlm.objectives.supervised import Predict
+from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.typing import Apply, Loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tagging:
+    """Named entities, parts of speech: the first subword of each word bears its tag."""
+
+    fields: TagFields = field(default_factory=TagFields)
+    """Which fields hold words and tags."""
+    label_smoothing: float = 0.0
+    """Probability that is spread over all tags in training."""
+
+    @property
+    def verb(self) -> str:
+        """For words."""
+        return "tag"
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """Words with white space between them."""
+        return (self.fields.words,)
+
+    @property
+    def monitor(self) -> str:
+        """The F1 of whole entities."""
+        return "f1"
+
+    def for_evaluation(self) -> "Tagging":
+        """Without label smoothing."""
+        return replace(self, label_smoothing=0.0)
+
+    def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Sentence]:
+        """One sentence a record."""
+        tags = self.fields.tags if labelled else None
+        return data.read(records, replace(self.fields, tags=tags))
+
+    def labels(self, examples: Sequence[Sentence]) -> Labels:
+        """The tags."""
+        return data.label_names(examples)
+
+    def classes(self, examples: Sequence[Sentence]) -> list[str]:
+        """Each word's."""
+        return [tag for example in examples for tag in example.tags or ()]
+
+    def encode(self, framer: Framer, examples: Sequence[Sentence], labels: Labels) -> Examples:
+        """Rows of tokens; ``words`` numbers, from 1, the word that each token begins, else 0."""
+        tagged = data.encode(framer, examples, labels)
+        for row, positions in zip(tagged.examples.rows, tagged.first_positions, strict=True):
+            present = np.flatnonzero(positions >= 0)
+            row["words"] = np.zeros(len(row["tokens"]), np.int32)
+            row["words"][positions[present]] = present + 1
+        along_length = tagged.examples.along_length | {"words"}
+        return replace(tagged.examples, along_length=along_length)
+
+    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+        """One output for each tag, at each position."""
+        return TokenHead(len(labels), dropout_rate)
+
+    def make_loss(self, apply: Apply) -> Loss:
+        """Cross-entropy of the tags of words."""
+        return classification.make_loss(apply, label_smoothing=self.label_smoothing)
+
+    def make_predict(self, apply: Apply) -> Predict:
+        """``probabilities`` of tags at each position, and where words begin."""
+        predict = classification.make_predict(apply)
+        return lambda variables, batch: {
+            "probabilities": predict(variables, batch)["probabilities"],
+            "words": batch["words"],
+        }
+
+    def metrics(
+        self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
+    ) -> dict[str, float]:
+        """Of entities."""
+        predicted = [tags for tags, _ in _tags(examples, labels, outputs)]
+        return metrics.entities([example.tags or [] for example in examples], predicted)
+
+    def predictions(
+        self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
+    ) -> list[Prediction]:
+        """The worst word of each sentence."""
+        found = []
+        tagged = _tags(examples, labels, outputs)
+        for example, (tags, probabilities) in zip(examples, tagged, strict=True):
+            wrong = [i for i, tag in enumerate(example.tags or ()) if tag != tags[i]]
+            if not wrong:
+                continue
+            worst = max(wrong, key=lambda i: probabilities[i])
+            text = " ".join(example.words)
+            found.append(
+                Prediction(
+                    loss=float(-np.log(max(1 - probabilities[worst], 1e-9))),
+                    gold=(example.tags or [])[worst],
+                    predicted=tags[worst],
+                    probability=probabilities[worst],
+                    text=f"{example.words[worst]}: {text}",
+                    place=example.place,
+                )
+            )
+        return found
+
+    def answers(
+        self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
+    ) -> list[dict[str, Any]]:
+        """The words, their tags, and the entities with their places in the joined text."""
+        answers = []
+        tagged = _tags(examples, labels, outputs)
+        for example, (tags, probabilities) in zip(examples, tagged, strict=True):
+            text = " ".join(example.words)
+            ends = np.cumsum([len(word) + 1 for word in example.words]) - 1
+            places = [
+                (int(end) - len(word), int(end))
+                for word, end in zip(example.words, ends, strict=True)
+            ]
+            mentions = find_mentions(tags, places, text, probabilities)
+            entities = [vars(mention) for mention in mentions]
+            answers.append({"text": text, "tags": tags, "entities": entities})
+        return answers
+
+
+def _tags(
+    examples: Sequence[Sentence], labels: Labels, outputs: Outputs
+) -> list[tuple[list[str], list[float]]]:
+    """The likeliest tag of each word and its probability; O for words that were cut off."""
+    tagged = []
+    rows = zip(examples, outputs["probabilities"], outputs["words"], strict=True)
+    for example, probabilities, words in rows:
+        tags, likely = ["O"] * len(example.words), [1.0] * len(example.words)
+        for position in np.flatnonzero(words):
+            best = int(probabilities[position].argmax())
+            tags[words[position] - 1] = labels[best]
+            likely[words[position] - 1] = float(probabilities[position, best])
+        tagged.append((tags, likely))
+    return tagged

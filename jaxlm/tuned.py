@@ -1,0 +1,257 @@
+"""A fine-tuned model assembled from its configuration: what training and using it share."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
+
+from jaxlm import base as bases
+from jaxlm import optim, run, sharding, tuning
+from jaxlm.base import Base
+from jaxlm.config import FinetuneConfig
+from jaxlm.data import tokenizers
+from jaxlm.data.labelled.batches import eval_batches, make_buckets
+from jaxlm.data.labelled.examples import Examples
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.records import Record
+from jaxlm.errors import InputError
+from jaxlm.evaluate.metrics import higher_is_better
+from jaxlm.models.heads import WithHead
+from jaxlm.sums import Sums, add_all
+from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.train import restore
+from jaxlm.train.placement import Placement, jit_placement, pmap_placement
+from jaxlm.train.restore import Cursor, Monitor
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import make_predict_step, make_train_step
+from jaxlm.typing import Apply, Params, Variables
+
+LABELS = "labels.json"
+DUMMY = jnp.zeros((1, 8), jnp.int32)  # tokens to initialise and to trace with
+
+
+def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
+    """The resolved config's encoder with its task's head."""
+    assert config.model is not None  # resolved
+    return WithHead(config.model.make(), config.task.make_head(labels, config.dropout_rate))
+
+
+def adapted_apply(config: FinetuneConfig, labels: Labels) -> Apply:
+    """The model's, reading adapters and frozen parameters of any dtype."""
+    return tuning.adapt(config.tuning, make_model(config, labels).apply)
+
+
+def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> TrainState:
+    """Step 0: the base's parameters, and a new head and adapters, on the host's first device."""
+    model = make_model(config, labels)
+    key, adapter_key = jax.random.split(jax.random.key(config.train.seed))
+    params = jax.jit(model.init)(key, DUMMY)["params"]
+    if base is not None:
+        params = params | {"encoder": base.encoder}
+        if base.pooler is not None and "pooler" in params.get("head", {}):
+            params["head"] = params["head"] | {"pooler": base.pooler}
+    params = jax.tree.map(jnp.asarray, params)
+    trainable, frozen = tuning.prepare(
+        config.tuning,
+        adapter_key,
+        params,
+        lambda variables: model.apply(variables, DUMMY),
+        config.frozen_dtype,
+    )
+    if not trainable:
+        raise InputError(
+            f"tuning={type(config.tuning).__name__} leaves nothing to learn: the head of "
+            f"{type(config.task).__name__} has no parameters; tune the encoder as well"
+        )
+    return TrainState.create(trainable, frozen, make_optimizer(config))
+
+
+def make_optimizer(config: FinetuneConfig) -> Any:
+    """The config's, with the rates of its tuning."""
+    return optim.make_optimizer(config.optimizer, tuning.lr_factor(config.tuning))
+
+
+def make_placement(
+    config: FinetuneConfig, labels: Labels, state: TrainState, *, labelled: bool = True
+) -> Placement:
+    """The run's steps on all devices; ``eval_step`` gives sums, of labelled data, and outputs."""
+    apply = adapted_apply(config, labels)
+    axis_name = "data" if config.placement == "pmap" else None
+    train_step = make_train_step(
+        config.task.make_loss(apply),
+        make_optimizer(config),
+        optim.make_schedule(config.optimizer),
+        seed=config.train.seed,
+        num_micro_batches=config.train.num_micro_batches,
+        axis_name=axis_name,
+    )
+    task = config.task.for_evaluation()
+    predict = task.make_predict(apply)
+    predict_step = make_predict_step(
+        task.make_loss(apply) if labelled else None,
+        lambda variables, batch: {**predict(variables, batch), "example": batch["example"]},
+        seed=run.EVAL_SEED,
+        axis_name=axis_name,
+    )
+    mesh = sharding.make_mesh(config.mesh)
+    run.check_batch(config.data.batch_size, config.train.num_micro_batches, mesh)
+    if axis_name is None:
+        return jit_placement(lambda _: state, train_step, predict_step, mesh)
+    run.check_pmap(mesh)
+    return pmap_placement(lambda _: state, train_step, predict_step, axis_name)
+
+
+def place(state: TrainState, placement: Placement) -> TrainState:
+    """The state on the devices of its placement."""
+    return jax.tree.map(
+        lambda x, abstract: jax.device_put(x, abstract.sharding), state, placement.abstract_state
+    )
+
+
+def predict(
+    placement: Placement,
+    state: TrainState,
+    examples: Examples,
+    batch_size: int,
+    buckets: Sequence[int],
+) -> tuple[Sums | None, Outputs]:
+    """Sums over all examples, if they are labelled, and the outputs for each, in their order."""
+    sums, rows = [], {}
+    batches = eval_batches(
+        examples,
+        batch_size,
+        buckets,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for batch in batches:
+        one, outputs = jax.device_get(placement.eval_step(state, placement.put_batch(batch)))
+        sums += [] if one is None else [one]
+        for i, example in enumerate(outputs.pop("example").tolist()):
+            if example >= 0:
+                rows[example] = {name: values[i] for name, values in outputs.items()}
+    collected = {name: [rows[i][name] for i in range(len(rows))] for name in rows[0]}
+    return add_all(sums) if sums else None, {
+        name: _stack(values) for name, values in collected.items()
+    }
+
+
+def _stack(values: list[Any]) -> Any:
+    """An array, unless rows were padded to different lengths."""
+    return np.stack(values) if len({np.shape(value) for value in values}) == 1 else values
+
+
+def monitor(config: FinetuneConfig) -> Monitor:
+    """Which checkpoint is best."""
+    name = config.monitor or config.task.monitor
+    return Monitor(name, higher_is_better(name))
+
+
+@dataclass(frozen=True)
+class FinetunedRun:
+    """A fine-tuned run, read from its folder."""
+
+    config: FinetuneConfig
+    tokenizer: Tokenizer
+    labels: Labels
+    state: TrainState
+    placement: Placement
+    unlabelled: Placement
+    """For data without labels."""
+    cursor: Cursor
+
+    @property
+    def variables(self) -> Variables:
+        """All collections, adapters among them."""
+        return self.state.variables
+
+    def merged(self) -> Params:
+        """The parameters of a plain model, without adapters, that computes the same."""
+        model = make_model(self.config, self.labels)
+        call = lambda variables: model.apply(variables, DUMMY)
+        return tuning.merge(self.config.tuning, self.variables, call)
+
+    def outputs(
+        self, examples: Sequence[Any], *, labelled: bool = True
+    ) -> tuple[Sums | None, Outputs]:
+        """What the model gives for examples of its task, in their order."""
+        placement = self.placement if labelled else self.unlabelled
+        framer = make_framer(self.config, self.tokenizer)
+        encoded = self.config.task.encode(framer, examples, self.labels)
+        buckets = make_buckets(
+            encoded.lengths, self.config.data.num_buckets, max_length=framer.max_length
+        )
+        batch_size = self.config.data.batch_size
+        return predict(placement, self.state, encoded, batch_size, buckets)
+
+    def answer(self, records: Iterable[Record], *, chunk: int = 4096) -> Iterator[dict[str, Any]]:
+        """What the model says of each record, in JSON."""
+        records = iter(records)
+        while part := list(islice(records, chunk)):
+            examples: list[Any] = self.config.task.read(part, labelled=False)
+            _, outputs = self.outputs(examples, labelled=False)
+            yield from self.config.task.answers(examples, self.labels, outputs)
+
+
+def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
+    """Rows no longer than both data and model allow."""
+    assert config.model is not None
+    longest = config.model.max_length or config.data.max_length
+    return Framer(tokenizer, min(config.data.max_length, longest))
+
+
+def open_tuned(
+    directory: Path | str, *, base: str | None = None, step: int | None = None
+) -> FinetunedRun:
+    """Read a fine-tuned run: its best checkpoint, or that of ``step``.
+
+    ``base`` says where the encoder lies now, if not where the config says; it is not read if all
+    parameters were tuned. Raises :class:`InputError` where it is another than the adapters' own.
+    """
+    directory = Path(directory)
+    config = run.read_config(directory, FinetuneConfig)
+    tokenizer = run.read_tokenizer(directory)
+    labels = tuple(json.loads((directory / LABELS).read_text()))
+    loaded = None
+    if config.base is not None and not isinstance(config.tuning, tuning.Full):
+        loaded = bases.load(base or config.base)
+    config = dataclasses.replace(
+        config,
+        mesh=sharding.MeshConfig(),
+        placement="jit",
+        data=dataclasses.replace(config.data, batch_size=run.whole_batch(config.data.batch_size)),
+    )
+    state = make_state(config, labels, loaded)
+    placement = make_placement(config, labels, state)
+    unlabelled = make_placement(config, labels, state, labelled=False)
+    checkpoints = directory / run.CHECKPOINTS
+    restored = restore.restore_part(
+        checkpoints,
+        {"trainable": placement.abstract_state.trainable},
+        restore.best_step(checkpoints, monitor(config), report=restore.warn)
+        if step is None
+        else step,
+    )
+    run.check_same(
+        directory,
+        restored.cursor,
+        {
+            "tokenizer_sha256": tokenizers.fingerprint(tokenizer),
+            **({"base_sha256": loaded.fingerprint} if loaded else {}),
+        },
+    )
+    state = place(
+        TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
+        placement._replace(
+            abstract_state=dataclasses.replace(placement.abstract_state, opt_state=())
+        ),
+    )
+    return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, restored.cursor)

@@ -1,0 +1,148 @@
+"""Which parameters learn: all, a head, biases, or adapters beside frozen ones."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from jaxlm import ia3, lora, tree
+from jaxlm.ia3 import Ia3Config
+from jaxlm.intercept import find_sites
+from jaxlm.lora import LoraConfig
+from jaxlm.quantize import dequantize, quantize
+from jaxlm.typing import Apply, Params, PRNGKey, Variables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """All parameters learn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly:
+    """The head alone learns, on the encoder as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit:
+    """The head and all biases learn (Ben Zaken et al. 2021, arXiv:2106.10199)."""
+
+
+Tuning = Full | HeadOnly | BitFit | LoraConfig | Ia3Config
+FrozenDtype = Literal["float32", "bfloat16", "int8"]
+HEAD = "params/head/"
+
+
+class Tuned(NamedTuple):
+    """A model whose parameters are parted; ``apply`` takes both parts combined."""
+
+    apply: Apply
+    trainable: Params
+    frozen: Params
+
+
+def adapt(tuning: Tuning, apply: Apply) -> Apply:
+    """``apply`` that reads what the tuning adds to the variables, and frozen ones of any dtype."""
+    adapted = apply
+    if isinstance(tuning, LoraConfig):
+        adapted = lora.adapt(apply, tuning)
+    elif isinstance(tuning, Ia3Config):
+        adapted = ia3.adapt(apply)
+
+    def dequantized(variables: Variables, *args: Any, **kwargs: Any) -> Any:
+        return adapted(dequantize(variables), *args, **kwargs)
+
+    return dequantized
+
+
+def prepare(
+    tuning: Tuning,
+    key: PRNGKey,
+    params: Params,
+    call: Callable[[Variables], Any],
+    frozen_dtype: FrozenDtype = "float32",
+) -> tuple[Params, Params]:
+    """The variables that learn, and the frozen ones, from a model's ``params``.
+
+    ``call(variables)`` calls the model, to find out what can be adapted; nothing is computed.
+    """
+    sites = find_sites(call, {"params": params})
+    variables = {"params": params}
+    if isinstance(tuning, LoraConfig):
+        body = {path: site for path, site in sites.items() if not f"params/{path}".startswith(HEAD)}
+        variables["lora"] = lora.init(key, params, body, tuning)
+        if tuning.init == "pissa":
+            variables["params"] = lora.unmerge(params, variables["lora"], tuning)
+    elif isinstance(tuning, Ia3Config):
+        variables["ia3"] = ia3.init(params, sites, tuning)
+    trainable, frozen = tree.partition(variables, partial(learns, tuning))
+    if frozen_dtype == "bfloat16":
+        frozen = tree.map_with_path(_to_bfloat16, frozen)
+    elif frozen_dtype == "int8" and frozen:
+        kept = dict(tree.leaves_with_path(frozen["params"]))
+        kernels = {p: s for p, s in sites.items() if p in kept and p.endswith("/kernel")}
+        frozen = frozen | {"params": quantize(frozen["params"], kernels)}
+    return trainable, frozen
+
+
+def learns(tuning: Tuning, path: str) -> bool:
+    """Whether the variable at a path is trained."""
+    if isinstance(tuning, Full) or path.startswith((HEAD, "lora/", "ia3/")):
+        return True
+    return isinstance(tuning, BitFit) and path.endswith("/bias")
+
+
+def lr_factor(tuning: Tuning) -> Callable[[str], float] | None:
+    """What multiplies the learning rate of a path, where it is not one for all (LoRA+)."""
+    if isinstance(tuning, LoraConfig) and tuning.lr_ratio != 1:
+        return partial(lora.lr_factor, config=tuning)
+    return None
+
+
+def merge(tuning: Tuning, variables: Variables, call: Callable[[Variables], Any]) -> Params:
+    """The parameters of a plain model that computes the same."""
+    variables = dequantize(variables)
+    if isinstance(tuning, LoraConfig):
+        return lora.merge(variables["params"], variables["lora"], tuning)
+    if isinstance(tuning, Ia3Config):
+        sites = find_sites(call, {"params": variables["params"]})
+        return ia3.merge(variables["params"], variables["ia3"], sites)
+    return variables["params"]
+
+
+def table(trainable: Params, frozen: Params, moments: int) -> Table:
+    """Sizes of what is trained and what is not, and of full tuning with the same optimizer.
+
+    ``moments`` is the optimizer's number of values for each parameter.
+    """
+    here = tree.num_params(trainable), tree.num_bytes(trainable), tree.num_bytes(frozen)
+    whole = here[0] + tree.num_params(jax.eval_shape(dequantize, frozen))
+    shown = Table(box=None, pad_edge=False)
+    for name in ("", "parameters", "trainable", "weights", "gradients", "moments", "in all"):
+        shown.add_column(name, justify="right" if name else "left")
+    for name, learning, weights in (
+        ("this tuning", here[0], here[1] + here[2]),
+        ("full tuning", whole, 4 * whole),
+    ):
+        sizes = weights, 4 * learning, 4 * learning * moments
+        shown.add_row(
+            name,
+            f"{whole:,}",
+            f"{learning:,} ({learning / whole:.2%})",
+            *map(_megabytes, (*sizes, sum(sizes))),
+        )
+    return shown
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _to_bfloat16(path: str, leaf: Any) -> Any:
+    # Norms and biases are small, and what they lack in digits every activation would lack.
+    return leaf.astype(jnp.bfloat16) if re.search(r"/(kernel|embedding)$", path) else leaf

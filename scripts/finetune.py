@@ -1,0 +1,21 @@
+"""Fine-tune an encoder on labelled data: ``python scripts/finetune.py configs/quickstart_lora.py``.
+
+Every field of the config can be changed behind it, such as ``--tuning.rank 16``; put ``--help``
+there for all of them. The same command goes on where an interrupted run was saved.
+"""
+
+from jaxlm.startup import tune_process
+
+tune_process()
+
+from jaxlm import config, finetune  # noqa: E402  (the allocator is settled before JAX starts)
+from jaxlm.errors import report_input_errors  # noqa: E402
+
+if __name__ == "__main__":
+    with report_input_errors():
+        directory = finetune.finetune(config.load(config.FinetuneConfig))
+        print(
+            f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
+            f"  python scripts/evaluate.py {directory}\n"
+            f"  python scripts/predict.py {directory} classify TEXT"
+        )

@@ -1,0 +1,54 @@
+"""Merge a run's adapters into its encoder: ``python scripts/merge_lora.py runs/x merged``.
+
+The folder that comes out is a published encoder's, ``config.json``, ``model.safetensors`` and
+``tokenizer.json`` in Hugging Face's layout: a base for further fine-tuning here, or a model for
+other libraries. The task's own head is left behind.
+"""
+
+from jaxlm.startup import tune_process
+
+tune_process()
+
+# ruff: noqa: E402  (the allocator is settled before JAX starts)
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import tyro
+
+from jaxlm import tuned
+from jaxlm.convert import huggingface
+from jaxlm.errors import InputError, report_input_errors
+from jaxlm.models.bert import BertConfig
+
+
+def main(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    /,
+    step: int | None = None,
+    base: str | None = None,
+) -> None:
+    """Write the encoder with the run's adapters added, in float32.
+
+    Args:
+        run: The folder of a fine-tuned run.
+        out: The new folder.
+        step: Which checkpoint; None = the best.
+        base: Where the encoder of the adapter lies, if not where it was.
+    """
+    loaded = tuned.open_tuned(run, step=step, base=base)
+    params = jax.tree.map(np.asarray, loaded.merged())
+    head = {name: leaf for name, leaf in params["head"].items() if name == "pooler"}
+    model = loaded.config.model
+    if not isinstance(model, BertConfig):
+        raise InputError(f"{run} is of a {type(model).__name__}, which other libraries do not read")
+    kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
+    huggingface.save(out, kept, model, loaded.tokenizer)
+    print(f"{run} at step {int(loaded.state.step)}, merged, is in {out}")
+
+
+if __name__ == "__main__":
+    with report_input_errors():
+        tyro.cli(main)

@@ -1,0 +1,124 @@
+"""Answers in the windows of contexts."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxlm.data.labelled.records import Squad
+from jaxlm.data.labelled.span import SpanFields
+from jaxlm.errors import InputError
+from jaxlm.tasks.answering import QuestionAnswering
+
+CONTEXT = "a b c d e f g h john smith lives in new york . a b"  # of which a window holds 7
+
+
+def asked(answer: str | None = None, context: str = CONTEXT, name: str = "q") -> dict:
+    found = [] if answer is None else [answer]
+    return {
+        "id": name,
+        "question": "who ?",
+        "context": context,
+        "answers/text": found,
+        "answers/answer_start": [context.index(text) for text in found],
+    }
+
+
+def outputs_for(framer, task, examples, spans):
+    """As if the model were sure of ``spans``, or of no answer, in windows of all lengths."""
+    outputs = {}
+    for row in task.encode(framer, examples, ()).rows:
+        logits = np.zeros((2, len(row["tokens"])), np.float32)
+        logits[:, ~row["allowed"]] = -1e9
+        span = spans[int(row["question"])]
+        inside = span is not None and {span[0], span[1]} <= set(row["offsets"].flat)
+        if inside:
+            logits[0, row["offsets"][0] == span[0]] = 9
+            logits[1, row["offsets"][1] == span[1]] = 9
+        else:
+            logits[:, 0] = 9
+        found = {"start_logits": logits[0], "end_logits": logits[1]}
+        found |= {name: row[name] for name in ("question", "offsets", "allowed")}
+        for name, value in found.items():
+            outputs.setdefault(name, []).append(value)
+    return outputs
+
+
+def test_answers_of_windows_are_those_characters_of_the_context(framer, records):
+    task = QuestionAnswering(doc_stride=3)
+    other = "h g f e d c b a g f e york in d c b a"
+    examples = task.read(records(asked("john smith"), asked(None), asked("york in", other)))
+    spans = [(16, 26), None, (22, 29)]
+    outputs = outputs_for(framer, task, examples, spans)
+    assert np.bincount(outputs["question"]).tolist() == [4, 4, 4]
+    john, none, york = task.answers(examples, (), outputs)
+    assert (john["answer"], john["start"], john["end"]) == ("john smith", 16, 26)
+    assert (york["answer"], york["start"], york["end"]) == ("york in", 22, 29)
+    assert none["answer"] is none["start"] is none["end"] is None
+    assert john["probability"] > 0.9
+    assert none["probability"] > 0.9
+    assert task.metrics(examples, (), outputs)["exact_match"] == 1.0
+    assert [p.predicted == p.gold for p in task.predictions(examples, (), outputs)] == [True] * 3
+
+    # A window of another question would give another answer, so the numbers are not idle.
+    outputs["question"] = [2 - number for number in outputs["question"]]
+    assert task.metrics(examples, (), outputs)["exact_match"] < 1.0
+
+
+def test_the_threshold_decides_whether_there_is_an_answer(framer, records):
+    examples = QuestionAnswering().read(records(asked("john smith")))
+    answers = {}
+    for threshold in (0.0, 100.0, None):
+        task = QuestionAnswering(doc_stride=3, null_threshold=threshold)
+        outputs = outputs_for(framer, task, examples, [None])
+        (answer,) = task.answers(examples, (), outputs)
+        answers[threshold] = answer["answer"]
+        assert ("best_f1" in task.metrics(examples, (), outputs)) == (threshold is not None)
+    assert answers[0.0] is None
+    assert answers[100.0] == answers[None] is not None
+
+
+def test_questions_of_one_id_are_two(framer, records):
+    task = QuestionAnswering(doc_stride=3)
+    examples = task.read(records(asked("john"), asked(None)))
+    outputs = outputs_for(framer, task, examples, [(16, 20), (16, 20)])
+    assert task.metrics(examples, (), outputs)["exact_match"] == 0.5
+
+
+def test_a_run_answers_in_order(train, tmp_path, rng, records, eval_metrics):
+    questions = []
+    for i in range(40):
+        words = rng.choice([*"abcdefgh"], 24).tolist()
+        words[rng.integers(24)] = "john"
+        context = " ".join(words)
+        found = [] if i % 4 == 0 else [{"text": "john", "answer_start": context.index("john")}]
+        qas = [{"id": f"q{i}", "question": f"who {i} ?", "answers": found}]
+        questions.append({"context": context, "qas": qas})
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"data": [{"paragraphs": questions}]}))
+    run = train(QuestionAnswering(doc_stride=4, null_threshold=None), Squad(path=str(path)), 24)
+    metrics = eval_metrics()
+    assert metrics["has_answer_exact_match"] > 0.9
+    assert metrics["no_answer_exact_match"] == 0
+    given = records(
+        *({"question": q["qas"][0]["question"], "context": q["context"]} for q in questions)
+    )
+    answers = list(run.answer(given, chunk=30))
+    assert [answer["question"] for answer in answers] == [f"who {i} ?" for i in range(40)]
+    for question, answer in zip(questions, answers, strict=True):
+        assert question["context"][answer["start"] : answer["end"]] == answer["answer"]
+    assert np.mean([answer["answer"] == "john" for answer in answers]) > 0.9
+
+
+def test_bad_input(framer, records):
+    with pytest.raises(InputError, match=r"task\.fields\.answers is None"):
+        QuestionAnswering(fields=SpanFields(answers=None))
+    with pytest.raises(InputError, match=r"task\.num_best=0 is not above 0"):
+        QuestionAnswering(num_best=0)
+    with pytest.raises(InputError, match=r"task\.doc_stride=-1 is below 0"):
+        QuestionAnswering(doc_stride=-1)
+    task = QuestionAnswering(doc_stride=7)
+    with pytest.raises(InputError, match="not more than doc_stride=7"):
+        task.encode(framer, task.read(records(asked())), ())
+    with pytest.raises(InputError, match="the answer 'john' to question q is not at character 0"):
+        task.read(records(asked("john") | {"answers/answer_start": [0]}))

@@ -1,0 +1,124 @@
+"""Embeddings of texts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import tuned
+from jaxlm.base import Base
+from jaxlm.data.labelled.classification import TextFields
+from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
+from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.tasks.embedding import Embedding, make_embed
+from jaxlm.tuning import HeadOnly
+
+SCORED = Embedding(
+    fields=TextFields(pair="pair", label="score", target="number"), min_similarity=3.0
+)
+
+
+def test_a_run_brings_pairs_together(train, write, records, eval_metrics):
+    words = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
+    rows = [
+        {"text": f"{word} {x}", "pair": f"{x} {y} {word}"}
+        for word in words
+        for x in "abc"
+        for y in "de"
+    ]
+    run = train(Embedding(), write(rows))
+    assert eval_metrics()["accuracy"] > 0.5  # by chance 1 in 12
+    asked = [row["pair" if i % 2 else "text"] for i, row in enumerate(rows)][:20]
+    answers = list(run.answer(records(*({"text": text} for text in [*asked, asked[5]]))))
+    assert [answer["text"] for answer in answers] == [*asked, asked[5]]
+    vectors = np.array([answer["embedding"] for answer in answers])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(vectors[5], vectors[-1], atol=1e-5)
+    assert abs(vectors[5] - vectors[0]).max() > 1e-2
+
+
+def test_given_similarities_choose_what_trains_and_are_compared(framer, records):
+    rows = [{"text": "a", "pair": "b c", "score": score} for score in (5, 3, 1)]
+    examples = SCORED.read(records(*rows))
+    assert [float(row["weights"]) for row in SCORED.encode(framer, examples, ()).rows] == [1, 1, 0]
+    cosines = np.array([0.9, 0.5, 0.1], np.float32)
+    second = np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
+    embeddings = np.stack([np.tile(np.float32([1, 0]), (3, 1)), second], axis=1)
+    assert SCORED.monitor == "spearman"
+    for order, expected in (([0, 1, 2], 1.0), ([2, 1, 0], -1.0)):
+        found = SCORED.metrics(examples, (), {"embeddings": embeddings[order]})
+        assert found["spearman"] == pytest.approx(expected)
+
+
+def test_retrieval_counts_equal_partners_as_right_and_collapse_as_wrong(records):
+    task, eye = Embedding(), np.eye(4, dtype=np.float32)
+    examples = task.read(records(*({"text": "a", "pair": pair} for pair in "xyzx")))
+    pairs = np.stack([eye, eye], axis=1)
+    assert task.metrics(examples, (), {"embeddings": pairs}) == {"accuracy": 1.0}
+    pairs[3, 0] = eye[0]  # finds the first x, which is as good
+    assert task.metrics(examples, (), {"embeddings": pairs}) == {"accuracy": 1.0}
+    collapsed = np.ones((4, 2, 4), np.float32) / 2
+    assert task.metrics(examples, (), {"embeddings": collapsed}) == {"accuracy": 0.5}
+
+
+def test_an_encoder_embeds_as_it_is(tokenizer):
+    config = BertConfig(
+        vocab_size=64, num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=16, max_length=32
+    )
+    encoder = config.make()
+    params = encoder.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    embed = make_embed(encoder, params, tokenizer, max_length=32, batch_size=4)
+    texts = ["a b", "john smith", "a b c d e f g h in new york . who lives in york ?", "c", "a b"]
+    vectors = embed(texts)
+    assert vectors.shape == (5, 16)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    # Of the batch and its padding nothing is seen.
+    tokens = jnp.array([tokenizer.encode("a b").ids])
+    hidden = encoder.apply({"params": params}, tokens)[0].mean(0)
+    np.testing.assert_allclose(vectors[0], hidden / jnp.linalg.norm(hidden), atol=1e-5)
+    np.testing.assert_allclose(vectors[0], vectors[4], atol=1e-5)
+    assert abs(vectors[0] - vectors[1]).max() > 1e-2
+    with pytest.raises(InputError, match="there are no texts to embed"):
+        embed([])
+
+
+def test_a_published_pooler_is_left_out(tiny, write, tokenizer):
+    model = BertConfig(vocab_size=64, num_layers=1, hidden_dim=8, num_heads=1, mlp_dim=8)
+    encoder = model.make().init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
+    base = Base(
+        name="base",
+        config=model,
+        encoder=encoder,
+        pooler={"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)},
+        tokenizer=tokenizer,
+        fingerprint="",
+    )
+    config = dataclasses.replace(tiny(Embedding(), write([])), model=model)
+    state = tuned.make_state(config, (), base)
+    assert state.trainable["params"].keys() == {"encoder"}
+    jax.tree.map(np.testing.assert_array_equal, state.trainable["params"]["encoder"], encoder)
+
+
+def test_bad_input(tiny, write, records):
+    fields = TextFields(pair="pair", label=None)
+    with pytest.raises(InputError, match=r"task\.fields\.pair is None"):
+        Embedding(fields=TextFields(label=None))
+    with pytest.raises(InputError, match="target=class is no similarity"):
+        Embedding(fields=TextFields(pair="pair"))
+    with pytest.raises(InputError, match=r"label=None and task\.min_similarity=1\.0 go together"):
+        Embedding(fields=fields, min_similarity=1.0)
+    with pytest.raises(InputError, match=r"temperature=0\.0 is not above 0"):
+        Embedding(fields=fields, temperature=0.0)
+    with pytest.raises(InputError, match=r"x\.jsonl:1: no field 'pair'"):
+        Embedding().read(records({"text": "a"}))
+    config = dataclasses.replace(
+        tiny(Embedding(), write([])),
+        base="runs/base",
+        tuning=HeadOnly(),
+        model=BilstmConfig(vocab_size=8, embed_dim=2, hidden_dim=2),
+    )
+    with pytest.raises(InputError, match="HeadOnly leaves nothing to learn: the head of Embedding"):
+        tuned.make_state(config, (), None)

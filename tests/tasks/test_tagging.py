@@ -1,0 +1,56 @@
+"""A tag for each word."""
+
+import numpy as np
+import pytest
+
+from jaxlm.errors import InputError
+from jaxlm.tasks.tagging import Tagging
+
+TAGS = {"john": "B-per", "smith": "I-per", "york": "B-loc"}
+
+
+def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metrics):
+    words = [*"abcd", *TAGS]
+    sentences = [rng.choice(words, rng.integers(2, 9)).tolist() for _ in range(64)]
+    rows = [{"tokens": own, "tags": [TAGS.get(word, "O") for word in own]} for own in sentences]
+    run = train(Tagging(), write(rows))
+    assert run.labels == ("B-loc", "B-per", "I-loc", "I-per", "O")
+    assert eval_metrics()["f1"] == 1.0
+    asked = [sentence for sentence in sentences[:20] if len(sentence) > 2]
+    answers = list(run.answer(records(*({"tokens": own} for own in asked))))
+    for sentence, answer in zip(asked, answers, strict=True):
+        assert answer["text"] == " ".join(sentence)
+        assert answer["tags"] == [TAGS.get(word, "O") for word in sentence]
+        for entity in answer["entities"]:
+            assert answer["text"][entity["start"] : entity["end"]] == entity["text"]
+
+
+def test_tags_are_those_of_first_subwords_and_o_where_a_text_was_cut(framer, records):
+    task, labels = Tagging(), ("B-x", "I-x", "O")
+    words = [["aing", "b"], [*"abcdefgh", "john", "in", "new"]]  # 11 words, and room for 10
+    examples = task.read(records(*({"tokens": own} for own in words)), labelled=False)
+    encoded = task.encode(framer, examples, labels)
+    assert [row["words"].tolist() for row in encoded.rows] == [
+        [0, 1, 0, 2, 0],
+        [0, *range(1, 11), 0],
+    ]
+    outputs = {"words": [row["words"] for row in encoded.rows], "probabilities": []}
+    for row in encoded.rows:  # lists, because rows differ in length
+        likely = np.full((len(row["tokens"]), 3), 0.1, np.float32)
+        likely[np.arange(len(likely)), np.where(row["words"] > 0, 0, 1)] = 0.8
+        outputs["probabilities"].append(likely)
+    short, long = task.answers(examples, labels, outputs)
+    assert short["tags"] == ["B-x", "B-x"]
+    assert long["tags"] == ["B-x"] * 10 + ["O"]
+    assert [entity["text"] for entity in long["entities"]] == words[1][:10]
+
+
+def test_bad_input(framer, records):
+    task = Tagging()
+    with pytest.raises(InputError, match=r"x\.jsonl:1: 1 tags for 2 words"):
+        task.read(records({"tokens": ["a", "b"], "tags": ["O"]}))
+    examples = task.read(records({"tokens": ["a"], "tags": ["B-x"]}))
+    with pytest.raises(InputError, match=r"x\.jsonl:1: label 'B-x' is not among"):
+        task.encode(framer, examples, ("B-y", "I-y", "O"))
+    with pytest.raises(InputError, match="there are no labels"):
+        task.labels(task.read(records({"tokens": ["a"]}), labelled=False))

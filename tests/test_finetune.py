@@ -1,0 +1,301 @@
+"""Whole fine-tuning runs, tiny: from a CSV to a run folder, resumed, evaluated and used."""
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jaxlm import base, run, tree, tuned
+from jaxlm.config import FinetuneConfig
+from jaxlm.convert import huggingface
+from jaxlm.data.labelled.classification import TextFields
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import Record, Table
+from jaxlm.data.prepare import TokenizerConfig
+from jaxlm.errors import InputError
+from jaxlm.finetune import finetune
+from jaxlm.ia3 import Ia3Config
+from jaxlm.lora import LoraConfig
+from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.optim import OptimizerConfig
+from jaxlm.sharding import MeshConfig
+from jaxlm.tasks.classification import Classification
+from jaxlm.train.loop import TrainConfig
+from jaxlm.train.metrics import read_jsonl
+from jaxlm.train.restore import list_steps
+from jaxlm.train.view import View
+from jaxlm.tuning import BitFit, Full, HeadOnly
+
+GOLDEN = Path(__file__).parent / "golden" / "published_bert.safetensors"
+WORDS = [*"abcdefghijklmnopqrs"]
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published encoder, and two CSV files: the label says which words they are of."""
+    folder = tmp_path_factory.mktemp("finetune")
+    model = folder / "model"
+    model.mkdir()
+    with safe_open(GOLDEN, framework="np") as file:
+        (model / "config.json").write_text(file.metadata()["config"])
+    arrays = load_file(GOLDEN)
+    prefix = "weights/"
+    weights = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    save_file(weights, model / "model.safetensors")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (model / "vocab.txt").write_text("\n".join([*special, *WORDS]) + "\n")
+    rng = np.random.default_rng(0)
+    for name, rows in (("train", 96), ("dev", 32)):
+        lines = ["text,label"]
+        for row in range(rows):
+            half = WORDS[:3] if row % 2 else WORDS[9:12]
+            lines.append(f"{' '.join(rng.choice(half, rng.integers(3, 7)))},{row % 2}")
+        (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path) -> FinetuneConfig:
+    return FinetuneConfig(
+        name="lora",
+        runs=folder / "runs",
+        base=str(folder / "model"),
+        data=LabelledConfig(
+            train=Table(path=str(folder / "train.csv")),
+            validation=Table(path=str(folder / "dev.csv")),
+            batch_size=16,
+            max_length=8,
+            num_buckets=1,
+        ),
+        dropout_rate=0.0,
+        tuning=LoraConfig(targets=(r"(query|key|value|out|up|down)/kernel",), rank=4),
+        optimizer=OptimizerConfig(peak_lr=3e-2),
+        train=TrainConfig(steps=STEPS, num_evals=2, log_every=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def directory(config: FinetuneConfig) -> Path:
+    """A run that nothing interrupted."""
+    return finetune(config)
+
+
+def learned(config: FinetuneConfig) -> dict[str, np.ndarray]:
+    state = tuned.open_tuned(config.directory, step=STEPS).state
+    return {path: np.asarray(leaf) for path, leaf in tree.leaves_with_path(state.trainable)}
+
+
+def record(text: str) -> Record:
+    return Record(fields={"text": text}, place="here")
+
+
+def test_learns_and_leaves_a_folder_that_answers(directory: Path, folder: Path) -> None:
+    names = {path.name for path in directory.iterdir()}
+    assert names >= {"config.json", "tokenizer.json", "labels.json", "loss.png", "metrics.jsonl"}
+    scores = [
+        r["eval/accuracy"] for r in read_jsonl(directory / "metrics.jsonl") if "eval/loss" in r
+    ]
+    assert len(scores) == 3
+    assert scores[-1] > 0.9
+    loaded = tuned.open_tuned(directory)
+    answers = list(loaded.answer([record("j k l j"), record("a b"), record("l k l")]))
+    assert [answer["label"] for answer in answers] == ["0", "1", "0"]
+    assert [answer["text"] for answer in answers] == ["j k l j", "a b", "l k l"]
+    assert sum(answers[0]["probabilities"].values()) == pytest.approx(1)
+
+
+def test_a_checkpoint_holds_adapters_and_head_alone(
+    directory: Path, config: FinetuneConfig
+) -> None:
+    loaded = tuned.open_tuned(directory)
+    paths = {path for path, _ in tree.leaves_with_path(loaded.state.trainable)}
+    assert paths == {
+        *(
+            f"params/head/{name}/{leaf}"
+            for name in ("pooler", "classifier")
+            for leaf in ("kernel", "bias")
+        ),
+        *(
+            f"lora/encoder/layers/{name}/{factor}"
+            for name in (
+                *("attention/query", "attention/key", "attention/value", "attention/out"),
+                *("mlp/up", "mlp/down"),
+            )
+            for factor in "ab"
+        ),
+    }
+    published = base.load(config.base)
+    for path, leaf in tree.leaves_with_path(published.encoder):
+        frozen = dict(tree.leaves_with_path(loaded.state.frozen["params"]["encoder"]))[path]
+        np.testing.assert_array_equal(frozen, leaf)
+
+
+def test_merged_parameters_compute_the_same(directory: Path, config: FinetuneConfig) -> None:
+    loaded = tuned.open_tuned(directory)
+    model = tuned.make_model(loaded.config, loaded.labels)
+    tokens = np.array([[2, 7, 8, 9, 3]], np.int32)
+    plain = jax.jit(model.apply)({"params": loaded.merged()}, tokens)
+    adapted = jax.jit(tuned.adapted_apply(loaded.config, loaded.labels))(loaded.variables, tokens)
+    np.testing.assert_allclose(plain, adapted, atol=1e-5)
+    unadapted = jax.jit(model.apply)({"params": loaded.variables["params"]}, tokens)
+    assert np.abs(np.asarray(unadapted) - np.asarray(adapted)).max() > 1e-3
+
+
+def test_merged_and_saved_is_a_base(directory: Path, tmp_path: Path) -> None:
+    loaded = tuned.open_tuned(directory)
+    merged = jax.tree.map(np.asarray, loaded.merged())
+    huggingface.save(
+        tmp_path / "merged", {"encoder": merged["encoder"]}, loaded.config.model, loaded.tokenizer
+    )
+    read = base.load(str(tmp_path / "merged"))
+    assert read.config == replace(loaded.config.model, dtype=None)
+    for path, leaf in tree.leaves_with_path(read.encoder):
+        expected = dict(tree.leaves_with_path(merged["encoder"]))[path]
+        np.testing.assert_array_equal(leaf, expected)
+    with pytest.raises(InputError, match="name a new folder"):
+        huggingface.save(tmp_path, {}, loaded.config.model, loaded.tokenizer)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, tensor=2)], ids=str)
+def test_interrupted_and_resumed_is_uninterrupted(
+    config: FinetuneConfig,
+    directory: Path,
+    mesh: MeshConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = replace(config, runs=tmp_path)
+    add = View.add
+
+    def add_and_stop(view: View, now: int, *rest: object) -> None:
+        add(view, now, *rest)
+        if now == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(View, "add", add_and_stop)
+        finetune(broken)
+    assert max(list_steps(broken.directory / run.CHECKPOINTS)) < STEPS
+    finetune(replace(broken, mesh=mesh))
+    whole, resumed = learned(config), learned(broken)
+    for path in whole:
+        if mesh == MeshConfig():
+            np.testing.assert_array_equal(whole[path], resumed[path])
+        else:
+            np.testing.assert_allclose(whole[path], resumed[path], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "tuning", [HeadOnly(), BitFit(), Ia3Config(), Full(), LoraConfig(kind="dora")], ids=str
+)
+def test_every_tuning_trains_what_it_says(config: FinetuneConfig, tuning, tmp_path: Path) -> None:
+    short = replace(config, runs=tmp_path, tuning=tuning, train=TrainConfig(steps=1, num_evals=1))
+    loaded = tuned.open_tuned(finetune(short))
+    paths = {path for path, _ in tree.leaves_with_path(loaded.state.trainable)}
+    encoder = {path for path in paths if not path.startswith("params/head/")}
+    match tuning:
+        case HeadOnly():
+            assert not encoder
+        case BitFit():
+            assert encoder
+            assert all(path.endswith("/bias") for path in encoder)
+        case Full():
+            assert not loaded.state.frozen
+        case _:
+            assert encoder
+            assert all(path.startswith(("lora/", "ia3/")) for path in encoder)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_frozen_base_may_be_small(config: FinetuneConfig, dtype, tmp_path: Path) -> None:
+    small = replace(config, runs=tmp_path, frozen_dtype=dtype)
+    loaded = tuned.open_tuned(finetune(small))
+    published = base.load(config.base)
+    assert tree.num_bytes(loaded.state.frozen) < 0.6 * tree.num_bytes(published.encoder)
+    (answer,) = loaded.answer([record("a b c")])
+    assert answer["label"] == "1"
+
+
+def test_stops_when_nothing_gets_better(config: FinetuneConfig, tmp_path: Path) -> None:
+    lazy = replace(
+        config,
+        runs=tmp_path,
+        tuning=HeadOnly(),
+        optimizer=OptimizerConfig(peak_lr=1e-30),
+        train=TrainConfig(steps=100, num_evals=50, patience=2, log_every=1),
+    )
+    directory = finetune(lazy)
+    assert max(list_steps(directory / run.CHECKPOINTS)) == 4  # the first two evaluations after 0
+
+
+def test_a_bilstm_learns_from_the_same_data(config: FinetuneConfig, tmp_path: Path) -> None:
+    scratch = replace(
+        config,
+        runs=tmp_path,
+        base=None,
+        model=BilstmConfig(embed_dim=8, hidden_dim=8),
+        tokenizer=TokenizerConfig(vocab_size=60),
+        task=Classification(pooling="mean"),
+        tuning=Full(),
+        train=TrainConfig(epochs=8.0, num_evals=1),
+    )
+    loaded = tuned.open_tuned(finetune(scratch))
+    assert [answer["label"] for answer in loaded.answer([record("a b"), record("k j")])] == [
+        "1",
+        "0",
+    ]
+
+
+# Bad input.
+
+
+def refused(config: FinetuneConfig, match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        finetune(config)
+    assert "\n" not in str(caught.value)
+    assert not config.directory.exists()
+
+
+def test_bad_configurations(config: FinetuneConfig, tmp_path: Path) -> None:
+    new = replace(config, runs=tmp_path)
+    refused(replace(new, tuning=LoraConfig(targets=("nothing/kernel",))), "nothing/kernel")
+    refused(replace(new, tuning=LoraConfig(rank=100)), "rank 100")
+    refused(replace(new, monitor="luck"), "luck")
+    refused(replace(new, base=str(tmp_path / "none")), "none")
+    refused(replace(new, task=Classification(fields=TextFields(label="topic"))), "topic")
+    refused(replace(new, model=BilstmConfig()), "model is given")
+    with pytest.raises(InputError, match="base and model are None"):
+        replace(new, base=None)
+
+
+def test_an_unseen_label(config: FinetuneConfig, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "dev.csv").write_text("text,label\na b,7\n")
+    data = replace(config.data, validation=Table(path=str(tmp_path / "dev.csv")))
+    refused(replace(config, runs=tmp_path / "runs", data=data), r"dev\.csv:2.*'7'")
+
+
+def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder / "model", other)
+    weights = dict(load_file(other / "model.safetensors"))
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name] = weights[name] + 1
+    save_file(weights, other / "model.safetensors")
+    with pytest.raises(InputError, match="base_sha256"):
+        tuned.open_tuned(directory, base=str(other))
+    moved = tmp_path / "moved"
+    shutil.copytree(folder / "model", moved)
+    assert tuned.open_tuned(directory, base=str(moved)).labels == ("0", "1")
+
+
+def test_labels_are_stored(directory: Path) -> None:
+    assert json.loads((directory / tuned.LABELS).read_text()) == ["0", "1"]

@@ -1,0 +1,107 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adapted_models import filled
+
+from jaxlm import tree
+from jaxlm.errors import InputError
+from jaxlm.ia3 import Ia3Config, adapt, init, merge
+from jaxlm.intercept import find_sites
+from jaxlm.models.bert import BertConfig
+from jaxlm.sharding import axes_of
+
+BERT = BertConfig(
+    vocab_size=32,
+    num_layers=2,
+    hidden_dim=16,
+    num_heads=2,
+    mlp_dim=24,
+    max_length=8,
+    dropout_rate=0.0,
+    attention_dropout_rate=0.0,
+    unroll=1,
+).make()
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (4, 8)), jnp.int32)
+
+
+def learned(scales):
+    """As after some steps: no scale is one any more."""
+    return jax.tree.map(lambda x: 1 + x, filled(scales, 1))
+
+
+def made(module, x, config):
+    """Parameters, sites and a new collection."""
+    params = filled(jax.eval_shape(module.init, jax.random.key(0), x)["params"], 0)
+    sites = find_sites(lambda v: module.apply(v, x), {"params": params})
+    return params, sites, init(params, sites, config)
+
+
+def test_defaults_on_bert():
+    params, _, scales = made(BERT, IDS, Ia3Config())
+    found = {path: leaf.shape for path, leaf in tree.leaves_with_path(scales)}
+    layers = "layers"
+    assert found == {
+        f"{layers}/attention/key/output": (2, 2, 8),
+        f"{layers}/attention/value/output": (2, 2, 8),
+        f"{layers}/mlp/down/input": (2, 24),
+    }
+    assert axes_of(f"{layers}/attention/key/output", 3) == (("layers", "heads", "head_dim"), 0)
+    assert axes_of(f"{layers}/mlp/down/input", 2) == (("layers", "mlp"), 0)
+    base = jax.jit(BERT.apply)({"params": params}, IDS)
+    new = jax.jit(adapt(BERT.apply))({"params": params, "ia3": scales}, IDS)
+    np.testing.assert_allclose(new, base, atol=1e-6)
+
+
+def test_by_hand():
+    dense, x = nn.Dense(2), jnp.array([[1.0, 2.0]])
+    params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "bias": jnp.array([1.0, -1.0])}
+    scales = {"input": jnp.array([2.0, 0.5]), "output": jnp.array([10.0, 100.0])}
+    y = adapt(dense.apply)({"params": params, "ia3": scales}, x)
+    np.testing.assert_allclose(y, [[10 * (2 + 3 + 1), 100 * (4 + 4 - 1)]])
+
+
+class TwoAxes(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.DenseGeneral((2, 3), axis=1, name="first")(x)
+        return nn.DenseGeneral(4, axis=(1, -1), name="second")(x)
+
+
+CONFIGS = {
+    "bert": (BERT, IDS, Ia3Config(inputs=(r"(mlp/down|attention/out)/kernel",))),
+    "two axes": (
+        TwoAxes(),
+        jnp.asarray(np.random.default_rng(1).normal(size=(4, 5, 6)), jnp.float32),
+        Ia3Config(outputs=(r".*/kernel",), inputs=(r".*/kernel",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapted_is_merged(name):
+    module, x, config = CONFIGS[name]
+    params, sites, scales = made(module, x, config)
+    scales = learned(scales)
+    adapted = jax.jit(adapt(module.apply))({"params": params, "ia3": scales}, x)
+    apply = jax.jit(module.apply)
+    size = np.abs(adapted).max()
+    merged = apply({"params": merge(params, scales, sites)}, x)
+    np.testing.assert_allclose(adapted, merged, atol=2e-6 * size)
+    assert np.abs(adapted - apply({"params": params}, x)).max() > 1e-3 * size
+
+
+def test_misuse_raises():
+    with pytest.raises(InputError, match=r"'quay/kernel' matches no parameter: .*mlp/up/kernel"):
+        made(BERT, IDS, Ia3Config(outputs=("quay/kernel",)))
+    with pytest.raises(InputError, match="'token_embed/embedding' matches token_embed/embedding"):
+        made(BERT, IDS, Ia3Config(outputs=("token_embed/embedding",)))
+    with pytest.raises(InputError, match="has no targets"):
+        made(BERT, IDS, Ia3Config(outputs=(), inputs=()))
+    params, sites, scales = made(BERT, IDS, Ia3Config())
+    stray = {"stray": {"output": jnp.ones(3)}}
+    with pytest.raises(InputError, match="scales stray/kernel, which is no linear map"):
+        merge(params, stray, sites)
+    with pytest.raises(InputError, match="no module read the 'ia3' of stray"):
+        adapt(BERT.apply)({"params": params, "ia3": scales | stray}, IDS)

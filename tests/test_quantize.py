@@ -1,0 +1,92 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import lora, tree
+from jaxlm.errors import InputError
+from jaxlm.intercept import Site, find_sites
+from jaxlm.quantize import Quantized, dequantize, quantize
+from jaxlm.sharding import axes_of
+
+# Channels of very different size, one of them zero.
+SIZES = np.array([1e-4, 1.0, 0.0, 300.0])
+
+
+def weight(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("path", "site", "value"),
+    [
+        ("down/kernel", Site(0, 1), weight(6, 4) * SIZES[None]),
+        ("query/kernel", Site(1, 1), weight(3, 6, 2, 4) * SIZES[None, None, None]),
+        ("attention/out/kernel", Site(1, 2), weight(3, 2, 6, 4) * SIZES[None, None, None]),
+        ("token_embed/embedding", Site(0, 1), weight(4, 6) * SIZES[:, None]),
+    ],
+)
+def test_each_channel_is_off_by_half_a_scale_at_most(path, site, value):
+    module, name = path.rpartition("/")[0], path.rpartition("/")[2]
+    params = {module: {name: value, "bias": jnp.ones(4)}}
+    sites = {path: site}
+    if "/" in module:
+        outer, _, inner = module.partition("/")
+        params = {outer: {inner: params[module]}}
+    packed = jax.jit(lambda params: quantize(params, sites))(params)
+    leaf = next(x for x in jax.tree.leaves(packed, is_leaf=is_quantized) if is_quantized(x))
+    assert leaf.values.dtype == jnp.int8
+    assert np.abs(leaf.values.astype(int)).max() == 127
+    back = dict(tree.leaves_with_path(dequantize(packed)))[path]
+    limit = np.expand_dims(leaf.scale, leaf.axes) / 2
+    assert (np.abs(back - value) <= 1.001 * limit).all()
+    # The control: with one scale for all, the smallest channel would be lost.
+    assert np.abs(back).min(where=value != 0, initial=1) < np.abs(value).max() / 254
+    assert {x.dtype for x in jax.tree.leaves(dequantize(packed, jnp.bfloat16))} == {
+        jnp.dtype(jnp.bfloat16),
+        jnp.dtype(jnp.float32),  # the bias, which stays
+    }
+    # Every part has its place on a mesh.
+    parts = {end: x.ndim for end, x in (("values", leaf.values), ("scale", leaf.scale))}
+    names = axes_of(path, value.ndim).names
+    assert axes_of(f"{path}/values", parts["values"]).names == names
+    kept = tuple(n for axis, n in enumerate(names) if axis not in leaf.axes)
+    assert axes_of(f"{path}/scale", parts["scale"]).names == kept
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, Quantized)
+
+
+def test_a_quarter_of_the_bytes():
+    params = {"kernel": weight(64, 32), "bias": jnp.zeros(32)}
+    packed = quantize(params, {"kernel": Site(0, 1)})
+    assert tree.num_bytes(packed) == 64 * 32 + 4 * 32 + 4 * 32
+    assert tree.num_bytes(params) == 4 * 64 * 32 + 4 * 32
+    paths = [path for path, _ in tree.leaves_with_path(packed)]
+    assert paths == ["bias", "kernel/values", "kernel/scale"]
+
+
+def test_adapters_learn_on_a_quantized_base():
+    dense, x = nn.Dense(4), weight(5, 6)
+    params = {"kernel": weight(6, 4), "bias": jnp.zeros(4)}
+    sites = find_sites(lambda v: dense.apply(v, x), {"params": params})
+    config = lora.LoraConfig(targets=("kernel",), rank=2)
+    adapter = lora.init(jax.random.key(0), params, sites, config)
+    packed = quantize(params, sites)
+
+    def apply(variables, x):
+        return dense.apply(variables | {"params": dequantize(variables["params"])}, x)
+
+    def loss(adapter, params):
+        return lora.adapt(apply, config)({"params": params, "lora": adapter}, x).sum()
+
+    gradient = jax.jit(jax.grad(loss))(adapter, packed)
+    assert np.abs(gradient["b"]).max() > 0.1
+    np.testing.assert_allclose(loss(adapter, packed), loss(adapter, params), atol=0.2)
+
+
+def test_a_site_of_another_model_raises():
+    with pytest.raises(InputError, match="there is no stray/kernel to quantize"):
+        quantize({"kernel": weight(6, 4)}, {"stray/kernel": Site(0, 1)})
