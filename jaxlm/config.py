@@ -108,8 +108,8 @@ class FinetuneConfig(RunConfig):
             self.train.num_micro_batches > 1 or self.placement == "pmap"
         ):
             raise InputError(
-                "task=Embedding contrasts each pair with the others of a batch, which micro-batches "
-                "and pmap take apart: use placement=jit and train.num_micro_batches=1"
+                "task=Embedding contrasts each pair with all others of a batch, which micro-"
+                "batches and pmap take apart: use placement=jit and train.num_micro_batches=1"
             )
         if self.data.augment is not None and not isinstance(self.task, Classification):
             raise InputError(

@@ -46,10 +46,12 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Path:
     parts = read_parts(config.data, task.read)
     base = None if config.base is None else bases.load(config.base)
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, parts)
-    config = resolve(config, base, tokenizer, len(parts.train), jax.default_backend())
+    config = resolve(config, base, tokenizer, jax.default_backend())
     labels = task.labels(parts.train)
     framer = tuned.make_framer(config, tokenizer)
     train, validation = (task.encode(framer, part, labels) for part in parts[:2])
+    steps = config.train.with_steps(len(train), config.data.batch_size)
+    config = dataclasses.replace(config, train=steps)
     described = {
         "training": describe(train, task.classes(parts.train), duplicates=parts.duplicates),
         "validation": describe(validation, task.classes(parts.validation)),
@@ -138,7 +140,6 @@ def resolve(
     config: FinetuneConfig,
     base: Base | None,
     tokenizer: Tokenizer,
-    num_examples: int,
     platform: str,
 ) -> FinetuneConfig:
     """Fill in what the config leaves to the base, the data and the platform."""
@@ -158,7 +159,6 @@ def resolve(
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, dtype=dtype, **rates),
-        train=config.train.with_steps(num_examples, config.data.batch_size),
         monitor=tuned.monitor(config).name,
     )
 

@@ -356,8 +356,10 @@ def _low_rank_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, A
     g, last, rows = g.astype(x.dtype), (x.ndim - 1,), tuple(range(x.ndim - 1))
     dh = _contract(g, b, last, (1,)).astype(x.dtype)
     dx = _contract(dh, a, last, (1,)).astype(x.dtype)
-    # The narrow operand first, for XLA:CPU transposes the first.
-    da, db = _contract(dh, x, rows, rows).T, _contract(h, g, rows, rows)
+    # The narrow operand first, for XLA:CPU transposes the first. The barrier keeps it from taking
+    # the transpose into the product, which it then cannot compute in bfloat16.
+    da = lax.optimization_barrier(_contract(dh, x, rows, rows)).T
+    db = _contract(h, g, rows, rows)
     return dx, da.astype(a.dtype), db.astype(b.dtype)
 
 

@@ -173,8 +173,7 @@ def open_run(directory: Path | str, step: int | None = None) -> Run:
         {"trainable": placement.abstract_state.trainable},
         restore.best_step(checkpoints, report=restore.warn) if step is None else step,
     )
-    found = {"tokenizer_sha256": tokenizers.fingerprint(tokenizer)}
-    check_same(directory, restored.cursor, found)
+    check_tokenizer(directory, restored.cursor, tokenizer)
     return Run(
         config, tokenizer, restored.step, restored.state["trainable"], restored.cursor, placement
     )
@@ -211,6 +210,16 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     return tokenizers.load(directory / TOKENIZER)
 
 
+def check_tokenizer(directory: Path, saved: Cursor, tokenizer: Tokenizer) -> None:
+    """The run folder's tokenizer must be the one it was trained with."""
+    found, trained = tokenizers.fingerprint(tokenizer), saved["tokenizer_sha256"]
+    if found != trained:
+        raise InputError(
+            f"{directory / TOKENIZER} (sha256 {found[:12]}) is not the tokenizer that the "
+            f"checkpoint was trained with ({trained[:12]}): restore it"
+        )
+
+
 def write_folder(directory: Path, config: Config, tokenizer: Tokenizer) -> None:
     """Start a run folder: the resolved config, and the tokenizer."""
     try:
@@ -235,12 +244,9 @@ def make_cursor(config: PretrainConfig, datasets: Sequence[Prepared]) -> Cursor:
 
 
 def check_same(directory: Path, saved: Cursor, now: Cursor) -> None:
-    """A run goes on with the tokenizer, data, seed, labels and base it began with, or not at all.
-
-    ``now`` may hold only some of them.
-    """
+    """A run goes on with the tokenizer, data, seed, labels and base that it began with."""
     for name in ("tokenizer_sha256", "data", "seed", "labels", "base_sha256"):
-        if name in now and saved[name] != now[name]:
+        if saved.get(name) != now.get(name):
             raise InputError(
                 f"the run in {directory} was trained with {name} {_short(saved[name])} and would "
                 f"go on with {_short(now[name])}: restore it, or give the run another --name"

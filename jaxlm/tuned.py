@@ -17,7 +17,6 @@ from jaxlm import base as bases
 from jaxlm import optim, run, sharding, tuning
 from jaxlm.base import Base
 from jaxlm.config import FinetuneConfig
-from jaxlm.data import tokenizers
 from jaxlm.data.labelled.batches import eval_batches, make_buckets
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
@@ -26,7 +25,7 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.heads import WithHead
 from jaxlm.sums import Sums, add_all
-from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.tasks.task import Labels, Outputs, Task
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement, jit_placement, pmap_placement
 from jaxlm.train.restore import Cursor, Monitor
@@ -169,6 +168,11 @@ class FinetunedRun:
     cursor: Cursor
 
     @property
+    def task(self) -> Task:
+        """What it was tuned for."""
+        return self.config.task
+
+    @property
     def variables(self) -> Variables:
         """All collections, adapters among them."""
         return self.state.variables
@@ -185,7 +189,7 @@ class FinetunedRun:
         """What the model gives for examples of its task, in their order."""
         placement = self.placement if labelled else self.unlabelled
         framer = make_framer(self.config, self.tokenizer)
-        encoded = self.config.task.encode(framer, examples, self.labels)
+        encoded = self.task.encode(framer, examples, self.labels)
         buckets = make_buckets(
             encoded.lengths, self.config.data.num_buckets, max_length=framer.max_length
         )
@@ -196,9 +200,9 @@ class FinetunedRun:
         """What the model says of each record, in JSON."""
         records = iter(records)
         while part := list(islice(records, chunk)):
-            examples: list[Any] = self.config.task.read(part, labelled=False)
+            examples: list[Any] = self.task.read(part, labelled=False)
             _, outputs = self.outputs(examples, labelled=False)
-            yield from self.config.task.answers(examples, self.labels, outputs)
+            yield from self.task.answers(examples, self.labels, outputs)
 
 
 def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
@@ -240,14 +244,13 @@ def open_tuned(
         if step is None
         else step,
     )
-    run.check_same(
-        directory,
-        restored.cursor,
-        {
-            "tokenizer_sha256": tokenizers.fingerprint(tokenizer),
-            **({"base_sha256": loaded.fingerprint} if loaded else {}),
-        },
-    )
+    run.check_tokenizer(directory, restored.cursor, tokenizer)
+    trained = restored.cursor["base_sha256"]
+    if loaded is not None and loaded.fingerprint != trained:
+        raise InputError(
+            f"{loaded.name} (sha256 {loaded.fingerprint[:12]}) is not the encoder that the "
+            f"adapters of {directory} were trained on ({trained[:12]}): give that one with --base"
+        )
     state = place(
         TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
         placement._replace(

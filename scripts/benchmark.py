@@ -1,15 +1,17 @@
 """Measure jaxlm's training step against other frameworks, on this machine.
 
     pip install -e ".[bench]" && python scripts/benchmark.py mlm
+    python scripts/benchmark.py finetune
 
 Every variant is a live process. They take turns, in an order that rotates with each round: one
 runs for about a second, after a step that is not counted, while all others sleep. A turn during
 which other processes used the CPU, or a hypervisor took it away, is repeated a few times. Reported
 are medians over rounds, and ratios between steps of the same round, with their range. The loss
 after a few steps is there to show that all variants do the same work; the strongest torch is the
-fastest of each table.
+fastest of each table. The memory ratio is that of peaks, over that of the first row.
 """
 
+import itertools
 import json
 import math
 import os
@@ -39,12 +41,27 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mlm:
-    """Masked-language-model pretraining: BERT, AdamW, 15 % masked, dropout 0.1."""
+Size = Literal["mini", "small", "base"]
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["cpu", "cuda"]
 
-    sizes: tuple[Literal["mini", "small", "base"], ...] = ("mini", "small", "base")
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] | None = None
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, "glibc's huge pages"
+
+TITLES = {"mlm": "pretraining", "full": "full fine-tuning", "lora": "LoRA"}
+NAMES = {
+    "mlm": ("HF", "HF + gathered head"),
+    "full": ("HF", "HF tuned"),
+    "lora": ("peft", "peft tuned"),
+}
+"""Of torch's variants by task: as shipped, and made fast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all tables share."""
+
+    sizes: tuple[Size, ...] = ("mini", "small", "base")
+    dtypes: tuple[Dtype, ...] | None = None
     """None = both on a CPU, bfloat16 on a GPU."""
     batch_size: dict[str, int] = field(
         default_factory=lambda: {"mini": 32, "small": 32, "base": 16}
@@ -52,7 +69,7 @@ class Mlm:
     """Rows of a step, by size."""
     row_length: int = 128
     vocab_size: int = 30522
-    device: Literal["cpu", "cuda"] | None = None
+    device: Device | None = None
     """None = cuda where there is an NVIDIA device, else cpu."""
     rounds: int = 7
     chunk_seconds: float = 1.0
@@ -63,6 +80,20 @@ class Mlm:
     """The GPU's dense bfloat16 peak, for MFU; None = known for common data-centre GPUs."""
     output: Path = Path("benchmark.json")
     """All measurements."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlm(Options):
+    """Masked-language-model pretraining: BERT, AdamW, 15 % masked, dropout 0.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Options):
+    """A BERT classifier with two labels, AdamW, dropout 0.1: LoRA of rank 8, and all parameters."""
+
+    sizes: tuple[Size, ...] = ("base",)
+    tunings: tuple[Literal["lora", "full"], ...] = ("lora", "full")
+    """lora: on queries and values, against Hugging Face peft; full: against transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +146,11 @@ class Worker:
         way_out = 'pip install -e ".[bench]", or name an environment with --python-torch'
         raise InputError(
             f"{self.variant.label}: the worker ended with status {status} ({reason})"
-            + (f"; if torch or transformers is missing: {way_out}" if self.variant.is_torch else "")
+            + (
+                f"; if torch, transformers or peft is missing: {way_out}"
+                if self.variant.is_torch
+                else ""
+            )
         )
 
 
@@ -125,11 +160,12 @@ def _clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in own}
 
 
-def mlm_variants(
-    options: Mlm,
-    size: str,
-    dtype: Literal["float32", "bfloat16"],
-    device: Literal["cpu", "cuda"],
+def make_variants(
+    options: Options,
+    task: Literal["mlm", "full", "lora"],
+    size: Size,
+    dtype: Dtype,
+    device: Device,
 ) -> list[Variant]:
     """The rows of one table; the first is the reference."""
     scripts = Path(__file__).parent
@@ -139,6 +175,7 @@ def mlm_variants(
     ]
     jaxlm_command = [sys.executable, str(scripts / "benchmark_jaxlm.py")]
     tuned = Work(
+        task=task,
         recipe="tuned",
         dtype=dtype,
         device=device,
@@ -149,12 +186,8 @@ def mlm_variants(
     )
     shipped = replace(tuned, recipe="shipped")
     on_cpu = device == "cpu"
-    torch_env, torch_allocator = allocator() if on_cpu else ({}, "torch")
-    # All workers of a table live on the GPU at once, so jax may not take most of it at its start.
-    jax_env = torch_env if on_cpu else {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".40"}
-    jax_allocator = torch_allocator if on_cpu else "jax"
-    # A compile time read from a cache would be no compile time.
-    jax_env = jax_env | {"JAX_PLATFORMS": device, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    best = allocator()
+    torch_env, torch_allocator = best if on_cpu else ({}, "torch")
     compile_env = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
 
     def torch(label: str, work: Work, env: dict[str, str], allocator: str) -> Variant:
@@ -167,29 +200,38 @@ def mlm_variants(
             is_torch=True,
         )
 
+    def jaxlm(env: dict[str, str], allocator: str) -> Variant:
+        # A compile time read from a cache would be no compile time.
+        env = env | {"JAX_PLATFORMS": device, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        return Variant(
+            label=f"jaxlm, {dtype}",
+            command=jaxlm_command,
+            work=tuned,
+            env=env,
+            allocator=allocator,
+            is_torch=False,
+        )
+
+    name, fast = NAMES[task]
     default = "default" if on_cpu else "torch"
     variants = []
     if on_cpu or dtype == "float32":
         reference = replace(shipped, dtype="float32")
-        variants.append(torch("HF as shipped, float32", reference, {}, default))
+        variants.append(torch(f"{name} as shipped, float32", reference, {}, default))
     if dtype == "bfloat16":
-        variants.append(torch("HF as shipped, bf16 autocast", shipped, {}, default))
+        variants.append(torch(f"{name} as shipped, bf16 autocast", shipped, {}, default))
     how = "float32" if dtype == "float32" else "bf16 autocast"
-    variants.append(torch(f"HF + gathered head, {how}", tuned, torch_env, torch_allocator))
+    variants.append(torch(f"{fast}, {how}", tuned, torch_env, torch_allocator))
     if not on_cpu:
         compiled = replace(tuned, recipe="compiled")
-        variants.append(
-            torch(f"HF + gathered head + compile, {how}", compiled, compile_env, "torch")
-        )
-    jaxlm = Variant(
-        label=f"jaxlm, {dtype}",
-        command=jaxlm_command,
-        work=tuned,
-        env=jax_env,
-        allocator=jax_allocator,
-        is_torch=False,
-    )
-    return [*variants, jaxlm]
+        variants.append(torch(f"{fast} + compile, {how}", compiled, compile_env, "torch"))
+        # All workers of a table live on the GPU at once, so jax may not take most of it.
+        return [*variants, jaxlm({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".40"}, "jax")]
+    variants.append(jaxlm(*best))
+    if task != "mlm" and best[1] == "tcmalloc":
+        # Memory matters here, and tcmalloc may hold the temporary buffer twice.
+        variants.append(jaxlm(*HUGE_PAGES))
+    return variants
 
 
 def measure(variants: list[Variant], rounds: int, chunk_seconds: float) -> list[Result]:
@@ -229,38 +271,38 @@ def _clean_turn(worker: Worker, chunk_seconds: float) -> Chunk:
     return min(turns, key=lambda turn: max(turn.others_share, turn.steal_share))
 
 
-def run_mlm(options: Mlm) -> None:
-    """Print a table for every size and dtype, and write all measurements."""
+def run(options: Options) -> None:
+    """Print a table for every size, task and dtype, and write all measurements."""
     if min(options.rounds, options.row_length, *options.batch_size.values()) < 1:
         raise InputError("--rounds, --row-length and every --batch-size must be at least 1")
     if not options.output.parent.is_dir():
         raise InputError(f"--output {options.output}: the folder does not exist")
     device = options.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
     dtypes = options.dtypes or (("float32", "bfloat16") if device == "cpu" else ("bfloat16",))
+    tasks = options.tunings if isinstance(options, Finetune) else ("mlm",)
     groups: list[dict[str, Any]] = []
     report = {"command": sys.argv, "machine": _machine(), "groups": groups}
-    for size in options.sizes:
-        for dtype in dtypes:
-            title = (
-                f"BERT-{size}, {dtype}, batch {options.batch_size[size]} × {options.row_length} "
-                f"tokens, vocabulary {options.vocab_size:,}"
-            )
-            _say(title)
-            variants = mlm_variants(options, size, dtype, device)
-            results = measure(variants, options.rounds, options.chunk_seconds)
-            peak = None
-            if device == "cuda":
-                given = options.peak_tflops
-                peak = given * 1e12 if given else peak_flops(results[0].ready.device_name)
-            rows = summarize(results, peak)
-            versions = sorted({result.ready.versions for result in results})
-            where = results[0].ready.device_name or f"{_machine()['cpu']}, {os.cpu_count()} CPUs"
-            print(f"\n### {title}\n\n{where}; {'; '.join(versions)}\n\n{to_markdown(rows)}\n")
-            groups.append(
-                {"title": title, "table": rows, "results": [asdict(result) for result in results]}
-            )
-            # After each table: an hour's measurements survive an interruption.
-            options.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    for size, task, dtype in itertools.product(options.sizes, tasks, dtypes):
+        title = (
+            f"BERT-{size}, {TITLES[task]}, {dtype}, batch {options.batch_size[size]} × "
+            f"{options.row_length} tokens, vocabulary {options.vocab_size:,}"
+        )
+        _say(title)
+        variants = make_variants(options, task, size, dtype, device)
+        results = measure(variants, options.rounds, options.chunk_seconds)
+        peak = None
+        if device == "cuda":
+            given = options.peak_tflops
+            peak = given * 1e12 if given else peak_flops(results[0].ready.device_name)
+        rows = summarize(results, peak)
+        versions = sorted({result.ready.versions for result in results})
+        where = results[0].ready.device_name or f"{_machine()['cpu']}, {os.cpu_count()} CPUs"
+        print(f"\n### {title}\n\n{where}; {'; '.join(versions)}\n\n{to_markdown(rows)}\n")
+        groups.append(
+            {"title": title, "table": rows, "results": [asdict(result) for result in results]}
+        )
+        # After each table: an hour's measurements survive an interruption.
+        options.output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     print(f"All measurements: {options.output}")
 
 
@@ -278,7 +320,7 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        run_mlm(tyro.extras.subcommand_cli_from_dict({"mlm": Mlm}))
+        run(tyro.extras.subcommand_cli_from_dict({"mlm": Mlm, "finetune": Finetune}))
     except InputError as error:
         _say(f"error: {error}")
         sys.exit(2)

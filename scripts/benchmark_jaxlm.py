@@ -1,7 +1,8 @@
-"""A worker of ``benchmark.py mlm``: jaxlm's own model, objective, optimizer and training step.
+"""A worker of ``benchmark.py``: jaxlm's own model, objective, optimizer and training step.
 
 Masks are drawn afresh on the device within every step, which the torch workers leave to their
-data loader, outside of what is timed.
+data loader, outside of what is timed. With bfloat16, frozen matrices are kept in it. LoRA trains
+the adapters and the whole head.
 """
 
 from collections.abc import Callable
@@ -10,20 +11,24 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from benchmark_protocol import Work, read_work, serve
 
+from jaxlm import tuning
+from jaxlm.lora import LoraConfig
 from jaxlm.models.bert import BertConfig
-from jaxlm.models.heads import MaskedLm, MlmHead
-from jaxlm.objectives.masked_lm import make_loss
+from jaxlm.models.heads import ClassificationHead, MaskedLm, MlmHead, WithHead
+from jaxlm.objectives import classification, masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.sums import Sums
-from jaxlm.train.placement import jit_placement
+from jaxlm.train.placement import Init, jit_placement
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
-from jaxlm.typing import PRNGKey
+from jaxlm.typing import HostBatch, Loss, PRNGKey
 
+DUMMY = jnp.zeros((1, 8), jnp.int32)  # tokens to initialise with
 NUM_SPECIAL, START_ID, MASK_ID = 1000, 101, 103
 """Of BERT's vocabulary: below 1000 are special and unused tokens."""
 
@@ -32,10 +37,17 @@ def make_batch(work: Work) -> HostBatch:
     """Full rows of random tokens, one document each."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(NUM_SPECIAL, work.vocab_size, (work.batch_size, work.row_length))
-    return {
+    batch = {
         "tokens": tokens.astype(np.int32),
         "lengths": np.full(work.batch_size, work.row_length, np.int32),
         "index": np.arange(work.batch_size, dtype=np.int32),
+    }
+    if work.task == "mlm":
+        return batch
+    return batch | {
+        "token_type_ids": np.zeros_like(batch["tokens"]),
+        "labels": batch["index"] % work.num_labels,
+        "weights": np.ones(work.batch_size, np.float32),
     }
 
 
@@ -51,9 +63,9 @@ def make_vocabulary(work: Work) -> Vocabulary:
     )
 
 
-def make_model(work: Work) -> MaskedLm:
-    """BERT with its masked-language-model head."""
-    config = BertConfig(
+def make_encoder(work: Work) -> BertConfig:
+    """BERT of the sizes asked for."""
+    return BertConfig(
         vocab_size=work.vocab_size,
         num_layers=work.num_layers,
         hidden_dim=work.hidden_dim,
@@ -64,7 +76,33 @@ def make_model(work: Work) -> MaskedLm:
         attention_dropout_rate=work.dropout_rate,
         dtype=work.dtype,
     )
-    return MaskedLm(config.make(), MlmHead(dtype=jnp.dtype(work.dtype)))
+
+
+def pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
+    """BERT with its masked-language-model head."""
+    model = MaskedLm(make_encoder(work).make(), MlmHead(dtype=jnp.dtype(work.dtype)))
+    masking = MaskingConfig(rate=work.mask_rate, budget=work.num_masked)
+
+    def init(key: PRNGKey) -> TrainState:
+        return TrainState.create(model.init(key, DUMMY), {}, optimizer)
+
+    return masked_lm.make_loss(model.apply, make_vocabulary(work), masking), init
+
+
+def fine_tuning(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
+    """BERT with a classifier, whose parameters all learn, or only adapters and the head."""
+    head = ClassificationHead(work.num_labels, work.dropout_rate)
+    model = WithHead(make_encoder(work).make(), head)
+    lora = LoraConfig(rank=work.rank, alpha=work.alpha)
+    chosen = lora if work.task == "lora" else tuning.Full()
+
+    def init(key: PRNGKey) -> TrainState:
+        params = model.init(key, DUMMY)["params"]
+        call = lambda variables: model.apply(variables, DUMMY)
+        trainable, frozen = tuning.prepare(chosen, key, params, call, work.dtype)
+        return TrainState.create(trainable, frozen, optimizer)
+
+    return classification.make_loss(tuning.adapt(chosen, model.apply)), init
 
 
 def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
@@ -79,14 +117,8 @@ def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
         weight_decay=work.weight_decay,
         clip_norm=None,
     )
-    model, optimizer = make_model(work), make_optimizer(optimization)
-    masking = MaskingConfig(rate=work.mask_rate, budget=work.num_masked)
-    loss = make_loss(model.apply, make_vocabulary(work), masking)
-
-    def init(key: PRNGKey) -> TrainState:
-        variables = model.init(key, jnp.zeros((1, work.row_length), jnp.int32))
-        return TrainState.create(variables, {}, optimizer)
-
+    optimizer = make_optimizer(optimization)
+    loss, init = (pretraining if work.task == "mlm" else fine_tuning)(work, optimizer)
     placement = jit_placement(
         init,
         make_train_step(loss, optimizer, make_schedule(optimization), seed=0),

@@ -26,10 +26,12 @@ PREFIX = "benchmark: "
 class Work:
     """One training step, the same for every framework but for the recipe."""
 
+    task: Literal["mlm", "full", "lora"]
+    """Pretraining, or fine-tuning a classifier: all of it, or LoRA on queries and values."""
     recipe: Literal["shipped", "tuned", "compiled"]
     """For torch, how much is done for speed. jaxlm has one way, "tuned"."""
     dtype: Literal["float32", "bfloat16"]
-    """Of matrix products; parameters and moments are float32."""
+    """Of matrix products, and unless as shipped of frozen matrices; what learns is float32."""
     device: Literal["cpu", "cuda"]
     num_layers: int
     hidden_dim: int
@@ -42,6 +44,9 @@ class Work:
     dropout_rate: float = 0.1
     peak_lr: float = 1e-4
     weight_decay: float = 0.01
+    num_labels: int = 2
+    rank: int = 8
+    alpha: float = 16.0
 
     @property
     def num_masked(self) -> int:

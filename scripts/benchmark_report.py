@@ -27,14 +27,20 @@ class Result:
 def step_flops(work: Work) -> float:
     """Floating-point operations of one training step's matrix products.
 
-    ``3 B (S N (2 (4 H² + 2 H F) + 4 S H) + P (2 H² + 2 H V))``: B rows of S positions, N layers,
-    P positions of a row projected to V entries; backward counts twice forward.
+    For B rows of S positions and N layers, ``3 B (S N (2 (4 H² + 2 H F) + 4 S H) + head)``, since
+    backward counts twice forward. The head is ``P (2 H² + 2 H V)`` for P positions of a row
+    projected to V entries, ``2 H² + 2 H C`` for C classes. LoRA gives N layers ``2 · 4 H r`` more,
+    and leaves out the gradients of their weights: ``2 (4 H² + 2 H F)`` counts twice, not 3 times.
     """
     h = work.hidden_dim
-    layer = 2 * (4 * h * h + 2 * h * work.mlp_dim) + 4 * work.row_length * h
-    head = 2 * h * h + 2 * h * work.vocab_size
-    per_row = work.row_length * work.num_layers * layer + work.num_projected * head
-    return 3 * work.batch_size * per_row
+    weights = 2 * (4 * h * h + 2 * h * work.mlp_dim)
+    layer = 3 * (weights + 4 * work.row_length * h)
+    if work.task == "lora":
+        layer += 3 * 2 * 4 * h * work.rank - weights
+    outputs = work.vocab_size if work.task == "mlm" else work.num_labels
+    projected = work.num_projected if work.task == "mlm" else 1
+    head = 3 * projected * (2 * h * h + 2 * h * outputs)
+    return work.batch_size * (work.row_length * work.num_layers * layer + head)
 
 
 def is_clean(chunk: Chunk) -> bool:
@@ -63,29 +69,40 @@ def strongest_torch(results: list[Result]) -> Result:
     return min((r for r in results if r.is_torch), key=median_seconds)
 
 
+def _steady_mib(result: Result) -> float | None:
+    return max((c.peak_mib for c in result.chunks if c.peak_mib is not None), default=None)
+
+
+def _peak_mib(result: Result) -> float | None:
+    return max(result.ready.peak_mib or 0.0, _steady_mib(result) or 0.0) or None
+
+
 def peak_flops(device_name: str) -> float | None:
     """Peak bfloat16 FLOP/s of a known accelerator."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def summarize(results: list[Result], peak: float | None) -> list[dict[str, str]]:
-    """One row of text a variant; the first result is the reference "HF as shipped".
+    """One row of text a variant; the first result is the reference, such as "HF as shipped".
 
     Args:
         results: of one group, run in the same rounds.
         peak: FLOP/s of the device; None leaves out the MFU.
     """
     strongest = strongest_torch(results)
+    reference = results[0].label.partition(",")[0]
+    reference_mib = _peak_mib(results[0])
     rows = []
     for result in results:
         seconds = median_seconds(result)
         rate = step_flops(result.work) / seconds
-        peaks = [c.peak_mib for c in result.chunks if c.peak_mib is not None]
+        steady_mib, peak_mib = _steady_mib(result), _peak_mib(result)
+        memory_ratio = peak_mib / reference_mib if peak_mib and reference_mib else None
         row = {
             "variant": result.label,
             "step ms": f"{seconds * 1e3:.1f}",
             "tokens/s": f"{result.work.batch_size * result.work.row_length / seconds:,.0f}",
-            "× HF as shipped": _spread(round_ratios(result, results[0])),
+            f"× {reference}": _spread(round_ratios(result, results[0])),
             "× strongest torch": _spread(round_ratios(result, strongest)),
             "model GFLOP/s": f"{rate / 1e9:,.0f}",
         }
@@ -95,8 +112,9 @@ def summarize(results: list[Result], peak: float | None) -> list[dict[str, str]]
             row
             | {
                 "compile s": _number(result.ready.compile_seconds, 1),
-                "peak MiB": _number(max([result.ready.peak_mib or 0.0, *peaks]) or None, 0),
-                "steady MiB": _number(max(peaks, default=None), 0),
+                "peak MiB": _number(peak_mib, 0),
+                "memory ratio": _number(memory_ratio, 2),
+                "steady MiB": _number(steady_mib, 0),
                 "allocator": result.allocator,
                 "loss": f"{result.ready.loss:.2f}",
                 "clean rounds": f"{sum(map(is_clean, result.chunks))}/{len(result.chunks)}",

@@ -1,47 +1,25 @@
-"""A worker of ``benchmark.py mlm``: ``BertForMaskedLM`` of Hugging Face transformers.
+"""A worker of ``benchmark.py``: Hugging Face transformers, and peft for LoRA.
 
-``shipped`` is the model and its usual training step: labels of -100 outside the masked positions,
-the loss of its own forward pass, SDPA attention, the padding mask a collator makes, and fused AdamW
-(the Trainer's default optimizer). ``tuned`` sends only the masked positions to the vocabulary and
-passes no mask, since no row is padded; ``compiled`` is that under ``torch.compile``. Gradients are
-not clipped.
+``shipped`` is the model and its usual training step: the loss of its own forward pass (labels of
+-100 outside the masked positions), SDPA attention, the padding mask a collator makes, and fused
+AdamW (the Trainer's default optimizer). ``tuned`` sends only the masked positions to the
+vocabulary, passes no mask, since no row is padded, and with bfloat16 keeps frozen matrices in it;
+``compiled`` is that under ``torch.compile``. Gradients are not clipped. LoRA trains what peft
+trains unasked: the adapters and the last layer.
 """
 # pyright: reportMissingImports=false
+
+from collections.abc import Callable
 
 import torch
 import transformers
 from benchmark_protocol import Work, read_work, serve
 
-
-def make_loss(work: Work, model: transformers.BertForMaskedLM):
-    """A function of no arguments: forward pass and loss on one random batch."""
-    device = torch.device(work.device)
-    rows, length = work.batch_size, work.row_length
-    tokens = torch.randint(1000, work.vocab_size, (rows, length), device=device)
-    masked = torch.rand(rows, length, device=device).argsort(dim=1)[:, : work.num_masked]
-    labels = torch.full_like(tokens, -100).scatter(1, masked, tokens.gather(1, masked))
-    tokens = tokens.scatter(1, masked, 103)
-    attention_mask = torch.ones_like(tokens)
-    flat = (labels != -100).flatten().nonzero().squeeze(1)
-    flat_labels = labels.flatten()[flat]
-
-    def shipped():
-        return model(input_ids=tokens, attention_mask=attention_mask, labels=labels).loss
-
-    def tuned():
-        hidden = model.bert(tokens).last_hidden_state
-        return torch.nn.functional.cross_entropy(model.cls(hidden.flatten(0, 1)[flat]), flat_labels)
-
-    if work.recipe == "shipped":
-        return shipped
-    return torch.compile(tuned) if work.recipe == "compiled" else tuned
+LossOfBatch = Callable[[], torch.Tensor]  # forward pass on one random batch
 
 
-def main() -> None:
-    """Build the step and serve it."""
-    work = read_work()
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
+def make_config(work: Work) -> transformers.BertConfig:
+    return transformers.BertConfig(
         vocab_size=work.vocab_size,
         hidden_size=work.hidden_dim,
         num_hidden_layers=work.num_layers,
@@ -50,13 +28,83 @@ def main() -> None:
         max_position_embeddings=max(512, work.row_length),
         hidden_dropout_prob=work.dropout_rate,
         attention_probs_dropout_prob=work.dropout_rate,
+        num_labels=work.num_labels,
         attn_implementation="sdpa",
     )
-    model = transformers.BertForMaskedLM(config).to(work.device).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=work.peak_lr, weight_decay=work.weight_decay, fused=True
+
+
+def random_tokens(work: Work) -> torch.Tensor:
+    return torch.randint(
+        1000, work.vocab_size, (work.batch_size, work.row_length), device=work.device
     )
-    loss_of_batch = make_loss(work, model)
+
+
+def pretraining(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
+    """``BertForMaskedLM``."""
+    model = transformers.BertForMaskedLM(make_config(work)).to(work.device).train()
+    tokens = random_tokens(work)
+    ranks = torch.rand(tokens.shape, device=work.device).argsort(dim=1)
+    masked = ranks[:, : work.num_masked]
+    labels = torch.full_like(tokens, -100).scatter(1, masked, tokens.gather(1, masked))
+    tokens = tokens.scatter(1, masked, 103)
+    attention_mask = torch.ones_like(tokens)
+    flat = (labels != -100).flatten().nonzero().squeeze(1)
+    flat_labels = labels.flatten()[flat]
+
+    def shipped() -> torch.Tensor:
+        return model(input_ids=tokens, attention_mask=attention_mask, labels=labels).loss
+
+    def tuned() -> torch.Tensor:
+        hidden = model.bert(tokens).last_hidden_state
+        return torch.nn.functional.cross_entropy(model.cls(hidden.flatten(0, 1)[flat]), flat_labels)
+
+    return model, shipped if work.recipe == "shipped" else tuned
+
+
+def fine_tuning(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
+    """``BertForSequenceClassification``, with adapters for LoRA."""
+    model = transformers.BertForSequenceClassification(make_config(work))
+    if work.task == "lora":
+        import peft
+
+        adapters = peft.LoraConfig(
+            task_type=peft.TaskType.SEQ_CLS,
+            r=work.rank,
+            lora_alpha=work.alpha,
+            target_modules=["query", "value"],
+        )
+        model = peft.get_peft_model(model, adapters)
+        if work.recipe != "shipped" and work.dtype == "bfloat16":
+            for parameter in model.parameters():
+                if parameter.ndim == 2 and not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+    model = model.to(work.device).train()
+    tokens = random_tokens(work)
+    attention_mask = torch.ones_like(tokens)
+    labels = torch.arange(work.batch_size, device=work.device) % work.num_labels
+
+    def shipped() -> torch.Tensor:
+        return model(input_ids=tokens, attention_mask=attention_mask, labels=labels).loss
+
+    def tuned() -> torch.Tensor:
+        return model(input_ids=tokens, labels=labels).loss
+
+    return model, shipped if work.recipe == "shipped" else tuned
+
+
+def main() -> None:
+    """Build the step and serve it."""
+    work = read_work()
+    torch.manual_seed(0)
+    model, loss_of_batch = pretraining(work) if work.task == "mlm" else fine_tuning(work)
+    if work.recipe == "compiled":
+        loss_of_batch = torch.compile(loss_of_batch)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=work.peak_lr,
+        weight_decay=work.weight_decay,
+        fused=True,
+    )
     mixed = work.dtype == "bfloat16"
 
     def step() -> torch.Tensor:
@@ -72,9 +120,14 @@ def main() -> None:
             torch.cuda.synchronize()
         return loss.item()
 
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    if work.task == "lora":
+        import peft
+
+        versions += f", peft {peft.__version__}"
     serve(
         work,
-        versions=f"torch {torch.__version__}, transformers {transformers.__version__}",
+        versions=versions,
         device_name=torch.cuda.get_device_name() if work.device == "cuda" else "",
         compiles=work.recipe == "compiled",
         step=step,

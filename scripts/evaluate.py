@@ -88,7 +88,7 @@ def evaluate_tuned(
 ) -> dict[str, Any]:
     """On labelled examples."""
     loaded = tuned.open_tuned(directory, step=step, base=base)
-    config, task, labels = loaded.config.data, loaded.config.task, loaded.labels
+    config, task, labels = loaded.config.data, loaded.task, loaded.labels
     if data is None:
         examples, where = getattr(read_parts(config, task.read), split), f"its {split} data"
     else:

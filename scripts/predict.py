@@ -70,10 +70,10 @@ def main(
         fill_mask(run, text, file, out, top_k, step)
         return
     loaded = tuned.open_tuned(run, step=step, base=base)
-    if loaded.config.task.verb != task:
+    if loaded.task.verb != task:
         raise InputError(
-            f"{run} was fine-tuned for {type(loaded.config.task).__name__}, whose head cannot "
-            f"{task}: use {loaded.config.task.verb}"
+            f"{run} was fine-tuned for {type(loaded.task).__name__}, whose head cannot "
+            f"{task}: use {loaded.task.verb}"
         )
     if file is not None:
         write(loaded.answer(read_records(loaded, file)), out)
@@ -90,7 +90,7 @@ def main(
 
 def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
     """A record as the task reads it, of one or two texts."""
-    names = loaded.config.task.text_fields
+    names = loaded.task.text_fields
     given = [text] if pair is None else [text, pair]
     if len(given) != len(names):
         wanted = "a second text, which --pair gives" if len(names) == 2 else "one text, no --pair"

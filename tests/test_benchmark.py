@@ -1,11 +1,13 @@
 import importlib
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from jaxlm import tree
 from jaxlm.errors import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -34,6 +36,7 @@ def load(name):
 
 def make_work(**changes):
     work = load("benchmark_protocol").Work(
+        task="mlm",
         recipe="tuned",
         dtype="float32",
         device="cpu",
@@ -86,6 +89,17 @@ def test_flops_per_token_of_bert_base():
     assert shipped - tuned == 3 * 16 * 108 * 2 * (768**2 + 768 * 30522)
 
 
+def test_flops_of_fine_tuning():
+    flops = load("benchmark_report").step_flops
+    tokens, weights, attention = 16 * 128, 84_934_656, 12 * 128 * 768 * 12
+    head = 16 * 6 * (768**2 + 768 * 2)
+    full = tokens * (6 * weights + attention) + head
+    assert flops(make_work(task="full")) == pytest.approx(full, rel=1e-12)
+    # No gradients of frozen weights; two adapters a layer, of two factors each.
+    lora = tokens * (4 * weights + attention + 6 * 12 * 2 * 2 * 768 * 8) + head
+    assert flops(make_work(task="lora")) == pytest.approx(lora, rel=1e-12)
+
+
 def test_masked_positions_of_a_row():
     assert make_work().num_masked == 20
     assert make_work(row_length=512).num_masked == 77
@@ -121,7 +135,7 @@ def test_strongest_is_the_fastest_of_torch_only():
 def test_table_has_a_row_a_variant():
     report = load("benchmark_report")
     results = [
-        make_result("HF", [4.0, 4.0], work=make_work(recipe="shipped")),
+        make_result("HF as shipped, float32", [4.0, 4.0], work=make_work(recipe="shipped")),
         make_result("tuned", [2.0, 2.0]),
         make_result("ours", [1.0, 1.25], is_torch=False),
     ]
@@ -134,11 +148,25 @@ def test_table_has_a_row_a_variant():
     assert (rows[2]["peak MiB"], rows[2]["steady MiB"]) == ("1,500", "101")
     assert rows[1]["MFU"] == f"{report.step_flops(make_work()) / 2e12:.1%}"
     assert "MFU" not in report.summarize(results, peak=None)[0]
+    assert [row["memory ratio"] for row in rows] == ["1.00"] * 3
     lines = report.to_markdown(rows).splitlines()
     assert len(lines) == 5
     assert len({len(line) for line in lines}) == 1
     assert {line.count("|") for line in lines} == {len(rows[0]) + 1}
     assert lines[1].startswith("| ---")
+
+
+def test_ratios_are_to_the_first_variant():
+    report = load("benchmark_report")
+    results = [make_result("peft as shipped, float32", [4.0]), make_result("ours", [1.0])]
+    small = replace(results[1].ready, peak_mib=50.0)
+    light = replace(results[1], ready=small, chunks=[replace(results[1].chunks[0], peak_mib=600.0)])
+    rows = report.summarize([results[0], light], peak=None)
+    assert rows[1]["× peft as shipped"] == "4.00 (4.00–4.00)"
+    assert rows[1]["memory ratio"] == "0.40"
+    unknown = replace(light, ready=replace(small, peak_mib=None), chunks=light.chunks[:0])
+    unknown = replace(unknown, chunks=[replace(light.chunks[0], peak_mib=None)])
+    assert report.summarize([results[0], unknown], peak=None)[1]["memory ratio"] == "–"
 
 
 def test_peak_of_known_devices_only():
@@ -174,10 +202,61 @@ def test_peak_of_known_devices_only():
 )
 def test_variants_of_a_table(device, dtype, labels):
     benchmark = load("benchmark")
-    variants = benchmark.mlm_variants(benchmark.Mlm(), "mini", dtype, device)
+    variants = benchmark.make_variants(benchmark.Mlm(), "mlm", "mini", dtype, device)
     assert [v.label for v in variants] == [*labels, f"jaxlm, {dtype}"]
     assert [v.is_torch for v in variants] == [True] * len(labels) + [False]
     assert variants[0].env == {}
+
+
+def test_fine_tuning_is_measured_with_both_allocators(monkeypatch):
+    benchmark = load("benchmark")
+    monkeypatch.setattr(benchmark, "allocator", lambda: ({"LD_PRELOAD": "t.so"}, "tcmalloc"))
+
+    def rows(task, dtype, device="cpu"):
+        variants = benchmark.make_variants(benchmark.Finetune(), task, "base", dtype, device)
+        assert {v.work.task for v in variants} == {task}
+        return [(v.label, v.allocator) for v in variants]
+
+    ours = [("jaxlm, float32", "tcmalloc"), ("jaxlm, float32", "glibc's huge pages")]
+    assert rows("lora", "float32") == [
+        ("peft as shipped, float32", "default"),
+        ("peft tuned, float32", "tcmalloc"),
+        *ours,
+    ]
+    assert rows("full", "float32") == [
+        ("HF as shipped, float32", "default"),
+        ("HF tuned, float32", "tcmalloc"),
+        *ours,
+    ]
+    assert rows("lora", "bfloat16", "cuda")[-2:] == [
+        ("peft tuned + compile, bf16 autocast", "torch"),
+        ("jaxlm, bfloat16", "jax"),
+    ]
+    monkeypatch.setattr(benchmark, "allocator", lambda: benchmark.HUGE_PAGES)
+    assert rows("lora", "float32")[2:] == ours[1:]
+
+
+@pytest.mark.parametrize("task", ["mlm", "full", "lora"])
+def test_the_work_of_jaxlm(task):
+    work = make_work(
+        task=task,
+        num_layers=1,
+        hidden_dim=16,
+        num_heads=2,
+        mlp_dim=32,
+        vocab_size=1200,
+        batch_size=2,
+        row_length=16,
+    )
+    state, sums = load("benchmark_jaxlm").make_step(work)()
+    learning = {path for path, _ in tree.leaves_with_path(state.trainable)}
+    chance = math.log(1200 if task == "mlm" else 2)
+    assert sums.means()["loss"] == pytest.approx(chance, rel=0.05)
+    assert ("lora/encoder/layers/attention/query/a" in learning) == (task == "lora")
+    assert ("params/encoder/token_embed/embedding" in learning) == (task != "lora")
+    assert (
+        "params/encoder/token_embed/embedding" in dict(tree.leaves_with_path(state.frozen))
+    ) == (task == "lora")
 
 
 def make_variant(tmp_path, source, **changes):
@@ -225,20 +304,19 @@ def test_measurements_are_written(tmp_path, monkeypatch, capsys):
     benchmark = load("benchmark")
     variants = [make_variant(tmp_path, FAKE_WORKER, device="cuda")]
     take_any_turn(monkeypatch, benchmark)
-    monkeypatch.setattr(benchmark, "mlm_variants", lambda *_: variants)
+    monkeypatch.setattr(benchmark, "make_variants", lambda *_: variants)
     output = tmp_path / "benchmark.json"
-    options = benchmark.Mlm(
-        sizes=("mini",), rounds=1, chunk_seconds=0.01, device="cuda", output=output
-    )
-    benchmark.run_mlm(options)
-    (group,) = json.loads(output.read_text())["groups"]
-    assert len(group["results"][0]["chunks"]) == 1
+    options = benchmark.Finetune(rounds=1, chunk_seconds=0.01, device="cuda", output=output)
+    benchmark.run(options)
+    lora, full = json.loads(output.read_text())["groups"]
+    assert ("LoRA" in lora["title"], "full" in full["title"]) == (True, True)
+    assert len(full["results"][0]["chunks"]) == 1
     assert " MFU |" in capsys.readouterr().out
 
 
 def test_bad_options(tmp_path):
     benchmark = load("benchmark")
     with pytest.raises(InputError, match="--rounds"):
-        benchmark.run_mlm(benchmark.Mlm(rounds=0))
+        benchmark.run(benchmark.Mlm(rounds=0))
     with pytest.raises(InputError, match="missing"):
-        benchmark.run_mlm(benchmark.Mlm(output=tmp_path / "missing" / "b.json"))
+        benchmark.run(benchmark.Mlm(output=tmp_path / "missing" / "b.json"))

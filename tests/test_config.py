@@ -29,7 +29,9 @@ def write(folder: Path, text: str) -> str:
 
 def test_command_line_changes_nested_fields(tmp_path: Path) -> None:
     path = write(tmp_path, FILE.format("steps=5"))
-    config = configs.load(configs.PretrainConfig, [path, "--optimizer.peak-lr", "3e-4", "--model.num-layers", "3"])
+    config = configs.load(
+        configs.PretrainConfig, [path, "--optimizer.peak-lr", "3e-4", "--model.num-layers", "3"]
+    )
     assert config.optimizer.peak_lr == 3e-4
     assert config.model.num_layers == 3
     assert config.train.steps == 5
@@ -102,7 +104,7 @@ def test_json_with_unknown_field_or_wrong_type() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "both None"),
+        ({}, "are None"),
         ({"steps": 0}, r"train\.steps=0"),
         ({"minutes": -1.0}, r"train\.minutes=-1"),
         ({"steps": 1, "num_evals": 0}, r"train\.num_evals=0"),

@@ -290,7 +290,7 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     name = next(name for name in weights if name.endswith("word_embeddings.weight"))
     weights[name] = weights[name] + 1
     save_file(weights, other / "model.safetensors")
-    with pytest.raises(InputError, match="base_sha256"):
+    with pytest.raises(InputError, match="is not the encoder that"):
         tuned.open_tuned(directory, base=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(folder / "model", moved)

@@ -208,7 +208,9 @@ def test_not_a_run_folder(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_impossible_combinations(config: PretrainConfig, change: dict[str, Any], message: str) -> None:
+def test_impossible_combinations(
+    config: PretrainConfig, change: dict[str, Any], message: str
+) -> None:
     parts = {name: replace(getattr(config, name), **fields) for name, fields in change.items()}
     with pytest.raises(InputError, match=message):
         pretrain(replace(config, name="never", **parts))

@@ -1,7 +1,7 @@
 """What a task is to the rest of fine-tuning."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 
@@ -18,6 +18,7 @@ Outputs = Mapping[str, Any]
 Labels = tuple[str, ...]
 
 
+@runtime_checkable
 class Task(Protocol):
     """The configuration of a task is the task: a frozen dataclass with these methods.
 

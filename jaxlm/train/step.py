@@ -16,7 +16,7 @@ from jaxlm.train.state import TrainState
 from jaxlm.typing import Batch, Loss, Params, Scalar
 
 TrainStep = Callable[[TrainState, Batch, Scalar], tuple[TrainState, Sums]]
-EvalStep = Callable[[TrainState, Batch], Sums]
+EvalStep = Callable[[TrainState, Batch], Any]  # -> Sums, and what is predicted
 
 
 def make_train_step(
