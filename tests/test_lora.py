@@ -296,8 +296,7 @@ def test_low_precision_stays_low():
 
 def test_low_precision_compiles_at_full_size():
     # XLA:CPU takes another way for large products, and cannot compute all of them in bfloat16.
-    x = jnp.ones((16, 128, 256), jnp.bfloat16)
-    map_ = Linear((4, 64), dtype=jnp.bfloat16)
+    x, map_ = jnp.ones((16, 128, 256), jnp.bfloat16), Linear((4, 64), dtype=jnp.bfloat16)
     params = map_.init(jax.random.key(0), x)["params"]
     config = LoraConfig(targets=("kernel",), rank=8)
     sites = find_sites(lambda v: map_.apply(v, x), {"params": params})
