@@ -40,8 +40,8 @@ def pretrain(config: PretrainConfig) -> Path:
     if resuming and not config.resume:
         raise InputError(f"{directory} holds a run: give another --name, or leave out --no-resume")
     console.print(
-        f"{config.name}: {tree.num_params(placement.abstract_state.trainable) / 1e6:.1f} M "
-        f"parameters, {sum(d.info.tokens['train'] for d in datasets) / 1e6:.2f} M tokens in rows "
+        f"{config.name}: {tree.num_params(placement.abstract_state.trainable):,} parameters, "
+        f"{sum(d.info.tokens['train'] for d in datasets) / 1e6:.2f} M tokens in rows "
         f"of {info.row_length}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 

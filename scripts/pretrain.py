@@ -16,6 +16,6 @@ if __name__ == "__main__":
         directory = pretrain.pretrain(config.load(config.PretrainConfig))
         print(
             f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
-            f'  python scripts/predict.py {directory} fill-mask "Return the [MASK] of the list."\n'
+            f'  python scripts/predict.py {directory} fill-mask "A text with a [MASK]."\n'
             f"  python scripts/evaluate.py {directory}"
         )

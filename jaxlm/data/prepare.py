@@ -131,8 +131,8 @@ def check_same(place: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
     ]
     if differences:
         raise InputError(
-            f"{place} was prepared otherwise ({'; '.join(differences)}); overwrite it, or choose "
-            "another place"
+            f"{place} was prepared otherwise ({'; '.join(differences)}); give another place, or "
+            "replace it with scripts/prepare.py --overwrite"
         )
 
 

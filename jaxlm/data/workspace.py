@@ -45,4 +45,8 @@ def bar(console: Console | None, description: str, total: int | None) -> Iterato
     columns = (SpinnerColumn(), *Progress.get_default_columns(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=console is None) as progress:
         task = progress.add_task(description, total=total)
-        yield lambda amount: progress.advance(task, amount)
+        try:
+            yield lambda amount: progress.advance(task, amount)
+        except BaseException:
+            progress.live.transient = True  # nothing stands between what was done and the error
+            raise
