@@ -223,7 +223,10 @@ def open_tuned(
     directory = Path(directory)
     config = run.read_config(directory, FinetuneConfig)
     tokenizer = run.read_tokenizer(directory)
-    labels = tuple(json.loads((directory / LABELS).read_text()))
+    try:
+        labels = tuple(json.loads((directory / LABELS).read_text()))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory / LABELS} cannot be read: {error}") from error
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
         loaded = bases.load(base or config.base)

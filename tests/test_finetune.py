@@ -297,5 +297,9 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     assert tuned.open_tuned(directory, base=str(moved)).labels == ("0", "1")
 
 
-def test_labels_are_stored(directory: Path) -> None:
+def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
     assert json.loads((directory / tuned.LABELS).read_text()) == ["0", "1"]
+    shutil.copytree(directory, tmp_path / "copy")
+    (tmp_path / "copy" / tuned.LABELS).unlink()
+    with pytest.raises(InputError, match=r"labels\.json cannot be read"):
+        tuned.open_tuned(tmp_path / "copy")

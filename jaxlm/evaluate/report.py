@@ -79,17 +79,18 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
 
 
 def predictions_table(predictions: Iterable[Prediction], title: str = "Most wrong") -> Table:
-    """One line for each, to print."""
+    """Two lines for each, to print: the text above the place."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("loss", justify="right", no_wrap=True)
-    for name in ("gold", "predicted", "place"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("text")  # of the columns this one alone gives way
+    for name in ("gold", "predicted"):
+        table.add_column(name, max_width=20, min_width=10)
+    table.add_column("text", min_width=20)
     for p in predictions:
         # Text, for brackets in a string would be read as markup.
         guess = Text(f"{p.predicted} {p.probability:.0%}", "red" if p.predicted != p.gold else "")
         text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
-        table.add_row(f"{p.loss:.2f}", Text(p.gold), guess, Text(p.place, "dim"), text)
+        text.append(f"\n{p.place}", "dim")
+        table.add_row(f"{p.loss:.2f}", Text(p.gold), guess, text)
     return table
 
 

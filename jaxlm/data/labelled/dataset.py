@@ -43,6 +43,8 @@ class LabelledConfig:
         for name in ("max_length", "batch_size", "num_buckets"):
             if vars(self)[name] < 1:
                 raise InputError(f"data.{name}={vars(self)[name]} is not above 0")
+        if self.few_shot is not None and self.few_shot < 1:
+            raise InputError(f"data.few_shot={self.few_shot} is not above 0; None = all examples")
 
 
 class Parts(NamedTuple):
