@@ -25,12 +25,11 @@ from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
-from jaxlm.tasks.task import Labels
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import fit
 from jaxlm.train.metrics import Throughput
 from jaxlm.train.progress import Progress
-from jaxlm.train.restore import Cursor, best_step, list_steps
+from jaxlm.train.restore import best_step, list_steps
 from jaxlm.train.state import TrainState
 from jaxlm.train.view import View
 
@@ -77,7 +76,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Path:
             report=progress.warn,
         ) as checkpointer,
     ):
-        cursor = make_cursor(config, parts, tokenizer, labels, base)
+        own = tokenizers.fingerprint(tokenizer)
+        cursor = run.make_cursor(config.train.seed, [parts.fingerprint], own)
+        cursor |= {"labels": list(labels), "base_sha256": base and base.fingerprint}
         # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. the base.
         if resuming:
             abstract = placement.abstract_state
@@ -170,23 +171,6 @@ def make_tokenizer(config: TokenizerConfig | None, parts: Parts) -> Tokenizer:
         return tokenizers.load(config.path)
     texts = [example.content for example in parts.train]
     return tokenizers.train(config.kind, texts, config.vocab_size)
-
-
-def make_cursor(
-    config: FinetuneConfig, parts: Parts, tokenizer: Tokenizer, labels: Labels, base: Base | None
-) -> Cursor:
-    """Where a run stands at its start, and what it stands on."""
-    return {
-        "examples_seen": 0,
-        "tokens_seen": 0.0,
-        "elapsed_s": 0.0,
-        "share": 0.0,
-        "seed": config.train.seed,
-        "data": [parts.fingerprint],
-        "tokenizer_sha256": tokenizers.fingerprint(tokenizer),
-        "labels": list(labels),
-        "base_sha256": base and base.fingerprint,
-    }
 
 
 def _reference(classes: list[str], num_examples: int) -> dict[str, float]:

@@ -55,7 +55,8 @@ def pretrain(config: PretrainConfig) -> Path:
         Progress(config.train.steps, visible=main_process, console=console) as progress,
         Checkpointer(checkpoints, keep=config.train.keep, report=progress.warn) as checkpointer,
     ):
-        start = run.make_cursor(config, datasets)
+        fingerprints = [dataset.info.fingerprint for dataset in datasets]
+        start = run.make_cursor(config.train.seed, fingerprints, info.tokenizer_sha256)
         # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. from scratch.
         if resuming:
             # Before the checkpoint: with another vocabulary its shapes would not fit either.

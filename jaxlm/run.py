@@ -16,7 +16,7 @@ from jaxlm import config as configs
 from jaxlm import optim, sharding
 from jaxlm.config import C, Config, PretrainConfig
 from jaxlm.data import tokenizers
-from jaxlm.data.prepared import Prepared, PreparedInfo
+from jaxlm.data.prepared import PreparedInfo
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MaskedLm, MlmHead
@@ -230,16 +230,16 @@ def write_folder(directory: Path, config: Config, tokenizer: Tokenizer) -> None:
         raise InputError(f"the run folder {directory} cannot be written: {error}") from error
 
 
-def make_cursor(config: PretrainConfig, datasets: Sequence[Prepared]) -> Cursor:
-    """Where a run stands at its start, and what it stands on."""
+def make_cursor(seed: int, data: Sequence[str], tokenizer_sha256: str) -> Cursor:
+    """Where a run stands at its start, and what it stands on: fingerprints of ``data``."""
     return {
         "examples_seen": 0,
         "tokens_seen": 0.0,
         "elapsed_s": 0.0,
         "share": 0.0,
-        "seed": config.train.seed,
-        "data": [dataset.info.fingerprint for dataset in datasets],
-        "tokenizer_sha256": datasets[0].info.tokenizer_sha256,
+        "seed": seed,
+        "data": list(data),
+        "tokenizer_sha256": tokenizer_sha256,
     }
 
 

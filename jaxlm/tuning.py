@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,14 +36,6 @@ class BitFit:
 Tuning = Full | HeadOnly | BitFit | LoraConfig | Ia3Config
 FrozenDtype = Literal["float32", "bfloat16", "int8"]
 HEAD = "params/head/"
-
-
-class Tuned(NamedTuple):
-    """A model whose parameters are parted; ``apply`` takes both parts combined."""
-
-    apply: Apply
-    trainable: Params
-    frozen: Params
 
 
 def adapt(tuning: Tuning, apply: Apply) -> Apply:

@@ -98,7 +98,7 @@ def fit(
     def compiled_for(batch: Batch) -> Callable[..., tuple[TrainState, Sums]]:
         shapes = tuple(x.shape for x in batch.values())
         if shapes not in compiled:
-            rows = f" for rows of {shapes[0][-1]}" if compiled else ""
+            rows = f" for rows of {batch['tokens'].shape[-1]}" if compiled else ""
             with view.pause(f"compiling the train step{rows}"):
                 lowered = placement.train_step.lower(state, batch, np.float32(share))
                 compiled[shapes] = lowered.compile()
