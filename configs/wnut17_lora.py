@@ -27,5 +27,5 @@ config = FinetuneConfig(
     task=Tagging(),
     tuning=LoraConfig(rank=8, alpha=16.0),
     optimizer=OptimizerConfig(peak_lr=1e-3),
-    train=TrainConfig(epochs=20.0),
+    train=TrainConfig(epochs=10.0),
 )

@@ -120,6 +120,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 def axes_of(path: str, ndim: int) -> Axes:
     """The axis names of the parameter at ``path``; a stacked one has ``layers`` in front."""
+    path = re.sub(r"/layers/\d+(?=/|$)", "", path)  # one of jaxlm.nn.stack.Layers
     text = _row(path) or _derived_row(path)
     if text is None:
         raise ValueError(f"no row of sharding.AXES matches the parameter {path}: add one")

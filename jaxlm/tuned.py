@@ -64,6 +64,7 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
         params,
         lambda variables: model.apply(variables, DUMMY),
         config.frozen_dtype,
+        split_layers=getattr(config.model, "unroll", 1) is None,
     )
     if not trainable:
         raise InputError(

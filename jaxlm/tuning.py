@@ -8,12 +8,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+from jaxtyping import PyTree
 from rich.table import Table
 
 from jaxlm import ia3, lora, tree
 from jaxlm.ia3 import Ia3Config
-from jaxlm.intercept import find_sites
+from jaxlm.intercept import Sites, find_sites, flatten
 from jaxlm.lora import LoraConfig
+from jaxlm.nn import stack
 from jaxlm.quantize import dequantize, quantize
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
@@ -46,10 +49,10 @@ def adapt(tuning: Tuning, apply: Apply) -> Apply:
     elif isinstance(tuning, Ia3Config):
         adapted = ia3.adapt(apply)
 
-    def dequantized(variables: Variables, *args: Any, **kwargs: Any) -> Any:
-        return adapted(dequantize(variables), *args, **kwargs)
+    def plain(variables: Variables, *args: Any, **kwargs: Any) -> Any:
+        return adapted(_plain(variables), *args, **kwargs)
 
-    return dequantized
+    return plain
 
 
 def prepare(
@@ -58,10 +61,13 @@ def prepare(
     params: Params,
     call: Callable[[Variables], Any],
     frozen_dtype: FrozenDtype = "float32",
+    *,
+    split_layers: bool = False,
 ) -> tuple[Params, Params]:
     """The variables that learn, and the frozen ones, from a model's ``params``.
 
     ``call(variables)`` calls the model, to find out what can be adapted; nothing is computed.
+    ``split_layers`` saves memory where the model unrolls its layers (``nn.stack.Layers``).
     """
     sites = find_sites(call, {"params": params})
     variables = {"params": params}
@@ -79,6 +85,8 @@ def prepare(
         kept = dict(tree.leaves_with_path(frozen["params"]))
         kernels = {p: s for p, s in sites.items() if p in kept and p.endswith("/kernel")}
         frozen = frozen | {"params": quantize(frozen["params"], kernels)}
+    if split_layers:
+        frozen = _split(frozen, sites)
     return trainable, frozen
 
 
@@ -98,7 +106,7 @@ def lr_factor(tuning: Tuning) -> Callable[[str], float] | None:
 
 def merge(tuning: Tuning, variables: Variables, call: Callable[[Variables], Any]) -> Params:
     """The parameters of a plain model that computes the same."""
-    variables = dequantize(variables)
+    variables = _plain(variables)
     if isinstance(tuning, LoraConfig):
         return lora.merge(variables["params"], variables["lora"], tuning)
     if isinstance(tuning, Ia3Config):
@@ -113,7 +121,7 @@ def table(trainable: Params, frozen: Params, moments: int) -> Table:
     ``moments`` is the optimizer's number of values for each parameter.
     """
     here = tree.num_params(trainable), tree.num_bytes(trainable), tree.num_bytes(frozen)
-    whole = here[0] + tree.num_params(jax.eval_shape(dequantize, frozen))
+    whole = here[0] + tree.num_params(jax.eval_shape(_plain, frozen))
     shown = Table(box=None, pad_edge=False)
     for name in ("", "parameters", "trainable", "weights", "gradients", "moments", "in all"):
         shown.add_column(name, justify="right" if name else "left")
@@ -129,6 +137,22 @@ def table(trainable: Params, frozen: Params, moments: int) -> Table:
             *map(_megabytes, (*sizes, sum(sizes))),
         )
     return shown
+
+
+def _plain(variables: PyTree) -> PyTree:
+    # Layer by layer: of a stack that is dequantized whole, each slice would be copied.
+    return stack.join(dequantize(variables))
+
+
+def _split(frozen: Params, sites: Sites) -> Params:
+    stacked = {f"params/{path}" for path, site in sites.items() if site.num_stack}
+    return unflatten_dict(
+        {
+            path: stack.split(leaf) if path in stacked else leaf
+            for path, leaf in flatten(frozen).items()
+        },
+        sep="/",
+    )
 
 
 def _megabytes(size: int) -> str:

@@ -99,7 +99,9 @@ def fine_tuning(work: Work, optimizer: optax.GradientTransformation) -> tuple[Lo
     def init(key: PRNGKey) -> TrainState:
         params = model.init(key, DUMMY)["params"]
         call = lambda variables: model.apply(variables, DUMMY)
-        trainable, frozen = tuning.prepare(chosen, key, params, call, work.dtype)
+        trainable, frozen = tuning.prepare(
+            chosen, key, params, call, work.dtype, split_layers=True
+        )
         return TrainState.create(trainable, frozen, optimizer)
 
     return classification.make_loss(tuning.adapt(chosen, model.apply)), init

@@ -67,8 +67,8 @@ class Recipe:
 RECIPES = {
     ("sst2", "lora"): Recipe(epochs=5, peak_lr=1e-3),
     ("sst2", "full"): Recipe(epochs=3, peak_lr=5e-5),
-    ("wnut17", "lora"): Recipe(epochs=20, peak_lr=1e-3),
-    ("wnut17", "full"): Recipe(epochs=10, peak_lr=1e-4),
+    ("wnut17", "lora"): Recipe(epochs=10, peak_lr=1e-3),
+    ("wnut17", "full"): Recipe(epochs=6, peak_lr=1e-4),
 }
 
 

@@ -3,7 +3,10 @@
 from typing import Any, Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jaxlm.typing import Hidden
 
@@ -50,3 +53,34 @@ def apply_stack(
         unroll=unroll or num_layers,
     )
     return scan(block, x, None)[0]
+
+
+@flax.struct.dataclass
+class Layers:
+    """A stacked parameter as an array for each layer: XLA copies each slice that it takes of one.
+
+    Under :func:`join` inside the compiled step, where all layers are unrolled, nothing is copied;
+    in a loop it would hold the whole stack a second time. For parameters that do not learn.
+
+    Attributes:
+        layers: of equal shapes, or of equal pytrees.
+    """
+
+    layers: tuple[Any, ...]
+
+
+def split(stacked: PyTree) -> Layers:
+    """A pytree of arrays ``[layers, ...]``, layer by layer."""
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    return Layers(tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers)))
+
+
+def join(tree: PyTree) -> PyTree:
+    """The tree with stacked arrays for what is :class:`Layers`; other leaves stay."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Layers):
+            return leaf
+        return jax.tree.map(lambda *layers: jnp.stack(layers), *leaf.layers)
+
+    return jax.tree.map(one, tree, is_leaf=lambda leaf: isinstance(leaf, Layers))

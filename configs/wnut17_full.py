@@ -1,0 +1,26 @@
+"""All parameters of MiniLM, for named entities in tweets: what wnut17_lora.py compares with.
+
+    python scripts/finetune.py configs/wnut17_full.py
+
+Source, data and encoder: as wnut17_lora.py.
+Hardware and time: two CPU cores, not yet measured.
+Expected: not yet measured.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from jaxlm.optim import OptimizerConfig
+from jaxlm.train.loop import TrainConfig
+from jaxlm.tuning import Full
+
+parent = runpy.run_path(str(Path(__file__).with_name("wnut17_lora.py")))["config"]
+
+config = replace(
+    parent,
+    name="wnut17_full",
+    tuning=Full(),
+    optimizer=OptimizerConfig(peak_lr=1e-4),
+    train=TrainConfig(epochs=6.0),
+)
