@@ -23,6 +23,7 @@ from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.sums import Sums
+from jaxlm.train.compile import compile_ahead
 from jaxlm.train.placement import Init, jit_placement
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
@@ -99,9 +100,7 @@ def fine_tuning(work: Work, optimizer: optax.GradientTransformation) -> tuple[Lo
     def init(key: PRNGKey) -> TrainState:
         params = model.init(key, DUMMY)["params"]
         call = lambda variables: model.apply(variables, DUMMY)
-        trainable, frozen = tuning.prepare(
-            chosen, key, params, call, work.dtype, split_layers=True
-        )
+        trainable, frozen = tuning.prepare(chosen, key, params, call, work.dtype, split_layers=True)
         return TrainState.create(trainable, frozen, optimizer)
 
     return classification.make_loss(tuning.adapt(chosen, model.apply)), init
@@ -129,10 +128,13 @@ def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
     )
     batch, progress = placement.put_batch(make_batch(work)), jnp.zeros(())
     state = placement.init(jax.random.key(0))
+    train_step = None
 
     def step() -> tuple[TrainState, Sums]:
-        nonlocal state
-        state, sums = placement.train_step(state, batch, progress)
+        nonlocal state, train_step
+        if train_step is None:
+            train_step = compile_ahead(placement.train_step, state, batch, progress)
+        state, sums = train_step(state, batch, progress)
         return state, sums
 
     return step

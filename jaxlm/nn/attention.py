@@ -36,11 +36,13 @@ def dot_product_attention(
         scores += bias
     if mask is not None:
         scores = jnp.where(mask, scores, NEGATIVE)
-    weights = jax.nn.softmax(scores, axis=-1)
+    # Normalized after the product: an array of the scores' size less to keep for the gradient.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1)
     if dropout_key is not None and dropout_rate > 0:
         weights = dropout(weights, dropout_rate, dropout_key)
     out = product("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-    return out.astype(query.dtype)
+    return (out / jnp.swapaxes(total, 1, 2)[..., None]).astype(query.dtype)
 
 
 class MultiHeadAttention(nn.Module):

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxlm.errors import InputError
 from jaxlm.sums import Sums, add_all
 from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.compile import compile_ahead
 from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor
 from jaxlm.train.state import TrainState
@@ -100,8 +101,8 @@ def fit(
         if shapes not in compiled:
             rows = f" for rows of {batch['tokens'].shape[-1]}" if compiled else ""
             with view.pause(f"compiling the train step{rows}"):
-                lowered = placement.train_step.lower(state, batch, np.float32(share))
-                compiled[shapes] = lowered.compile()
+                example = state, batch, np.float32(share)
+                compiled[shapes] = compile_ahead(placement.train_step, *example)
         return compiled[shapes]
 
     def read() -> None:
