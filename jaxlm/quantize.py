@@ -23,7 +23,8 @@ class Quantized:
     Attributes:
         values: int8, of the weight's shape.
         scale: float32, of that shape without ``axes``.
-        axes: those that share a scale: a kernel's inputs; of a table, the vectors' channels.
+        axes: those that share a scale, counted from the end: a kernel's inputs; of a table, the
+            vectors' channels.
     """
 
     values: Any
@@ -51,7 +52,7 @@ def quantize(params: Params, sites: Sites) -> PyTree:
         shared = range(site.num_stack, split)
         if path.rpartition("/")[2] == "embedding":
             shared = range(split, weight.ndim)
-        axes = tuple(shared)
+        axes = tuple(axis - weight.ndim for axis in shared)
         scale = jnp.abs(weight).max(axes, keepdims=True) / 127
         values = jnp.round(weight / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
         weights[path] = Quantized(values, jnp.squeeze(scale, axes), axes)

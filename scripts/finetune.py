@@ -13,9 +13,10 @@ from jaxlm.errors import report_input_errors  # noqa: E402
 
 if __name__ == "__main__":
     with report_input_errors():
-        directory = finetune.finetune(config.load(config.FinetuneConfig))
+        wanted = config.load(config.FinetuneConfig)
+        directory = finetune.finetune(wanted)
         print(
             f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
             f"  python scripts/evaluate.py {directory}\n"
-            f"  python scripts/predict.py {directory} classify TEXT"
+            f"  python scripts/predict.py {directory} {wanted.task.verb} TEXT"
         )

@@ -51,7 +51,7 @@ def test_each_channel_is_off_by_half_a_scale_at_most(path, site, value):
     parts = {end: x.ndim for end, x in (("values", leaf.values), ("scale", leaf.scale))}
     names = axes_of(path, value.ndim).names
     assert axes_of(f"{path}/values", parts["values"]).names == names
-    kept = tuple(n for axis, n in enumerate(names) if axis not in leaf.axes)
+    kept = tuple(n for axis, n in enumerate(names) if axis - len(names) not in leaf.axes)
     assert axes_of(f"{path}/scale", parts["scale"]).names == kept
 
 

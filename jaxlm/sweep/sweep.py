@@ -100,9 +100,9 @@ def sweep(plan: Plan, run_trial: RunTrial, console: Console | None = None) -> Pa
 
     def record(results: Sequence[Result]) -> None:
         latest[:] = results
-        _write(plan.directory / "sweep.json", _as_json(plan, results))
+        write_whole(plan.directory / "sweep.json", _as_json(plan, results))
 
-    with _alone(plan.directory):
+    with alone(plan.directory):
         try:
             run_all(plan, run_trial, console, record)
         except KeyboardInterrupt:
@@ -126,7 +126,7 @@ def summarize(plan: Plan, results: Sequence[Result], console: Console) -> None:
     if failed:
         text += "\nFailed trials, which are in no mean:\n\n"
         text += "".join(f"- {sentence}\n" for sentence in failed)
-    _write(plan.directory / "sweep.md", text)
+    write_whole(plan.directory / "sweep.md", text)
     console.print(f"\n{title}", soft_wrap=True)  # above the table it would be as narrow as that
     console.print(report.summary_table(scores))
     for sentence in failed:
@@ -191,14 +191,15 @@ def _as_json(plan: Plan, results: Sequence[Result]) -> str:
     return json.dumps({**head, "table": table, "trials": trials}, indent=2) + "\n"
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is never seen half-written."""
     unfinished = path.with_name(f".{path.name}")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
 @contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def alone(directory: Path) -> Iterator[None]:
     """One sweep at a time in a folder; a trial's process holds the lock as well."""
     try:
         directory.mkdir(parents=True, exist_ok=True)

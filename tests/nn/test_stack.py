@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.feedforward import Mlp
-from jaxlm.nn.stack import apply_stack
+from jaxlm.nn.stack import apply_stack, join, split
 
 NUM_LAYERS = 4
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4)), jnp.float32)
@@ -166,3 +166,12 @@ def test_remat_computes_again_what_it_says():
     kept = num_products()
     assert num_products(remat="dots") == kept
     assert num_products(remat="full") > kept
+
+
+def test_layers_of_their_own_compute_the_same():
+    apply = jax.jit(Stacked().apply)
+    apart = jax.tree.map(split, PARAMS)
+    assert len(jax.tree.leaves(apart)) == NUM_LAYERS * len(jax.tree.leaves(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, join(apart), PARAMS)
+    joined = jax.jit(lambda params: Stacked().apply({"params": join(params)}, X, SHIFT))
+    np.testing.assert_allclose(joined(apart), apply({"params": PARAMS}, X, SHIFT), rtol=1e-6)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from sweep_runs import leave_run
 
 from jaxlm import config as configs
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
@@ -25,17 +26,6 @@ LR = "optimizer.peak_lr"
 
 def plan_of(config: Config, *texts: str, **asked: Any) -> Plan:
     return make_plan(SweepConfig(config=Path("c.py"), set=texts, **asked), config)
-
-
-def leave_run(config: Config, evaluations: dict[int, dict[str, float]], newest: int) -> None:
-    """What training leaves in a run folder, as far as a sweep reads it."""
-    (config.directory / "checkpoints" / str(newest)).mkdir(parents=True, exist_ok=True)
-    lines = [
-        {"step": step, **{f"eval/{name}": x for name, x in metrics.items()}}
-        for step, metrics in evaluations.items()
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (config.directory / "metrics.jsonl").write_text(text)
 
 
 class Fake:

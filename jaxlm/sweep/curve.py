@@ -1,0 +1,138 @@
+"""Learning curves: what configs reach with more and more examples of each class."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from jaxlm import config as configs
+from jaxlm.config import FinetuneConfig
+from jaxlm.errors import InputError
+from jaxlm.evaluate import plots, report
+from jaxlm.sweep.process import RunTrial
+from jaxlm.sweep.sweep import alone, write_whole
+from jaxlm.sweep.trials import Plan, Result, run_all, watched
+
+Scores = dict[str, dict[int, list[float]]]  # config → examples per class → a score for each seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveConfig:
+    """Train fine-tuning configs on a few examples of each class, then on more, and draw the scores.
+
+    Behind -- come changes that hold for all runs, such as -- --data.batch-size 16. Each run is a
+    run folder in runs/NAME/CONFIG. The same command goes on where it was stopped.
+    """
+
+    configs: tyro.conf.Positional[tuple[Path, ...]]
+    """Config files of one task."""
+    sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1000)
+    """Examples of each class."""
+    seeds: int = 3
+    """Runs of each config and size; every seed draws other examples, too."""
+    steps: int = 300
+    """Of every run: by epochs, a few examples would hardly be trained on."""
+    base: str | None = None
+    """The encoder of the configs that have one; None = as they say."""
+    name: str = "learning_curve"
+    """Of the folder of all runs."""
+
+    def __post_init__(self) -> None:
+        if not self.configs or not self.sizes:
+            raise InputError("a learning curve needs config files, and --sizes of training data")
+        for name in ("seeds", "steps"):
+            if vars(self)[name] < 1:
+                raise InputError(f"--{name} {vars(self)[name]} is less than 1")
+
+
+def load(argv: Sequence[str] | None = None) -> tuple[CurveConfig, list[Plan]]:
+    """What the command line asks for, and for each config and seed the runs of all sizes."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    asked = tyro.cli(CurveConfig, prog=Path(sys.argv[0]).name, args=argv[:split])
+    return asked, [
+        plan for path in asked.configs for plan in _plans(asked, path, argv[split + 1 :])
+    ]
+
+
+def _plans(asked: CurveConfig, path: Path, changes: list[str]) -> list[Plan]:
+    config = configs.load(FinetuneConfig, [str(path), *changes])
+    if asked.base is not None and config.base is not None:
+        config = dataclasses.replace(config, base=asked.base)
+    steps = dataclasses.replace(config.train, steps=asked.steps, epochs=None, minutes=None)
+    metric, monitor = watched(config, None)
+    first = config.train.seed
+    return [
+        Plan(
+            config=dataclasses.replace(
+                config,
+                data=dataclasses.replace(config.data, split_seed=seed),
+                train=dataclasses.replace(steps, seed=seed),
+            ),
+            name=f"{asked.name}/{config.name}",
+            candidates=[{"data.few_shot": size} for size in sorted(set(asked.sizes))],
+            num_seeds=1,
+            eta=None,
+            metric=metric,
+            monitor=monitor,
+        )
+        for seed in range(first, first + asked.seeds)
+    ]
+
+
+def curve(
+    asked: CurveConfig,
+    plans: Sequence[Plan],
+    run_trial: RunTrial,
+    console: Console | None = None,
+) -> Path:
+    """Run what is not finished; leaves ``curve.json``, ``curve.md`` and ``curve.png``.
+
+    Whatever ends it early leaves the curve of what there is. Returns the folder.
+    """
+    console = console or Console(highlight=False)
+    metrics = sorted({plan.metric for plan in plans})
+    if len(metrics) > 1:
+        raise InputError(f"the configs are judged by different metrics, {' and '.join(metrics)}")
+    directory = plans[0].config.runs / asked.name
+    scores: Scores = {}
+
+    with alone(directory):
+        try:
+            for plan in plans:
+                own = scores.setdefault(plan.config.name, {})
+
+                def record(results: Sequence[Result], own: dict[int, list[float]] = own) -> None:
+                    newest = results[-1]
+                    if newest.error is None:
+                        size = newest.trial.settings["data.few_shot"]
+                        own.setdefault(size, []).append(newest.score)
+
+                console.print(f"{plan.config.name}, seed {plan.config.train.seed}")
+                run_all(plan, run_trial, console, record)
+        except KeyboardInterrupt:
+            console.print("stopped: the same command goes on from here")
+            raise
+        finally:
+            if any(scores.values()):
+                summarize(directory, scores, metrics[0], console)
+    return directory
+
+
+def summarize(directory: Path, scores: Scores, metric: str, console: Console) -> None:
+    """Print the table, and write it and the plot."""
+    write_whole(directory / "curve.json", json.dumps({metric: scores}, indent=2) + "\n")
+    columns = {
+        name: {str(size): own[size] for size in sorted(own)} for name, own in scores.items() if own
+    }
+    title = f"{metric} by examples per class, mean ± sd over seeds"
+    write_whole(directory / "curve.md", f"# {title}\n\n{report.summary_markdown(columns)}")
+    console.print(f"\n{title}", soft_wrap=True)
+    console.print(report.summary_table(columns))
+    drawn = {name: own for name, own in scores.items() if own}
+    plots.plot_learning_curves(drawn, directory / "curve.png", y_label=metric)

@@ -1,0 +1,56 @@
+"""Frozen layers as arrays of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import sharding, tree, tuning
+from jaxlm.lora import LoraConfig
+from jaxlm.models.bert import BertConfig
+from jaxlm.models.heads import ClassificationHead, WithHead
+from jaxlm.tuning import FrozenDtype
+
+LORA = LoraConfig(rank=2)
+ENCODER = BertConfig(
+    vocab_size=16, num_layers=4, hidden_dim=32, num_heads=2, mlp_dim=128, max_length=8
+)
+MODEL = WithHead(ENCODER.make(), ClassificationHead(2))
+TOKENS = jnp.arange(8)[None]
+
+
+def compiled(split_layers: bool, dtype: FrozenDtype):
+    """The gradients of a LoRA step, and the frozen leaves they were compiled for."""
+    params = MODEL.init(jax.random.key(0), TOKENS)["params"]
+    call = lambda variables: MODEL.apply(variables, TOKENS)
+    trainable, frozen = tuning.prepare(
+        LORA, jax.random.key(1), params, call, dtype, split_layers=split_layers
+    )
+    apply = tuning.adapt(LORA, MODEL.apply)
+
+    def loss(trainable, frozen):
+        return jnp.sum(apply(tree.combine(trainable, frozen), TOKENS) ** 2)
+
+    step = jax.jit(jax.grad(loss)).lower(trainable, frozen).compile()
+    return step, step(trainable, frozen), frozen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_split_layers_are_not_copied(dtype):
+    stacked, expected, whole = compiled(False, dtype)
+    apart, gradients, frozen = compiled(True, dtype)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), gradients, expected)
+    assert tree.num_bytes(frozen) == tree.num_bytes(whole)
+    if dtype == "float32":  # int8 is dequantized, and that is kept for the gradient
+        layers = tree.num_bytes(frozen["params"]["encoder"]["layers"])
+        temporary = [step.memory_analysis().temp_size_in_bytes for step in (apart, stacked)]
+        assert temporary[0] < temporary[1] - 0.8 * layers
+
+
+def test_split_layers_have_the_shardings_of_their_stack():
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
+    _, _, frozen = compiled(True, "int8")
+    found = dict(tree.leaves_with_path(sharding.tree_shardings(frozen, mesh)))
+    prefix = "params/encoder/layers/mlp/up/kernel/layers/3"
+    assert found[f"{prefix}/values"].spec == (("fsdp",), ("tensor",))
+    assert found[f"{prefix}/scale"].spec == (("tensor",),)
