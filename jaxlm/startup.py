@@ -5,6 +5,8 @@ import sys
 from ctypes.util import find_library
 
 TUNABLES, PRELOAD = "GLIBC_TUNABLES", "LD_PRELOAD"
+# A step that is queued behind another takes its temporary buffer before that one's is free.
+SYNCHRONOUS = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}
 
 
 def tune_process() -> None:
@@ -20,7 +22,7 @@ def tune_process() -> None:
     environment, name = allocator()
     if not environment:
         return
-    os.environ.update(environment)
+    os.environ.update(SYNCHRONOUS | environment)
     setting = " ".join(f"{variable}={value}" for variable, value in environment.items())
     print(
         f"using {name}, for speed ({setting}; {TUNABLES}= turns it off)",
