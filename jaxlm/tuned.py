@@ -31,7 +31,7 @@ from jaxlm.train.placement import Placement, jit_placement, pmap_placement
 from jaxlm.train.restore import Cursor, Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_predict_step, make_train_step
-from jaxlm.typing import Apply, Params, Variables
+from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
 DUMMY = jnp.zeros((1, 8), jnp.int32)  # tokens to initialise and to trace with
@@ -52,7 +52,14 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
     """Step 0: the base's parameters, and a new head and adapters, on the host's first device."""
     model = make_model(config, labels)
     key, adapter_key = jax.random.split(jax.random.key(config.train.seed))
-    params = jax.jit(model.init)(key, DUMMY)["params"]
+
+    def init(key: PRNGKey) -> Params:
+        params = dict(model.init(key, DUMMY)["params"])
+        if base is not None:  # what is not returned is not computed
+            del params["encoder"]
+        return params
+
+    params = jax.jit(init)(key)
     if base is not None:
         params = params | {"encoder": base.encoder}
         if base.pooler is not None and "pooler" in params.get("head", {}):
@@ -175,8 +182,8 @@ class FinetunedRun:
 
     @property
     def variables(self) -> Variables:
-        """All collections, adapters among them."""
-        return self.state.variables
+        """All collections, adapters among them, as plain arrays."""
+        return tuning.plain(self.state.variables)
 
     def merged(self) -> Params:
         """The parameters of a plain model, without adapters, that computes the same."""

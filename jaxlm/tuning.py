@@ -49,10 +49,10 @@ def adapt(tuning: Tuning, apply: Apply) -> Apply:
     elif isinstance(tuning, Ia3Config):
         adapted = ia3.adapt(apply)
 
-    def plain(variables: Variables, *args: Any, **kwargs: Any) -> Any:
-        return adapted(_plain(variables), *args, **kwargs)
+    def of_plain(variables: Variables, *args: Any, **kwargs: Any) -> Any:
+        return adapted(plain(variables), *args, **kwargs)
 
-    return plain
+    return of_plain
 
 
 def prepare(
@@ -106,7 +106,7 @@ def lr_factor(tuning: Tuning) -> Callable[[str], float] | None:
 
 def merge(tuning: Tuning, variables: Variables, call: Callable[[Variables], Any]) -> Params:
     """The parameters of a plain model that computes the same."""
-    variables = _plain(variables)
+    variables = plain(variables)
     if isinstance(tuning, LoraConfig):
         return lora.merge(variables["params"], variables["lora"], tuning)
     if isinstance(tuning, Ia3Config):
@@ -115,13 +115,19 @@ def merge(tuning: Tuning, variables: Variables, call: Callable[[Variables], Any]
     return variables["params"]
 
 
+def plain(variables: PyTree) -> PyTree:
+    """Arrays, stacked where the model stacks its layers, for what :func:`prepare` made of them."""
+    # Layer by layer: of a stack that is dequantized whole, each slice would be copied.
+    return stack.join(dequantize(variables))
+
+
 def table(trainable: Params, frozen: Params, moments: int) -> Table:
     """Sizes of what is trained and what is not, and of full tuning with the same optimizer.
 
     ``moments`` is the optimizer's number of values for each parameter.
     """
     here = tree.num_params(trainable), tree.num_bytes(trainable), tree.num_bytes(frozen)
-    whole = here[0] + tree.num_params(jax.eval_shape(_plain, frozen))
+    whole = here[0] + tree.num_params(jax.eval_shape(plain, frozen))
     shown = Table(box=None, pad_edge=False)
     for name in ("", "parameters", "trainable", "weights", "gradients", "moments", "in all"):
         shown.add_column(name, justify="right" if name else "left")
@@ -137,11 +143,6 @@ def table(trainable: Params, frozen: Params, moments: int) -> Table:
             *map(_megabytes, (*sizes, sum(sizes))),
         )
     return shown
-
-
-def _plain(variables: PyTree) -> PyTree:
-    # Layer by layer: of a stack that is dequantized whole, each slice would be copied.
-    return stack.join(dequantize(variables))
 
 
 def _split(frozen: Params, sites: Sites) -> Params:

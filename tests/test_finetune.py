@@ -135,7 +135,7 @@ def test_a_checkpoint_holds_adapters_and_head_alone(
     }
     published = base.load(config.base)
     for path, leaf in tree.leaves_with_path(published.encoder):
-        frozen = dict(tree.leaves_with_path(loaded.state.frozen["params"]["encoder"]))[path]
+        frozen = dict(tree.leaves_with_path(loaded.variables["params"]["encoder"]))[path]
         np.testing.assert_array_equal(frozen, leaf)
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jaxlm import sharding, tree, tuning
 from jaxlm.lora import LoraConfig
@@ -52,5 +53,5 @@ def test_split_layers_have_the_shardings_of_their_stack():
     _, _, frozen = compiled(True, "int8")
     found = dict(tree.leaves_with_path(sharding.tree_shardings(frozen, mesh)))
     prefix = "params/encoder/layers/mlp/up/kernel/layers/3"
-    assert found[f"{prefix}/values"].spec == (("fsdp",), ("tensor",))
-    assert found[f"{prefix}/scale"].spec == (("tensor",),)
+    assert found[f"{prefix}/values"].spec == P("fsdp", "tensor")
+    assert found[f"{prefix}/scale"].spec == P("tensor")
