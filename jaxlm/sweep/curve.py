@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
 from jaxlm.sweep.process import RunTrial
-from jaxlm.sweep.sweep import alone, write_whole
+from jaxlm.sweep.sweep import alone, parse, write_whole
 from jaxlm.sweep.trials import Plan, Result, run_all, watched
 
 Scores = dict[str, dict[int, list[float]]]  # config → examples per class → a score for each seed
@@ -52,12 +51,8 @@ class CurveConfig:
 
 def load(argv: Sequence[str] | None = None) -> tuple[CurveConfig, list[Plan]]:
     """What the command line asks for, and for each config and seed the runs of all sizes."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    split = argv.index("--") if "--" in argv else len(argv)
-    asked = tyro.cli(CurveConfig, prog=Path(sys.argv[0]).name, args=argv[:split])
-    return asked, [
-        plan for path in asked.configs for plan in _plans(asked, path, argv[split + 1 :])
-    ]
+    asked, changes = parse(CurveConfig, argv)
+    return asked, [plan for path in asked.configs for plan in _plans(asked, path, changes)]
 
 
 def _plans(asked: CurveConfig, path: Path, changes: list[str]) -> list[Plan]:
@@ -127,12 +122,10 @@ def curve(
 def summarize(directory: Path, scores: Scores, metric: str, console: Console) -> None:
     """Print the table, and write it and the plot."""
     write_whole(directory / "curve.json", json.dumps({metric: scores}, indent=2) + "\n")
-    columns = {
-        name: {str(size): own[size] for size in sorted(own)} for name, own in scores.items() if own
-    }
+    drawn = {name: own for name, own in scores.items() if own}
+    columns = {name: {str(n): own[n] for n in sorted(own)} for name, own in drawn.items()}
     title = f"{metric} by examples per class, mean ± sd over seeds"
     write_whole(directory / "curve.md", f"# {title}\n\n{report.summary_markdown(columns)}")
     console.print(f"\n{title}", soft_wrap=True)
     console.print(report.summary_table(columns))
-    drawn = {name: own for name, own in scores.items() if own}
     plots.plot_learning_curves(drawn, directory / "curve.png", y_label=metric)

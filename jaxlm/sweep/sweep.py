@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
@@ -22,6 +22,8 @@ from jaxlm.sweep import space
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.space import short_label, shown
 from jaxlm.sweep.trials import Plan, Result, cost, run_all, watched
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +69,17 @@ class SweepConfig:
 
 def load(argv: Sequence[str] | None = None) -> Plan:
     """What the command line asks for; exits on ``--help`` and on an option that does not exist."""
+    asked, changes = parse(SweepConfig, argv)
+    config = configs.read_file(asked.config)
+    config = configs.load(type(config), [str(asked.config), *changes])
+    return make_plan(asked, config)
+
+
+def parse(kind: type[T], argv: Sequence[str] | None) -> tuple[T, list[str]]:
+    """Options of ``kind``, and behind -- the changes to the config of every run."""
     argv = list(sys.argv[1:] if argv is None else argv)
     split = argv.index("--") if "--" in argv else len(argv)
-    asked = tyro.cli(SweepConfig, prog=Path(sys.argv[0]).name, args=argv[:split])
-    config = configs.read_file(asked.config)
-    config = configs.load(type(config), [str(asked.config), *argv[split + 1 :]])
-    return make_plan(asked, config)
+    return tyro.cli(kind, prog=Path(sys.argv[0]).name, args=argv[:split]), argv[split + 1 :]
 
 
 def make_plan(asked: SweepConfig, config: Config) -> Plan:
