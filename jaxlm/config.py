@@ -91,6 +91,9 @@ class FinetuneConfig(RunConfig):
     """How the parameters that do not learn are kept; int8 rounds kernels to 8 bits a weight."""
     dropout_rate: float = 0.1
     """Of the encoder and the head, whatever pretraining used."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of matrix products and activations; None = as `model` says, else bfloat16 where there is an
+    accelerator, float32 on CPUs (of which those with AVX-512 BF16 or AMX are faster in bfloat16)."""
     monitor: str | None = None
     """The metric that decides which checkpoint is best; None = the task's own."""
 

@@ -144,16 +144,15 @@ def resolve(
     platform: str,
 ) -> FinetuneConfig:
     """Fill in what the config leaves to the base, the data and the platform."""
-    dtype = "float32" if platform == "cpu" else "bfloat16"
     if base is not None:
         if config.model is not None:
             raise InputError(f"model is given, and also base={base.name!r}, which has its own")
-        model: Any = base.config
+        model: Any = dataclasses.replace(base.config, dtype=None)
     else:
         assert config.model is not None
         vocab_size = math.ceil(tokenizers.vocab_size(tokenizer) / 64) * 64
         model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
-        dtype = config.model.dtype or dtype
+    dtype = config.dtype or model.dtype or ("float32" if platform == "cpu" else "bfloat16")
     rates = {"dropout_rate": config.dropout_rate}
     if isinstance(model, BertConfig):
         rates["attention_dropout_rate"] = config.dropout_rate
