@@ -11,6 +11,7 @@ import json
 import runpy
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -50,6 +51,8 @@ class RunConfig:
     """pmap is data parallel only, for code that still needs it."""
     resume: bool = True
     """Go on where the run folder's newest checkpoint ends; --no-resume refuses a used folder."""
+    accept_changes: bool = False
+    """Go on with other settings, data or seed than the run began with."""
     wandb: str | None = None
     """A Weights & Biases project to report to as well."""
 
@@ -93,7 +96,7 @@ class FinetuneConfig(RunConfig):
     """Of the encoder and the head, whatever pretraining used."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of matrix products and activations; None = as `model` says, else bfloat16 where there is an
-    accelerator, float32 on CPUs (of which those with AVX-512 BF16 or AMX are faster in bfloat16)."""
+    accelerator, float32 on CPUs. CPUs with AVX-512 BF16 or AMX are faster in bfloat16."""
     monitor: str | None = None
     """The metric that decides which checkpoint is best; None = the task's own."""
 
@@ -181,6 +184,19 @@ def to_json(config: Config) -> str:
         return str(value) if isinstance(value, Path) else value
 
     return json.dumps(encode(config), indent=2) + "\n"
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The value of every field, by path such as ``optimizer.peak_lr``."""
+
+    def walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for name, part in value.items():
+                yield from walk(f"{path}.{name}" if path else name, part)
+        else:
+            yield path, value
+
+    return dict(walk("", json.loads(to_json(config))))
 
 
 def from_json(text: str) -> Config:

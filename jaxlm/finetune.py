@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from jaxlm import base as bases
-from jaxlm import pretrain, run, tree, tuned, tuning
+from jaxlm import hosts, pretrain, run, tree, tuned, tuning
 from jaxlm.base import Base
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
@@ -42,6 +42,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Path:
     main_process = jax.process_index() == 0
     console = console or Console(quiet=not main_process, highlight=False)
     directory, task = config.directory, config.task
+    run.check_processes(config, directory / run.CHECKPOINTS)
     parts = read_parts(config.data, task.read)
     base = None if config.base is None else bases.load(config.base)
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, parts)
@@ -79,12 +80,15 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Path:
         own = tokenizers.fingerprint(tokenizer)
         cursor = run.make_cursor(config.train.seed, [parts.fingerprint], own)
         cursor |= {"labels": list(labels), "base_sha256": base and base.fingerprint}
+        hosts.check_same("data", cursor)
         # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. the base.
         if resuming:
+            run.check_config(directory, config)
             abstract = placement.abstract_state
             restored = checkpointer.restore(abstract.learned)
-            run.check_same(directory, restored.cursor, cursor)
-            cursor = restored.cursor
+            accept = config.accept_changes
+            run.check_same(directory, restored.cursor, cursor, accept_changes=accept)
+            cursor = restored.cursor | {name: cursor[name] for name in ("data", "seed")}
             state = dataclasses.replace(restored.state, frozen=state.frozen)
             progress.print(f"going on from step {restored.step} of {directory}")
         state = tuned.place(state, placement)

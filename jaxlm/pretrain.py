@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from jaxlm import run, tree
+from jaxlm import hosts, run, tree
 from jaxlm.config import Config, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.loader import eval_batches, train_batches
@@ -29,6 +29,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     main_process = jax.process_index() == 0
     console = Console(quiet=not main_process, highlight=False)
+    run.check_processes(config, config.directory / run.CHECKPOINTS)
     datasets = open_data(config, console)
     info = datasets[0].info
     config = run.resolve(config, info, jax.default_backend())
@@ -62,9 +63,12 @@ def pretrain(config: PretrainConfig) -> Path:
             # Before the checkpoint: with another vocabulary its shapes would not fit either.
             own = {"tokenizer_sha256": tokenizers.fingerprint(run.read_tokenizer(directory))}
             run.check_same(directory, start | own, start)
+            run.check_config(directory, config)
             restored = checkpointer.restore(placement.abstract_state.learned)
-            run.check_same(directory, restored.cursor, start)
-            state, cursor = restored.state, restored.cursor
+            accept = config.accept_changes
+            run.check_same(directory, restored.cursor, start, accept_changes=accept)
+            state = restored.state
+            cursor = restored.cursor | {name: start[name] for name in ("data", "seed")}
             progress.print(f"going on from step {restored.step} of {directory}")
         else:
             state, cursor = placement.init(jax.random.key(config.train.seed)), start
@@ -115,9 +119,13 @@ def pretrain(config: PretrainConfig) -> Path:
 def open_data(config: PretrainConfig, console: Console) -> list[Prepared]:
     """All prepared data of a run; the first is made where it is missing and the config says how."""
     first = Path(config.data.paths[0])
-    if config.prepare is not None and jax.process_index() == 0:
-        prepare(config.prepare, first, console=console)
-    return [open_prepared(path) for path in config.data.paths]
+    if config.prepare is not None:
+        with hosts.first("prepare"):  # the others find it, or make it on a disk of their own
+            prepare(config.prepare, first, console=console)
+    datasets = [open_prepared(path) for path in config.data.paths]
+    found = {str(d.directory): [d.info.fingerprint, d.info.tokenizer_sha256] for d in datasets}
+    hosts.check_same("data", {f"the content of {path}": value for path, value in found.items()})
+    return datasets
 
 
 def writers(config: Config) -> tuple[Writer, ...]:

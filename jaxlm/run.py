@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from jaxlm import config as configs
-from jaxlm import optim, sharding
+from jaxlm import hosts, optim, sharding
 from jaxlm.config import C, Config, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.prepared import PreparedInfo
@@ -30,6 +31,13 @@ from jaxlm.train.step import make_eval_step, make_train_step
 from jaxlm.typing import Loss, PRNGKey, Variables
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+# Fields that may change when a run goes on: where things lie (contents have fingerprints), how they
+# are computed, and what is kept and shown.
+_FREE = (
+    r"name|runs|resume|accept_changes|wandb|placement|base|mesh\..*|prepare(\..*)?|data\.paths"
+    r"|data\.(train|validation)\.(path|data_dir)|model\.(remat|unroll)"
+    r"|train\.(num_micro_batches|save_every|keep|log_every|max_skipped)"
+)
 EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
 
 
@@ -243,9 +251,45 @@ def make_cursor(seed: int, data: Sequence[str], tokenizer_sha256: str) -> Cursor
     }
 
 
-def check_same(directory: Path, saved: Cursor, now: Cursor) -> None:
-    """A run goes on with the tokenizer, data, seed, labels and base that it began with."""
+def check_processes(config: Config, checkpoints: Path) -> None:
+    """All processes of a run must be about to do the same, and see the same checkpoints."""
+    hosts.check_same(
+        "program",
+        {
+            "the version of jax": jax.__version__,
+            "the source code": hosts.code_hash(),
+            "the number of devices": jax.local_device_count(),
+            "the list of checkpoints": restore.list_steps(checkpoints),
+            **configs.flatten(config),
+        },
+    )
+
+
+def check_config(directory: Path, config: Config) -> None:
+    """A run goes on with the settings that it began with, as far as they decide what is learned."""
+    saved, now = configs.flatten(read_config(directory, type(config))), configs.flatten(config)
+    changed = [
+        f"{path}={saved.get(path)} there and {now.get(path)} here"
+        for path in sorted({*saved, *now})
+        if saved.get(path) != now.get(path) and not re.fullmatch(_FREE, path)
+    ]
+    if changed and not config.accept_changes:
+        raise InputError(
+            f"{directory} holds a run that began with other settings: {'; '.join(changed)}; change "
+            "them back, add --accept-changes, or give the run another --name"
+        )
+
+
+def check_same(
+    directory: Path, saved: Cursor, now: Cursor, *, accept_changes: bool = False
+) -> None:
+    """A run goes on with the tokenizer, data, seed, labels and base that it began with.
+
+    With ``accept_changes`` data and seed may be others.
+    """
     for name in ("tokenizer_sha256", "data", "seed", "labels", "base_sha256"):
+        if accept_changes and name in ("data", "seed"):
+            continue
         if saved.get(name) != now.get(name):
             raise InputError(
                 f"the run in {directory} was trained with {name} {_short(saved[name])} and would "

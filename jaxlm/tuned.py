@@ -34,7 +34,7 @@ from jaxlm.train.step import make_predict_step, make_train_step
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
-DUMMY = jnp.zeros((1, 8), jnp.int32)  # tokens to initialise and to trace with
+DUMMY = np.zeros((1, 8), np.int32)  # tokens to initialise and to trace with
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:

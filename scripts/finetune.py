@@ -8,15 +8,18 @@ from jaxlm.startup import tune_process
 
 tune_process()
 
-from jaxlm import config, finetune  # noqa: E402  (the allocator is settled before JAX starts)
-from jaxlm.errors import report_input_errors  # noqa: E402
+import jax  # noqa: E402  (the allocator is settled before JAX starts)
+
+from jaxlm import config, finetune  # noqa: E402
+from jaxlm.hosts import joined  # noqa: E402
 
 if __name__ == "__main__":
-    with report_input_errors():
+    with joined():
         wanted = config.load(config.FinetuneConfig)
         directory = finetune.finetune(wanted)
-        print(
-            f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
-            f"  python scripts/evaluate.py {directory}\n"
-            f"  python scripts/predict.py {directory} {wanted.task.verb} TEXT"
-        )
+        if jax.process_index() == 0:
+            print(
+                f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
+                f"  python scripts/evaluate.py {directory}\n"
+                f"  python scripts/predict.py {directory} {wanted.task.verb} TEXT"
+            )

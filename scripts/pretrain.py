@@ -8,14 +8,17 @@ from jaxlm.startup import tune_process
 
 tune_process()
 
-from jaxlm import config, pretrain  # noqa: E402  (the allocator is settled before JAX starts)
-from jaxlm.errors import report_input_errors  # noqa: E402
+import jax  # noqa: E402  (the allocator is settled before JAX starts)
+
+from jaxlm import config, pretrain  # noqa: E402
+from jaxlm.hosts import joined  # noqa: E402
 
 if __name__ == "__main__":
-    with report_input_errors():
+    with joined():
         directory = pretrain.pretrain(config.load(config.PretrainConfig))
-        print(
-            f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
-            f'  python scripts/predict.py {directory} fill-mask "A text with a [MASK]."\n'
-            f"  python scripts/evaluate.py {directory}"
-        )
+        if jax.process_index() == 0:
+            print(
+                f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
+                f'  python scripts/predict.py {directory} fill-mask "A text with a [MASK]."\n'
+                f"  python scripts/evaluate.py {directory}"
+            )

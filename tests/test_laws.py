@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "typing"},
     {"sums", "tree"},
-    {"intercept", "sharding"},
+    {"hosts", "intercept", "sharding", "signals"},
     {"data", "ia3", "lora", "nn", "optim", "quantize"},
     {"models", "objectives"},
     {"decode", "evaluate", "fill_mask", "startup", "train"},

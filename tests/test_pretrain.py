@@ -148,9 +148,22 @@ def test_resume_with_other_data_or_seed_is_refused(config: PretrainConfig, whole
     path = str(Path(config.data.paths[0]).with_name("other"))
     with pytest.raises(InputError, match="tokenizer_sha256"):
         pretrain(replace(config, prepare=other, data=replace(config.data, paths=(path,))))
-    with pytest.raises(InputError, match="seed 0"):
-        pretrain(replace(config, train=replace(config.train, seed=1, steps=2 * STEPS)))
+    longer = replace(config, train=replace(config.train, seed=1, steps=2 * STEPS))
+    with pytest.raises(InputError, match=r"train\.seed=0 there and 1 here; train\.steps=6 there"):
+        pretrain(longer)
     assert (whole / "config.json").read_text() == saved
+
+
+def test_changes_are_accepted_when_asked_for(
+    config: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / whole.name)
+    longer = replace(config, runs=tmp_path, train=replace(config.train, seed=1, steps=STEPS + 1))
+    pretrain(replace(longer, accept_changes=True))
+    assert f"going on from step {STEPS}" in capsys.readouterr().out
+    assert max(list_steps(tmp_path / whole.name / run.CHECKPOINTS)) == STEPS + 1
+    pretrain(longer)  # the run has the new settings now
+    assert "complete" in capsys.readouterr().out
 
 
 def test_resume_with_another_model_names_the_shapes(config: PretrainConfig, whole: Path) -> None:

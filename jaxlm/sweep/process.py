@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
-from jaxlm.train.loop import stop_on_signal
+from jaxlm.signals import stop_on_signal
 
 RunTrial = Callable[[Config], object]  # trains in config.directory; raises where it fails
 TRIAL, LOG = "trial.json", "log.txt"  # in a trial's folder: the config as planned, and the output

@@ -27,6 +27,7 @@ NOT_SWEPT = {
     "name": "--name is that of the sweep, and trials are named by their settings",
     "runs": "all trials are in one folder",
     "resume": "an unfinished trial always goes on",
+    "accept_changes": "a trial has the settings that its name says",
 }
 
 

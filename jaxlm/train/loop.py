@@ -1,9 +1,6 @@
 """The training loop: straight lines that take functions. Copy it if you need another."""
 
-import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlm.errors import InputError
+from jaxlm.signals import stop_together
 from jaxlm.sums import Sums, add_all
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compile import compile_ahead
@@ -153,8 +151,9 @@ def fit(
     if first == 0:
         evaluate_and_save()
     clock.start()
-    with stop_on_signal() as stop:
-        while (share := clock.share(step)) < 1 and not stop.is_set() and not is_stale():
+    stop = False
+    with stop_together() as must_stop:
+        while (share := clock.share(step)) < 1 and not (stop := must_stop(step)) and not is_stale():
             if int(share * config.num_evals) > evals_done:
                 evals_done = int(share * config.num_evals)
                 evaluate_and_save()
@@ -167,7 +166,7 @@ def fit(
             pending = sums
             step += 1
             batch = next(stream)
-        if stop.is_set():
+        if stop:
             save({})
             view.print(f"stopped at step {step} and saved: the same command goes on from there")
         elif is_stale():
@@ -217,27 +216,6 @@ class Clock:
                 share = multihost_utils.broadcast_one_to_all(share)
             shares.append(float(share))
         return max(shares)
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """Set by the first SIGINT or SIGTERM; the second acts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers
-        return
-
-    def handle(number: int, _: object) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def evaluate(

@@ -223,7 +223,8 @@ def quiet_orbax() -> None:
 
     def is_news(record: logging.LogRecord) -> bool:
         message = f"{record.pathname} {record.getMessage()}"
-        return record.levelno < logging.ERROR or "orbax" not in message
+        told = record.levelno >= logging.ERROR or "preemption sync point" in message
+        return not (told and "orbax" in message)
 
     sys.unraisablehook = hook
     for name in ("absl", "asyncio"):

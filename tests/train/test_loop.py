@@ -1,12 +1,9 @@
 """The clock of a run, and stopping on a signal; whole runs are in test_pretrain.py."""
 
-import os
-import signal
-
 import pytest
 
 from jaxlm.train import loop
-from jaxlm.train.loop import Clock, TrainConfig, stop_on_signal
+from jaxlm.train.loop import Clock, TrainConfig
 
 NEW = {"elapsed_s": 0.0, "share": 0.0}
 
@@ -73,19 +70,3 @@ def test_a_budget_spent_on_compiling_is_over(time: Time) -> None:
     time.now += 61
     clock.start()
     assert clock.share(0) == 1
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_stops_and_the_second_acts_as_before(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    seen = []
-    signal.signal(number, lambda *_: seen.append(number))
-    try:
-        with stop_on_signal() as stop:
-            os.kill(os.getpid(), number)
-            assert stop.is_set()
-            assert not seen
-            os.kill(os.getpid(), number)
-            assert seen == [number]
-    finally:
-        signal.signal(number, before)

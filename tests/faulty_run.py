@@ -1,0 +1,25 @@
+"""One process of a run that fails on purpose, for test_hosts.py: FAULT is ``kind:step``."""
+
+import os
+import signal
+from typing import Any
+
+from jaxlm import config, hosts, pretrain
+from jaxlm.train.view import View
+
+kind, _, at = os.environ.get("FAULT", "").partition(":")
+add = View.add
+
+
+def add_and_fail(view: View, step: int, *rest: Any) -> None:
+    add(view, step, *rest)
+    if kind and step == int(at):
+        if kind == "error":
+            raise RuntimeError("made to fail")
+        os.kill(os.getpid(), getattr(signal, kind))
+
+
+if __name__ == "__main__":
+    View.add = add_and_fail
+    with hosts.joined():
+        pretrain.pretrain(config.load(config.PretrainConfig))

@@ -1,0 +1,239 @@
+"""Runs of several real processes, each with fake devices: joined, stopped, killed, resumed."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import config as configs
+from jaxlm import hosts, run
+from jaxlm.config import PretrainConfig
+from jaxlm.data.loader import DataConfig
+from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
+from jaxlm.data.sources import TextFiles
+from jaxlm.models.bert import BertConfig
+from jaxlm.optim import OptimizerConfig
+from jaxlm.pretrain import pretrain
+from jaxlm.train.loop import TrainConfig
+from jaxlm.train.metrics import read_jsonl
+from jaxlm.train.restore import list_steps
+
+SCRIPT = Path(__file__).with_name("faulty_run.py")
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    folder = tmp_path_factory.mktemp("hosts")
+    words = np.random.default_rng(0).choice(["red", "green", "blue", "cat", "dog"], (400, 12))
+    (folder / "text.txt").write_text("\n".join(" ".join(line) for line in words))
+    made = PretrainConfig(
+        name="whole",
+        runs=folder / "runs",
+        data=DataConfig(paths=(str(folder / "prepared"),), batch_size=16),
+        prepare=PrepareConfig(
+            source=TextFiles(glob=str(folder / "text.txt"), document="line"),
+            tokenizer=TokenizerConfig(vocab_size=60),
+            row_length=16,
+            validation_fraction=0.1,
+        ),
+        model=BertConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32, max_length=16),
+        optimizer=OptimizerConfig(peak_lr=1e-2),
+        train=TrainConfig(steps=STEPS, num_evals=2, log_every=1),
+    )
+    prepare(made.prepare, folder / "prepared")
+    (folder / "config.json").write_text(configs.to_json(made))
+    return made
+
+
+def start(
+    config: PretrainConfig,
+    *options: str,
+    processes: int = 2,
+    indices: Sequence[int] | None = None,
+    devices: int = 4,
+    faults: dict[int, str] | None = None,
+    differing: Sequence[str] = (),
+) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of the processes, or of those of them that ``indices`` name.
+
+    ``differing`` options are those of process 1 alone.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    running = []
+    for index in range(processes) if indices is None else indices:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            hosts.ADDRESS: address,
+            hosts.COUNT: str(processes),
+            hosts.INDEX: str(index),
+            "FAULT": (faults or {}).get(index, ""),
+        }
+        command = [sys.executable, str(SCRIPT), str(config.runs.parent / "config.json"), *options]
+        command += differing if index == 1 else ()
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    outputs = [process.communicate(timeout=300)[0] for process in running]
+    return [process.returncode for process in running], outputs
+
+
+@pytest.fixture(scope="module")
+def whole(config: PretrainConfig) -> Path:
+    """A run of two processes with four devices each that nothing interrupted."""
+    codes, outputs = start(config)
+    assert codes == [0, 0], outputs
+    assert "step 6/6" in outputs[0]
+    assert "step" not in re.sub("train step", "", outputs[1])  # one progress bar
+    return config.directory
+
+
+def losses(directory: Path) -> dict[tuple[int, str], float]:
+    return {
+        (row["step"], name): row[name]
+        for row in read_jsonl(directory / "metrics.jsonl")
+        for name in ("train/loss", "train/accuracy", "tokens", "eval/loss")
+        if name in row
+    }
+
+
+def leaves(directory: Path) -> dict[str, int]:
+    """The checksum of every array of the last checkpoint."""
+    meta = directory / run.CHECKPOINTS / str(STEPS) / "meta" / "metadata"
+    return {path: leaf["checksum"] for path, leaf in json.loads(meta.read_text())["leaves"].items()}
+
+
+def same_numbers(directory: Path, whole: Path) -> None:
+    found, wanted = losses(directory), losses(whole)
+    assert found.keys() == wanted.keys()
+    np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
+
+
+def test_sigterm_to_one_stops_all_at_one_step(config: PretrainConfig, whole: Path) -> None:
+    codes, outputs = start(config, "--name", "stopped", faults={1: "SIGTERM:2"})
+    assert codes == [0, 0], outputs
+    directory = config.runs / "stopped"
+    (step,) = re.findall(r"stopped at step (\d+) and saved", outputs[0])
+    assert list_steps(directory / run.CHECKPOINTS)[-1] == int(step) < STEPS
+    assert start(config, "--name", "stopped")[0] == [0, 0]
+    assert losses(directory) == losses(whole)  # equal to the last bit
+    assert leaves(directory) == leaves(whole)
+
+
+def test_killed_and_resumed_in_one_process(config: PretrainConfig, whole: Path) -> None:
+    codes, _ = start(config, "--name", "killed", faults={0: "SIGKILL:5"})
+    assert all(codes)
+    pretrain(replace(config, name="killed"))  # on the eight devices of this process
+    same_numbers(config.runs / "killed", whole)
+
+
+def test_an_error_in_one_ends_all(config: PretrainConfig, whole: Path) -> None:
+    begun = time.monotonic()
+    codes, outputs = start(config, "--name", "failed", faults={1: "error:4"})
+    assert codes == [1, 1]
+    assert "error: process 1 of 2" in outputs[0]
+    assert "made to fail" in outputs[0]
+    assert "Traceback" in outputs[1]
+    assert "Traceback" not in outputs[0]
+    assert time.monotonic() - begun < 200
+
+
+@pytest.mark.slow
+def test_resumed_in_four_processes(config: PretrainConfig, whole: Path) -> None:
+    assert all(start(config, "--name", "four", faults={0: "SIGKILL:5"})[0])
+    assert start(config, "--name", "four", processes=4, devices=2)[0] == [0] * 4
+    same_numbers(config.runs / "four", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SIGKILL", "error"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_whoever_fails_the_others_end_and_nothing_is_lost(
+    config: PretrainConfig, whole: Path, kind: str, index: int
+) -> None:
+    name = f"{kind}{index}"
+    codes, outputs = start(config, "--name", name, faults={index: f"{kind}:5"})
+    assert all(codes), outputs
+    if (kind, index) == ("SIGKILL", 1):
+        assert "process 1 has given no sign of life" in outputs[0]
+    assert start(config, "--name", name)[0] == [0, 0]
+    assert losses(config.runs / name) == losses(whole)
+    assert leaves(config.runs / name) == leaves(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--placement", "pmap"],
+        ["--mesh.fsdp", "2", "--mesh.tensor", "2"],
+        ["--mesh.fsdp", "4", "--mesh.sequence", "2"],
+    ],
+    ids=" ".join,
+)
+def test_other_layouts_give_the_same(
+    config: PretrainConfig, whole: Path, options: list[str]
+) -> None:
+    name = "".join(options)
+    codes, outputs = start(config, "--name", name, *options)
+    assert codes == [0, 0], outputs
+    same_numbers(config.runs / name, whole)
+
+
+# Bad input.
+
+
+def test_another_command_in_one_process(config: PretrainConfig) -> None:
+    codes, outputs = start(config, "--name", "two", differing=["--optimizer.peak-lr", "0.02"])
+    assert codes == [1, 2]
+    assert "error: optimizer.peak_lr is 0.02 here, and 0.01 in process 0" in outputs[1]
+    assert "process 1 of 2" in outputs[0]
+    assert not (config.runs / "two").exists()
+
+
+def test_an_absent_process(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(hosts.JOIN_TIMEOUT, "3")
+    codes, outputs = start(config, "--name", "absent", indices=[0])
+    assert codes == [2]
+    assert "after 3 s, 2 processes have not all joined at localhost:" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({hosts.COUNT: "2"}, hosts.INDEX),
+        ({hosts.COUNT: "2", hosts.INDEX: "one", hosts.ADDRESS: "here:1"}, "one"),
+        ({hosts.COUNT: "2", hosts.INDEX: "2", hosts.ADDRESS: "here:1"}, "from 0 to"),
+        ({hosts.COUNT: "2", hosts.INDEX: "1", hosts.ADDRESS: "here"}, "HOST:PORT"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit(
+    values: dict[str, str],
+    match: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit), hosts.joined():
+        pass
+    assert match in capsys.readouterr().err
+
+
+def test_alone_nothing_is_joined() -> None:
+    with hosts.joined(), hosts.first("nothing"):
+        hosts.check_same("nothing", {"a": 1})
+    assert not jax.distributed.is_initialized()
