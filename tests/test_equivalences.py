@@ -45,6 +45,12 @@ MESHES = {
     "data*fsdp*tensor": MeshConfig(data=2, fsdp=2, tensor=2),
     "tensor*sequence": MeshConfig(data=1, tensor=2, sequence=4),
 }
+# By mesh: the lengths of rows where the part of the batch on its last devices is lost.
+LOST = {
+    "fsdp": lambda lengths: jnp.where(jnp.arange(ROWS) < ROWS * 7 // 8, lengths, 0),
+    "data*fsdp*tensor": lambda lengths: jnp.where(jnp.arange(ROWS) < ROWS * 3 // 4, lengths, 0),
+    "tensor*sequence": lambda lengths: jnp.minimum(lengths, LENGTH * 3 // 4),
+}
 SGD = optax.identity()
 
 
@@ -61,17 +67,25 @@ def make_batch(step):
     }
 
 
-def make_functions(config, optimizer=SGD, *, axis_name=None, num_micro_batches=1):
-    """What a placement takes: init, train step, eval step."""
+def make_functions(config, optimizer=SGD, *, axis_name=None, num_micro_batches=1, lost=None):
+    """What a placement takes: init, train step, eval step.
+
+    With ``lost`` the sum over devices leaves a part out, though it is divided by all weights.
+    """
     model = MaskedLm(config.make(), MlmHead(initializer_std=0.2))
     loss = make_loss(model.apply, VOCABULARY, MaskingConfig(rate=0.5), isolate_documents=True)
+
+    def broken(variables, batch, *args, **options):
+        part = batch | {"lengths": lost(batch["lengths"])}
+        total, _ = loss(variables, part, *args, **options)
+        return total, loss(variables, batch, *args, **options)[1]
 
     def init(key):
         variables = model.init(key, jnp.zeros((1, LENGTH), jnp.int32))
         return TrainState.create(variables, {}, optimizer)
 
     train_step = make_train_step(
-        loss,
+        broken if lost else loss,
         optimizer,
         lambda progress: 0.5 * progress,
         seed=0,
@@ -164,6 +178,13 @@ def test_any_mesh_equals_one_device(mesh, reference):
     num_micro_batches = 2 if mesh == "data*fsdp*tensor" else 1
     placement = on_mesh(CONFIG, MESHES[mesh], num_micro_batches=num_micro_batches)
     assert_equal_runs(train(placement), reference)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_a_sum_that_leaves_devices_out_differs(mesh, reference):
+    # The control of the test above.
+    with pytest.raises(AssertionError):
+        assert_equal_runs(train(on_mesh(CONFIG, MESHES[mesh], lost=LOST[mesh])), reference)
 
 
 def test_the_way_of_other_platforms_is_the_same(reference, monkeypatch):
