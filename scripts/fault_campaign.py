@@ -1,0 +1,333 @@
+"""Kill and damage training runs at random, and see whether anything is lost.
+
+    python scripts/fault_campaign.py
+    python scripts/fault_campaign.py --kills 20 --processes 2
+
+A tiny run saves at every fifth step. One that nothing disturbs is the reference. Others are killed
+(SIGKILL) at random moments of training, every second time while a checkpoint is being written, and
+started again until they end; others find their newest checkpoint truncated, without a file or with
+a flipped bit, or the disk full or read-only. After each fault every finished checkpoint must be the
+reference's of that step, and every run must end in the reference's last checkpoint, bit by bit.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from jaxlm import config as configs
+from jaxlm import hosts, run
+from jaxlm.config import PretrainConfig
+from jaxlm.data.loader import DataConfig
+from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
+from jaxlm.data.sources import TextFiles
+from jaxlm.errors import InputError, report_input_errors
+from jaxlm.models.bert import BertConfig
+from jaxlm.train.loop import TrainConfig
+from jaxlm.train.restore import list_steps
+
+PRETRAIN = Path(__file__).with_name("pretrain.py")
+STEPS, SAVE_EVERY = 400, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How often each thing is done."""
+
+    kills: int = 50
+    """SIGKILLs at random moments."""
+    damages: int = 10
+    """Newest checkpoints that are damaged, of each kind."""
+    processes: int = 1
+    """Of each run; with several, a random one of them is killed."""
+    seed: int = 0
+    """Of the moments and of what is damaged."""
+
+    def __post_init__(self) -> None:
+        for name in ("kills", "damages"):
+            if vars(self)[name] < 0:
+                raise InputError(f"--{name} {vars(self)[name]} is below 0")
+        if self.processes < 1:
+            raise InputError(f"--processes {self.processes} is below 1")
+
+
+@dataclass
+class Row:
+    """What became of the runs that had one kind of fault."""
+
+    fault: str
+    times: int = 0
+    completed: int = 0
+    """Runs that ended in the reference's last checkpoint."""
+    wrong: int = 0
+    """Finished checkpoints, or ends of runs, that were not the reference's."""
+    lost: int = 0
+    """Runs that could not go on."""
+    refused: int = 0
+    """Damaged checkpoints that were found out, or faults that ended a run with one sentence."""
+
+
+@dataclass
+class Campaign:
+    """Where runs lie, and what is known of the reference."""
+
+    folder: Path
+    processes: int
+    random: random.Random
+    known: dict[int, dict[str, int]] = field(default_factory=dict)
+    """The checksum of every array, in each of the reference's checkpoints."""
+
+    def checkpoints(self, name: str) -> Path:
+        """Of a run."""
+        return self.folder / "runs" / name / run.CHECKPOINTS
+
+    def start(self, name: str, *options: str) -> list[subprocess.Popen[str]]:
+        """The processes of a run."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        started = []
+        for index in range(self.processes):
+            joins = {hosts.ADDRESS: address, hosts.COUNT: str(self.processes)}
+            command = [sys.executable, str(PRETRAIN), str(self.folder / "config.json")]
+            command += ["--name", name, *options]
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env=os.environ | joins | {hosts.INDEX: str(index)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        return started
+
+    def saved(self, name: str) -> dict[int, dict[str, int]]:
+        """As ``known``, of a run's finished checkpoints."""
+        found = {}
+        for step in list_steps(self.checkpoints(name)):
+            meta = self.checkpoints(name) / str(step) / "meta" / "metadata"
+            if meta.is_file():
+                leaves = json.loads(meta.read_text())["leaves"]
+                found[step] = {path: leaf["checksum"] for path, leaf in leaves.items()}
+        return found
+
+    def check(self, name: str, row: Row) -> None:
+        """Count checkpoints that are not the reference's."""
+        row.wrong += sum(self.known[step] != sums for step, sums in self.saved(name).items())
+
+    def finish(self, name: str, row: Row) -> str:
+        """Let a run go to its end without faults; what process 0 printed."""
+        started = self.start(name)
+        outputs = [process.communicate()[0] for process in started]
+        ends = self.saved(name).get(STEPS)
+        row.lost += any(process.returncode for process in started)
+        row.completed += ends == self.known[STEPS]
+        row.wrong += ends != self.known[STEPS]
+        return outputs[0]
+
+
+def main(options: Options) -> None:
+    """Print a table of what was lost."""
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="jaxlm-faults-") as place:
+        # One that is compiled is read by all that follow.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{place}/compiled")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        campaign = Campaign(Path(place), options.processes, random.Random(options.seed))
+        write_config(campaign.folder)
+        with console.status("the run that nothing disturbs"):
+            for process in campaign.start("reference", "--train.keep", str(STEPS)):
+                output = process.communicate()[0]
+                if process.returncode:
+                    raise InputError(f"the run that nothing disturbs failed: {output}")
+        campaign.known = campaign.saved("reference")
+        rows = [kills(campaign, options.kills, console)]
+        for fault, damage in DAMAGES.items():
+            rows.append(damages(campaign, fault, damage, options.damages, console))
+        rows += [disk(campaign, fault, script) for fault, script in DISKS.items()]
+    console.print(to_markdown(rows), highlight=False, soft_wrap=True)
+    if any(row.wrong or row.lost for row in rows):
+        raise InputError("something was lost or wrong: see the table")
+
+
+def write_config(folder: Path) -> None:
+    """A tiny run on random words."""
+    rng = random.Random(0)
+    words = ["red", "green", "blue", "cat", "dog"]
+    lines = (" ".join(rng.choices(words, k=12)) for _ in range(400))
+    (folder / "text.txt").write_text("\n".join(lines))
+    config = PretrainConfig(
+        name="reference",
+        runs=folder / "runs",
+        data=DataConfig(paths=(str(folder / "prepared"),), batch_size=16),
+        prepare=PrepareConfig(
+            source=TextFiles(glob=str(folder / "text.txt"), document="line"),
+            tokenizer=TokenizerConfig(vocab_size=60),
+            row_length=16,
+            validation_fraction=0.1,
+        ),
+        model=BertConfig(num_layers=2, hidden_dim=32, num_heads=2, mlp_dim=64, max_length=16),
+        train=TrainConfig(steps=STEPS, num_evals=2, save_every=SAVE_EVERY),
+    )
+    (folder / "config.json").write_text(configs.to_json(config))
+
+
+def kills(campaign: Campaign, times: int, console: Console) -> Row:
+    """SIGKILL one process, again and again, until runs end."""
+    row, runs = Row("SIGKILL"), 0
+    with console.status("") as status:
+        while row.times < times:
+            runs, name = runs + 1, f"killed{runs}"
+            while row.times < times and STEPS not in list_steps(campaign.checkpoints(name)):
+                status.update(f"SIGKILL {row.times + 1} of {times}")
+                started = campaign.start(name)
+                wait_for_moment(campaign, name, started, while_saving=row.times % 2 == 1)
+                if all(process.poll() is None for process in started):
+                    campaign.random.choice(started).send_signal(signal.SIGKILL)
+                    row.times += 1
+                for process in started:
+                    process.communicate()
+                campaign.check(name, row)
+            campaign.finish(name, row)
+    return row
+
+
+def wait_for_moment(
+    campaign: Campaign, name: str, started: list[subprocess.Popen[str]], *, while_saving: bool
+) -> None:
+    """Until a random moment of training, or until a process has ended."""
+    before = list_steps(campaign.checkpoints(name))
+    while list_steps(campaign.checkpoints(name)) == before:  # not compiling any more
+        if any(process.poll() is not None for process in started):
+            return
+        time.sleep(0.01)
+    time.sleep(campaign.random.uniform(0, 3))
+    while while_saving and not list(campaign.checkpoints(name).glob("*.orbax-checkpoint-tmp*")):
+        if any(process.poll() is not None for process in started):
+            return
+        time.sleep(0.0005)
+
+
+def truncate(path: Path, rng: random.Random) -> None:
+    """Cut off at a random place."""
+    os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+def flip_bit(path: Path, rng: random.Random) -> None:
+    """One, at a random place."""
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def delete(path: Path, _: random.Random) -> None:
+    """Remove the file."""
+    path.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+    "truncated file": truncate,
+    "deleted file": delete,
+    "flipped bit": flip_bit,
+}
+
+# In a file system of their own, which needs Linux: run with the fault, and once more without it.
+# $D is the folder of runs, $N the name of the run.
+FULL = """
+mount -t tmpfs -o size=3m tmpfs $D
+"$@" --train.keep 400; echo EXIT $?
+mount -o remount,size=99m $D
+"""
+READ_ONLY = """
+mount -t tmpfs -o size=99m tmpfs $D
+"$@" & until [ -e $D/$N/checkpoints/100 ]; do sleep 0.1; done; kill -KILL $!; wait
+mount -o remount,ro $D
+"$@"; echo EXIT $?
+mount -o remount,rw $D
+"""
+DISKS = {"full disk": FULL, "read-only disk": READ_ONLY}
+
+
+def damages(
+    campaign: Campaign,
+    fault: str,
+    damage: Callable[[Path, random.Random], None],
+    times: int,
+    console: Console,
+) -> Row:
+    """Damage a file of the newest checkpoint of a run that was killed, then let it go on."""
+    row = Row(fault)
+    with console.status("") as status:
+        while row.times < times:
+            status.update(f"{fault} {row.times + 1} of {times}")
+            name = re.sub(r"\W", "_", f"{fault}{row.times}")
+            started = campaign.start(name)
+            wait_for_moment(campaign, name, started, while_saving=False)
+            for process in started:
+                process.kill()
+                process.communicate()
+            newest = campaign.checkpoints(name) / str(list_steps(campaign.checkpoints(name))[-1])
+            files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
+            damage(campaign.random.choice([p for p in files if p.stat().st_size]), campaign.random)
+            row.times += 1
+            row.refused += "is damaged" in campaign.finish(name, row)
+    return row
+
+
+def disk(campaign: Campaign, fault: str, script: str) -> Row:
+    """A run whose disk fails, and recovers."""
+    row, name = Row(fault, times=1), re.sub(r"\W", "_", fault)
+    folder = campaign.folder / name
+    folder.mkdir()
+    command = [sys.executable, str(PRETRAIN), str(campaign.folder / "config.json")]
+    command += ["--name", name, "--runs", str(folder)]
+    script += f'"$@"; cat $D/$N/{run.CHECKPOINTS}/{STEPS}/meta/metadata'
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *command],
+        env=os.environ | {"D": str(folder), "N": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = re.findall(r"^error: .*$", done.stderr, re.MULTILINE)
+    row.refused = int(len(said) == 1 and "EXIT 2" in done.stdout and "Traceback" not in done.stderr)
+    try:
+        leaves = json.loads(done.stdout.splitlines()[-1])["leaves"]
+    except (IndexError, ValueError, TypeError):
+        row.lost = 1
+        return row
+    ends = {path: leaf["checksum"] for path, leaf in leaves.items()}
+    row.completed = int(ends == campaign.known[STEPS])
+    row.wrong = 1 - row.completed
+    return row
+
+
+def to_markdown(rows: list[Row]) -> str:
+    """One line for each kind of fault."""
+    lines = [
+        "| fault | times | found and said in one sentence | runs completed | lost runs | wrong |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        refused = "" if row.fault == "SIGKILL" else row.refused
+        cells = row.fault, row.times, refused, row.completed, row.lost, row.wrong
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with report_input_errors():
+        main(tyro.cli(Options, description=__doc__))
