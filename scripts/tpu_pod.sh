@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Train on a Cloud TPU slice, from the machine where gcloud is set up:
+#
+#   export NAME=pod ZONE=us-west4-a TYPE=v5litepod-256
+#   scripts/tpu_pod.sh create                  # VERSION=v2-alpha-tpuv5-lite, SPOT=1 for a spot slice
+#   scripts/tpu_pod.sh install                 # the last commit, with [tpu], on every host
+#   scripts/tpu_pod.sh launch scripts/pretrain.py configs/bert_base.py --mesh.fsdp 16
+#   scripts/tpu_pod.sh follow                  # the output of host 0; Ctrl-C leaves the run alone
+#   scripts/tpu_pod.sh stop                    # SIGTERM: all hosts save at one step and exit
+#   scripts/tpu_pod.sh collect runs/bert_base  # from host 0 to here
+#   scripts/tpu_pod.sh delete
+#
+# The same launch goes on where a run was stopped or preempted. All hosts must see one run folder: on
+# more than one host give install NFS=SERVER:/SHARE, such as a Filestore's, which it mounts at
+# /mnt/jaxlm, and launch with --runs /mnt/jaxlm/runs. Data may lie there, too, or on every host.
+set -euo pipefail
+
+: "${NAME:?name the slice, such as NAME=pod}" "${ZONE:?such as ZONE=us-west4-a}"
+tpu() { gcloud compute tpus tpu-vm "$@" --zone "$ZONE" ${PROJECT:+--project "$PROJECT"}; }
+everywhere() { tpu ssh "$NAME" --worker=all --command "$1"; }
+quoted() { printf '%q ' "$@"; }
+
+action=${1:-help}
+shift || true
+case $action in
+  create)
+    : "${TYPE:?such as TYPE=v5litepod-16}"
+    tpu create "$NAME" --accelerator-type "$TYPE" \
+      --version "${VERSION:-v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
+    ;;
+  install)
+    archive=$(mktemp --suffix .tar.gz)
+    trap 'rm -f "$archive"' EXIT
+    git archive --format tar.gz --output "$archive" HEAD
+    tpu scp "$archive" "$NAME:jaxlm.tar.gz" --worker=all
+    everywhere "${NFS:+sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/jaxlm && \
+      (mountpoint -q /mnt/jaxlm || sudo mount $NFS /mnt/jaxlm) && }\
+      mkdir -p jaxlm && tar xzf jaxlm.tar.gz -C jaxlm && cd jaxlm && \
+      (test -d .venv || python3 -m venv .venv) && .venv/bin/pip install -q -e '.[tpu]'"
+    ;;
+  launch)
+    [ $# -gt 0 ] || { echo "error: launch what? such as: launch scripts/pretrain.py CONFIG" >&2; exit 2; }
+    everywhere "cd jaxlm && { nohup .venv/bin/python $(quoted "$@")> run.log 2>&1 < /dev/null & \
+      echo \$! > run.pid; }"
+    ;;
+  follow) tpu ssh "$NAME" --worker=0 --command "tail -n 100 -F jaxlm/run.log" ;;
+  stop) tpu ssh "$NAME" --worker=0 --command "kill -TERM \$(cat jaxlm/run.pid)" ;;
+  collect)
+    [ $# -eq 1 ] || { echo "error: collect which folder? such as: collect runs/bert_base" >&2; exit 2; }
+    mkdir -p "$(dirname "$1")"
+    tpu scp --recurse "$NAME:jaxlm/$1" "$(dirname "$1")" --worker=0
+    ;;
+  delete) tpu delete "$NAME" ;;
+  *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" ;;
+esac
