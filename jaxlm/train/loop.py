@@ -20,6 +20,8 @@ from jaxlm.train.state import TrainState
 from jaxlm.train.view import View
 from jaxlm.typing import Batch, HostBatch
 
+_AGREE_EVERY = 10  # steps between two times that processes compare their clocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -185,7 +187,8 @@ class Clock:
     A function of the step alone where no minutes are given, so that a run can be repeated exactly;
     then it is seen from the middle of a step, so that neither the first nor the last learning rate
     is 0. With minutes, the time before :meth:`start` counts against the budget and not as progress,
-    so that compiling does not eat the warm-up. Process 0's clock rules.
+    so that compiling does not eat the warm-up. Of several processes, process 0's clock rules: the
+    others hear of it at every tenth step, because all wait for that, and between go on at its pace.
     """
 
     def __init__(self, config: TrainConfig, cursor: Cursor):
@@ -193,10 +196,12 @@ class Clock:
         self._zero = time.monotonic() - cursor["elapsed_s"]
         self._share = cursor["share"]
         self._started = time.monotonic()
+        self._heard: tuple[int, float, float] | None = None  # step, share, and share of a step
 
     def start(self) -> None:
         """Progress begins now."""
         self._started = time.monotonic()
+        self._heard = None
 
     def elapsed_s(self) -> float:
         """Seconds of this run, over all its parts."""
@@ -211,11 +216,19 @@ class Clock:
         if minutes is not None:
             left = self._zero + 60 * minutes - self._started
             done = (time.monotonic() - self._started) / left if left > 0 else 1.0
-            share = np.float32(self._share + (1 - self._share) * min(done, 1.0))
-            if jax.process_count() > 1:
-                share = multihost_utils.broadcast_one_to_all(share)
-            shares.append(float(share))
+            share = self._share + (1 - self._share) * min(done, 1.0)
+            shares.append(self._agree(step, share) if jax.process_count() > 1 else share)
         return max(shares)
+
+    def _agree(self, step: int, share: float) -> float:
+        """The share by process 0's clock, the same in all processes."""
+        if self._heard is None or step - self._heard[0] >= _AGREE_EVERY:
+            before = self._heard or (step, share, 0.0)
+            pace = (share - before[1]) / max(1, step - before[0])
+            heard = multihost_utils.broadcast_one_to_all(np.array([share, pace]))
+            self._heard = step, float(heard[0]), float(heard[1])
+        known, share, pace = self._heard
+        return min(1.0, share + (step - known) * pace)
 
 
 def evaluate(

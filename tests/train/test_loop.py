@@ -1,5 +1,6 @@
-"""The clock of a run, and stopping on a signal; whole runs are in test_pretrain.py."""
+"""The clock of a run; whole runs are in test_pretrain.py."""
 
+import numpy as np
 import pytest
 
 from jaxlm.train import loop
@@ -70,3 +71,25 @@ def test_a_budget_spent_on_compiling_is_over(time: Time) -> None:
     time.now += 61
     clock.start()
     assert clock.share(0) == 1
+
+
+def test_processes_go_by_one_clock(time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+
+    def broadcast(values: np.ndarray) -> np.ndarray:  # by another process, 10 s ahead
+        told.append(values)
+        return np.array([(time.now - 1000 + 10) / 100, 0.01])
+
+    monkeypatch.setattr(loop.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.multihost_utils, "broadcast_one_to_all", broadcast)
+    clock = Clock(TrainConfig(minutes=100 / 60), NEW)
+    clock.start()
+    shares = []
+    for step in range(40):
+        shares.append(clock.share(step))
+        time.now += 1
+    assert len(told) == 4
+    assert [float(values[0]) for values in told] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert shares == pytest.approx([0.1 + 0.01 * step for step in range(40)])
+    time.now += 60
+    assert clock.share(40) == 1
