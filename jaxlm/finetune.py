@@ -151,7 +151,10 @@ def resolve(
     if base is not None:
         if config.model is not None:
             raise InputError(f"model is given, and also base={base.name!r}, which has its own")
-        model: Any = dataclasses.replace(base.config, dtype=None)
+        assert base.config.vocab_size is not None
+        parts = config.mesh.tensor
+        vocab_size = math.ceil(base.config.vocab_size / parts) * parts
+        model: Any = dataclasses.replace(base.config, dtype=None, vocab_size=vocab_size)
     else:
         assert config.model is not None
         vocab_size = math.ceil(tokenizers.vocab_size(tokenizer) / 64) * 64

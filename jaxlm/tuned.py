@@ -61,7 +61,7 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
 
     params = jax.jit(init)(key)
     if base is not None:
-        params = params | {"encoder": base.encoder}
+        params = params | {"encoder": _with_rows(base.encoder, config.model)}
         if base.pooler is not None and "pooler" in params.get("head", {}):
             params["head"] = params["head"] | {"pooler": base.pooler}
     params = jax.tree.map(jnp.asarray, params)
@@ -79,6 +79,17 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
             f"{type(config.task).__name__} has no parameters; tune the encoder as well"
         )
     return TrainState.create(trainable, frozen, make_optimizer(config))
+
+
+def _with_rows(encoder: Params, model: Any) -> Params:
+    """The same, its token table filled up with zeros where the model has more rows than the base."""
+    if "token_embed" not in encoder:
+        return encoder
+    table = np.asarray(encoder["token_embed"]["embedding"])
+    more = model.vocab_size - len(table)
+    if not more:
+        return encoder
+    return encoder | {"token_embed": {"embedding": np.pad(table, ((0, more), (0, 0)))}}
 
 
 def make_optimizer(config: FinetuneConfig) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxlm import base, run, tree, tuned
+from jaxlm import base, run, tree, tuned, tuning
 from jaxlm.config import FinetuneConfig
 from jaxlm.convert import huggingface
 from jaxlm.data.labelled.classification import TextFields
@@ -21,7 +21,7 @@ from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Record, Table
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.errors import InputError
-from jaxlm.finetune import finetune
+from jaxlm.finetune import finetune, resolve
 from jaxlm.ia3 import Ia3Config
 from jaxlm.lora import LoraConfig
 from jaxlm.models.bilstm import BilstmConfig
@@ -224,6 +224,17 @@ def test_a_frozen_base_may_be_small(config: FinetuneConfig, kept, dtype, tmp_pat
     assert tree.num_bytes(loaded.state.frozen) < 0.6 * tree.num_bytes(published.encoder)
     (answer,) = loaded.answer([record("a b c")])
     assert answer["label"] == "1"
+
+
+def test_a_vocabulary_grows_to_be_split(config: FinetuneConfig) -> None:
+    published = base.load(config.base)
+    split = replace(config, mesh=MeshConfig(tensor=5))
+    resolved = resolve(split, published, published.tokenizer, "cpu")
+    state = tuned.make_state(resolved, ("0", "1"), published)
+    table = tuning.plain(state.variables)["params"]["encoder"]["token_embed"]["embedding"]
+    assert (published.config.vocab_size, len(table)) == (24, 25)
+    np.testing.assert_array_equal(table[:24], published.encoder["token_embed"]["embedding"])
+    np.testing.assert_array_equal(table[24], 0)
 
 
 def test_stops_when_nothing_gets_better(config: FinetuneConfig, tmp_path: Path) -> None:
