@@ -34,7 +34,6 @@ from jaxlm.train.step import make_predict_step, make_train_step
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
-DUMMY = np.zeros((1, 8), np.int32)  # tokens to initialise and to trace with
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
@@ -54,7 +53,7 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
     key, adapter_key = jax.random.split(jax.random.key(config.train.seed))
 
     def init(key: PRNGKey) -> Params:
-        params = dict(model.init(key, DUMMY)["params"])
+        params = dict(model.init(key, _tokens())["params"])
         if base is not None:  # what is not returned is not computed
             del params["encoder"]
         return params
@@ -69,7 +68,7 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
         config.tuning,
         adapter_key,
         params,
-        lambda variables: model.apply(variables, DUMMY),
+        lambda variables: model.apply(variables, _tokens()),
         config.frozen_dtype,
         split_layers=getattr(config.model, "unroll", 1) is None,
     )
@@ -81,8 +80,13 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
     return TrainState.create(trainable, frozen, make_optimizer(config))
 
 
-def _with_rows(encoder: Params, model: Any) -> Params:
-    """The same, its token table filled up with zeros where the model has more rows than the base."""
+def _tokens() -> jax.Array:
+    """To initialise and to trace with."""
+    return jnp.zeros((1, 8), jnp.int32)
+
+
+def _with_rows(encoder: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The same, its token table filled up with zeros to the model's ``vocab_size``."""
     if "token_embed" not in encoder:
         return encoder
     table = np.asarray(encoder["token_embed"]["embedding"])
@@ -199,7 +203,7 @@ class FinetunedRun:
     def merged(self) -> Params:
         """The parameters of a plain model, without adapters, that computes the same."""
         model = make_model(self.config, self.labels)
-        call = lambda variables: model.apply(variables, DUMMY)
+        call = lambda variables: model.apply(variables, _tokens())
         return tuning.merge(self.config.tuning, self.variables, call)
 
     def outputs(

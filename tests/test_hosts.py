@@ -233,6 +233,13 @@ def test_settings_that_do_not_fit(
     assert match in capsys.readouterr().err
 
 
+def test_importing_leaves_jax_to_be_joined() -> None:
+    check = "from jax._src import xla_bridge as b; assert not b.backends_are_initialized()"
+    for command in (f"from jaxlm import finetune; {check}", f"import jax; jax.devices(); {check}"):
+        code = subprocess.run([sys.executable, "-c", command], stderr=subprocess.DEVNULL).returncode
+        assert bool(code) == ("devices" in command)  # the second is the control
+
+
 def test_alone_nothing_is_joined() -> None:
     with hosts.joined(), hosts.first("nothing"):
         hosts.check_same("nothing", {"a": 1})
