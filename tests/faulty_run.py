@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
+from pathlib import Path
 from typing import Any
 
-from jaxlm import config, hosts, pretrain
+from jaxlm import config, finetune, hosts, pretrain
 from jaxlm.train.view import View
 
 kind, _, at = os.environ.get("FAULT", "").partition(":")
@@ -22,4 +24,7 @@ def add_and_fail(view: View, step: int, *rest: Any) -> None:
 if __name__ == "__main__":
     View.add = add_and_fail
     with hosts.joined():
-        pretrain.pretrain(config.load(config.PretrainConfig))
+        if isinstance(config.read_file(Path(sys.argv[1])), config.FinetuneConfig):
+            finetune.finetune(config.load(config.FinetuneConfig))
+        else:
+            pretrain.pretrain(config.load(config.PretrainConfig))

@@ -17,10 +17,14 @@ import pytest
 
 from jaxlm import config as configs
 from jaxlm import hosts, run
-from jaxlm.config import PretrainConfig
+from jaxlm.config import FinetuneConfig, PretrainConfig
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import Table
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
 from jaxlm.data.sources import TextFiles
+from jaxlm.finetune import finetune
+from jaxlm.lora import LoraConfig
 from jaxlm.models.bert import BertConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.pretrain import pretrain
@@ -52,12 +56,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
         train=TrainConfig(steps=STEPS, num_evals=2, log_every=1),
     )
     prepare(made.prepare, folder / "prepared")
-    (folder / "config.json").write_text(configs.to_json(made))
     return made
 
 
 def start(
-    config: PretrainConfig,
+    config: PretrainConfig | FinetuneConfig,
     *options: str,
     processes: int = 2,
     indices: Sequence[int] | None = None,
@@ -72,6 +75,8 @@ def start(
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
+    file = config.runs.parent / f"{config.name}.json"
+    file.write_text(configs.to_json(config))
     running = []
     for index in range(processes) if indices is None else indices:
         environment = os.environ | {
@@ -82,7 +87,7 @@ def start(
             hosts.INDEX: str(index),
             "FAULT": (faults or {}).get(index, ""),
         }
-        command = [sys.executable, str(SCRIPT), str(config.runs.parent / "config.json"), *options]
+        command = [sys.executable, str(SCRIPT), str(file), *options]
         command += differing if index == 1 else ()
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
@@ -190,6 +195,40 @@ def test_other_layouts_give_the_same(
     codes, outputs = start(config, "--name", name, *options)
     assert codes == [0, 0], outputs
     same_numbers(config.runs / name, whole)
+
+
+@pytest.mark.slow
+def test_lora_in_two_processes(config: PretrainConfig, whole: Path) -> None:
+    folder = config.runs.parent
+    rng = np.random.default_rng(0)
+    for name, rows in (("train", 96), ("dev", 30)):
+        lines = ["text,label"]
+        for row in range(rows):
+            words = ["red", "cat"] if row % 2 else ["blue", "dog"]
+            lines.append(f"{' '.join(rng.choice(words, rng.integers(3, 12)))},{row % 2}")
+        (folder / f"{name}.csv").write_text("\n".join(lines))
+    lora = FinetuneConfig(
+        name="lora",
+        runs=config.runs,
+        base=str(whole),
+        data=LabelledConfig(
+            train=Table(path=str(folder / "train.csv")),
+            validation=Table(path=str(folder / "dev.csv")),
+            batch_size=16,
+            max_length=16,
+            num_buckets=2,
+        ),
+        tuning=LoraConfig(targets=("(query|value)/kernel",), rank=2),
+        optimizer=OptimizerConfig(peak_lr=1e-2),
+        train=TrainConfig(steps=STEPS, num_evals=2, log_every=1),
+    )
+    codes, outputs = start(lora, faults={1: "SIGTERM:3"})
+    assert codes == [0, 0], outputs
+    codes, outputs = start(lora)
+    assert codes == [0, 0], outputs
+    assert "going on from step" in outputs[0]
+    finetune(replace(lora, name="alone"))
+    same_numbers(lora.directory, config.runs / "alone")
 
 
 # Bad input.
