@@ -87,9 +87,17 @@ def make_optimizer(config: FinetuneConfig) -> Any:
 
 
 def make_placement(
-    config: FinetuneConfig, labels: Labels, state: TrainState, *, labelled: bool = True
+    config: FinetuneConfig,
+    labels: Labels,
+    state: TrainState,
+    *,
+    labelled: bool = True,
+    devices: Sequence[Any] | None = None,
 ) -> Placement:
-    """The run's steps on all devices; ``eval_step`` gives sums, of labelled data, and outputs."""
+    """The run's steps on all devices, or on ``devices``; of ``state`` the shapes alone are used.
+
+    ``eval_step`` gives sums, of labelled data, and outputs. :func:`place` puts the state there.
+    """
     apply = adapted_apply(config, labels)
     axis_name = "data" if config.placement == "pmap" else None
     train_step = make_train_step(
@@ -108,12 +116,16 @@ def make_placement(
         seed=run.EVAL_SEED,
         axis_name=axis_name,
     )
-    mesh = sharding.make_mesh(config.mesh)
+
+    def init(_: PRNGKey) -> TrainState:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+
+    mesh = sharding.make_mesh(config.mesh, devices)
     run.check_batch(config.data.batch_size, config.train.num_micro_batches, mesh)
     if axis_name is None:
-        return jit_placement(lambda _: state, train_step, predict_step, mesh)
+        return jit_placement(init, train_step, predict_step, mesh)
     run.check_pmap(mesh)
-    return pmap_placement(lambda _: state, train_step, predict_step, axis_name)
+    return pmap_placement(init, train_step, predict_step, axis_name, devices)
 
 
 def place(state: TrainState, placement: Placement) -> TrainState:
