@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm import base as bases
-from jaxlm import optim, run, sharding, tuning
+from jaxlm import optim, run, sharding, tree, tuning
 from jaxlm.base import Base
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.batches import eval_batches, make_buckets
@@ -23,6 +23,7 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
+from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.task import Labels, Outputs, Task
@@ -126,6 +127,20 @@ def make_placement(
         return jit_placement(init, train_step, predict_step, mesh)
     run.check_pmap(mesh)
     return pmap_placement(init, train_step, predict_step, axis_name, devices)
+
+
+def flops_per_token(config: FinetuneConfig, trainable: Params, row_length: int) -> float | None:
+    """Floating-point operations of a training step per token; None for encoders but BERT's.
+
+    The products of the encoder forward; again for the gradients of activations, where anything
+    below the head learns, and of kernels, where those do; and six for every number in an adapter.
+    Heads, norms and biases are left out: below 1 % for a BERT-base.
+    """
+    if not isinstance(config.model, BertConfig):
+        return None
+    forward = config.model.forward_flops(row_length, 0) / row_length
+    passes = {tuning.Full: 3, tuning.HeadOnly: 1}.get(type(config.tuning), 2)
+    return passes * forward + 6.0 * tree.num_params(trainable.get("lora", {}))
 
 
 def place(state: TrainState, placement: Placement) -> TrainState:
