@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
 from jaxlm import base as bases
@@ -129,7 +130,7 @@ def make_placement(
     return pmap_placement(init, train_step, predict_step, axis_name, devices)
 
 
-def flops_per_token(config: FinetuneConfig, trainable: Params, row_length: int) -> float | None:
+def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) -> float | None:
     """Floating-point operations of a training step per token; None for encoders but BERT's.
 
     The products of the encoder forward; again for the gradients of activations, where anything

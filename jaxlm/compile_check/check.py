@@ -18,12 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from jaxlm import config as configs
 from jaxlm.compile_check import cost, hlo, topology
 from jaxlm.compile_check.step import Assumed, Step, make_step
 from jaxlm.compile_check.topology import Topology
 from jaxlm.config import Config
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, report_input_errors
 from jaxlm.models.bert import BertConfig
 
 
@@ -57,8 +60,10 @@ class Report:
     num_parameters: int
     hbm: float
     """That the compiler may use."""
-    needed: float
-    """In all; where that does not fit, what the compiler says."""
+    fits: bool
+    """Into the memory of every device, as the compiler finds."""
+    needed: float | None
+    """In all; None where it does not fit, and the compiler does not say by how much."""
     memory: dict[str, float]
     """By kind; what only the compiler knows is missing where it did not fit."""
     flops: float | None
@@ -73,14 +78,9 @@ class Report:
     compile_s: float
 
     @property
-    def fits(self) -> bool:
-        """Into the memory of every device."""
-        return self.needed <= self.hbm
-
-    @property
     def communication_s(self) -> float:
         """Of all collectives, one after the other."""
-        return sum(each.seconds for each in self.traffic)
+        return sum((each.seconds for each in self.traffic), start=0.0)
 
     @property
     def step_s(self) -> float:
@@ -90,7 +90,7 @@ class Report:
 
 def to_json(report: Report) -> str:
     """One line."""
-    derived = {name: getattr(report, name) for name in ("fits", "communication_s", "step_s")}
+    derived = {name: getattr(report, name) for name in ("communication_s", "step_s")}
     return json.dumps(dataclasses.asdict(report) | derived)
 
 
@@ -140,15 +140,12 @@ def _reason(code: int, stderr: str, place: Topology) -> str:
 
 def compile_here(name: str, config: Config, assumed: Assumed, place: Topology) -> Report:
     """Compile in this process."""
-    import jax
-    import numpy as np
-
     devices = topology.devices(place)
     step = make_step(config, assumed, devices)
     state = step.placement.abstract_state
     memory = _memory(step)
     chip = place.chip
-    moving = 2 * (memory["parameters"] + memory["moments"]) + memory["frozen"]
+    moving = 2 * (memory["parameters"] + memory["moments"])
     known: dict[str, Any] = {
         "config": name,
         "topology": place.name,
@@ -172,11 +169,11 @@ def compile_here(name: str, config: Config, assumed: Assumed, place: Topology) -
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_bytes(str(error), sum(memory.values()))
-        if needed is None:
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return Report(
-            needed=needed,
+            fits=False,
+            needed=needed_bytes(str(error), sum(memory.values())),
             memory=memory,
             traffic=(),
             unknown_loops=0,
@@ -195,6 +192,7 @@ def compile_here(name: str, config: Config, assumed: Assumed, place: Topology) -
     # Partitions are numbered as the mesh lists them; over slices, those of one slice.
     coordinates = [device.coords for device in mesh.devices.flat]
     return Report(
+        fits=True,
         needed=sum(memory.values()),
         memory=memory,
         traffic=tuple(_traffic(program, place, coordinates)),
@@ -206,7 +204,6 @@ def compile_here(name: str, config: Config, assumed: Assumed, place: Topology) -
 
 def _memory(step: Step) -> dict[str, float]:
     """What enters the step, as it lies on one device; padding of small arrays is not in it."""
-    import jax
 
     def size(tree: Any) -> float:
         return float(
@@ -249,22 +246,18 @@ def _traffic(program: hlo.Program, place: Topology, coordinates: cost.Coordinate
 
 
 def needed_bytes(message: str, arguments: float) -> float | None:
-    """What the compiler says it would need, where it says that memory is too small; else None."""
+    """What the compiler says that it would need, beside ``arguments`` if it does not count them."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     size = r"([\d.]+)([KMGT]?)"
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
     if used := re.search(rf"Used {size}[^.]* of {size} hbm", message):
         return float(used[1]) * units[used[2]]
     if temporaries := re.search(rf"temporaries \({size}\)", message):
         return float(temporaries[1]) * units[temporaries[2]] + arguments
-    return math.inf
+    return None
 
 
 def main() -> None:
     """The process that compiles."""
-    from jaxlm.errors import report_input_errors
-
     with report_input_errors():
         job = json.loads(sys.stdin.read())
         config = configs.from_json(job["config"])

@@ -13,8 +13,8 @@ from rich.console import Console
 from jaxlm import config as configs
 from jaxlm.compile_check import report, scaling, search, topology
 from jaxlm.compile_check.check import Report, check, to_json
-from jaxlm.compile_check.step import Assumed
-from jaxlm.config import Config
+from jaxlm.compile_check.step import Assumed, base_config
+from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.sharding import MeshConfig
 
@@ -63,7 +63,7 @@ class ScalingConfig:
     json: Path | None = None
     """Append a line for each compile to this file."""
     plot: Path = Path("weak_scaling.png")
-    """The picture."""
+    """The picture; the table is written beside it, in Markdown."""
 
 
 A = TypeVar("A", CheckConfig, ScalingConfig)
@@ -83,6 +83,7 @@ def run_check(
 ) -> bool:
     """Compile, once or for every mesh, and print; returns whether it (or any of them) fits."""
     place = topology.read(asked.topology, config.mesh.num_slices)
+    _tell_assumed(config, console)
     if not asked.search:
         found = compile_one(config, asked.assumed, place)
         _append(asked.json, found)
@@ -116,6 +117,7 @@ def run_scaling(
 ) -> None:
     """Compile for every topology, print the table, and draw it."""
     reports = []
+    _tell_assumed(config, console)
     for name in asked.topologies:
         kind, _, slices = name.partition("*")
         place = topology.read(kind, int(slices) if slices.isdigit() else 1)
@@ -129,6 +131,15 @@ def run_scaling(
     console.print(report.table(reports))
     console.print(report.ESTIMATE, soft_wrap=True)
     scaling.plot(reports, asked.plot)
+    asked.plot.with_suffix(".md").write_text(report.markdown(reports), encoding="utf-8")
+
+
+def _tell_assumed(config: Config, console: Console) -> None:
+    if isinstance(config, FinetuneConfig) and config.base and base_config(config.base) is None:
+        console.print(
+            f"the base {config.base} is not here: its encoder is taken to be as --encoder says",
+            soft_wrap=True,
+        )
 
 
 def _options(found: Report) -> str:

@@ -17,7 +17,7 @@ Coordinates = Sequence[Sequence[int]]  # of the device of each partition of a sl
 def sent_bytes(collective: Collective, num_slices: int) -> float:
     """By one device, each time it runs."""
     n = num_slices if collective.over_slices else len(collective.group)
-    operand = collective.operand_bytes
+    operand = float(collective.operand_bytes)
     match collective.kind:
         case "all-gather":
             return operand * (n - 1)

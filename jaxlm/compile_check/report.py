@@ -21,9 +21,9 @@ def verdict(report: Report, config: Config) -> str:
     """One sentence."""
     hbm = f"{report.hbm / GIB:.2f} GiB"
     where = f"each of {report.num_devices:,} devices"
-    if report.fits:
+    if report.fits and report.needed is not None:
         return f"fits: {report.needed / GIB:.2f} of {hbm} on {where}"
-    over = "" if math.isinf(report.needed) else f"{(report.needed - report.hbm) / GIB:.2f} GiB "
+    over = "" if report.needed is None else f"{(report.needed - report.hbm) / GIB:.2f} GiB "
     return f"does not fit: {over}more than the {hbm} of {where}; try {advice(report, config)}"
 
 
@@ -49,7 +49,7 @@ def advice(report: Report, config: Config) -> str:
 def _excess(report: Report, state: float) -> float:
     """How many times too large activations are, beside what does not shrink with the batch."""
     room = max(report.hbm - state, report.hbm / 16)
-    needed = 16 * report.hbm if math.isinf(report.needed) else report.needed
+    needed = 16 * report.hbm if report.needed is None else report.needed
     return max((needed - state) / room, 2.0)
 
 
@@ -60,7 +60,7 @@ def memory_table(report: Report) -> Table:
     table.add_column("MiB", justify="right")
     table.add_column("of its HBM", justify="right")
     for name, size in (*report.memory.items(), ("in all", report.needed)):
-        if size or name == "in all":
+        if size:
             table.add_row(name, f"{size / 2**20:,.1f}", f"{size / report.hbm:.1%}")
     return table
 
@@ -117,7 +117,7 @@ def row(report: Report) -> Row:
         f"{report.topology}{slices}",
         mesh or "one device",
         f"{report.batch_size:,} x {report.row_length}",
-        f"{report.needed / GIB:.2f}",
+        "?" if report.needed is None else f"{report.needed / GIB:.2f}",
     )
     if not report.fits:
         return (*front, "no", "", compute, "", "", "")

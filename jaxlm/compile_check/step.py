@@ -25,8 +25,7 @@ from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.tasks.task import Task
-from jaxlm.train.placement import Placement
-from jaxlm.typing import Batch
+from jaxlm.train.placement import AbstractBatch, Placement
 
 SPECIAL = SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
 NUM_CHOICES = 4
@@ -51,7 +50,7 @@ class Step(NamedTuple):
     """What can be lowered: ``placement.train_step.lower(placement.abstract_state, batch, ...)``."""
 
     placement: Placement
-    batch: Batch  # shapes and shardings
+    batch: AbstractBatch
     num_tokens: int  # positions of the whole batch
     row_length: int
     flops: float | None  # of one step on all devices; None where no formula is known

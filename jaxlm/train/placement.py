@@ -1,6 +1,6 @@
 """Where a step runs: under jit over a mesh, or under pmap. Both give the same few functions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxlm.train.step import EvalStep, TrainStep
 from jaxlm.typing import Batch, HostBatch, PRNGKey
 
 Init = Callable[[PRNGKey], TrainState]
+AbstractBatch = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Placement(NamedTuple):
@@ -25,7 +26,7 @@ class Placement(NamedTuple):
     eval_step: Callable[..., Any]  # (state, batch) -> Sums
     put_batch: Callable[[HostBatch], Batch]
     abstract_state: TrainState  # shapes and shardings
-    abstract_batch: Callable[[Batch], Batch]  # shapes of a global batch -> with their shardings
+    abstract_batch: Callable[[AbstractBatch], AbstractBatch]  # of a global batch: adds shardings
 
 
 def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: Mesh) -> Placement:
@@ -52,7 +53,7 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
 
         return jax.tree.map(put, batch)
 
-    def abstract_batch(batch: Batch) -> Batch:
+    def abstract_batch(batch: AbstractBatch) -> AbstractBatch:
         return _abstract(batch, jax.tree.map(lambda x: place(x.shape), batch))
 
     return Placement(
@@ -89,7 +90,7 @@ def pmap_placement(
             raise InputError(f"{rows} rows cannot be split over {num_local} devices")
         return {name: x.reshape(num_local, -1, *x.shape[1:]) for name, x in batch.items()}
 
-    def abstract_batch(batch: Batch) -> Batch:
+    def abstract_batch(batch: AbstractBatch) -> AbstractBatch:
         split = lambda shape: (mesh.size, shape[0] // mesh.size, *shape[1:])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(split(x.shape), x.dtype), batch)
 
