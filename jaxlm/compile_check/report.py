@@ -10,6 +10,7 @@ from rich.text import Text
 from jaxlm.compile_check.check import Report
 from jaxlm.compile_check.topology import GIB
 from jaxlm.config import Config, PretrainConfig
+from jaxlm.models.bert import BASE, BertConfig
 
 ESTIMATE = (
     "estimated step: the model's products at the peak of all chips, then all collectives at the "
@@ -23,7 +24,8 @@ def verdict(report: Report, config: Config) -> str:
     where = f"each of {report.num_devices:,} devices"
     if report.fits and report.needed is not None:
         return f"fits: {report.needed / GIB:.2f} of {hbm} on {where}"
-    over = "" if report.needed is None else f"{(report.needed - report.hbm) / GIB:.2f} GiB "
+    excess = (report.needed or 0.0) - report.hbm
+    over = f"{excess / GIB:.2f} GiB " if excess > 0 else ""
     return f"does not fit: {over}more than the {hbm} of {where}; try {advice(report, config)}"
 
 
@@ -34,12 +36,15 @@ def advice(report: Report, config: Config) -> str:
     state = report.memory["parameters"] + report.memory["moments"] + report.memory["frozen"]
     copies = report.num_devices // max(report.num_slices, 1) if "fsdp" in mesh else 1
     free = copies // math.prod(mesh.get(axis, 1) for axis in ("fsdp", "tensor", "sequence"))
-    if free > 1 and state > report.hbm / 4:
-        changes.append(f"--mesh.fsdp {mesh['fsdp'] * free}")
+    width = config.model.hidden_dim if isinstance(config.model, BertConfig) else BASE.hidden_dim
+    fsdp = math.gcd(mesh.get("fsdp", 1) * free, width)
+    if fsdp > mesh.get("fsdp", 1) and state > report.hbm / 4:
+        changes.append(f"--mesh.fsdp {fsdp}")
     if isinstance(config, PretrainConfig) and config.model.remat is None:
         changes.append("--model.remat full --model.unroll 1")
     split = mesh["data"] * mesh.get("fsdp", 1) * train.num_micro_batches
-    more = min(2 ** math.ceil(math.log2(_excess(report, state))), report.batch_size // split)
+    # What is left of a device's rows must still be whole rows.
+    more = math.gcd(2 ** math.ceil(math.log2(_excess(report, state))), report.batch_size // split)
     if more > 1:
         changes.append(f"--train.num-micro-batches {train.num_micro_batches * more}")
         changes.append(f"--data.batch-size {report.batch_size // more}")
