@@ -157,7 +157,7 @@ def resolve(
         model: Any = dataclasses.replace(base.config, dtype=None, vocab_size=vocab_size)
     else:
         assert config.model is not None
-        vocab_size = math.ceil(tokenizers.vocab_size(tokenizer) / 64) * 64
+        vocab_size = run.padded_vocab_size(tokenizers.vocab_size(tokenizer), config.mesh)
         model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
     dtype = config.dtype or model.dtype or ("float32" if platform == "cpu" else "bfloat16")
     rates = {"dropout_rate": config.dropout_rate}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MaskedLm, MlmHead
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
+from jaxlm.sharding import MeshConfig
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement, jit_placement, pmap_placement
 from jaxlm.train.restore import Cursor
@@ -43,7 +45,7 @@ EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losse
 
 def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> PretrainConfig:
     """Fill in what the config leaves to the data and the platform; raise where they clash."""
-    vocab_size = config.model.vocab_size or math.ceil(info.vocab_size / 64) * 64
+    vocab_size = config.model.vocab_size or padded_vocab_size(info.vocab_size, config.mesh)
     dtype = config.model.dtype or ("float32" if platform == "cpu" else "bfloat16")
     model = dataclasses.replace(config.model, vocab_size=vocab_size, dtype=dtype)
     if vocab_size < info.vocab_size:
@@ -58,6 +60,12 @@ def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> Pretra
         )
     train = config.train.with_steps(info.rows["train"], config.data.batch_size)
     return dataclasses.replace(config, model=model, train=train)
+
+
+def padded_vocab_size(size: int, mesh: MeshConfig) -> int:
+    """Rounded up to a multiple of 64, for speed, and of the parts that the mesh makes of it."""
+    multiple = math.lcm(64, max(mesh.tensor, 1))
+    return math.ceil(size / multiple) * multiple
 
 
 def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
@@ -110,8 +118,10 @@ def make_loss(config: PretrainConfig, vocabulary: Vocabulary, masking: MaskingCo
     )
 
 
-def make_placement(config: PretrainConfig, vocabulary: Vocabulary) -> Placement:
-    """The run's steps on all devices."""
+def make_placement(
+    config: PretrainConfig, vocabulary: Vocabulary, devices: Sequence[Any] | None = None
+) -> Placement:
+    """The run's steps on all devices, or on ``devices``."""
     objective, train = config.objective, config.train
     model = make_model(config.model)
     optimizer = optim.make_optimizer(config.optimizer)
@@ -130,12 +140,12 @@ def make_placement(config: PretrainConfig, vocabulary: Vocabulary) -> Placement:
     )
     eval_loss = make_loss(config, vocabulary, objective.eval_masking)
     eval_step = make_eval_step(eval_loss, seed=EVAL_SEED, axis_name=axis_name)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh, devices)
     check_batch(config.data.batch_size, train.num_micro_batches, mesh)
     if axis_name is None:
         return jit_placement(init, train_step, eval_step, mesh)
     check_pmap(mesh)
-    return pmap_placement(init, train_step, eval_step, axis_name)
+    return pmap_placement(init, train_step, eval_step, axis_name, devices)
 
 
 def flops_per_token(config: PretrainConfig, row_length: int) -> float:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
@@ -92,6 +94,9 @@ class MeshConfig:
     """Parts of heads, feed-forward channels and vocabulary."""
     sequence: int = 1
     """Parts of each row."""
+    num_slices: int = 1
+    """TPU slices, or groups of hosts, that a slower network joins; the copies of the model, which
+    `data` counts over all of them, are shared out among them."""
 
 
 class Axes(NamedTuple):
@@ -102,7 +107,10 @@ class Axes(NamedTuple):
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices, or over ``devices``. Raises when the sizes do not fit them."""
+    """A mesh over all devices, or over ``devices``. Raises when the sizes do not fit them.
+
+    What talks most, the last axis, lies closest together; over slices there is ``data`` alone.
+    """
     devices = jax.devices() if devices is None else devices
     wanted = config.data, config.fsdp, config.tensor, config.sequence
     sizes = dict(zip(MESH_AXES, wanted, strict=True))
@@ -114,8 +122,43 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"the mesh {text} does not fit {len(devices)} devices: its sizes must multiply to "
             "their number"
         )
-    # Linen's Embed fails on explicit axes, which jax.make_mesh gives by default.
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    slices = _slices(devices, config.num_slices)
+    if shape[0] % len(slices):
+        raise InputError(
+            f"data={shape[0]} copies of the model cannot be shared out over "
+            f"num_slices={len(slices)}: data must be divisible by it, so that each slice holds "
+            "whole copies"
+        )
+    shape[0] //= len(slices)
+    # Unlike jax.make_mesh, which splits an axis of the hardware over two of ours on v5e alone.
+    laid_out = [
+        mesh_utils.create_device_mesh(shape, part, allow_split_physical_axes=True)
+        for part in slices
+    ]
+    # Linen's Embed fails on explicit axes.
+    return Mesh(np.concatenate(laid_out), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _slices(devices: Sequence[Any], num_slices: int) -> list[Sequence[Any]]:
+    """The devices of each slice: TPUs know theirs; others are cut into groups of whole hosts."""
+    on_tpu = devices[0].platform == "tpu"
+    # On GPUs, every host is a slice of its own to JAX.
+    home = "slice_index" if on_tpu else "process_index"
+    homes = {device: getattr(device, home, None) or 0 for device in devices}
+    count = len(set(homes.values()))
+    if on_tpu and count != num_slices:
+        raise InputError(f"num_slices={num_slices}, but the TPUs are of {count}: set it to {count}")
+    if num_slices < 1 or len(devices) % num_slices or (count > 1 and count % num_slices):
+        hosts = f"{count} host{'s' if count > 1 else ''}"
+        raise InputError(
+            f"num_slices={num_slices} does not divide {len(devices)} devices of {hosts} into equal "
+            "groups: 1 is no division"
+        )
+    if num_slices == 1:
+        return [devices]
+    ordered = sorted(devices, key=lambda device: homes[device])
+    size = len(devices) // num_slices
+    return [ordered[start : start + size] for start in range(0, len(devices), size)]
 
 
 def axes_of(path: str, ndim: int) -> Axes:

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
 from jaxlm import base as bases
-from jaxlm import optim, run, sharding, tuning
+from jaxlm import optim, run, sharding, tree, tuning
 from jaxlm.base import Base
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.batches import eval_batches, make_buckets
@@ -23,6 +24,7 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
+from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.task import Labels, Outputs, Task
@@ -102,9 +104,17 @@ def make_optimizer(config: FinetuneConfig) -> Any:
 
 
 def make_placement(
-    config: FinetuneConfig, labels: Labels, state: TrainState, *, labelled: bool = True
+    config: FinetuneConfig,
+    labels: Labels,
+    state: TrainState,
+    *,
+    labelled: bool = True,
+    devices: Sequence[Any] | None = None,
 ) -> Placement:
-    """The run's steps on all devices; ``eval_step`` gives sums, of labelled data, and outputs."""
+    """The run's steps on all devices, or on ``devices``; of ``state`` the shapes alone are used.
+
+    ``eval_step`` gives sums, of labelled data, and outputs. :func:`place` puts the state there.
+    """
     apply = adapted_apply(config, labels)
     axis_name = "data" if config.placement == "pmap" else None
     train_step = make_train_step(
@@ -123,12 +133,30 @@ def make_placement(
         seed=run.EVAL_SEED,
         axis_name=axis_name,
     )
-    mesh = sharding.make_mesh(config.mesh)
+
+    def init(_: PRNGKey) -> TrainState:
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+
+    mesh = sharding.make_mesh(config.mesh, devices)
     run.check_batch(config.data.batch_size, config.train.num_micro_batches, mesh)
     if axis_name is None:
-        return jit_placement(lambda _: state, train_step, predict_step, mesh)
+        return jit_placement(init, train_step, predict_step, mesh)
     run.check_pmap(mesh)
-    return pmap_placement(lambda _: state, train_step, predict_step, axis_name)
+    return pmap_placement(init, train_step, predict_step, axis_name, devices)
+
+
+def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) -> float | None:
+    """Floating-point operations of a training step per token; None for encoders but BERT's.
+
+    The products of the encoder forward; again for the gradients of activations, where anything
+    below the head learns, and of kernels, where those do; and six for every number in an adapter.
+    Heads, norms and biases are left out: below 1 % for a BERT-base.
+    """
+    if not isinstance(config.model, BertConfig):
+        return None
+    forward = config.model.forward_flops(row_length, 0) / row_length
+    passes = {tuning.Full: 3, tuning.HeadOnly: 1}.get(type(config.tuning), 2)
+    return passes * forward + 6.0 * tree.num_params(trainable.get("lora", {}))
 
 
 def place(state: TrainState, placement: Placement) -> TrainState:

@@ -21,7 +21,7 @@ FLOORS = [
     {"run"},
     {"base", "pretrain", "sweep"},
     {"tuned"},
-    {"finetune"},
+    {"compile_check", "finetune"},
 ]
 # These take functions: a model or an objective of the floor below is none of their business.
 BLIND = {"decode", "evaluate", "fill_mask", "train"}

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import jax
@@ -218,6 +218,80 @@ def test_meshes_that_fit():
         "sequence": 1,
     }
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+@dataclass(frozen=True)
+class Fake:
+    """A device of a machine that is not here."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return (self.id // 8 % 4, self.id % 8, 0)
+
+
+def tpus(num_slices):
+    """4x8 chips of each slice, the slices in turn, as they come over the network."""
+    return [
+        Fake(32 * part + i, (32 * part + i) // 4, part, "tpu", "TPU v6 lite")
+        for i in range(32)
+        for part in range(num_slices)
+    ]
+
+
+def test_slices_share_out_data_alone():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4, num_slices=2), tpus(2))
+    assert dict(mesh.shape) == {"data": 8, "fsdp": 2, "tensor": 4, "sequence": 1}
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert (slices[:4] == 0).all()
+    assert (slices[4:] == 1).all()
+
+
+def test_one_axis_of_the_hardware_may_be_split_over_two_of_ours():
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), tpus(1))
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(32))
+    # What talks most are neighbours: no two of a tensor group are further apart than one link.
+    for first, second in mesh.devices.reshape(-1, 2):
+        steps = np.subtract(first.coords, second.coords)
+        assert np.abs(steps).sum() == 1
+
+
+def test_other_devices_are_cut_into_groups_of_whole_hosts():
+    # To JAX every host with GPUs is a slice; two hosts are one of ours here.
+    gpus = [Fake(i, i // 2, i // 2) for i in (4, 5, 0, 1, 6, 7, 2, 3)]
+    mesh = make_mesh(MeshConfig(fsdp=4, num_slices=2), gpus)
+    hosts = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    assert set(hosts[0].flat) == {0, 1}
+    assert set(hosts[1].flat) == {2, 3}
+    assert make_mesh(MeshConfig(fsdp=8), gpus).shape["fsdp"] == 8
+    on_cpus = make_mesh(MeshConfig(num_slices=4, tensor=2))
+    assert [device.id for device in on_cpus.devices.flat] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("config", "devices", "message"),
+    [
+        (MeshConfig(num_slices=3), None, "num_slices=3 does not divide 8 devices of 1 host "),
+        (MeshConfig(num_slices=0), None, "num_slices=0 does not divide 8 devices"),
+        (MeshConfig(fsdp=8, num_slices=2), None, "data=1 copies .* over num_slices=2"),
+        (MeshConfig(num_slices=1), tpus(2), "num_slices=1, but the TPUs are of 2: set it to 2"),
+        (MeshConfig(num_slices=2), tpus(1), "num_slices=2, but the TPUs are of 1: set it to 1"),
+        (
+            MeshConfig(num_slices=2),
+            [Fake(i, i // 2, 0) for i in range(6)],
+            "num_slices=2 does not divide 6 devices of 3 hosts",
+        ),
+    ],
+)
+def test_slices_that_do_not_fit_raise(config, devices, message):
+    with pytest.raises(InputError, match=message):
+        make_mesh(config, devices)
 
 
 def test_scalars_are_everywhere():

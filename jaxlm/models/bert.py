@@ -31,7 +31,8 @@ class BertConfig:
     """Sizes are BERT-base's (section 3)."""
 
     vocab_size: int | None = None
-    """Entries of the token table; None = those of the tokenizer, rounded up to a multiple of 64."""
+    """Entries of the token table; None = those of the tokenizer, rounded up to a multiple of 64,
+    and of the parts into which the mesh splits the table."""
     num_layers: int = 12
     hidden_dim: int = 768
     num_heads: int = 12

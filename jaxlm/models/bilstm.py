@@ -24,7 +24,8 @@ class BilstmConfig:
     """One layer, as in most published baselines."""
 
     vocab_size: int | None = None
-    """Entries of the token table; None = those of the tokenizer, rounded up to a multiple of 64."""
+    """Entries of the token table; None = those of the tokenizer, rounded up to a multiple of 64,
+    and of the parts into which the mesh splits the table."""
     embed_dim: int = 256
     num_layers: int = 1
     hidden_dim: int = 512

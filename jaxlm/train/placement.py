@@ -1,6 +1,6 @@
 """Where a step runs: under jit over a mesh, or under pmap. Both give the same few functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from jaxlm.train.step import EvalStep, TrainStep
 from jaxlm.typing import Batch, HostBatch, PRNGKey
 
 Init = Callable[[PRNGKey], TrainState]
+AbstractBatch = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Placement(NamedTuple):
@@ -25,6 +26,7 @@ class Placement(NamedTuple):
     eval_step: Callable[..., Any]  # (state, batch) -> Sums
     put_batch: Callable[[HostBatch], Batch]
     abstract_state: TrainState  # shapes and shardings
+    abstract_batch: Callable[[AbstractBatch], AbstractBatch]  # of a global batch: adds shardings
 
 
 def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: Mesh) -> Placement:
@@ -40,14 +42,19 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
 
         return inside
 
+    def place(shape: tuple[int, ...]) -> NamedSharding:
+        names = ("batch", *("norm",) * (len(shape) - 2), "length")[: len(shape)]
+        return NamedSharding(mesh, sharding.spec(names, mesh, shape))
+
     def put_batch(batch: HostBatch) -> Batch:
         def put(x: np.ndarray) -> jax.Array:
-            names = ("batch", *("norm",) * (x.ndim - 2), "length")[: x.ndim]
             shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
-            place = NamedSharding(mesh, sharding.spec(names, mesh, shape))
-            return jax.make_array_from_process_local_data(place, x, shape)
+            return jax.make_array_from_process_local_data(place(shape), x, shape)
 
         return jax.tree.map(put, batch)
+
+    def abstract_batch(batch: AbstractBatch) -> AbstractBatch:
+        return _abstract(batch, jax.tree.map(lambda x: place(x.shape), batch))
 
     return Placement(
         jax.jit(init, out_shardings=shardings),
@@ -55,27 +62,37 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
         jax.jit(on_mesh(eval_step), out_shardings=everywhere),
         put_batch,
         _abstract(shapes, shardings),
+        abstract_batch,
     )
 
 
 def pmap_placement(
-    init: Init, train_step: TrainStep, eval_step: EvalStep, axis_name: str
+    init: Init,
+    train_step: TrainStep,
+    eval_step: EvalStep,
+    axis_name: str,
+    devices: Sequence[Any] | None = None,
 ) -> Placement:
     """Data parallel only, for code that still needs ``pmap``: each device holds all parameters.
 
-    The steps must have been made with the same ``axis_name``: with ``out_axes=None`` a missing
-    ``psum`` would go unnoticed. The state keeps its plain shape, so checkpoints are those of jit.
+    On all devices, or on ``devices``. The steps must have been made with the same ``axis_name``:
+    with ``out_axes=None`` a missing ``psum`` would go unnoticed. The state keeps its plain shape,
+    so checkpoints are those of jit.
     """
-    mesh = sharding.make_mesh(sharding.MeshConfig())
+    mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (axis_name,))
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
-    num_local = jax.local_device_count()
+    num_local = len(mesh.local_devices)
 
     def put_batch(batch: HostBatch) -> Batch:
         rows = len(next(iter(batch.values())))
         if rows % num_local:
             raise InputError(f"{rows} rows cannot be split over {num_local} devices")
         return {name: x.reshape(num_local, -1, *x.shape[1:]) for name, x in batch.items()}
+
+    def abstract_batch(batch: AbstractBatch) -> AbstractBatch:
+        split = lambda shape: (mesh.size, shape[0] // mesh.size, *shape[1:])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(split(x.shape), x.dtype), batch)
 
     return Placement(
         jax.jit(init, out_shardings=shardings),
@@ -84,11 +101,19 @@ def pmap_placement(
             axis_name,
             in_axes=(None, 0, None),
             out_axes=None,  # pyright: ignore[reportArgumentType]
+            devices=devices,
             donate_argnums=0,
         ),
-        jax.pmap(eval_step, axis_name, in_axes=(None, 0), out_axes=None),  # pyright: ignore[reportArgumentType]
+        jax.pmap(
+            eval_step,
+            axis_name,
+            in_axes=(None, 0),
+            out_axes=None,  # pyright: ignore[reportArgumentType]
+            devices=devices,
+        ),
         put_batch,
         _abstract(shapes, shardings),
+        abstract_batch,
     )
 
 

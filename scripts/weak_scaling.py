@@ -1,0 +1,24 @@
+"""Compile for more and more TPUs, the same rows on each: ``python scripts/weak_scaling.py CONFIG``.
+
+    python scripts/weak_scaling.py configs/bert_base.py --rows 32 --plot weak_scaling.png
+
+A table and a picture of what they send, and what that costs at least; no TPU is needed. Put --help
+behind it for all options.
+"""
+
+import os
+
+from jaxlm.compile_check.topology import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT)  # before JAX is imported
+
+from rich.console import Console
+
+from jaxlm.compile_check import command
+from jaxlm.errors import report_input_errors
+
+if __name__ == "__main__":
+    with report_input_errors():
+        asked, config = command.load(command.ScalingConfig)
+        command.run_scaling(asked, config, Console(highlight=False))
+        print(f"drawn in {asked.plot}")

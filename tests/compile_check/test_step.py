@@ -1,0 +1,125 @@
+"""On fake CPU devices: the step is traced and lowered, nothing is compiled."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import config as configs
+from jaxlm import run, tree
+from jaxlm.compile_check.step import Assumed, base_config, make_step
+from jaxlm.config import FinetuneConfig
+from jaxlm.convert import bert
+from jaxlm.errors import InputError
+from jaxlm.ia3 import Ia3Config
+from jaxlm.lora import LoraConfig
+from jaxlm.models.bert import TINY
+from jaxlm.sharding import MeshConfig
+from jaxlm.tasks.answering import QuestionAnswering
+from jaxlm.tasks.choosing import MultipleChoice
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.tagging import Tagging
+from jaxlm.tuning import BitFit, Full, HeadOnly
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+SMALL = Assumed(vocab_size=100, encoder=TINY)
+
+
+def lowered(step):
+    state = step.placement.abstract_state
+    return step.placement.train_step.lower(state, step.batch, jax.ShapeDtypeStruct((), np.float32))
+
+
+def test_pretraining_is_the_step_of_training(config):
+    config = replace(config, model=TINY, mesh=MeshConfig(fsdp=2, tensor=2))
+    step = make_step(config, replace(SMALL, length=32), jax.devices())
+    tokens = step.batch["tokens"]
+    assert (tokens.shape, step.row_length, step.num_tokens) == ((256, 32), 32, 256 * 32)
+    assert tokens.sharding.shard_shape(tokens.shape) == (64, 32)
+    table = step.placement.abstract_state.trainable["params"]["encoder"]["token_embed"]
+    assert table["embedding"].shape == (128, 128)  # 100 tokens, padded
+    model = replace(TINY, vocab_size=128)
+    assert step.flops == run.flops_per_token(replace(config, model=model), 32) * 256 * 32
+    assert "bf16" in lowered(step).as_text()  # as on a TPU, not as on the CPUs here
+
+
+def test_the_length_of_rows(config):
+    assert make_step(config, Assumed(), jax.devices()).row_length == 512
+    quickstart = configs.read_file(CONFIGS / "quickstart.py")
+    assert make_step(quickstart, Assumed(), jax.devices()).row_length == 64
+    with pytest.raises(InputError, match="rows of 600 tokens are longer"):
+        make_step(config, Assumed(length=600), jax.devices())
+
+
+def test_pmap(config):
+    config = replace(config, model=TINY, placement="pmap")
+    step = make_step(config, replace(SMALL, length=16), jax.devices())
+    assert step.batch["tokens"].shape == (8, 32, 16)
+    lowered(step)
+    with pytest.raises(InputError, match="256 is not divisible by 6 devices"):
+        make_step(config, SMALL, jax.devices()[:6])
+
+
+def finetuning(**changes) -> FinetuneConfig:
+    config = configs.read_file(CONFIGS / "sst2_lora.py")
+    assert isinstance(config, FinetuneConfig)
+    return replace(config, base="nowhere", mesh=MeshConfig(fsdp=2), **changes)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [Classification(), Tagging(), QuestionAnswering(), MultipleChoice(), Embedding()],
+    ids=lambda task: type(task).__name__,
+)
+def test_every_task_has_its_batch(task):
+    lowered(make_step(finetuning(task=task), replace(SMALL, length=16), jax.devices()))
+
+
+@pytest.mark.parametrize(
+    ("tuning", "passes"),
+    [(Full(), 3), (HeadOnly(), 1), (BitFit(), 2), (Ia3Config(), 2), (LoraConfig(rank=4), 2)],
+    ids=lambda value: type(value).__name__,
+)
+def test_flops_of_a_tuning(tuning, passes):
+    step = make_step(finetuning(tuning=tuning), replace(SMALL, length=16), jax.devices())
+    forward = replace(TINY, vocab_size=128).forward_flops(16, 0) / 16
+    lora = step.placement.abstract_state.trainable.get("lora", {})
+    # Two layers, queries and values, 128 to 4 and back, forward and twice backward.
+    assert 6 * tree.num_params(lora) == (isinstance(tuning, LoraConfig) and 2 * 2 * 6 * 2 * 128 * 4)
+    assert step.flops == (passes * forward + 6 * tree.num_params(lora)) * step.num_tokens
+
+
+def test_products_of_a_lora_step_are_what_xla_counts():
+    config = finetuning(tuning=LoraConfig(rank=8), dtype="float32")
+    # Rows long enough that the pooler, which is not counted, is little.
+    step = make_step(config, replace(SMALL, length=128), jax.devices())
+    per_device = lowered(step).compile().cost_analysis()["flops"] * jax.device_count()
+    assert step.flops is not None
+    # XLA also counts what is not a product: softmax, GELU, norms, dropout.
+    assert 0.8 * step.flops < per_device < 1.5 * step.flops
+
+
+def test_an_encoder_without_a_formula():
+    config = configs.read_file(CONFIGS / "sst2_bilstm.py")
+    assert make_step(config, replace(SMALL, length=16), jax.devices()).flops is None
+
+
+def test_a_base_is_read_without_its_weights(tmp_path):
+    assert base_config(str(tmp_path / "nowhere")) is None
+    encoder = replace(TINY, vocab_size=128)
+    (tmp_path / "config.json").write_text(json.dumps(bert.write_config(encoder)))
+    read = base_config(str(tmp_path))
+    assert read is not None
+    assert (read.vocab_size, read.num_layers, read.hidden_dim) == (128, 2, 128)
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    config = configs.read_file(CONFIGS / "quickstart.py")
+    (run_folder / "config.json").write_text(configs.to_json(config))
+    assert base_config(str(run_folder)) == config.model
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"config\.json"):
+        base_config(str(tmp_path))
