@@ -202,7 +202,7 @@ def _end_all(error: BaseException) -> None:
     """Print what happened here, let the others know, and go without waiting for them."""
     if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
-    else:
+    elif not isinstance(error, SystemExit):  # which has had its say
         traceback.print_exc()
     message = f"{_name()} failed: {_first_line(error) or type(error).__name__}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):

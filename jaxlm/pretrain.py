@@ -80,8 +80,8 @@ def pretrain(config: PretrainConfig) -> Path:
                 datasets[0],
                 config.data.batch_size,
                 max_rows=config.train.eval_rows,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                part_index=placement.part.index,
+                num_parts=placement.part.count,
             )
             return evaluate(placement, state, batches)
 
@@ -104,8 +104,8 @@ def pretrain(config: PretrainConfig) -> Path:
                     config.data,
                     seed=config.train.seed,
                     examples_seen=cursor["examples_seen"],
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
+                    part_index=placement.part.index,
+                    num_parts=placement.part.count,
                 ),
                 evaluation,
                 checkpointer,

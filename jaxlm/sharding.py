@@ -161,6 +161,29 @@ def _slices(devices: Sequence[Any], num_slices: int) -> list[Sequence[Any]]:
     return [ordered[start : start + size] for start in range(0, len(devices), size)]
 
 
+class Part(NamedTuple):
+    """The rows of each batch that a process holds: the ``index``-th of ``count`` equal parts."""
+
+    index: int
+    count: int
+
+
+def process_part(mesh: Mesh, process_index: int) -> Part:
+    """That of a process. Processes share a part where ``tensor`` or ``sequence`` spans them."""
+    num_blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    blocks: dict[int, set[int]] = {}
+    for block, devices in enumerate(mesh.devices.reshape(num_blocks, -1)):
+        for device in devices:
+            blocks.setdefault(device.process_index, set()).add(block)
+    parts = sorted({tuple(sorted(held)) for held in blocks.values()})
+    if sum(map(len, parts)) != num_blocks or len({len(part) for part in parts}) > 1:
+        raise InputError(
+            f"the mesh {dict(mesh.shape)} gives processes different numbers of rows: make tensor * "
+            "sequence a divisor or a multiple of the devices of a process"
+        )
+    return Part(parts.index(tuple(sorted(blocks[process_index]))), len(parts))
+
+
 def axes_of(path: str, ndim: int) -> Axes:
     """The axis names of the parameter at ``path``; a stacked one has ``layers`` in front."""
     path = re.sub(r"/layers/\d+(?=/|$)", "", path)  # one of jaxlm.nn.stack.Layers

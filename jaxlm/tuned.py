@@ -179,8 +179,8 @@ def predict(
         examples,
         batch_size,
         buckets,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        part_index=placement.part.index,
+        num_parts=placement.part.count,
     )
     for batch in batches:
         one, outputs = jax.device_get(placement.eval_step(state, placement.put_batch(batch)))

@@ -182,19 +182,31 @@ def test_whoever_fails_the_others_end_and_nothing_is_lost(
 @pytest.mark.parametrize(
     "options",
     [
-        ["--placement", "pmap"],
         ["--mesh.fsdp", "2", "--mesh.tensor", "2"],
         ["--mesh.fsdp", "4", "--mesh.sequence", "2"],
+        ["--mesh.tensor", "2", "--mesh.sequence", "4"],  # one part of the batch for both processes
     ],
     ids=" ".join,
 )
 def test_other_layouts_give_the_same(
     config: PretrainConfig, whole: Path, options: list[str]
 ) -> None:
-    name = "".join(options)
+    name = "".join(options).replace("--", "")
     codes, outputs = start(config, "--name", name, *options)
     assert codes == [0, 0], outputs
     same_numbers(config.runs / name, whole)
+
+
+@pytest.mark.slow
+def test_pmap_in_two_processes(config: PretrainConfig) -> None:
+    # Under pmap each device draws its own dropout masks.
+    dry = replace(config.model, dropout_rate=0.0, attention_dropout_rate=0.0)
+    alone = replace(config, name="dry", model=dry)
+    pretrain(alone)
+    pmapped = replace(alone, name="pmapped", placement="pmap")
+    assert start(pmapped, faults={0: "SIGTERM:2"})[0] == [0, 0]
+    assert start(pmapped)[0] == [0, 0]
+    same_numbers(pmapped.directory, alone.directory)
 
 
 @pytest.mark.slow

@@ -12,7 +12,16 @@ from jaxlm.errors import InputError
 from jaxlm.models import bert
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.heads import ClassificationHead, MaskedLm, MlmHead, WithHead
-from jaxlm.sharding import MeshConfig, axes_of, constrain, make_mesh, spec, tree_shardings, use_mesh
+from jaxlm.sharding import (
+    MeshConfig,
+    axes_of,
+    constrain,
+    make_mesh,
+    process_part,
+    spec,
+    tree_shardings,
+    use_mesh,
+)
 
 PRESETS = {name: value for name, value in vars(bert).items() if isinstance(value, bert.BertConfig)}
 MESHES = [
@@ -292,6 +301,27 @@ def test_other_devices_are_cut_into_groups_of_whole_hosts():
 def test_slices_that_do_not_fit_raise(config, devices, message):
     with pytest.raises(InputError, match=message):
         make_mesh(config, devices)
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (MeshConfig(), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (MeshConfig(fsdp=2, tensor=2), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (MeshConfig(tensor=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (MeshConfig(sequence=8), [(0, 1)] * 4),
+    ],
+    ids=str,
+)
+def test_the_rows_of_each_of_four_processes(config, parts):
+    mesh = make_mesh(config, [Fake(i, i // 2, 0) for i in range(8)])
+    assert [process_part(mesh, i) for i in range(4)] == parts
+
+
+def test_rows_that_processes_cannot_share_raise():
+    mesh = make_mesh(MeshConfig(tensor=3), [Fake(i, i // 2, 0) for i in range(6)])
+    with pytest.raises(InputError, match="different numbers of rows"):
+        process_part(mesh, 0)
 
 
 def test_scalars_are_everywhere():

@@ -51,22 +51,22 @@ def train_batches(
     *,
     seed: int,
     examples_seen: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    part_index: int = 0,
+    num_parts: int = 1,
 ) -> Iterator[HostBatch]:
-    """This process's part of every global batch, without end, read ahead by threads.
+    """A part, such as a process holds, of every global batch, without end, read ahead by threads.
 
     A batch is ``{"tokens": [local_batch, row_length], "lengths": int32 [local_batch], "index":
-    int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Process p of P holds
+    int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Part p of P holds
     rows p·B/P to (p+1)·B/P of a global batch of B, so that the parts, put together in order of
     process, are the same global batch for every P. Row k of a run is the same row for every batch
     size, so ``examples_seen`` is all there is to save. Each data set is shuffled anew for every
     epoch.
     """
     _check_alike(datasets)
-    local_batch = _local_batch(config.batch_size, process_count)
+    local_batch = _local_batch(config.batch_size, num_parts)
     rows = _endless(datasets, config.weights, seed)
-    first = examples_seen + process_index * local_batch
+    first = examples_seen + part_index * local_batch
 
     def batch(step: int) -> HostBatch:
         start = first + step * config.batch_size
@@ -81,16 +81,16 @@ def eval_batches(
     batch_size: int,
     *,
     split: str = "validation",
-    process_index: int = 0,
-    process_count: int = 1,
+    part_index: int = 0,
+    num_parts: int = 1,
     max_rows: int | None = None,
 ) -> Iterator[HostBatch]:
-    """This process's part of every batch of one pass in fixed order, as for :func:`train_batches`.
+    """A part of every batch of one pass in fixed order, as for :func:`train_batches`.
 
     The last global batch is filled up with rows of length 0 (all padding), so that every process
     has the same number of full batches. ``max_rows`` takes only the first so many rows.
     """
-    local_batch = _local_batch(batch_size, process_count)
+    local_batch = _local_batch(batch_size, num_parts)
     rows = dataset.source(split)
     num_rows = len(rows) if max_rows is None else min(max_rows, len(rows))
     padding = dict(rows[0])
@@ -98,7 +98,7 @@ def eval_batches(
     padding["length"] = np.int32(0)
 
     def batch(step: int) -> HostBatch:
-        start = step * batch_size + process_index * local_batch
+        start = step * batch_size + part_index * local_batch
         indices = range(start, start + local_batch)
         return _stack([rows[i] if i < num_rows else padding for i in indices], start)
 
@@ -117,10 +117,12 @@ def _check_alike(datasets: Sequence[Prepared]) -> None:
                 )
 
 
-def _local_batch(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise InputError(f"batch_size={batch_size} is not divisible by {process_count} processes")
-    return batch_size // process_count
+def _local_batch(batch_size: int, num_parts: int) -> int:
+    if batch_size % num_parts:
+        raise InputError(
+            f"batch_size={batch_size} is not divisible by the {num_parts} parts that processes hold"
+        )
+    return batch_size // num_parts
 
 
 def _endless(

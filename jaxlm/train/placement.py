@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
+from jaxlm.sharding import Part
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
 from jaxlm.typing import Batch, HostBatch, PRNGKey
@@ -26,6 +27,7 @@ class Placement(NamedTuple):
     eval_step: Callable[..., Any]  # (state, batch) -> Sums
     put_batch: Callable[[HostBatch], Batch]
     abstract_state: TrainState  # shapes and shardings
+    part: Part  # the rows of a batch that this process gives to put_batch
     abstract_batch: Callable[[AbstractBatch], AbstractBatch]  # of a global batch: adds shardings
 
 
@@ -34,6 +36,7 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = state_shardings(shapes, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
+    part = sharding.process_part(mesh, jax.process_index())
 
     def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any) -> Any:
@@ -48,7 +51,7 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
 
     def put_batch(batch: HostBatch) -> Batch:
         def put(x: np.ndarray) -> jax.Array:
-            shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+            shape = (x.shape[0] * part.count, *x.shape[1:])
             return jax.make_array_from_process_local_data(place(shape), x, shape)
 
         return jax.tree.map(put, batch)
@@ -62,6 +65,7 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
         jax.jit(on_mesh(eval_step), out_shardings=everywhere),
         put_batch,
         _abstract(shapes, shardings),
+        part,
         abstract_batch,
     )
 
@@ -94,16 +98,23 @@ def pmap_placement(
         split = lambda shape: (mesh.size, shape[0] // mesh.size, *shape[1:])
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(split(x.shape), x.dtype), batch)
 
+    pmapped = jax.pmap(
+        train_step,
+        axis_name,
+        in_axes=(None, 0, None),
+        out_axes=None,  # pyright: ignore[reportArgumentType]
+        devices=devices,
+        donate_argnums=0,
+    )
+
+    def joined(*args: Any) -> Any:
+        """Of several processes: the state, of which pmap gives each its own, as one again."""
+        state, sums = pmapped(*args)
+        return jax.tree.map(_as_one, state, shardings), sums
+
     return Placement(
         jax.jit(init, out_shardings=shardings),
-        jax.pmap(
-            train_step,
-            axis_name,
-            in_axes=(None, 0, None),
-            out_axes=None,  # pyright: ignore[reportArgumentType]
-            devices=devices,
-            donate_argnums=0,
-        ),
+        pmapped if jax.process_count() == 1 else joined,
         jax.pmap(
             eval_step,
             axis_name,
@@ -113,8 +124,15 @@ def pmap_placement(
         ),
         put_batch,
         _abstract(shapes, shardings),
+        Part(jax.process_index(), jax.process_count()),
         abstract_batch,
     )
+
+
+def _as_one(x: jax.Array, place: NamedSharding) -> jax.Array:
+    """Copies that each process holds, as one array; nothing is copied."""
+    copies = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, place, copies)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:

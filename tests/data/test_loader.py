@@ -50,7 +50,7 @@ def test_the_index_numbers_the_rows_of_a_run(prepared):
         *range(2**31 - 8, 2**31),
         *range(8),
     ]
-    last = list(eval_batches(prepared, 12, process_index=1, process_count=2))[-1]
+    last = list(eval_batches(prepared, 12, part_index=1, num_parts=2))[-1]
     assert last["index"].tolist() == list(range(102, 108))
 
 
@@ -63,15 +63,13 @@ def test_batches_depend_on_the_seed_alone(prepared, num_threads):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_any_number_of_processes_gives_the_same_global_batches(
-    prepared, other, process_count, mixed
-):
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_any_number_of_processes_gives_the_same_global_batches(prepared, other, num_parts, mixed):
     datasets = [prepared, other] if mixed else [prepared]
     whole = take(6, datasets, CONFIG, seed=1)
     parts = [
-        take(6, datasets, CONFIG, seed=1, process_index=i, process_count=process_count)
-        for i in range(process_count)
+        take(6, datasets, CONFIG, seed=1, part_index=i, num_parts=num_parts)
+        for i in range(num_parts)
     ]
     joined = [
         {name: np.concatenate([part[name] for part in step]) for name in step[0]}
@@ -113,16 +111,12 @@ def test_without_weights_every_row_is_as_frequent(prepared, other):
     assert np.mean(drawn) == pytest.approx(sizes[0] / sum(sizes), abs=0.02)
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 4])
+@pytest.mark.parametrize("num_parts", [1, 2, 4])
 @pytest.mark.parametrize("max_rows", [None, 5])
-def test_evaluation_sees_every_row_once(prepared, process_count, max_rows):
+def test_evaluation_sees_every_row_once(prepared, num_parts, max_rows):
     parts = [
-        list(
-            eval_batches(
-                prepared, 12, process_index=i, process_count=process_count, max_rows=max_rows
-            )
-        )
-        for i in range(process_count)
+        list(eval_batches(prepared, 12, part_index=i, num_parts=num_parts, max_rows=max_rows))
+        for i in range(num_parts)
     ]
     batches = [
         {name: np.concatenate([part[name] for part in step]) for name in step[0]}
@@ -150,10 +144,10 @@ def test_data_sets_must_be_alike(prepared, config, tmp_path):
 
 
 def test_indivisible_batch(prepared):
-    with pytest.raises(InputError, match="batch_size=8 is not divisible by 3 processes"):
-        train_batches([prepared], CONFIG, seed=0, process_count=3)
-    with pytest.raises(InputError, match="batch_size=8 is not divisible by 3 processes"):
-        eval_batches(prepared, 8, process_count=3)
+    with pytest.raises(InputError, match="batch_size=8 is not divisible by the 3 parts"):
+        train_batches([prepared], CONFIG, seed=0, num_parts=3)
+    with pytest.raises(InputError, match="batch_size=8 is not divisible by the 3 parts"):
+        eval_batches(prepared, 8, num_parts=3)
 
 
 @pytest.mark.parametrize(

@@ -56,17 +56,17 @@ def train_batches(
     seed: int,
     examples_seen: int = 0,
     augment: Augment | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    part_index: int = 0,
+    num_parts: int = 1,
 ) -> Iterator[Row]:
-    """This process's part of every global batch, without end.
+    """A part, such as a process holds, of every global batch, without end.
 
     Epochs, each in an order of its own, follow each other without a gap. Chunks of this sequence
     are sorted by bucket and cut into batches, which come in random order: up to the bounds of
-    chunks, every example comes once an epoch. Process p of P holds rows p·B/P to (p+1)·B/P of a
+    chunks, every example comes once an epoch. Part p of P holds rows p·B/P to (p+1)·B/P of a
     global batch of B. ``index`` numbers the rows of a run, modulo 2³¹.
     """
-    local = _local_rows(batch_size, process_index, process_count)
+    local = _local_rows(batch_size, part_index, num_parts)
     if examples_seen % batch_size:
         raise InputError(
             f"examples_seen={examples_seen} is not a multiple of batch_size={batch_size}; "
@@ -100,15 +100,15 @@ def eval_batches(
     batch_size: int,
     buckets: Sequence[int],
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    part_index: int = 0,
+    num_parts: int = 1,
 ) -> Iterator[Row]:
-    """This process's part of every batch of one pass, the longest examples first.
+    """A part, such as a process holds, of every batch of one pass, the longest examples first.
 
     ``example`` gives the number of each row's example. The last batch is filled up with copies,
     whose ``weights`` are 0 and whose ``example`` is -1.
     """
-    local = _local_rows(batch_size, process_index, process_count)
+    local = _local_rows(batch_size, part_index, num_parts)
     which = _bucket_numbers(examples, buckets)
 
     def batches() -> Iterator[Row]:
@@ -126,11 +126,13 @@ def eval_batches(
     return batches()
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(f"batch_size={batch_size} is not divisible by {process_count} processes")
-    rows = batch_size // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)
+def _local_rows(batch_size: int, part_index: int, num_parts: int) -> slice:
+    if batch_size < 1 or batch_size % num_parts:
+        raise InputError(
+            f"batch_size={batch_size} is not divisible by the {num_parts} parts that processes hold"
+        )
+    rows = batch_size // num_parts
+    return slice(part_index * rows, (part_index + 1) * rows)
 
 
 def _bucket_numbers(examples: Examples, buckets: Sequence[int]) -> Int[np.ndarray, " examples"]:

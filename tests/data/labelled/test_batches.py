@@ -101,12 +101,10 @@ def test_the_index_numbers_the_rows_of_a_run():
     ]
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_any_number_of_processes_gives_the_same_global_batches(process_count):
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_any_number_of_processes_gives_the_same_global_batches(num_parts):
     for make in (take, evaluate):
-        parts = [
-            make(30, process_index=i, process_count=process_count) for i in range(process_count)
-        ]
+        parts = [make(30, part_index=i, num_parts=num_parts) for i in range(num_parts)]
         joined = [
             {name: np.concatenate([part[name] for part in step]) for name in step[0]}
             for step in zip(*parts, strict=True)
@@ -186,8 +184,8 @@ def test_buckets_do_not_exceed_the_maximal_length():
 
 
 def test_bad_batches():
-    with pytest.raises(InputError, match="batch_size=4 is not divisible by 3 processes"):
-        train_batches(EXAMPLES, 4, BUCKETS, seed=0, process_count=3)
+    with pytest.raises(InputError, match="batch_size=4 is not divisible by the 3 parts"):
+        train_batches(EXAMPLES, 4, BUCKETS, seed=0, num_parts=3)
     with pytest.raises(InputError, match="examples_seen=6 is not a multiple of batch_size=4"):
         train_batches(EXAMPLES, 4, BUCKETS, seed=0, examples_seen=6)
     with pytest.raises(InputError, match=r"an example of 39 tokens does not fit .* 16"):
