@@ -33,7 +33,7 @@ def plot(reports: Sequence[Report], out_png: Path) -> None:
         milliseconds = [value(each) * 1e3 for each in drawn]
         spent.plot(devices, milliseconds, marker="o", color=colour, label=label)
     spent.set_ylabel("ms of a step")
-    spent.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(PARTS), frameon=False)
     for axes in (sent, spent):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(devices))
