@@ -15,6 +15,7 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 from jaxlm.data import beam
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
+from jaxlm.places import locate
 
 _CHUNK = 1024  # records read at once: single reads are slow in large array_record files
 
@@ -105,6 +106,8 @@ class Tfds:
         import tensorflow_datasets.text_simplification
         import tensorflow_datasets.translate  # noqa: F401
 
+        if self.data_dir is not None:
+            locate(self.data_dir)  # says what a bucket needs
         logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of whatever is unprepared
         try:
             try:

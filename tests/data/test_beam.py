@@ -2,6 +2,7 @@
 
 import bz2
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxlm.errors import InputError
 
 
 class BeamPoems(tfds.core.BeamBasedBuilder):
-    """Lines of local files, whose folder is the manual directory."""
+    """Lines of local files; an environment variable names their folder."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -24,7 +25,7 @@ class BeamPoems(tfds.core.BeamBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, description="", features=features)
 
     def _split_generators(self, dl_manager):
-        files = sorted(map(str, Path(self._data_dir_root, "poems").glob("*.txt")))
+        files = sorted(map(str, Path(os.environ["POEMS"]).glob("*.txt")))
         return {"train": self._generate_examples(files)}
 
     def _generate_examples(self, files):
@@ -41,6 +42,7 @@ class BeamPoems(tfds.core.BeamBasedBuilder):
 def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("jaxlm.data.tfds._online", lambda: True)
     (tmp_path / "poems").mkdir()
+    monkeypatch.setenv("POEMS", str(tmp_path / "poems"))
     for number in range(3):
         text = "".join(f"poem {number} line {i}\n" for i in range(40))
         (tmp_path / "poems" / f"{number}.txt").write_text(text)
