@@ -233,6 +233,6 @@ def test_a_run_in_a_bucket_goes_on_and_is_used(bucket, tmp_path):
     records = {"loss.png", "metrics.jsonl", "tensorboard", "eval.json"}
     assert set(names.split()) == records | {"checkpoints", "config.json", "tokenizer.json"}
     lines = run(bucket, tmp_path, "-c", read + "print((f / 'metrics.jsonl').read_text())")
-    steps = [json.loads(line)["step"] for line in lines.split() if line.startswith("{")]
+    steps = [json.loads(line)["step"] for line in lines.splitlines() if line.startswith("{")]
     assert steps == sorted(steps)
     assert {1, 4, 5, 8} <= set(steps)
