@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -10,6 +9,7 @@ from tokenizers import Tokenizer
 from jaxlm import run
 from jaxlm.convert import huggingface
 from jaxlm.models.bert import BertConfig
+from jaxlm.places import locate
 from jaxlm.train.checksum import checksums
 
 
@@ -33,7 +33,7 @@ def load(name: str) -> Base:
 
     Raises :class:`InputError` where it is none of them.
     """
-    if run.is_run(Path(name)):
+    if run.is_run(locate(name)):
         loaded = run.open_run(name)
         config, tokenizer, pooler = loaded.config.model, loaded.tokenizer, None
         encoder = loaded.variables["params"]["encoder"]

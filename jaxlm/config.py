@@ -26,6 +26,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.places import Place, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.answering import QuestionAnswering
 from jaxlm.tasks.choosing import MultipleChoice
@@ -43,7 +44,7 @@ class RunConfig:
     name: str
     """Of the run's folder, below `runs`."""
     runs: Path = Path("runs")
-    """Where run folders are."""
+    """Where run folders are; may be gs://bucket/folder."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -57,9 +58,9 @@ class RunConfig:
     """A Weights & Biases project to report to as well."""
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> Place:
         """The run folder."""
-        return self.runs / self.name
+        return locate(self.runs / self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,7 @@ def load(kind: type[C], argv: list[str] | None = None) -> C:
     )
 
 
-def read_file(path: Path) -> Config:
+def read_file(path: Place) -> Config:
     """``config`` as a Python file defines it, or as a run folder's ``config.json`` holds it."""
     if not path.is_file():
         raise InputError(f"there is no config file {path}")

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -25,16 +25,17 @@ from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.places import Place, mirrored
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import fit
 from jaxlm.train.metrics import Throughput
 from jaxlm.train.progress import Progress
 from jaxlm.train.restore import best_step, list_steps
 from jaxlm.train.state import TrainState
-from jaxlm.train.view import View
+from jaxlm.train.view import RECORDS, View
 
 
-def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Path:
+def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place:
     """Train, and leave a self-contained run folder; returns it.
 
     Where the folder holds an unfinished run, that run goes on.
@@ -104,16 +105,19 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Path:
             metrics = task.metrics(parts.validation, labels, outputs)
             return {"loss": sums.means()["loss"], **metrics}
 
-        with View(
-            directory if main_process else None,
-            progress,
-            Throughput(None, jax.devices()[0].device_kind, jax.device_count()),
-            step=int(state.step),
-            tokens_seen=cursor["tokens_seen"],
-            log_every=config.train.log_every,
-            reference=_reference(task.classes(parts.validation), len(parts.validation)),
-            more_writers=pretrain.writers(config) if main_process else (),
-        ) as view:
+        with (
+            mirrored(directory, *RECORDS) if main_process else nullcontext() as records,
+            View(
+                records,
+                progress,
+                Throughput(None, jax.devices()[0].device_kind, jax.device_count()),
+                step=int(state.step),
+                tokens_seen=cursor["tokens_seen"],
+                log_every=config.train.log_every,
+                reference=_reference(task.classes(parts.validation), len(parts.validation)),
+                more_writers=pretrain.writers(config) if main_process else (),
+            ) as view,
+        ):
             special = SpecialTokens.of(tokenizer)
             augment = config.data.augment
             fit(

@@ -1,7 +1,7 @@
 """Pretraining from a configuration: the whole way from text to a run folder."""
 
 import dataclasses
-from pathlib import Path
+from contextlib import nullcontext
 
 import jax
 from rich.console import Console
@@ -13,16 +13,17 @@ from jaxlm.data.loader import eval_batches, train_batches
 from jaxlm.data.prepare import prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
+from jaxlm.places import Place, locate, mirrored, on_disk
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import evaluate, fit
 from jaxlm.train.metrics import Throughput, WandbWriter, Writer
 from jaxlm.train.progress import Progress
 from jaxlm.train.restore import list_steps
 from jaxlm.train.state import TrainState
-from jaxlm.train.view import View
+from jaxlm.train.view import RECORDS, View
 
 
-def pretrain(config: PretrainConfig) -> Path:
+def pretrain(config: PretrainConfig) -> Place:
     """Prepare what is missing, train, and leave a self-contained run folder; returns it.
 
     Where the folder holds an unfinished run, that run goes on.
@@ -85,16 +86,19 @@ def pretrain(config: PretrainConfig) -> Path:
             )
             return evaluate(placement, state, batches)
 
-        with View(
-            directory if main_process else None,
-            progress,
-            throughput,
-            step=int(state.step),
-            tokens_seen=cursor["tokens_seen"],
-            log_every=config.train.log_every,
-            reference={"unigram entropy": info.unigram_entropy},
-            more_writers=writers(config) if main_process else (),
-        ) as view:
+        with (
+            mirrored(directory, *RECORDS) if main_process else nullcontext() as records,
+            View(
+                records,
+                progress,
+                throughput,
+                step=int(state.step),
+                tokens_seen=cursor["tokens_seen"],
+                log_every=config.train.log_every,
+                reference={"unigram entropy": info.unigram_entropy},
+                more_writers=writers(config) if main_process else (),
+            ) as view,
+        ):
             fit(
                 config.train,
                 placement,
@@ -118,7 +122,7 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def open_data(config: PretrainConfig, console: Console) -> list[Prepared]:
     """All prepared data of a run; the first is made where it is missing and the config says how."""
-    first = Path(config.data.paths[0])
+    first = locate(config.data.paths[0])
     if config.prepare is not None:
         with hosts.first("prepare"):  # the others find it, or make it on a disk of their own
             prepare(config.prepare, first, console=console)
@@ -133,4 +137,4 @@ def writers(config: Config) -> tuple[Writer, ...]:
     if config.wandb is None:
         return ()
     settings = dataclasses.asdict(config)
-    return (WandbWriter(config.directory, project=config.wandb, config=settings),)
+    return (WandbWriter(on_disk(config.directory), project=config.wandb, config=settings),)

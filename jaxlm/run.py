@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MaskedLm, MlmHead
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
+from jaxlm.places import Place, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement, jit_placement, pmap_placement
@@ -171,12 +171,12 @@ class Run:
         return TrainState(jnp.asarray(self.step), self.variables, {}, ())
 
 
-def open_run(directory: Path | str, step: int | None = None) -> Run:
+def open_run(directory: Place | str, step: int | None = None) -> Run:
     """Read a run folder: its best checkpoint, or that of ``step``.
 
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
-    directory = Path(directory)
+    directory = locate(directory)
     config = read_config(directory, PretrainConfig)
     tokenizer = read_tokenizer(directory)
     config = dataclasses.replace(config, mesh=sharding.MeshConfig(), placement="jit")
@@ -197,13 +197,13 @@ def open_run(directory: Path | str, step: int | None = None) -> Run:
     )
 
 
-def is_run(directory: Path) -> bool:
+def is_run(directory: Place) -> bool:
     """Whether it is a run folder of ours: other frameworks, too, write a ``config.json``."""
     path = directory / CONFIG
-    return path.is_file() and '"type":' in path.read_text(encoding="utf-8", errors="replace")[:40]
+    return path.is_file() and '"type":' in path.read_bytes()[:40].decode(errors="replace")
 
 
-def read_config(directory: Path, kind: type[C]) -> C:
+def read_config(directory: Place, kind: type[C]) -> C:
     """The config in a run folder of that kind."""
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
@@ -221,14 +221,14 @@ def whole_batch(batch_size: int) -> int:
     return math.ceil(batch_size / jax.device_count()) * jax.device_count()
 
 
-def read_tokenizer(directory: Path) -> Tokenizer:
+def read_tokenizer(directory: Place) -> Tokenizer:
     """The run folder's own."""
     if not (directory / TOKENIZER).is_file():
         raise InputError(f"{directory} is no run folder: it holds no {TOKENIZER}")
     return tokenizers.load(directory / TOKENIZER)
 
 
-def check_tokenizer(directory: Path, saved: Cursor, tokenizer: Tokenizer) -> None:
+def check_tokenizer(directory: Place, saved: Cursor, tokenizer: Tokenizer) -> None:
     """The run folder's tokenizer must be the one it was trained with."""
     found, trained = tokenizers.fingerprint(tokenizer), saved["tokenizer_sha256"]
     if found != trained:
@@ -238,7 +238,7 @@ def check_tokenizer(directory: Path, saved: Cursor, tokenizer: Tokenizer) -> Non
         )
 
 
-def write_folder(directory: Path, config: Config, tokenizer: Tokenizer) -> None:
+def write_folder(directory: Place, config: Config, tokenizer: Tokenizer) -> None:
     """Start a run folder: the resolved config, and the tokenizer."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -261,7 +261,7 @@ def make_cursor(seed: int, data: Sequence[str], tokenizer_sha256: str) -> Cursor
     }
 
 
-def check_processes(config: Config, checkpoints: Path) -> None:
+def check_processes(config: Config, checkpoints: Place) -> None:
     """All processes of a run must be about to do the same, and see the same checkpoints."""
     hosts.check_same(
         "program",
@@ -275,7 +275,7 @@ def check_processes(config: Config, checkpoints: Path) -> None:
     )
 
 
-def check_config(directory: Path, config: Config) -> None:
+def check_config(directory: Place, config: Config) -> None:
     """A run goes on with the settings that it began with, as far as they decide what is learned."""
     saved, now = configs.flatten(read_config(directory, type(config))), configs.flatten(config)
     changed = [
@@ -291,7 +291,7 @@ def check_config(directory: Path, config: Config) -> None:
 
 
 def check_same(
-    directory: Path, saved: Cursor, now: Cursor, *, accept_changes: bool = False
+    directory: Place, saved: Cursor, now: Cursor, *, accept_changes: bool = False
 ) -> None:
     """A run goes on with the tokenizer, data, seed, labels and base that it began with.
 

@@ -5,7 +5,6 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
+from jaxlm.places import Place, locate
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.task import Labels, Outputs, Task
 from jaxlm.train import restore
@@ -264,14 +264,14 @@ def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
 
 
 def open_tuned(
-    directory: Path | str, *, base: str | None = None, step: int | None = None
+    directory: Place | str, *, base: str | None = None, step: int | None = None
 ) -> FinetunedRun:
     """Read a fine-tuned run: its best checkpoint, or that of ``step``.
 
     ``base`` says where the encoder lies now, if not where the config says; it is not read if all
     parameters were tuned. Raises :class:`InputError` where it is another than the adapters' own.
     """
-    directory = Path(directory)
+    directory = locate(directory)
     config = run.read_config(directory, FinetuneConfig)
     tokenizer = run.read_tokenizer(directory)
     try:

@@ -19,6 +19,7 @@ from jaxlm.data import loader, prepared
 from jaxlm.data.labelled.dataset import like, read_parts
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import plots, report
+from jaxlm.places import Place, locate, mirrored
 from jaxlm.train import loop
 
 
@@ -47,22 +48,24 @@ def main(
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
-    if isinstance(run.read_config(directory, RunConfig), FinetuneConfig):
-        result = evaluate_tuned(directory, data, split, rows, step, base)
-    else:
-        result = evaluate_pretrained(directory, data, split, rows, step)
-    try:
-        (directory / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"eval.json was not written: {error}") from error
+    folder = locate(directory)
+    with mirrored(folder) as out:
+        if isinstance(run.read_config(folder, RunConfig), FinetuneConfig):
+            result = evaluate_tuned(folder, out, data, split, rows, step, base)
+        else:
+            result = evaluate_pretrained(folder, data, split, rows, step)
+        try:
+            (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"eval.json was not written: {error}") from error
 
 
 def evaluate_pretrained(
-    directory: Path, data: Path | None, split: str, rows: int | None, step: int | None
+    directory: Place, data: Path | None, split: str, rows: int | None, step: int | None
 ) -> dict[str, Any]:
     """On rows of prepared data."""
     loaded = run.open_run(directory, step)
-    dataset = prepared.open_prepared(data or Path(loaded.config.data.paths[0]))
+    dataset = prepared.open_prepared(data or loaded.config.data.paths[0])
     if dataset.info.tokenizer_sha256 != loaded.cursor["tokenizer_sha256"]:
         raise InputError(
             f"{dataset.directory} was prepared with another tokenizer than the run's: prepare it "
@@ -79,7 +82,8 @@ def evaluate_pretrained(
 
 
 def evaluate_tuned(
-    directory: Path,
+    directory: Place,
+    out: Path,
     data: Path | None,
     split: Literal["train", "validation"],
     rows: int | None,
@@ -104,13 +108,13 @@ def evaluate_tuned(
     wrong = report.most_wrong(predictions)
     if wrong:
         Console().print(report.predictions_table(wrong[:10]))
-        report.write_jsonl(wrong, directory / "wrong.jsonl")
+        report.write_jsonl(wrong, out / "wrong.jsonl")
         print(f"  the {len(wrong)} most wrong are in {directory / 'wrong.jsonl'}")
     if labels and len(predictions) == len(examples):
         names = {name: i for i, name in enumerate(labels)}
         gold = np.array([names[p.gold] for p in predictions])
         predicted = np.array([names[p.predicted] for p in predictions])
-        plots.plot_confusion(gold, predicted, labels, directory / "confusion.png")
+        plots.plot_confusion(gold, predicted, labels, out / "confusion.png")
         print(f"  who is taken for whom is in {directory / 'confusion.png'}")
     return {"step": number, "data": where, "examples": len(examples), **metrics}
 

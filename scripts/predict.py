@@ -26,6 +26,7 @@ from jaxlm.config import FinetuneConfig, RunConfig
 from jaxlm.data.labelled.records import JsonLines, Record
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.fill_mask import MASK, FillMask
+from jaxlm.places import locate, on_disk
 from jaxlm.tuned import FinetunedRun
 
 Answer = dict[str, Any]
@@ -117,7 +118,7 @@ def fill_mask(
     run: Path, text: str | None, file: Path | None, out: Path | None, top_k: int, step: int | None
 ) -> None:
     """The likeliest words for each [MASK]."""
-    if isinstance(runs.read_config(run, RunConfig), FinetuneConfig):
+    if isinstance(runs.read_config(locate(run), RunConfig), FinetuneConfig):
         raise InputError(f"{run} is fine-tuned, without the head that fills in masks")
     lines = [] if file is None else list(read_lines(file))
     for number, line in lines:
@@ -152,7 +153,7 @@ def write(answers: Iterable[Answer], out: Path | None) -> None:
         for line in lines:
             print(line, end="")
         return
-    unfinished = out.with_name(f".{out.name}")
+    unfinished = on_disk(out).with_name(f".{out.name}")
     count = 0
     try:
         with unfinished.open("w", encoding="utf-8") as file:

@@ -20,6 +20,7 @@ from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.shards import merge, prepare_shard
 from jaxlm.data.sources import Csv, Jsonl, PyDocs, TextFiles, Tfds
 from jaxlm.errors import report_input_errors
+from jaxlm.places import Place, locate
 
 Source = (
     Annotated[PyDocs, tyro.conf.subcommand("pydocs")]
@@ -42,7 +43,7 @@ class Arguments(PrepareConfig):
     source: Source = field(default_factory=PyDocs)
     """Where the text comes from."""
     out: Path
-    """The folder to make."""
+    """The folder to make; may be gs://bucket/folder."""
     overwrite: bool = False
     """Replace what is there."""
     shard: str | None = None
@@ -56,12 +57,12 @@ def main(arguments: Arguments) -> None:
     if arguments.shard is not None:
         print(prepare_shard(arguments, arguments.out, arguments.shard, **options))
     elif arguments.merge:
-        summarize(merge(arguments.out, **options), arguments.out)
+        summarize(merge(arguments.out, **options), locate(arguments.out))
     else:
-        summarize(prepare(arguments, arguments.out, **options), arguments.out)
+        summarize(prepare(arguments, arguments.out, **options), locate(arguments.out))
 
 
-def summarize(info: PreparedInfo, directory: Path) -> None:
+def summarize(info: PreparedInfo, directory: Place) -> None:
     table = Table("", *info.rows, box=None, header_style="bold")
     table.add_row("documents", *(f"{count:,}" for count in info.documents.values()))
     table.add_row("tokens", *(f"{count:,}" for count in info.tokens.values()))

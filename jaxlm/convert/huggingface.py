@@ -18,6 +18,7 @@ from jaxlm.convert.table import Tensors, Weights
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.places import on_disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def save(
     tokenizer: Tokenizer,
 ) -> None:
     """A new folder that :func:`load`, and other libraries, read; it appears when it is complete."""
-    path = Path(path)
+    path = on_disk(path)
     if path.exists():
         raise InputError(f"{path} exists: name a new folder")
     unfinished = path.with_name(f".{path.name}")

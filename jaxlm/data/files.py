@@ -6,6 +6,7 @@ from glob import glob
 from pathlib import Path
 
 from jaxlm.errors import InputError
+from jaxlm.places import on_disk
 
 OnRead = Callable[[int], None]  # told the number of bytes just read, for a progress bar
 
@@ -16,6 +17,7 @@ def ignore(_: int) -> None:
 
 def find(pattern: str) -> list[Path]:
     """The files that match, sorted by path; none of them is empty."""
+    on_disk(pattern)
     paths = [Path(name) for name in sorted(glob(pattern, recursive=True))]
     paths = [path for path in paths if path.is_file()]
     if not paths:

@@ -21,6 +21,7 @@ from jaxlm.data.sources import PyDocs, Source
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
+from jaxlm.places import Place, absolute, locate
 
 _FORMAT = 1  # of the files written; part of every recipe and fingerprint
 _CHUNK = 1 << 24  # tokens counted at once
@@ -65,7 +66,7 @@ class PrepareConfig:
 
 def prepare(
     config: PrepareConfig,
-    directory: Path | str,
+    directory: Place | str,
     *,
     overwrite: bool = False,
     console: Console | None = None,
@@ -73,9 +74,10 @@ def prepare(
     """Prepare all documents into ``directory``, or find that this has been done.
 
     The same configuration and text give the same files, byte for byte. The directory appears only
-    when it is complete. Progress goes to ``console``; None is silent.
+    when it is complete; in a bucket its ``info.json`` does. Progress goes to ``console``; None is
+    silent.
     """
-    directory = Path(directory)
+    directory = locate(directory)
     recipe = make_recipe(config)
     check_place(directory)
     if (directory / INFO).exists() and not overwrite:
@@ -83,7 +85,7 @@ def prepare(
         check_same(directory, info.recipe, recipe)
         say(console, f"{directory} is already prepared")
         return info
-    with building(directory) as scratch:
+    with building(directory, INFO) as scratch:
         corpus = Corpus(source=config.source, validation_fraction=config.validation_fraction)
         tokenizer = _make_tokenizer(config.tokenizer, corpus, console)
         start = time.perf_counter()
@@ -96,7 +98,7 @@ def prepare(
     return info
 
 
-def check_place(directory: Path) -> None:
+def check_place(directory: Place) -> None:
     """:class:`InputError` if there is anything that must not be overwritten."""
     foreign = directory.exists() and not (directory / INFO).exists()
     if foreign and (directory.is_file() or any(directory.iterdir())):
@@ -122,7 +124,7 @@ def make_recipe(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def check_same(place: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_same(where: Place, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """:class:`InputError`, with the differences, unless two recipes are equal."""
     differences = [
         f"{name} {found.get(name)} there and {wanted.get(name)} here"
@@ -131,7 +133,7 @@ def check_same(place: Path, found: dict[str, Any], wanted: dict[str, Any]) -> No
     ]
     if differences:
         raise InputError(
-            f"{place} was prepared otherwise ({'; '.join(differences)}); give another place, or "
+            f"{where} was prepared otherwise ({'; '.join(differences)}); give another place, or "
             "replace it with scripts/prepare.py --overwrite"
         )
 
@@ -156,9 +158,9 @@ def _make_tokenizer(config: TokenizerConfig, corpus: Corpus, console: Console | 
         return tokenizers.train(config.kind, texts, config.vocab_size)
 
 
-def dataset_name(directory: Path) -> str:
+def dataset_name(directory: Place) -> str:
     """The folder's name as TensorFlow Datasets can bear it: lower case, letters and digits."""
-    name = re.sub(r"\W+", "_", directory.resolve().name.lower())
+    name = re.sub(r"\W+", "_", absolute(directory).name.lower())
     return name if name[:1].isalpha() else f"data_{name}"
 
 

@@ -1,8 +1,8 @@
 """Prepared data: what is known of it, and opening it."""
 
 import json
+import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -11,6 +11,7 @@ from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 from jaxlm.data import rows, tokenizers
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
+from jaxlm.places import Place, locate, size_of
 
 INFO, TOKENIZER = "info.json", "tokenizer.json"
 
@@ -49,13 +50,13 @@ class PreparedInfo:
     recipe: dict[str, Any]
     """All settings that decide the content, in a form that can be compared."""
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Place) -> None:
         """Into ``directory/info.json``."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         (directory / INFO).write_text(text, encoding="utf-8")
 
 
-def read_info(directory: Path) -> PreparedInfo:
+def read_info(directory: Place) -> PreparedInfo:
     """From ``directory/info.json``, or :class:`InputError`."""
     path = directory / INFO
     if not directory.exists():
@@ -80,11 +81,11 @@ def read_info(directory: Path) -> PreparedInfo:
 class Prepared:
     """Prepared data that was found whole."""
 
-    directory: Path
+    directory: Place
     info: PreparedInfo
 
     @property
-    def tokenizer_path(self) -> Path:
+    def tokenizer_path(self) -> Place:
         """Its ``tokenizer.json``."""
         return self.directory / TOKENIZER
 
@@ -97,9 +98,9 @@ class Prepared:
         return rows.Rows(self.directory, split)
 
 
-def open_prepared(directory: Path | str) -> Prepared:
+def open_prepared(directory: Place | str) -> Prepared:
     """Check that tokenizer and files are those that ``info.json`` speaks of."""
-    directory = Path(directory)
+    directory = locate(directory)
     info = read_info(directory)
     found = tokenizers.fingerprint(tokenizers.load(directory / TOKENIZER))
     if found != info.tokenizer_sha256:
@@ -112,19 +113,19 @@ def open_prepared(directory: Path | str) -> Prepared:
     return Prepared(directory, info)
 
 
-def _damage(directory: Path, info: PreparedInfo) -> str | None:
+def _damage(directory: Place, info: PreparedInfo) -> str | None:
     """What is missing, as far as counts and sizes tell; contents are checked as they are read."""
     try:
-        splits = tfds.builder_from_directory(str(directory / rows.VERSION)).info.splits
+        splits = tfds.builder_from_directory(os.fspath(directory / rows.VERSION)).info.splits
     except (FileNotFoundError, ValueError, DatasetInfoFileError):
         return f"no readable data set in its folder {rows.VERSION}"
     for split, num_rows in info.rows.items():
         if split not in splits or splits[split].num_examples != num_rows:
             return f"not the {num_rows} rows of {split}"
-        files = [Path(path) for path in splits[split].filepaths]
+        files = [locate(path) for path in splits[split].filepaths]
         if missing := [file.name for file in files if not file.is_file()]:
             return f"without {', '.join(missing)}"
-        size = sum(file.stat().st_size for file in files)
+        size = sum(size_of(file) for file in files)
         if size != splits[split].num_bytes:
             return f"{size} bytes of {split} instead of {splits[split].num_bytes}"
     return None

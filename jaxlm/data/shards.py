@@ -20,6 +20,7 @@ from jaxlm.data.prepare import (
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
+from jaxlm.places import on_disk
 
 _FACTS = "shard.json"
 
@@ -37,6 +38,7 @@ def prepare_shard(
     Every machine reads the whole source and tokenises its own part, into a folder beside
     ``directory``. All must have one tokenizer, so ``config.tokenizer.path`` is needed.
     """
+    directory = on_disk(directory)
     part = Shard.parse(shard)
     if config.tokenizer.path is None:
         raise InputError(
@@ -44,12 +46,12 @@ def prepare_shard(
             "prepare a sample first and name its folder"
         )
     recipe = make_recipe(config)
-    target = _folder(Path(directory)) / f"{part.index:05d}-of-{part.count:05d}"
+    target = _folder(directory) / f"{part.index:05d}-of-{part.count:05d}"
     if target.exists() and not overwrite:
         check_same(target, _read(target)["recipe"], recipe)
         say(console, f"{target} is already prepared")
         return target
-    with building(target) as scratch:
+    with building(target, _FACTS) as scratch:
         corpus = Corpus(
             source=config.source, validation_fraction=config.validation_fraction, shard=part
         )
@@ -69,7 +71,7 @@ def merge(
 
     The result is, byte for byte, what :func:`jaxlm.data.prepare.prepare` would have made at once.
     """
-    directory = Path(directory)
+    directory = on_disk(directory)
     check_place(directory)
     if (directory / INFO).exists() and not overwrite:
         raise InputError(f"{directory} exists; overwrite it, or choose another place")
@@ -91,7 +93,7 @@ def merge(
     tokenizer = tokenizers.load(shards[0])
     vocab_size = tokenizers.vocab_size(tokenizer)
     duplicates = sum(fact["duplicates"] for fact in facts)
-    with building(directory) as scratch:
+    with building(directory, INFO) as scratch:
         parts = [make_spools(shard, vocab_size) for shard in shards]
         spools = make_spools(scratch, vocab_size)
         for split, spool in spools.items():

@@ -12,8 +12,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
+from jaxlm.data import beam
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
+from jaxlm.places import locate
 
 _CHUNK = 1024  # records read at once: single reads are slow in large array_record files
 
@@ -30,6 +32,9 @@ class Tfds:
     """The text feature that is the document."""
     data_dir: str | None = None
     """Where data sets lie; None means the usual place, ~/tensorflow_datasets."""
+    beam: tuple[str, ...] = ()
+    """Options of Apache Beam, for data sets that are prepared with it, such as runner=FlinkRunner;
+    none means that one process of this machine prepares them."""
 
     def documents(self, on_read: OnRead = ignore) -> Iterator[str]:
         """The texts, in the order of the data set."""
@@ -101,6 +106,8 @@ class Tfds:
         import tensorflow_datasets.text_simplification
         import tensorflow_datasets.translate  # noqa: F401
 
+        if self.data_dir is not None:
+            locate(self.data_dir)  # says what a bucket needs
         logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of whatever is unprepared
         try:
             try:
@@ -129,7 +136,7 @@ class Tfds:
                 f"{recipe}"
             )
         try:
-            builder.download_and_prepare()
+            beam.prepare(builder, self.beam)
         except ModuleNotFoundError as error:
             raise InputError(
                 f"preparing {self.name} needs {error.name}, which is not installed here; {recipe}"

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -23,6 +22,7 @@ from tokenizers import (
 )
 
 from jaxlm.errors import InputError
+from jaxlm.places import Place, locate, on_disk
 
 Kind = Literal["wordpiece", "bpe", "unigram"]
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -203,12 +203,12 @@ def _check_size(vocab_size: int, needed: int, what: str) -> None:
         )
 
 
-def load(path: Path | str) -> Tokenizer:
+def load(path: Place | str) -> Tokenizer:
     """From a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder that holds one of them.
 
     Truncation and padding that the file may prescribe are switched off.
     """
-    path = Path(path)
+    path = locate(path)
     if path.is_dir():
         candidates = [path / "tokenizer.json", path / "vocab.txt"]
         present = [candidate for candidate in candidates if candidate.is_file()]
@@ -218,7 +218,11 @@ def load(path: Path | str) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"there is no tokenizer file {path}")
     try:
-        tokenizer = _load_vocab(path) if path.suffix == ".txt" else Tokenizer.from_file(str(path))
+        tokenizer = (
+            _load_vocab(path)
+            if path.suffix == ".txt"
+            else Tokenizer.from_str(path.read_text("utf-8"))
+        )
     except InputError:
         raise
     except Exception as error:  # the library raises bare Exception
@@ -228,8 +232,8 @@ def load(path: Path | str) -> Tokenizer:
     return tokenizer
 
 
-def _load_vocab(path: Path) -> Tokenizer:
-    vocab = models.WordPiece.read_file(str(path))
+def _load_vocab(path: Place) -> Tokenizer:
+    vocab = models.WordPiece.read_file(str(on_disk(path)))
     missing = [name for name in SPECIALS if name not in vocab]
     if missing:
         raise InputError(f"{path} lacks the special tokens {' '.join(missing)}")
@@ -237,9 +241,9 @@ def _load_vocab(path: Path) -> Tokenizer:
     return _with_specials(_bert(models.WordPiece(vocab, unk_token=UNK), lowercase=not cased))
 
 
-def save(tokenizer: Tokenizer, path: Path | str) -> None:
+def save(tokenizer: Tokenizer, path: Place | str) -> None:
     """Write a ``tokenizer.json``."""
-    Path(path).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    locate(path).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -4,17 +4,30 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from jaxlm.data.files import OnRead
 from jaxlm.errors import InputError
+from jaxlm.places import Place, remove, upload
 
 
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its place if all goes well, and else vanishes."""
+def building(target: Place, last: str) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its place if all goes well, and else vanishes.
+
+    For a target in a bucket, where nothing can be renamed, it is a temporary folder that is copied,
+    its file ``last`` at the end.
+    """
+    if not isinstance(target, Path):
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+            if target.exists():
+                remove(target)
+            upload(Path(folder), target, last=last)
+        return
     scratch = target.with_name(f".{target.name}.partial")
     replaced = target.with_name(f".{target.name}.replaced")
     try:

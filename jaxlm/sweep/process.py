@@ -17,6 +17,7 @@ from pathlib import Path
 
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
+from jaxlm.places import on_disk
 from jaxlm.signals import stop_on_signal
 
 RunTrial = Callable[[Config], object]  # trains in config.directory; raises where it fails
@@ -38,7 +39,7 @@ def processes(scripts: Path) -> Iterator[RunTrial]:
         def run_trial(config: Config) -> None:
             name = "finetune.py" if isinstance(config, FinetuneConfig) else "pretrain.py"
             command = [sys.executable, str(scripts / name), str(config.directory / TRIAL)]
-            path = config.directory / LOG
+            path = on_disk(config.directory / LOG)
             with path.open("ab") as log, stop_on_signal() as stop:
                 process = subprocess.Popen(
                     command,

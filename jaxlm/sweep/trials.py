@@ -28,6 +28,7 @@ from jaxlm import run
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
+from jaxlm.places import on_disk
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label
 from jaxlm.train.metrics import read_jsonl
@@ -54,7 +55,7 @@ class Plan:
     @property
     def directory(self) -> Path:
         """The folder of all trials."""
-        return self.config.runs / self.name
+        return on_disk(self.config.runs / self.name)
 
     def rungs(self) -> list[tuple[Fraction, int]]:
         """Share of the budget and number of candidates, of each rung."""

@@ -8,9 +8,7 @@ import contextlib
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
+from jaxlm.places import Place, absolute, remove
 from jaxlm.train import restore
 from jaxlm.train.checksum import checksums
 from jaxlm.train.restore import Cursor, Monitor, Report, Restored
@@ -36,7 +35,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: Path,
+        directory: Place,
         *,
         keep: int = 2,
         monitor: Monitor = _LOSS,
@@ -46,7 +45,7 @@ class Checkpointer:
             raise InputError(
                 f"keep={keep} checkpoints leave nothing to resume from: use at least 1"
             )
-        self._directory = directory.absolute()
+        self._directory = absolute(directory)
         self.monitor = monitor
         self._report = report
         self._head = math.inf  # the step this run continues from, or saved last
@@ -55,7 +54,7 @@ class Checkpointer:
         with _disk_faults(self._directory):
             if jax.process_index() == 0:
                 for stale in self._directory.glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(stale)
+                    remove(stale)
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
@@ -152,7 +151,7 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 @contextlib.contextmanager
-def _disk_faults(directory: Path) -> Iterator[None]:
+def _disk_faults(directory: Place) -> Iterator[None]:
     try:
         yield
     except Exception as error:

@@ -15,7 +15,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
+from jaxlm.places import Place, absolute, in_bucket
 from jaxlm.train.checksum import checksums
 
 Report = Callable[[str], object]
@@ -63,15 +63,18 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def list_steps(directory: Path) -> list[int]:
+def list_steps(directory: Place) -> list[int]:
     """Steps with a finished checkpoint, in order."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())
+    steps = [path for path in directory.iterdir() if path.name.isdigit()]
+    if in_bucket(directory):  # nothing can be renamed there, so a file says that a step is finished
+        steps = [path for path in steps if ocp.utils.is_checkpoint_finalized(path)]
+    return sorted(int(path.name) for path in steps)
 
 
 def best_step(
-    directory: Path, monitor: Monitor | None = None, *, report: Report | None = None
+    directory: Place, monitor: Monitor | None = None, *, report: Report | None = None
 ) -> int | None:
     """The best step by ``monitor`` (the loss), or None where none was evaluated."""
     costs = read_costs(directory, monitor or Monitor(), report)
@@ -79,18 +82,18 @@ def best_step(
 
 
 def restore_part(
-    directory: Path, target: PyTree, step: int | None = None, *, report: Report = warn
+    directory: Place, target: PyTree, step: int | None = None, *, report: Report = warn
 ) -> Restored:
     """Read a part of the state, such as ``{"trainable": {"params": …}}``, changing nothing on disk.
 
     As :meth:`Checkpointer.restore`, but leaves that ``target`` lacks are not read, and dtypes may
     differ: arrays are verified as they were saved and then cast.
     """
-    return restore(directory.absolute(), target, step, whole=False, report=report)
+    return restore(absolute(directory), target, step, whole=False, report=report)
 
 
 def restore(
-    directory: Path, target: PyTree, step: int | None, *, whole: bool, report: Report
+    directory: Place, target: PyTree, step: int | None, *, whole: bool, report: Report
 ) -> Restored:
     """Read ``step``, else the newest that is undamaged; with ``whole``, trees must be equal."""
     found = list_steps(directory)
@@ -127,7 +130,7 @@ def restore(
     raise InputError(f"no checkpoint in {directory} can be used: {refused[0]}")
 
 
-def _read(directory: Path, target: PyTree, whole: bool) -> tuple[dict[str, Any], PyTree]:
+def _read(directory: Place, target: PyTree, whole: bool) -> tuple[dict[str, Any], PyTree]:
     meta = _in_all_processes(lambda: _read_meta(directory))
     leaves = meta["leaves"]
     _check_same_tree(directory, leaves, target, whole)
@@ -142,14 +145,14 @@ def _read(directory: Path, target: PyTree, whole: bool) -> tuple[dict[str, Any],
     return meta, jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state, target)
 
 
-def _read_meta(directory: Path) -> dict[str, Any]:
+def _read_meta(directory: Place) -> dict[str, Any]:
     meta = json.loads((directory / "meta" / "metadata").read_text())
     if meta != seal({name: value for name, value in meta.items() if name != "crc32"}):
         raise ValueError("its metadata are not those that were written")
     return meta
 
 
-def _read_arrays(directory: Path, target: PyTree) -> PyTree:
+def _read_arrays(directory: Place, target: PyTree) -> PyTree:
     # The handler alone: around it Orbax puts a barrier, at which a failed process never arrives.
     return ocp.PyTreeCheckpointHandler().restore(
         epath.Path(directory),
@@ -173,7 +176,7 @@ def _in_all_processes(read: Callable[[], Any]) -> Any:
     return result
 
 
-def _check_same_tree(directory: Path, leaves: dict[str, Any], target: PyTree, whole: bool) -> None:
+def _check_same_tree(directory: Place, leaves: dict[str, Any], target: PyTree, whole: bool) -> None:
     def show(shape: Sequence[int], dtype: str) -> str:
         return f"{dtype if whole else ''}[{', '.join(map(str, shape))}]"
 
@@ -196,7 +199,9 @@ def seal(meta: dict[str, Any]) -> dict[str, Any]:
     return meta | {"crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
 
 
-def read_costs(directory: Path, monitor: Monitor, report: Report | None = None) -> dict[int, float]:
+def read_costs(
+    directory: Place, monitor: Monitor, report: Report | None = None
+) -> dict[int, float]:
     """The monitored cost of each step that has one; ``report`` hears of damaged steps."""
     costs = {}
     for step in list_steps(directory):

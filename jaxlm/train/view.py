@@ -10,6 +10,7 @@ from jaxlm.train.plots import plot_loss
 from jaxlm.train.progress import Progress
 
 METRICS, PLOT, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
+RECORDS = (METRICS, TENSORBOARD)  # that a run which goes on adds to
 
 
 class View:

@@ -120,14 +120,37 @@ def test_preparing_twice_gives_the_same_bytes(config, tmp_path, kind):
     assert [name for name in first if first[name] != second[name]] == []
 
 
-def test_shards_merge_into_the_same_bytes(config, prepared, tmp_path):
+@pytest.fixture(scope="module")
+def whole(config, prepared, tmp_path_factory) -> tuple[PrepareConfig, dict[str, bytes]]:
+    """What all machines are told, and what one machine makes of it."""
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=prepared.directory))
-    prepare(config, tmp_path / "whole" / "words")
-    for shard in ("1/3", "0/3", "2/3"):
-        prepare_shard(config, tmp_path / "words", shard)
+    directory = tmp_path_factory.mktemp("whole") / "words"
+    prepare(config, directory)
+    return config, contents(directory)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shards_merge_into_the_same_bytes_whatever_their_number(whole, tmp_path, count):
+    config, expected = whole
+    for i in reversed(range(count)):
+        prepare_shard(config, tmp_path / "words", f"{i}/{count}")
+    merge(tmp_path / "words")
+    assert contents(tmp_path / "words") == expected
+    assert not (tmp_path / "words.shards").exists()
+
+
+def test_shards_without_documents_and_copies_change_nothing(prepared, tmp_path):
+    tokenizer = TokenizerConfig(path=prepared.directory)
+    text = "a b\n\nc d\na b\ne f\nc d\na b\n"
+    config = make(tmp_path, text, tokenizer=tokenizer, validation_fraction=0.5)
+    info = prepare(config, tmp_path / "whole" / "words")
+    assert (sum(info.documents.values()), info.duplicates) == (3, 3)
+    for i in range(8):
+        prepare_shard(config, tmp_path / "words", f"{i}/8")
+    shards = (tmp_path / "words.shards").iterdir()
+    assert sum(not list(shard.glob("*.tokens")) for shard in shards) >= 5  # of 8; 3 documents
     merge(tmp_path / "words")
     assert contents(tmp_path / "words") == contents(tmp_path / "whole" / "words")
-    assert not (tmp_path / "words.shards").exists()
 
 
 def test_shards_must_be_complete_and_alike(config, prepared, tmp_path):

@@ -1,0 +1,145 @@
+"""Folders on a disk, or in a bucket of Google Cloud Storage."""
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from jaxlm.errors import InputError
+
+Place = Path | epath.Path
+_PERIOD_S = 60.0
+
+
+def locate(path: Place | str) -> Place:
+    """A path on a disk as it is, and one of ``gs://bucket/…`` as what reads and writes there.
+
+    ``gs:/bucket``, which pathlib makes of that, is taken for it too.
+    """
+    text = os.fspath(path)
+    scheme = re.match(r"(\w{2,}):/+", text)
+    if scheme is None:
+        return Path(path)
+    if scheme[1] != "gs":
+        raise InputError(
+            f"{text}: {scheme[1]}:// is not supported; use gs://, or copy it to a disk"
+        )
+    if importlib.util.find_spec("gcsfs") is None:
+        raise InputError(f"{text} is in a bucket, which needs gcsfs: pip install 'jaxlm[gcs]'")
+    return epath.Path(f"gs://{text[scheme.end() :]}")
+
+
+def absolute(path: Place) -> Place:
+    """The same place from any working directory."""
+    return path.absolute() if isinstance(path, Path) else path
+
+
+def in_bucket(path: Place) -> bool:
+    """Whether it is no path on a disk."""
+    return not isinstance(path, Path)
+
+
+def on_disk(path: Place | str) -> Path:
+    """The path, or :class:`InputError` where it is in a bucket."""
+    text = os.fspath(path)
+    if re.match(r"\w{2,}:/", text):
+        raise InputError(
+            f"{text} is in a bucket, which is not supported for this: name a folder on a disk, and "
+            "copy it with gcloud storage cp -r"
+        )
+    return Path(path)
+
+
+def size_of(file: Place) -> int:
+    """Bytes."""
+    return file.stat().st_size if isinstance(file, Path) else file.stat().length
+
+
+def remove(folder: Place) -> None:
+    """Delete a folder and all that is in it."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder)
+    else:
+        folder.rmtree()
+
+
+def upload(source: Path, target: Place, *, last: str | None = None) -> None:
+    """Copy all files below ``source``; the one named ``last`` shows that the others are there."""
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    for file in sorted(files, key=lambda file: file.name == last):
+        _copy(file, target / file.relative_to(source).as_posix())
+
+
+@contextlib.contextmanager
+def mirrored(folder: Place, *names: str) -> Iterator[Path]:
+    """Where to write small files of ``folder``: itself on a disk, else a copy on the disk.
+
+    Objects in a bucket cannot be appended to. So what is written goes there every minute, and at
+    the end; of the files and folders that are there ``names`` are copied first. A kill loses what
+    was written since.
+    """
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch)
+        for name in names:
+            _download(folder / name, local / name)
+        sent: dict[Path, tuple[int, int]] = {}
+        _send_changed(local, folder, sent, only_note=True)
+        over = threading.Event()
+
+        def send_until_over() -> None:
+            while not over.wait(_PERIOD_S):
+                with contextlib.suppress(Exception):  # the next time, or the end, may be luckier
+                    _send_changed(local, folder, sent)
+
+        thread = threading.Thread(target=send_until_over, daemon=True)
+        thread.start()
+        try:
+            yield local
+        finally:
+            over.set()
+            thread.join()
+            try:
+                _send_changed(local, folder, sent)
+            except Exception as error:  # gcsfs raises its own, too
+                raise InputError(f"{folder} cannot be written ({error})") from error
+
+
+def _send_changed(
+    local: Path, folder: Place, sent: dict[Path, tuple[int, int]], *, only_note: bool = False
+) -> None:
+    for path in sorted(local.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):  # those are not finished
+            stat = path.stat()
+            state = (stat.st_size, stat.st_mtime_ns)
+            if sent.get(path) != state and not only_note:
+                _copy(path, folder / path.relative_to(local).as_posix())
+            sent[path] = state
+
+
+def _copy(source: Place, target: Place) -> None:
+    with _open(source, "rb") as reading, _open(target, "wb") as writing:
+        shutil.copyfileobj(reading, writing)
+
+
+def _open(path: Place, mode: str) -> Any:
+    return path.open(mode)
+
+
+def _download(source: Place, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir(parents=True)
+        for path in source.iterdir():
+            _download(path, target / path.name)
+    elif source.exists():
+        _copy(source, target)
