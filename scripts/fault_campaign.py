@@ -119,9 +119,11 @@ class Campaign:
         found = {}
         for step in list_steps(self.checkpoints(name)):
             meta = self.checkpoints(name) / str(step) / "meta" / "metadata"
-            if meta.is_file():
+            try:
                 leaves = json.loads(meta.read_text())["leaves"]
                 found[step] = {path: leaf["checksum"] for path, leaf in leaves.items()}
+            except (OSError, ValueError):
+                found[step] = {}
         return found
 
     def check(self, name: str, row: Row) -> None:
@@ -206,11 +208,16 @@ def kills(campaign: Campaign, times: int, console: Console) -> Row:
 
 
 def wait_for_moment(
-    campaign: Campaign, name: str, started: list[subprocess.Popen[str]], *, while_saving: bool
+    campaign: Campaign,
+    name: str,
+    started: list[subprocess.Popen[str]],
+    *,
+    while_saving: bool = False,
+    saves: int = 1,
 ) -> None:
-    """Until a random moment of training, or until a process has ended."""
-    before = list_steps(campaign.checkpoints(name))
-    while list_steps(campaign.checkpoints(name)) == before:  # not compiling any more
+    """Until a random moment of training after some saves, or until a process has ended."""
+    last = max(list_steps(campaign.checkpoints(name)), default=-1)
+    while len([step for step in list_steps(campaign.checkpoints(name)) if step > last]) < saves:
         if any(process.poll() is not None for process in started):
             return
         time.sleep(0.01)
@@ -275,7 +282,7 @@ def damages(
             status.update(f"{fault} {row.times + 1} of {times}")
             name = re.sub(r"\W", "_", f"{fault}{row.times}")
             started = campaign.start(name)
-            wait_for_moment(campaign, name, started, while_saving=False)
+            wait_for_moment(campaign, name, started, saves=2)  # one to fall back on
             for process in started:
                 process.kill()
                 process.communicate()

@@ -147,7 +147,9 @@ def _read(directory: Place, target: PyTree, whole: bool) -> tuple[dict[str, Any]
 
 def _read_meta(directory: Place) -> dict[str, Any]:
     meta = json.loads((directory / "meta" / "metadata").read_text())
-    if meta != seal({name: value for name, value in meta.items() if name != "crc32"}):
+    if not isinstance(meta, dict) or meta != seal(
+        {name: value for name, value in meta.items() if name != "crc32"}
+    ):
         raise ValueError("its metadata are not those that were written")
     return meta
 
