@@ -106,7 +106,7 @@ def times(report: Report) -> list[str]:
 
 Row = tuple[str, ...]
 HEADER: Row = (
-    "config", "devices", "mesh", "rows", "GiB a device", "fits", "sent MB", "compute ms",
+    "config", "devices", "mesh", "rows", "GiB each", "fits", "sent MB", "compute ms",
     "links ms", "update ms", "step ms",
 )  # fmt: skip
 
@@ -131,13 +131,18 @@ def row(report: Report) -> Row:
 
 
 def table(reports: Sequence[Report], best: Report | None = None) -> Table:
-    """Several reports, to print; the best in bold."""
-    shown = Table(box=box.SIMPLE_HEAD)
-    for i, name in enumerate(HEADER):
-        shown.add_column(name, justify="left" if i in (0, 1, 2) else "right")
-    for report in reports:
+    """Several reports, to print; the best in bold. What all have in common stands in the title."""
+    rows = [row(report) for report in reports]
+    names = [i for i, name in enumerate(HEADER) if name in ("config", "devices", "rows")]
+    common = [i for i in names if len({cells[i] for cells in rows}) == 1]
+    title = ", ".join(f"{HEADER[i]} {rows[0][i]}" for i in common)
+    shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1, 0, 0))
+    varying = [i for i in range(len(HEADER)) if i not in common]
+    for i in varying:
+        shown.add_column(HEADER[i], justify="left" if i < 3 else "right", overflow="fold")
+    for report, cells in zip(reports, rows, strict=True):
         style = "bold" if report is best else ""
-        shown.add_row(*(Text(cell, style) for cell in row(report)))
+        shown.add_row(*(Text(cells[i], style) for i in varying))
     return shown
 
 
