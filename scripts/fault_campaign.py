@@ -10,6 +10,7 @@ a flipped bit, or the disk full or read-only. After each fault every finished ch
 reference's of that step, and every run must end in the reference's last checkpoint, bit by bit.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -115,20 +116,23 @@ class Campaign:
         return started
 
     def saved(self, name: str) -> dict[int, dict[str, int]]:
-        """As ``known``, of a run's finished checkpoints."""
+        """As ``known``, of a run's finished checkpoints.
+
+        One that cannot be read is left out: a kill may leave an old one half deleted.
+        """
         found = {}
         for step in list_steps(self.checkpoints(name)):
             meta = self.checkpoints(name) / str(step) / "meta" / "metadata"
-            try:
+            with contextlib.suppress(OSError, ValueError):
                 leaves = json.loads(meta.read_text())["leaves"]
                 found[step] = {path: leaf["checksum"] for path, leaf in leaves.items()}
-            except (OSError, ValueError):
-                found[step] = {}
         return found
 
     def check(self, name: str, row: Row) -> None:
-        """Count checkpoints that are not the reference's."""
-        row.wrong += sum(self.known[step] != sums for step, sums in self.saved(name).items())
+        """Count checkpoints that are not the reference's, and a newest that cannot be read."""
+        saved, steps = self.saved(name), list_steps(self.checkpoints(name))
+        row.wrong += sum(self.known[step] != sums for step, sums in saved.items())
+        row.wrong += bool(steps) and steps[-1] not in saved
 
     def finish(self, name: str, row: Row) -> str:
         """Let a run go to its end without faults; what process 0 printed."""
