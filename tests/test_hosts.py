@@ -14,18 +14,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_runs import make_config
 
 from jaxlm import config as configs
 from jaxlm import hosts, run
 from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
-from jaxlm.data.loader import DataConfig
-from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
-from jaxlm.data.sources import TextFiles
+from jaxlm.data.prepare import prepare
 from jaxlm.finetune import finetune
 from jaxlm.lora import LoraConfig
-from jaxlm.models.bert import BertConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.pretrain import pretrain
 from jaxlm.train.loop import TrainConfig
@@ -39,22 +37,7 @@ STEPS = 6
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
     folder = tmp_path_factory.mktemp("hosts")
-    words = np.random.default_rng(0).choice(["red", "green", "blue", "cat", "dog"], (400, 12))
-    (folder / "text.txt").write_text("\n".join(" ".join(line) for line in words))
-    made = PretrainConfig(
-        name="whole",
-        runs=folder / "runs",
-        data=DataConfig(paths=(str(folder / "prepared"),), batch_size=16),
-        prepare=PrepareConfig(
-            source=TextFiles(glob=str(folder / "text.txt"), document="line"),
-            tokenizer=TokenizerConfig(vocab_size=60),
-            row_length=16,
-            validation_fraction=0.1,
-        ),
-        model=BertConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32, max_length=16),
-        optimizer=OptimizerConfig(peak_lr=1e-2),
-        train=TrainConfig(steps=STEPS, num_evals=2, log_every=1),
-    )
+    made = make_config(folder, steps=STEPS, num_layers=1)
     prepare(made.prepare, folder / "prepared")
     return made
 
@@ -268,6 +251,15 @@ def test_an_absent_process(config: PretrainConfig, monkeypatch: pytest.MonkeyPat
         ({hosts.COUNT: "2", hosts.INDEX: "one", hosts.ADDRESS: "here:1"}, "one"),
         ({hosts.COUNT: "2", hosts.INDEX: "2", hosts.ADDRESS: "here:1"}, "from 0 to"),
         ({hosts.COUNT: "2", hosts.INDEX: "1", hosts.ADDRESS: "here"}, "HOST:PORT"),
+        (
+            {
+                hosts.COUNT: "2",
+                hosts.INDEX: "1",
+                hosts.ADDRESS: "here:1",
+                hosts.JOIN_TIMEOUT: "soon",
+            },
+            "JAXLM_JOIN_TIMEOUT=soon is no whole number",
+        ),
     ],
     ids=str,
 )

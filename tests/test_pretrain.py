@@ -10,20 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tiny_runs import make_config
 
 from jaxlm import run, tree
 from jaxlm.config import PretrainConfig
-from jaxlm.data.loader import DataConfig, eval_batches
-from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
+from jaxlm.data.loader import eval_batches
+from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
-from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError
 from jaxlm.fill_mask import FillMask
-from jaxlm.models.bert import BertConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.pretrain import pretrain
 from jaxlm.sharding import MeshConfig
-from jaxlm.train.loop import TrainConfig, evaluate
+from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
 from jaxlm.train.view import View
@@ -33,23 +32,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
-    folder = tmp_path_factory.mktemp("pretrain")
-    words = np.random.default_rng(0).choice(["red", "green", "blue", "cat", "dog"], (400, 12))
-    (folder / "text.txt").write_text("\n".join(" ".join(line) for line in words))
-    return PretrainConfig(
-        name="whole",
-        runs=folder / "runs",
-        data=DataConfig(paths=(str(folder / "prepared"),), batch_size=16),
-        prepare=PrepareConfig(
-            source=TextFiles(glob=str(folder / "text.txt"), document="line"),
-            tokenizer=TokenizerConfig(vocab_size=60),
-            row_length=16,
-            validation_fraction=0.1,
-        ),
-        model=BertConfig(num_layers=2, hidden_dim=16, num_heads=2, mlp_dim=32, max_length=32),
-        optimizer=OptimizerConfig(peak_lr=1e-2),
-        train=TrainConfig(steps=STEPS, num_evals=2, log_every=1),
-    )
+    return make_config(tmp_path_factory.mktemp("pretrain"), steps=STEPS)
 
 
 @pytest.fixture(scope="module")
