@@ -24,7 +24,6 @@ from jaxlm.data.labelled.statistics import describe, render
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.models.bert import BertConfig
 from jaxlm.places import Place, mirrored
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import fit
@@ -87,9 +86,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
             run.check_config(directory, config)
             abstract = placement.abstract_state
             restored = checkpointer.restore(abstract.learned)
-            accept = config.accept_changes
-            run.check_same(directory, restored.cursor, cursor, accept_changes=accept)
-            cursor = restored.cursor | {name: cursor[name] for name in ("data", "seed")}
+            cursor = run.resume_cursor(config, restored.cursor, cursor)
             state = dataclasses.replace(restored.state, frozen=state.frozen)
             progress.print(f"going on from step {restored.step} of {directory}")
         state = tuned.place(state, placement)
@@ -155,23 +152,12 @@ def resolve(
     if base is not None:
         if config.model is not None:
             raise InputError(f"model is given, and also base={base.name!r}, which has its own")
-        assert base.config.vocab_size is not None
-        parts = config.mesh.tensor
-        vocab_size = math.ceil(base.config.vocab_size / parts) * parts
-        model: Any = dataclasses.replace(base.config, dtype=None, vocab_size=vocab_size)
+        model: Any = tuned.base_encoder(base.config, config.mesh)
     else:
         assert config.model is not None
         vocab_size = run.padded_vocab_size(tokenizers.vocab_size(tokenizer), config.mesh)
         model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
-    dtype = config.dtype or model.dtype or ("float32" if platform == "cpu" else "bfloat16")
-    rates = {"dropout_rate": config.dropout_rate}
-    if isinstance(model, BertConfig):
-        rates["attention_dropout_rate"] = config.dropout_rate
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(model, dtype=dtype, **rates),
-        monitor=tuned.monitor(config).name,
-    )
+    return tuned.with_encoder(config, model, platform)
 
 
 def make_tokenizer(config: TokenizerConfig | None, parts: Parts) -> Tokenizer:

@@ -105,13 +105,16 @@ def _join() -> None:
     settings = _settings()
     if settings is None or jax.distributed.is_initialized():
         return
-    seconds = float(os.environ.get(JOIN_TIMEOUT, _JOIN_S))
+    given = os.environ.get(JOIN_TIMEOUT, str(_JOIN_S))
+    if not given.isdigit():
+        raise InputError(f"{JOIN_TIMEOUT}={given} is no whole number of seconds")
+    seconds = int(given)
     count = settings.get("num_processes", "the")
     where = settings.get("coordinator_address", "the address that the launcher gives")
 
     def give_up() -> None:  # the C++ code would abort with a stack trace
         print(
-            f"error: after {seconds:g} s, {count} processes have not all joined at {where}: start "
+            f"error: after {seconds} s, {count} processes have not all joined at {where}: start "
             f"the same command on every host, and let them reach that one ({JOIN_TIMEOUT} sets "
             "how long to wait)",
             file=sys.stderr,
@@ -123,7 +126,7 @@ def _join() -> None:
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(**settings, initialization_timeout=int(seconds) + 60)
+        jax.distributed.initialize(**settings, initialization_timeout=seconds + 60)
     except ValueError as error:
         raise InputError(
             f"the launcher's environment does not say how to join its processes ({error}): set "

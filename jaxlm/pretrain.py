@@ -66,10 +66,7 @@ def pretrain(config: PretrainConfig) -> Place:
             run.check_same(directory, start | own, start)
             run.check_config(directory, config)
             restored = checkpointer.restore(placement.abstract_state.learned)
-            accept = config.accept_changes
-            run.check_same(directory, restored.cursor, start, accept_changes=accept)
-            state = restored.state
-            cursor = restored.cursor | {name: start[name] for name in ("data", "seed")}
+            state, cursor = restored.state, run.resume_cursor(config, restored.cursor, start)
             progress.print(f"going on from step {restored.step} of {directory}")
         else:
             state, cursor = placement.init(jax.random.key(config.train.seed)), start

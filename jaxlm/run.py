@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losse
 def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> PretrainConfig:
     """Fill in what the config leaves to the data and the platform; raise where they clash."""
     vocab_size = config.model.vocab_size or padded_vocab_size(info.vocab_size, config.mesh)
-    dtype = config.model.dtype or ("float32" if platform == "cpu" else "bfloat16")
+    dtype = config.model.dtype or default_dtype(platform)
     model = dataclasses.replace(config.model, vocab_size=vocab_size, dtype=dtype)
     if vocab_size < info.vocab_size:
         raise InputError(
@@ -60,6 +60,11 @@ def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> Pretra
         )
     train = config.train.with_steps(info.rows["train"], config.data.batch_size)
     return dataclasses.replace(config, model=model, train=train)
+
+
+def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:
+    """Of matrix products and activations."""
+    return "float32" if platform == "cpu" else "bfloat16"
 
 
 def padded_vocab_size(size: int, mesh: MeshConfig) -> int:
@@ -263,6 +268,8 @@ def make_cursor(seed: int, data: Sequence[str], tokenizer_sha256: str) -> Cursor
 
 def check_processes(config: Config, checkpoints: Place) -> None:
     """All processes of a run must be about to do the same, and see the same checkpoints."""
+    if jax.process_count() == 1:
+        return
     hosts.check_same(
         "program",
         {
@@ -305,6 +312,12 @@ def check_same(
                 f"the run in {directory} was trained with {name} {_short(saved[name])} and would "
                 f"go on with {_short(now[name])}: restore it, or give the run another --name"
             )
+
+
+def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
+    """Where a run goes on that was ``saved`` and would now ``start`` with these data."""
+    check_same(config.directory, saved, start, accept_changes=config.accept_changes)
+    return saved | {name: start[name] for name in ("data", "seed")}
 
 
 def _short(value: object) -> str:

@@ -1,9 +1,9 @@
 """A fine-tuned model assembled from its configuration: what training and using it share."""
 
-import dataclasses
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,7 @@ from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
 from jaxlm.places import Place, locate
+from jaxlm.sharding import MeshConfig
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.task import Labels, Outputs, Task
 from jaxlm.train import restore
@@ -36,6 +37,23 @@ from jaxlm.train.step import make_predict_step, make_train_step
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
+
+
+def base_encoder(published: BertConfig, mesh: MeshConfig) -> BertConfig:
+    """A base's encoder for this mesh: with so many rows of the token table that it can be split."""
+    assert published.vocab_size is not None
+    rows = math.ceil(published.vocab_size / mesh.tensor) * mesh.tensor
+    return replace(published, dtype=None, vocab_size=rows)
+
+
+def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneConfig:
+    """The config with that encoder, which gets the run's dropout rate and dtype."""
+    rates = {"dropout_rate": config.dropout_rate}
+    if isinstance(model, BertConfig):
+        rates["attention_dropout_rate"] = config.dropout_rate
+    dtype = config.dtype or model.dtype or run.default_dtype(platform)
+    model = replace(model, dtype=dtype, **rates)
+    return replace(config, model=model, monitor=monitor(config).name)
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
@@ -89,8 +107,6 @@ def _tokens() -> jax.Array:
 
 def _with_rows(encoder: dict[str, Any], model: Any) -> dict[str, Any]:
     """The same, its token table filled up with zeros to the model's ``vocab_size``."""
-    if "token_embed" not in encoder:
-        return encoder
     table = np.asarray(encoder["token_embed"]["embedding"])
     more = model.vocab_size - len(table)
     if not more:
@@ -281,11 +297,11 @@ def open_tuned(
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
         loaded = bases.load(base or config.base)
-    config = dataclasses.replace(
+    config = replace(
         config,
-        mesh=sharding.MeshConfig(),
+        mesh=MeshConfig(),
         placement="jit",
-        data=dataclasses.replace(config.data, batch_size=run.whole_batch(config.data.batch_size)),
+        data=replace(config.data, batch_size=run.whole_batch(config.data.batch_size)),
     )
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
@@ -307,8 +323,6 @@ def open_tuned(
         )
     state = place(
         TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
-        placement._replace(
-            abstract_state=dataclasses.replace(placement.abstract_state, opt_state=())
-        ),
+        placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )
     return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, restored.cursor)

@@ -124,8 +124,7 @@ class Campaign:
         for step in list_steps(self.checkpoints(name)):
             meta = self.checkpoints(name) / str(step) / "meta" / "metadata"
             with contextlib.suppress(OSError, ValueError):
-                leaves = json.loads(meta.read_text())["leaves"]
-                found[step] = {path: leaf["checksum"] for path, leaf in leaves.items()}
+                found[step] = checksums_in(meta.read_text())
         return found
 
     def check(self, name: str, row: Row) -> None:
@@ -143,6 +142,11 @@ class Campaign:
         row.completed += ends == self.known[STEPS]
         row.wrong += ends != self.known[STEPS]
         return outputs[0]
+
+
+def checksums_in(meta: str) -> dict[str, int]:
+    """Of every array, by path, as a checkpoint's metadata give them."""
+    return {path: leaf["checksum"] for path, leaf in json.loads(meta)["leaves"].items()}
 
 
 def main(options: Options) -> None:
@@ -316,11 +320,10 @@ def disk(campaign: Campaign, fault: str, script: str) -> Row:
     said = re.findall(r"^error: .*$", done.stderr, re.MULTILINE)
     row.refused = int(len(said) == 1 and "EXIT 2" in done.stdout and "Traceback" not in done.stderr)
     try:
-        leaves = json.loads(done.stdout.splitlines()[-1])["leaves"]
+        ends = checksums_in(done.stdout.splitlines()[-1])
     except (IndexError, ValueError, TypeError):
         row.lost = 1
         return row
-    ends = {path: leaf["checksum"] for path, leaf in leaves.items()}
     row.completed = int(ends == campaign.known[STEPS])
     row.wrong = 1 - row.completed
     return row

@@ -87,14 +87,12 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
 def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]) -> Step:
     model: Any = config.model
     if config.base is not None:
-        model = dataclasses.replace(base_config(config.base) or assumed.encoder, dtype=None)
+        model = base_config(config.base) or assumed.encoder
     size = run.padded_vocab_size(assumed.vocab_size, config.mesh)
     model = dataclasses.replace(model, vocab_size=model.vocab_size or size)
-    rates = {"dropout_rate": config.dropout_rate}
-    if isinstance(model, BertConfig):
-        rates["attention_dropout_rate"] = config.dropout_rate
-    dtype = config.dtype or model.dtype or "bfloat16"
-    config = dataclasses.replace(config, model=dataclasses.replace(model, dtype=dtype, **rates))
+    if config.base is not None:
+        model = tuned.base_encoder(model, config.mesh)
+    config = tuned.with_encoder(config, model, "tpu")
     labels = tuple(str(number) for number in range(assumed.labels))
     state = jax.eval_shape(partial(tuned.make_state, config, labels, None))
     placement = tuned.make_placement(config, labels, state, devices=devices)

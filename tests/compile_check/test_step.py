@@ -103,6 +103,14 @@ def test_products_of_a_lora_step_are_what_xla_counts():
     assert 0.8 * step.flops < per_device < 1.5 * step.flops
 
 
+def test_a_published_vocabulary_is_filled_up_as_in_training():
+    config = replace(finetuning(), mesh=MeshConfig(tensor=2))
+    published = replace(SMALL, length=16, encoder=replace(TINY, vocab_size=101))
+    state = make_step(config, published, jax.devices()).placement.abstract_state
+    leaves = tree.leaves_with_path(state.frozen)
+    assert [leaf.shape[0] for path, leaf in leaves if "token_embed" in path] == [102]
+
+
 def test_an_encoder_without_a_formula():
     config = configs.read_file(CONFIGS / "sst2_bilstm.py")
     assert make_step(config, replace(SMALL, length=16), jax.devices()).flops is None
