@@ -203,6 +203,9 @@ def _silent(signs: dict[str, str], seen: dict[str, tuple[str, float]]) -> list[t
 
 def _end_all(error: BaseException) -> None:
     """Print what happened here, let the others know, and go without waiting for them."""
+    if isinstance(error, jax.errors.JaxRuntimeError) and (elsewhere := _failed_elsewhere()):
+        print(f"error: {elsewhere}", file=sys.stderr, flush=True)
+        os._exit(1)  # a collective broke off because that process had gone
     if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
     elif not isinstance(error, SystemExit):  # which has had its say
@@ -215,6 +218,14 @@ def _end_all(error: BaseException) -> None:
     if jax.process_index() == 0:  # the others learn of it from here
         time.sleep(2 * _POLL_S)
     os._exit(2 if isinstance(error, InputError) else 1)
+
+
+def _failed_elsewhere() -> str | None:
+    """What another process said when it failed, which it does before its connections break."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        for _, message in _client().key_value_dir_get(_FAILED):
+            return message
+    return None
 
 
 def _client() -> Any:
