@@ -1,6 +1,6 @@
-"""Compile a train step for TPUs that are not here: ``python scripts/compile_check.py CONFIG ...``.
+"""Compile a train step for chips that are not here: ``python scripts/compile_check.py CONFIG ...``.
 
-    pip install "jaxlm[tpu]"
+    pip install "jaxlm[tpu]"  # or, for GPUs, "jax[cuda12-local]"
     python scripts/compile_check.py configs/bert_base.py --topology v5e:16x16 \\
         --mesh.fsdp 8 --mesh.tensor 4
     python scripts/compile_check.py configs/bert_base.py --topology v5e:4x4 --search
@@ -11,9 +11,7 @@ fit. Put --help behind it for all options.
 
 import os
 
-from jaxlm.compile_check.topology import ENVIRONMENT
-
-os.environ.update(ENVIRONMENT)  # before JAX is imported
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 
 from rich.console import Console
 

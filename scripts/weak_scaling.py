@@ -1,16 +1,14 @@
-"""Compile for more and more TPUs, the same rows on each: ``python scripts/weak_scaling.py CONFIG``.
+"""Compile for ever more chips, the same rows on each: ``python scripts/weak_scaling.py CONFIG``.
 
     python scripts/weak_scaling.py configs/bert_base.py --rows 32 --plot weak_scaling.png
 
-A table and a picture of what they send, and what that costs at least; no TPU is needed. Put --help
+A table and a picture of what they send, and what that costs at least; no chip is needed. Put --help
 behind it for all options.
 """
 
 import os
 
-from jaxlm.compile_check.topology import ENVIRONMENT
-
-os.environ.update(ENVIRONMENT)  # before JAX is imported
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 
 from rich.console import Console
 

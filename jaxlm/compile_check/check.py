@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ import numpy as np
 
 from jaxlm import config as configs
 from jaxlm.compile_check import cost, hlo, topology
+from jaxlm.compile_check.chip import Coordinates, Topology
 from jaxlm.compile_check.step import Assumed, Step, make_step
-from jaxlm.compile_check.topology import Topology
 from jaxlm.config import Config
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.models.bert import BertConfig
@@ -61,7 +62,7 @@ class Report:
     hbm: float
     """That the compiler may use."""
     fits: bool
-    """Into the memory of every device, as the compiler finds."""
+    """Into the memory of every device."""
     needed: float | None
     """In all; None where it does not fit, and the compiler does not say by how much."""
     memory: dict[str, float]
@@ -104,7 +105,7 @@ def from_json(text: str) -> Report:
 
 def check(config: Config, assumed: Assumed, place: Topology) -> Report:
     """Compile in a process of its own. Raises where that ends without a report."""
-    topology.require_compiler()
+    place.require_compiler()
     job = {
         "config": configs.to_json(config),
         "assumed": dataclasses.asdict(assumed),
@@ -116,7 +117,7 @@ def check(config: Config, assumed: Assumed, place: Topology) -> Report:
         done = subprocess.run(
             [sys.executable, "-m", "jaxlm.compile_check.check", str(out)],
             input=json.dumps(job),
-            env=os.environ | topology.ENVIRONMENT | {"TPU_LOG_DIR": "disabled"},
+            env=os.environ | dict(place.environment),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -135,12 +136,14 @@ def _reason(code: int, stderr: str, place: Topology) -> str:
     if code < 0:
         how = signal.Signals(-code).name
     last = f": {lines[-1].strip()[:200]}" if lines and code > 0 else ""
-    return f"the TPU compiler ended with {how} on {place.name}, which says nothing of memory{last}"
+    return (
+        f"the {place.compiler} ended with {how} on {place.name}, which says nothing of memory{last}"
+    )
 
 
 def compile_here(name: str, config: Config, assumed: Assumed, place: Topology) -> Report:
     """Compile in this process."""
-    devices = topology.devices(place)
+    devices = place.devices()
     step = make_step(config, assumed, devices)
     state = step.placement.abstract_state
     memory = _memory(step)
@@ -191,9 +194,10 @@ def compile_here(name: str, config: Config, assumed: Assumed, place: Topology) -
     program = hlo.parse(compiled.as_text())
     # Partitions are numbered as the mesh lists them; over slices, those of one slice.
     coordinates = [device.coords for device in mesh.devices.flat]
+    needed = sum(memory.values())
     return Report(
-        fits=True,
-        needed=sum(memory.values()),
+        fits=place.compiler_refuses or needed <= chip.hbm,
+        needed=needed,
         memory=memory,
         traffic=tuple(_traffic(program, place, coordinates)),
         unknown_loops=program.num_unknown_loops,
@@ -225,7 +229,9 @@ def _memory(step: Step) -> dict[str, float]:
     }
 
 
-def _traffic(program: hlo.Program, place: Topology, coordinates: cost.Coordinates) -> list[Traffic]:
+def _traffic(
+    program: hlo.Program, place: Topology, coordinates: Sequence[Coordinates]
+) -> list[Traffic]:
     rows = []
     for kind, every in hlo.totals(program.collectives):
         for over_slices in (False, True):

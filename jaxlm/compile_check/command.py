@@ -23,16 +23,17 @@ Check = Callable[[Config, Assumed, topology.Topology], Report]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Compile a config's train step for TPUs that are not here; see whether and how it fits.
+    """Compile a config's train step for chips that are not here; see whether and how it fits.
 
     All options of the config itself can follow, such as --mesh.fsdp 8; its script's --help lists
-    them. No data, no weights and no TPU are needed.
+    them. No data, no weights and no TPU or GPU are needed.
     """
 
     config: tyro.conf.Positional[Path]
     """A config file of pretraining or fine-tuning."""
     topology: str
-    """Kind of TPU and chips along each axis of a slice: v5e:16x16, v5p:8x8x8, v4:4x4x4, v6e:8x8."""
+    """Kind of TPU and chips along each axis of a slice: v5e:16x16, v5p:8x8x8, v4:4x4x4, v6e:8x8.
+    Or kind of GPU, hosts, and GPUs of each: h100:4x8, a100:8, h200:8, b200:8."""
     assumed: Annotated[Assumed, tyro.conf.arg(name="")] = field(default_factory=Assumed)
     search: bool = False
     """Try the meshes that make sense, and mark the best; the config's own mesh is not used."""
@@ -42,7 +43,7 @@ class CheckConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """Compile for more and more TPUs with the same rows on each; compare what is sent, and draw it.
+    """Compile for more and more chips, with the same rows on each; compare what is sent; draw it.
 
     All options of the config itself can follow, such as --mesh.fsdp 8; `data` grows.
     """

@@ -1,9 +1,9 @@
-"""What a compiled TPU program sends: collectives and their bytes, from the text of its HLO alone.
+"""What a compiled program sends: collectives and their bytes, from the text of its HLO alone.
 
 Three things hide there. A loop's body stands once, however often it runs: the number is read from
 the loop's condition. What the TPU compiler runs beside computation is written three times, in the
-fusions where it starts, goes on and ends: it counts where it starts. And a reduce-scatter is an
-all-reduce in a fusion of that name, whose other results are dropped.
+fusions where it starts, goes on and ends: it counts where it starts. And to it a reduce-scatter is
+an all-reduce in a fusion of that name, whose other results are dropped.
 """
 
 import math
@@ -176,6 +176,7 @@ def _collective(
     over_slices = instruction.opcode == "send"
     operands = instruction.operands[:1] if over_slices else instruction.operands  # not the token
     asynchronous = instruction.opcode.endswith("-start") or "chain_id=" in instruction.text
+    asynchronous &= '"is_sync":true' not in instruction.text  # on GPUs all are written apart
     return Collective(
         kind,
         sum(num_bytes(around[name].shape) for name in operands if name in around),

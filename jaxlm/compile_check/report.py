@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxlm.compile_check.check import Report
-from jaxlm.compile_check.topology import GIB
+from jaxlm.compile_check.chip import GIB
 from jaxlm.config import Config, PretrainConfig
 from jaxlm.models.bert import BASE, BertConfig
 

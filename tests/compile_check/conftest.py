@@ -4,7 +4,7 @@ import pytest
 
 from jaxlm import config as configs
 from jaxlm.compile_check.check import Report, Traffic
-from jaxlm.compile_check.topology import GIB
+from jaxlm.compile_check.chip import GIB
 from jaxlm.config import PretrainConfig
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

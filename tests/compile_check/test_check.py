@@ -39,14 +39,14 @@ def test_what_would_be_needed(message, needed):
 
 @pytest.fixture
 def with_compiler(monkeypatch):
-    monkeypatch.setattr(topology, "require_compiler", lambda: None)
+    monkeypatch.setattr(type(PLACE), "require_compiler", lambda self: None)
 
 
 def ends(monkeypatch, code, stderr, report=None):
     """The process that compiles ends like this."""
 
     def run(command, **options):
-        assert options["env"].items() >= topology.ENVIRONMENT.items()
+        assert options["env"].items() >= PLACE.environment.items()
         assert json.loads(options["input"])["topology"] == "v5e:4x4"
         if report is not None:
             Path(command[-1]).write_text(to_json(report))

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from jaxlm.compile_check import command, search, topology
+from jaxlm.compile_check.chip import GIB
 from jaxlm.compile_check.command import CheckConfig, ScalingConfig
 from jaxlm.compile_check.report import markdown, verdict
 from jaxlm.compile_check.step import Assumed
-from jaxlm.compile_check.topology import GIB
 from jaxlm.errors import InputError
 from jaxlm.sharding import MeshConfig
 

@@ -1,4 +1,5 @@
-"""Real compiles for TPUs, where libtpu is installed: ``pip install "jaxlm[tpu]"``."""
+"""Real compiles, for TPUs where libtpu is installed (``pip install "jaxlm[tpu]"``), for GPUs where
+the CUDA plugin of JAX is (``pip install "jax[cuda12-local]"``)."""
 
 import importlib.util
 from dataclasses import replace
@@ -10,17 +11,21 @@ from jaxlm.compile_check.step import Assumed
 from jaxlm.models.bert import BertConfig
 from jaxlm.sharding import MeshConfig
 
-pytestmark = pytest.mark.skipif(
+on_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+on_gpu = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="the CUDA plugin is not installed"
 )
 TINY = BertConfig(num_layers=3, hidden_dim=128, num_heads=2, mlp_dim=256, unroll=1)
 ASSUMED = Assumed(length=32, vocab_size=500)
-PLACE = topology.read("v5e:2x2")
+PLACES = [pytest.param("v5e:2x2", marks=on_tpu), pytest.param("h100:4", marks=on_gpu)]
 
 
-def test_a_small_model_fits(config):
+@pytest.mark.parametrize("place", PLACES)
+def test_a_small_model_fits(config, place):
     config = replace(config, model=TINY, mesh=MeshConfig(fsdp=4))
-    found = check.check(config, ASSUMED, PLACE)
+    found = check.check(config, ASSUMED, topology.read(place))
     assert found.fits
     assert found.needed is not None
     assert found.needed < 2**30
@@ -36,9 +41,20 @@ def test_a_small_model_fits(config):
     assert sum(sent.values()) > 3 * 2 * kernels * 3 / 4
 
 
-def test_a_large_model_does_not_fit(config):
-    # The control: 4 G parameters in the token table alone, and twice as much in moments.
-    model = replace(TINY, num_layers=1, hidden_dim=8192, vocab_size=500_032)
-    found = check.check(replace(config, model=model), ASSUMED, PLACE)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_large_model_does_not_fit(config, place):
+    # The control: 8 G parameters in the token table alone, and twice as much in moments.
+    model = replace(TINY, num_layers=1, hidden_dim=8192, vocab_size=1_000_064)
+    found = check.check(replace(config, model=model), ASSUMED, topology.read(place))
     assert not found.fits
-    assert found.needed is None or found.needed > 3 * 4 * 4e9
+    assert found.needed is None or found.needed > 3 * 4 * 8e9
+
+
+@on_gpu
+def test_hosts_of_gpus_and_adapters(config, tmp_path):
+    config = replace(config, model=TINY, mesh=MeshConfig(fsdp=4, num_slices=2))
+    found = check.check(config, ASSUMED, topology.read("a100:1x4", num_slices=2))
+    assert found.mesh == {"data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
+    rates = {each.kind: each.bytes / each.seconds for each in found.traffic}
+    # Gradients cross the network; what is gathered and scattered stays in a host.
+    assert rates["all-reduce"] < rates["all-gather"] == pytest.approx(3e11)

@@ -46,8 +46,24 @@ def test_a_gathered_and_scattered_array_is_an_all_reduce():
     ],
 )
 def test_links_of_a_group(group, links):
-    found = cost.bandwidth(collective("all-gather", group), SQUARE, PLACES)
-    assert found == links * LINK
+    assert SQUARE.bandwidth("all-gather", [PLACES[each] for each in group]) == links * LINK
+
+
+def test_a_permute_takes_one_link():
+    assert SQUARE.bandwidth("collective-permute", [(0, 0), (15, 0)]) == LINK
+
+
+def test_gpus_of_several_hosts_send_through_their_adapters():
+    place = topology.read("h100:4x8")
+    chip = place.chip
+
+    def rate(members):
+        return place.bandwidth("all-reduce", members)
+
+    assert rate([(0, 1, gpu) for gpu in range(8)]) == chip.link
+    assert rate([(0, host, 3) for host in range(4)]) == chip.network
+    assert rate([(0, host, gpu) for host in range(4) for gpu in range(8)]) == 8 * chip.network
+    assert 8 * chip.network < chip.link
 
 
 def test_seconds():

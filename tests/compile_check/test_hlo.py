@@ -1,4 +1,5 @@
-"""Texts are cut from what libtpu 0.0.42 compiled for v5e, with metadata left out."""
+"""Texts are cut from what libtpu 0.0.42 compiled for v5e, and JAX 0.10.2 for an H100, without
+metadata."""
 
 import pytest
 
@@ -178,3 +179,19 @@ def test_groups_in_every_notation(text, group):
 )
 def test_bytes(shape, size):
     assert num_bytes(shape) == size
+
+
+GPU = """
+ENTRY %main (a: f32[16384]) -> f32[16384] {
+  %a = f32[16384]{0} parameter(0)
+  %all-reduce-start = f32[16384]{0} all-reduce-start(%a), channel_id=15, replica_groups=mesh['axis_0'=8,'axis_1'=1,'axis_2'=2], device_ids=([2,8]T(1,0)) {'axis_2'}, use_global_device_ids=true, to_apply=%add.1.clone, backend_config={"operation_queue_id":"0","collective_backend_config":{"is_sync":false,"backend":"DEFAULT"}}
+  ROOT %all-reduce-done = f32[16384]{0} all-reduce-done(%all-reduce-start)
+}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_on_gpus_what_is_started_may_still_be_waited_for(waits):
+    text = GPU.replace("false", str(waits).lower())
+    expected = Collective("all-reduce", 65_536, (0, 8), 1, not waits, over_slices=False)
+    assert parse(text).collectives == (expected,)
