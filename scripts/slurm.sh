@@ -22,5 +22,5 @@ srun python "$@"
 # A run that ended early was stopped by the signal: go on when there is room.
 left=$(squeue --noheader --job "$SLURM_JOB_ID" --format %L)
 case $left in
-  0:* | 1:* | 2:*) scontrol requeue "$SLURM_JOB_ID" ;;
+  0:?? | 1:?? | 2:??) scontrol requeue "$SLURM_JOB_ID" ;;
 esac

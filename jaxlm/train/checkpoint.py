@@ -55,7 +55,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 for stale in self._directory.glob("*.orbax-checkpoint-tmp*"):
                     remove(stale)
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=_NewestAndBest(keep, self._costs),
@@ -134,6 +134,18 @@ def _describe(state: PyTree) -> dict[str, Any]:
         path: {"shape": leaf.shape, "dtype": leaf.dtype.name, "checksum": sums[path]}
         for path, leaf in tree.leaves_with_path(state)
     }
+
+
+class _Manager(ocp.CheckpointManager):
+    """When to stop and save is decided in :mod:`jaxlm.signals`, and asked for there alone.
+
+    Orbax 0.12.8 asks, too, and where it finds that a run is being preempted it fails if the
+    checkpoint before was opened by ``lightweight_initialize``, whose time has no zone.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Never, as far as this class is to know."""
+        return False
 
 
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):

@@ -104,6 +104,14 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert list_steps(tmp_path) == [90]
 
 
+def test_a_run_that_goes_on_may_be_preempted_again(tmp_path, monkeypatch):
+    save_all(tmp_path, {1: 0.5})
+    # What JAX's preemption service says of a step in a run of several processes.
+    monkeypatch.setattr("orbax.checkpoint.utils.reached_preemption", lambda step: True)
+    save_all(tmp_path, {2: 0.4})
+    assert list_steps(tmp_path) == [1, 2]
+
+
 def test_keeping_nothing_is_refused(tmp_path):
     with pytest.raises(InputError, match="keep=0"):
         Checkpointer(tmp_path, keep=0)
