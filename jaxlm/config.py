@@ -111,6 +111,15 @@ class FinetuneConfig(RunConfig):
                 f"tuning={type(self.tuning).__name__} leaves an encoder from scratch as it is: "
                 "name a base, or use Full"
             )
+        if self.base is not None and self.tokenizer is not None:
+            raise InputError(
+                f"tokenizer is given, and also base={self.base!r}, which has its own: leave it out"
+            )
+        if isinstance(self.tuning, Full) and self.frozen_dtype != "float32":
+            raise InputError(
+                f"frozen_dtype={self.frozen_dtype} is of parameters that do not learn, and with "
+                "tuning=Full all learn: leave it out"
+            )
         if isinstance(self.task, Embedding) and (
             self.train.num_micro_batches > 1 or self.placement == "pmap"
         ):

@@ -24,7 +24,7 @@ from jaxlm.data.labelled.statistics import describe, render
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.places import Place, mirrored
+from jaxlm.places import Place, mirrored, whole
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import fit
 from jaxlm.train.metrics import Throughput
@@ -43,7 +43,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
     console = console or Console(quiet=not main_process, highlight=False)
     directory, task = config.directory, config.task
     run.check_processes(config, directory / run.CHECKPOINTS)
-    parts = read_parts(config.data, task.read)
+    with hosts.first("data"):  # the others find what had to be downloaded and prepared
+        parts = read_parts(config.data, task.read)
     base = None if config.base is None else bases.load(config.base)
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, parts)
     config = resolve(config, base, tokenizer, jax.default_backend())
@@ -92,15 +93,22 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
         state = tuned.place(state, placement)
         if main_process:
             run.write_folder(directory, config, tokenizer)
-            (directory / tuned.LABELS).write_text(json.dumps(labels))
+            with whole(directory / tuned.LABELS) as unfinished:
+                unfinished.write_text(json.dumps(labels))
 
         def evaluation(state: TrainState) -> dict[str, float]:
             sums, outputs = tuned.predict(
                 placement, state, validation, config.data.batch_size, buckets
             )
             assert sums is not None  # the validation data are labelled
-            metrics = task.metrics(parts.validation, labels, outputs)
-            return {"loss": sums.means()["loss"], **metrics}
+            metrics = {"loss": sums.means()["loss"]}
+            metrics |= task.metrics(parts.validation, labels, outputs)
+            if checkpointer.monitor.name not in metrics:
+                raise InputError(
+                    f"monitor={checkpointer.monitor.name} is not measured here; there are "
+                    f"{', '.join(metrics)}"
+                )
+            return metrics
 
         with (
             mirrored(directory, *RECORDS) if main_process else nullcontext() as records,
@@ -128,8 +136,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
                     seed=config.train.seed,
                     examples_seen=cursor["examples_seen"],
                     augment=augment and make_augment(augment, special, config.train.seed),
-                    part_index=placement.part.index,
-                    num_parts=placement.part.count,
+                    part=placement.part,
                 ),
                 evaluation,
                 checkpointer,

@@ -43,14 +43,16 @@ def joined() -> Iterator[None]:
     """
     with report_input_errors():
         _join()
-        if jax.process_count() == 1:
+        if _client() is None:
             yield
             return
         over = threading.Event()
         watcher = threading.Thread(target=_watch, args=(over,), daemon=True)
-        watcher.start()
+        watcher.start()  # before JAX looks for devices, which may fail in one process alone
         try:
             yield
+            # Who is through early must show signs of life until all are.
+            _client().wait_at_barrier("jaxlm/through", _FOREVER_MS)
         except BaseException as error:
             over.set()
             if not isinstance(error, SystemExit) or error.code:
@@ -66,31 +68,42 @@ def check_same(topic: str, facts: Mapping[str, Any]) -> None:
 
     Every process calls it once for a topic; none returns before all have compared.
     """
-    if jax.process_count() == 1:
+    if _client() is None:
         return
     key = f"jaxlm/facts/{topic}"
-    if jax.process_index() == 0:
+    if _index() == 0:
         _client().key_value_set(key, json.dumps(facts))
-    first = json.loads(_client().blocking_key_value_get(key, _FOREVER_MS))
-    for name, value in json.loads(json.dumps(facts)).items():
-        if value != first[name]:
+    there = json.loads(_client().blocking_key_value_get(key, _FOREVER_MS))
+    here = json.loads(json.dumps(facts))
+    for name in [*here, *there]:
+        if here.get(name) != there.get(name):
             raise InputError(
-                f"{name} is {_short(value)} here, and {_short(first[name])} in process 0: all "
-                "processes need the same code, packages, command and files"
+                f"{name} is {_short(here.get(name))} here, and {_short(there.get(name))} in "
+                "process 0: all processes need the same code, packages, command and files"
             )
     _client().wait_at_barrier(f"jaxlm/same/{topic}", _FOREVER_MS)
 
 
 @contextlib.contextmanager
 def first(topic: str) -> Iterator[None]:
-    """Process 0 goes first; when it is through, the others follow."""
-    alone = jax.process_count() == 1
-    key = f"jaxlm/first/{topic}"
-    if not alone and jax.process_index() > 0:
-        _client().blocking_key_value_get(key, _FOREVER_MS)
+    """Process 0 goes first, then one of each other machine, then all that are left."""
+    if _client() is None:
+        yield
+        return
+    key, own = f"jaxlm/first/{topic}", _index()
+    _client().key_value_set(f"{key}/machine/{own}", socket.gethostname())
+    _client().wait_at_barrier(key, _FOREVER_MS)
+    machines = {
+        int(name.rpartition("/")[2]): machine
+        for name, machine in _client().key_value_dir_get(f"{key}/machine")
+    }
+    leader = min(index for index, machine in machines.items() if machine == machines[own])
+    for before in sorted({0, leader}):
+        if before < own:
+            _client().blocking_key_value_get(f"{key}/through/{before}", _FOREVER_MS)
     yield
-    if not alone and jax.process_index() == 0:
-        _client().key_value_set(key, "through")
+    if own in (0, leader):
+        _client().key_value_set(f"{key}/through/{own}", "")
 
 
 def code_hash() -> str:
@@ -168,10 +181,10 @@ def _settings() -> dict[str, Any] | None:
 
 def _watch(over: threading.Event) -> None:
     """Until ``over``: show that this process lives, and end it when another has failed."""
-    client, index = _client(), jax.process_index()
+    client, index = _client(), _index()
     seen: dict[str, tuple[str, float]] = {}  # by process: its last sign, and when it came
     for beat in itertools.count():
-        if over.wait(_POLL_S):
+        if over.wait(_POLL_S * bool(beat)):
             return
         try:
             client.key_value_set(f"{_ALIVE}/{index}", str(beat), allow_overwrite=True)
@@ -212,10 +225,10 @@ def _end_all(error: BaseException) -> None:
         traceback.print_exc()
     message = f"{_name()} failed: {_first_line(error) or type(error).__name__}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        _client().key_value_set(f"{_FAILED}/{jax.process_index()}", message)
+        _client().key_value_set(f"{_FAILED}/{_index()}", message)
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.process_index() == 0:  # the others learn of it from here
+    if _index() == 0:  # the others learn of it from here
         time.sleep(2 * _POLL_S)
     os._exit(2 if isinstance(error, InputError) else 1)
 
@@ -229,11 +242,18 @@ def _failed_elsewhere() -> str | None:
 
 
 def _client() -> Any:
+    """None where the process is alone."""
     return distributed.global_state.client
 
 
+def _index() -> int:
+    """As :func:`jax.process_index`, which would look for devices."""
+    return distributed.global_state.process_id or 0
+
+
 def _name() -> str:
-    return f"process {jax.process_index()} of {jax.process_count()} ({socket.gethostname()})"
+    count = distributed.global_state.num_processes
+    return f"process {_index()} of {count} ({socket.gethostname()})"
 
 
 def _first_line(error: BaseException) -> str:

@@ -187,8 +187,8 @@ def _scale_by_path(factor: Callable[[str], float], updates: PyTree, _: PyTree) -
 def _scale_by_depth(decay: float, updates: PyTree, _: PyTree) -> PyTree:
     """Times ``decay ** distance`` from the top (Howard and Ruder 2018, section 3.2).
 
-    As in ELECTRA's published code, layer l of L, from 0, is ``L - l`` away, the embeddings
-    ``L + 1``, and all above the layers 0.
+    Layer l of L, from 0, is ``L - l`` away, the embeddings ``L + 1``, and all above the layers 0;
+    in ELECTRA's published code those below the head are one further away.
     """
 
     def depth(path: str, update: Array) -> np.ndarray | int | None:

@@ -42,6 +42,23 @@ def absolute(path: Place) -> Place:
     return path.absolute() if isinstance(path, Path) else path
 
 
+@contextlib.contextmanager
+def whole(path: Place) -> Iterator[Any]:
+    """Write to what this gives: a file that takes the place of ``path`` when it is complete.
+
+    In a bucket a file appears no earlier anyway.
+    """
+    if not isinstance(path, Path):
+        yield path
+        return
+    unfinished = path.with_name(f".{path.name}")  # the ending may decide the format, so it stays
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def in_bucket(path: Place) -> bool:
     """Whether it is no path on a disk."""
     return not isinstance(path, Path)

@@ -78,8 +78,7 @@ def pretrain(config: PretrainConfig) -> Place:
                 datasets[0],
                 config.data.batch_size,
                 max_rows=config.train.eval_rows,
-                part_index=placement.part.index,
-                num_parts=placement.part.count,
+                part=placement.part,
             )
             return evaluate(placement, state, batches)
 
@@ -105,8 +104,7 @@ def pretrain(config: PretrainConfig) -> Place:
                     config.data,
                     seed=config.train.seed,
                     examples_seen=cursor["examples_seen"],
-                    part_index=placement.part.index,
-                    num_parts=placement.part.count,
+                    part=placement.part,
                 ),
                 evaluation,
                 checkpointer,

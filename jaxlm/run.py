@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import config as configs
 from jaxlm import hosts, optim, sharding
-from jaxlm.config import C, Config, PretrainConfig
+from jaxlm.config import C, Config, FinetuneConfig, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.errors import InputError
@@ -23,7 +23,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MaskedLm, MlmHead
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
-from jaxlm.places import Place, locate
+from jaxlm.places import Place, locate, whole
 from jaxlm.sharding import MeshConfig
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement, jit_placement, pmap_placement
@@ -40,6 +40,7 @@ _FREE = (
     r"|data\.(train|validation)\.(path|data_dir)|model\.(remat|unroll)"
     r"|train\.(num_micro_batches|save_every|keep|log_every|max_skipped)"
 )
+Known = TypeVar("Known", PretrainConfig, FinetuneConfig)
 EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
 
 
@@ -184,12 +185,8 @@ def open_run(directory: Place | str, step: int | None = None) -> Run:
     directory = locate(directory)
     config = read_config(directory, PretrainConfig)
     tokenizer = read_tokenizer(directory)
-    config = dataclasses.replace(config, mesh=sharding.MeshConfig(), placement="jit")
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, batch_size=whole_batch(config.data.batch_size)),
-    )
-    placement = make_placement(config, make_vocabulary(tokenizer))
+    config = for_evaluation(config)
+    placement = make_placement(for_evaluation(config), make_vocabulary(tokenizer))
     checkpoints = directory / CHECKPOINTS
     restored = restore.restore_part(
         checkpoints,
@@ -221,9 +218,17 @@ def read_config(directory: Place, kind: type[C]) -> C:
     return config
 
 
-def whole_batch(batch_size: int) -> int:
-    """Rounded up to what all devices can share, whatever the run was trained on."""
-    return math.ceil(batch_size / jax.device_count()) * jax.device_count()
+def for_evaluation(config: Known) -> Known:
+    """On all devices that are here, whatever the run was trained on."""
+    devices = jax.device_count()
+    rows = math.ceil(config.data.batch_size / devices) * devices
+    return dataclasses.replace(
+        config,
+        mesh=sharding.MeshConfig(),
+        placement="jit",
+        data=dataclasses.replace(config.data, batch_size=rows),
+        train=dataclasses.replace(config.train, num_micro_batches=1),
+    )
 
 
 def read_tokenizer(directory: Place) -> Tokenizer:
@@ -247,8 +252,10 @@ def write_folder(directory: Place, config: Config, tokenizer: Tokenizer) -> None
     """Start a run folder: the resolved config, and the tokenizer."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG).write_text(configs.to_json(config))
-        tokenizers.save(tokenizer, directory / TOKENIZER)
+        with whole(directory / CONFIG) as unfinished:
+            unfinished.write_text(configs.to_json(config))
+        with whole(directory / TOKENIZER) as unfinished:
+            tokenizers.save(tokenizer, unfinished)
     except OSError as error:
         raise InputError(f"the run folder {directory} cannot be written: {error}") from error
 

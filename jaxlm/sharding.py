@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
+from jaxlm.parts import Part
 
 # (pattern of a path's end, axes). An arrow marks a linear map and separates its inputs from its
 # outputs: such parameters are decayed, and adapters split where the arrow stands.
@@ -161,15 +162,9 @@ def _slices(devices: Sequence[Any], num_slices: int) -> list[Sequence[Any]]:
     return [ordered[start : start + size] for start in range(0, len(devices), size)]
 
 
-class Part(NamedTuple):
-    """The rows of each batch that a process holds: the ``index``-th of ``count`` equal parts."""
-
-    index: int
-    count: int
-
-
 def process_part(mesh: Mesh, process_index: int) -> Part:
-    """That of a process. Processes share a part where ``tensor`` or ``sequence`` spans them."""
+    """What a process holds of a batch: processes share it where ``tensor`` or ``sequence`` spans
+    them."""
     num_blocks = mesh.shape["data"] * mesh.shape["fsdp"]
     blocks: dict[int, set[int]] = {}
     for block, devices in enumerate(mesh.devices.reshape(num_blocks, -1)):
@@ -181,7 +176,7 @@ def process_part(mesh: Mesh, process_index: int) -> Part:
             f"the mesh {dict(mesh.shape)} gives processes different numbers of rows: make tensor * "
             "sequence a divisor or a multiple of the devices of a process"
         )
-    return Part(parts.index(tuple(sorted(blocks[process_index]))), len(parts))
+    return Part(tuple(sorted(blocks[process_index])), num_blocks)
 
 
 def axes_of(path: str, ndim: int) -> Axes:

@@ -1,7 +1,6 @@
 """A fine-tuned model assembled from its configuration: what training and using it share."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,6 +17,7 @@ from jaxlm import optim, run, sharding, tree, tuning
 from jaxlm.base import Base
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.batches import eval_batches, make_buckets
+from jaxlm.data.labelled.dataset import Parts, read_parts
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -40,9 +40,9 @@ LABELS = "labels.json"
 
 
 def base_encoder(published: BertConfig, mesh: MeshConfig) -> BertConfig:
-    """A base's encoder for this mesh: with so many rows of the token table that it can be split."""
+    """A base's encoder for this mesh: its token table is filled up as pretraining would."""
     assert published.vocab_size is not None
-    rows = math.ceil(published.vocab_size / mesh.tensor) * mesh.tensor
+    rows = run.padded_vocab_size(published.vocab_size, mesh)
     return replace(published, dtype=None, vocab_size=rows)
 
 
@@ -195,8 +195,7 @@ def predict(
         examples,
         batch_size,
         buckets,
-        part_index=placement.part.index,
-        num_parts=placement.part.count,
+        part=placement.part,
     )
     for batch in batches:
         one, outputs = jax.device_get(placement.eval_step(state, placement.put_batch(batch)))
@@ -243,6 +242,18 @@ class FinetunedRun:
     def variables(self) -> Variables:
         """All collections, adapters among them, as plain arrays."""
         return tuning.plain(self.state.variables)
+
+    def parts(self) -> Parts:
+        """The examples that it was trained on and chosen by; raises if they are others now."""
+        data = self.config.data
+        parts = read_parts(data, self.task.read)
+        if [parts.fingerprint] != self.cursor["data"]:
+            raise InputError(
+                f"{data.train} or the validation data have changed since {self.config.name} was "
+                "trained, and other examples would be held out now: restore them, or evaluate "
+                "another file (--data)"
+            )
+        return parts
 
     def merged(self) -> Params:
         """The parameters of a plain model, without adapters, that computes the same."""
@@ -297,12 +308,7 @@ def open_tuned(
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
         loaded = bases.load(base or config.base)
-    config = replace(
-        config,
-        mesh=MeshConfig(),
-        placement="jit",
-        data=replace(config.data, batch_size=run.whole_batch(config.data.batch_size)),
-    )
+    config = run.for_evaluation(config)
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
     unlabelled = make_placement(config, labels, state, labelled=False)

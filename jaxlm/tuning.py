@@ -73,7 +73,8 @@ def prepare(
     variables = {"params": params}
     if isinstance(tuning, LoraConfig):
         body = {path: site for path, site in sites.items() if not f"params/{path}".startswith(HEAD)}
-        variables["lora"] = lora.init(key, params, body, tuning)
+        below = {name: leaf for name, leaf in params.items() if f"params/{name}/" != HEAD}
+        variables["lora"] = lora.init(key, below, body, tuning)
         if tuning.init == "pissa":
             variables["params"] = lora.unmerge(params, variables["lora"], tuning)
     elif isinstance(tuning, Ia3Config):

@@ -296,6 +296,7 @@ def main() -> None:
             recipe = replace(RECIPES[task, tuning], **changes)
             for seed in range(options.seeds):
                 what = {"task": task, "tuning": tuning, "seed": seed, **asdict(recipe)}
+                what |= {"model": str(options.model), "data": str(options.data)}
                 row = next((row for row in rows if what.items() <= row.items()), None)
                 if row is None:
                     row = what | run(task, tuning, seed, recipe, options.model, options.data)

@@ -16,9 +16,9 @@ from rich.console import Console
 from jaxlm import run, tuned
 from jaxlm.config import FinetuneConfig, RunConfig
 from jaxlm.data import loader, prepared
-from jaxlm.data.labelled.dataset import like, read_parts
+from jaxlm.data.labelled.dataset import like
 from jaxlm.errors import InputError, report_input_errors
-from jaxlm.evaluate import plots, report
+from jaxlm.evaluate import calibration, plots, report
 from jaxlm.places import Place, locate, mirrored
 from jaxlm.train import loop
 
@@ -35,7 +35,8 @@ def main(
     """Metrics, printed and written to the run folder's eval.json.
 
     Of a pretrained run: loss, perplexity, and accuracy at masks. Of a fine-tuned run: its task's
-    metrics; confusion.png, and the most wrong examples in wrong.jsonl, where there are classes.
+    metrics; confusion.png, reliability.png, and the most wrong examples in wrong.jsonl, where there
+    are classes.
 
     Args:
         directory: The run folder.
@@ -92,11 +93,11 @@ def evaluate_tuned(
 ) -> dict[str, Any]:
     """On labelled examples."""
     loaded = tuned.open_tuned(directory, step=step, base=base)
-    config, task, labels = loaded.config.data, loaded.task, loaded.labels
+    task, labels = loaded.task, loaded.labels
     if data is None:
-        examples, where = getattr(read_parts(config, task.read), split), f"its {split} data"
+        examples, where = getattr(loaded.parts(), split), f"its {split} data"
     else:
-        examples, where = task.read(like(config.train, data).records()), str(data)
+        examples, where = task.read(like(loaded.config.data.train, data).records()), str(data)
     examples = examples[:rows]
     sums, outputs = loaded.outputs(examples)
     assert sums is not None  # the examples are labelled
@@ -110,12 +111,15 @@ def evaluate_tuned(
         Console().print(report.predictions_table(wrong[:10]))
         report.write_jsonl(wrong, out / "wrong.jsonl")
         print(f"  the {len(wrong)} most wrong are in {directory / 'wrong.jsonl'}")
-    if labels and len(predictions) == len(examples):
+    if task.verb == "classify" and predictions:
         names = {name: i for i, name in enumerate(labels)}
         gold = np.array([names[p.gold] for p in predictions])
         predicted = np.array([names[p.predicted] for p in predictions])
         plots.plot_confusion(gold, predicted, labels, out / "confusion.png")
         print(f"  who is taken for whom is in {directory / 'confusion.png'}")
+        reliable = calibration.reliability(gold, outputs["probabilities"])
+        plots.plot_reliability(reliable, out / "reliability.png")
+        print(f"  how far probabilities can be trusted is in {directory / 'reliability.png'}")
     return {"step": number, "data": where, "examples": len(examples), **metrics}
 
 

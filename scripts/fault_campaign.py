@@ -205,12 +205,15 @@ def kills(campaign: Campaign, times: int, console: Console) -> Row:
                 status.update(f"SIGKILL {row.times + 1} of {times}")
                 started = campaign.start(name)
                 wait_for_moment(campaign, name, started, while_saving=row.times % 2 == 1)
-                if all(process.poll() is None for process in started):
+                alive = all(process.poll() is None for process in started)
+                if alive:
                     campaign.random.choice(started).send_signal(signal.SIGKILL)
                     row.times += 1
                 for process in started:
                     process.communicate()
                 campaign.check(name, row)
+                if not alive:  # it came to its end, or can go on no more: finish() tells
+                    break
             campaign.finish(name, row)
     return row
 
@@ -294,10 +297,13 @@ def damages(
             for process in started:
                 process.kill()
                 process.communicate()
-            newest = campaign.checkpoints(name) / str(list_steps(campaign.checkpoints(name))[-1])
+            row.times += 1
+            if not (steps := list_steps(campaign.checkpoints(name))):
+                row.lost += 1
+                continue
+            newest = campaign.checkpoints(name) / str(steps[-1])
             files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
             damage(campaign.random.choice([p for p in files if p.stat().st_size]), campaign.random)
-            row.times += 1
             row.refused += "is damaged" in campaign.finish(name, row)
     return row
 

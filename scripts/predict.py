@@ -11,7 +11,6 @@ tune_process()
 
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -23,10 +22,11 @@ import tyro
 from jaxlm import run as runs
 from jaxlm import tuned
 from jaxlm.config import FinetuneConfig, RunConfig
-from jaxlm.data.labelled.records import JsonLines, Record
+from jaxlm.data import files, tabular
+from jaxlm.data.labelled.records import JsonLines, Record, json_record
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.fill_mask import MASK, FillMask
-from jaxlm.places import locate, on_disk
+from jaxlm.places import locate, on_disk, whole
 from jaxlm.tuned import FinetunedRun
 
 Answer = dict[str, Any]
@@ -94,7 +94,9 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
     names = loaded.task.text_fields
     given = [text] if pair is None else [text, pair]
     if len(given) != len(names):
-        wanted = "a second text, which --pair gives" if len(names) == 2 else "one text, no --pair"
+        wanted = {1: "one text, no --pair", 2: "a second text, which --pair gives"}.get(
+            len(names), "JSON objects, which --file gives"
+        )
         raise InputError(f"the task of this run takes {wanted} ({', '.join(names)})")
     return Record(fields=dict(zip(names, given, strict=True)), place="the text given")
 
@@ -106,10 +108,8 @@ def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
         return
     for number, line in read_lines(file):
         if line.lstrip().startswith("{"):
-            try:
-                yield Record(fields=json.loads(line), place=f"{file}:{number}")
-            except json.JSONDecodeError as error:
-                raise InputError(f"{file}:{number}: not JSON ({error.msg})") from error
+            place = f"{file}:{number}"
+            yield json_record(tabular.read_json_line(line, place), place)
         else:
             yield Record(fields=record_of(loaded, line, None).fields, place=f"{file}:{number}")
 
@@ -153,31 +153,21 @@ def write(answers: Iterable[Answer], out: Path | None) -> None:
         for line in lines:
             print(line, end="")
         return
-    unfinished = on_disk(out).with_name(f".{out.name}")
     count = 0
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
+        with whole(on_disk(out)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for line in lines:
                 file.write(line)
                 count += 1
-        os.replace(unfinished, out)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
     print(f"{count} answers in {out}")
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """The file's lines that are not blank, with their numbers."""
-    if str(file) == "-":
-        text = sys.stdin.read()
-    else:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} cannot be read: {error}") from error
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    every = sys.stdin if str(file) == "-" else files.lines(file)
+    lines = [(n, line.rstrip("\n")) for n, line in enumerate(every, start=1) if line.strip()]
     if not lines:
         raise InputError(f"{file} holds no text")
     yield from lines

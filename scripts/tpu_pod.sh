@@ -7,7 +7,7 @@
 #   scripts/tpu_pod.sh launch scripts/pretrain.py configs/bert_base.py --mesh.fsdp 16
 #   scripts/tpu_pod.sh follow                  # the output of host 0; Ctrl-C leaves the run alone
 #   scripts/tpu_pod.sh stop                    # SIGTERM: all hosts save at one step and exit
-#   scripts/tpu_pod.sh collect runs/bert_base  # from host 0 to here
+#   scripts/tpu_pod.sh collect /mnt/jaxlm/runs/bert_base runs  # from host 0 into a folder here
 #   scripts/tpu_pod.sh delete
 #
 # The same launch goes on where a run was stopped or preempted. All hosts must see one run folder: on
@@ -36,7 +36,8 @@ case $action in
     everywhere "${NFS:+sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/jaxlm && \
       (mountpoint -q /mnt/jaxlm || sudo mount $NFS /mnt/jaxlm) && }\
       mkdir -p jaxlm && tar xzf jaxlm.tar.gz -C jaxlm && cd jaxlm && \
-      (test -d .venv || python3 -m venv .venv) && .venv/bin/pip install -q -e '.[tpu]'"
+      (command -v uv || python3 -m pip install -q uv) && export PATH=\$HOME/.local/bin:\$PATH && \
+      (test -d .venv || uv venv -q --python 3.12 .venv) && uv pip install -q -p .venv -e '.[tpu]'"
     ;;
   launch)
     [ $# -gt 0 ] || { echo "error: launch what? such as: launch scripts/pretrain.py CONFIG" >&2; exit 2; }
@@ -46,9 +47,10 @@ case $action in
   follow) tpu ssh "$NAME" --worker=0 --command "tail -n 100 -F jaxlm/run.log" ;;
   stop) tpu ssh "$NAME" --worker=0 --command "kill -TERM \$(cat jaxlm/run.pid)" ;;
   collect)
-    [ $# -eq 1 ] || { echo "error: collect which folder? such as: collect runs/bert_base" >&2; exit 2; }
-    mkdir -p "$(dirname "$1")"
-    tpu scp --recurse "$NAME:jaxlm/$1" "$(dirname "$1")" --worker=0
+    [ $# -eq 2 ] || { echo "error: collect what, and where to? such as: collect /mnt/jaxlm/runs/x runs" >&2; exit 2; }
+    mkdir -p "$2"
+    case $1 in /*) from=$1 ;; *) from=jaxlm/$1 ;; esac
+    tpu scp --recurse "$NAME:$from" "$2" --worker=0
     ;;
   delete) tpu delete "$NAME" ;;
   *) sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" ;;

@@ -136,7 +136,7 @@ def test_a_checkpoint_holds_adapters_and_head_alone(
     published = base.load(config.base)
     for path, leaf in tree.leaves_with_path(published.encoder):
         frozen = dict(tree.leaves_with_path(loaded.variables["params"]["encoder"]))[path]
-        np.testing.assert_array_equal(frozen, leaf)
+        np.testing.assert_array_equal(frozen[: len(leaf)], leaf)  # the vocabulary is filled up
 
 
 def test_merged_parameters_compute_the_same(directory: Path, config: FinetuneConfig) -> None:
@@ -220,8 +220,8 @@ def test_a_frozen_base_may_be_small(config: FinetuneConfig, kept, dtype, tmp_pat
     small = replace(config, runs=tmp_path, frozen_dtype=kept, dtype=dtype)
     loaded = tuned.open_tuned(finetune(small))
     assert loaded.config.model.dtype == (dtype or "float32")
-    published = base.load(config.base)
-    assert tree.num_bytes(loaded.state.frozen) < 0.6 * tree.num_bytes(published.encoder)
+    whole = 4 * tree.num_params(loaded.variables["params"]["encoder"])
+    assert tree.num_bytes(loaded.state.frozen) < 0.6 * whole
     (answer,) = loaded.answer([record("a b c")])
     assert answer["label"] == "1"
 
@@ -232,9 +232,17 @@ def test_a_vocabulary_grows_to_be_split(config: FinetuneConfig) -> None:
     resolved = resolve(split, published, published.tokenizer, "cpu")
     state = tuned.make_state(resolved, ("0", "1"), published)
     table = tuning.plain(state.variables)["params"]["encoder"]["token_embed"]["embedding"]
-    assert (published.config.vocab_size, len(table)) == (24, 25)
+    assert (published.config.vocab_size, len(table)) == (24, 320)
     np.testing.assert_array_equal(table[:24], published.encoder["token_embed"]["embedding"])
-    np.testing.assert_array_equal(table[24], 0)
+    np.testing.assert_array_equal(table[24:], 0)
+
+
+def test_every_linear_map_below_the_head_can_be_adapted(config: FinetuneConfig) -> None:
+    published = base.load(config.base)
+    everywhere = replace(config, tuning=LoraConfig(targets=("kernel",), rank=2))
+    resolved = resolve(everywhere, published, published.tokenizer, "cpu")
+    adapters = tuned.make_state(resolved, ("0", "1"), published).trainable["lora"]
+    assert adapters.keys() == {"encoder"}
 
 
 def test_stops_when_nothing_gets_better(config: FinetuneConfig, tmp_path: Path) -> None:
@@ -267,7 +275,30 @@ def test_a_bilstm_learns_from_the_same_data(config: FinetuneConfig, tmp_path: Pa
     ]
 
 
+def test_more_devices_than_micro_batches_leave_rows_for(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "copy")
+    saved = (directory / "config.json").read_text()
+    micro = saved.replace('"num_micro_batches": 1', '"num_micro_batches": 16')
+    assert micro != saved
+    (tmp_path / "copy" / "config.json").write_text(micro)
+    assert tuned.open_tuned(tmp_path / "copy").labels == ("0", "1")
+
+
 # Bad input.
+
+
+def test_data_that_have_changed_are_not_split_anew(directory: Path) -> None:
+    loaded = tuned.open_tuned(directory)
+    assert len(loaded.parts().validation) == 32
+    other = replace(loaded.config.data, validation=None)
+    changed = replace(loaded, config=replace(loaded.config, data=other))
+    with pytest.raises(InputError, match=r"have changed since lora was trained, .* \(--data\)"):
+        changed.parts()
+
+
+def test_a_metric_that_the_task_does_not_have(config: FinetuneConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="monitor=spearman is not measured here; there are loss, "):
+        finetune(replace(config, runs=tmp_path, monitor="spearman"))
 
 
 def refused(config: FinetuneConfig, match: str) -> None:
@@ -287,6 +318,12 @@ def test_bad_configurations(config: FinetuneConfig, tmp_path: Path) -> None:
     refused(replace(new, model=BilstmConfig()), "model is given")
     with pytest.raises(InputError, match="base and model are None"):
         replace(new, base=None)
+    with pytest.raises(InputError, match="tokenizer is given, and also base="):
+        replace(new, tokenizer=TokenizerConfig())
+    with pytest.raises(InputError, match="frozen_dtype=int8 is of parameters that do not learn"):
+        replace(new, tuning=Full(), frozen_dtype="int8")
+    with pytest.raises(InputError, match=r"label_smoothing=1\.5 is not in"):
+        Classification(label_smoothing=1.5, r_drop=1.0)
 
 
 def test_an_unseen_label(config: FinetuneConfig, folder: Path, tmp_path: Path) -> None:

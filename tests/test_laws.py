@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports from floors below its own, and from its own package.
 FLOORS = [
     {"errors", "typing"},
-    {"places", "sums", "tree"},
+    {"parts", "places", "sums", "tree"},
     {"hosts", "intercept", "sharding", "signals"},
     {"data", "ia3", "lora", "nn", "optim", "quantize"},
     {"models", "objectives"},

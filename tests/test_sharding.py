@@ -306,16 +306,23 @@ def test_slices_that_do_not_fit_raise(config, devices, message):
 @pytest.mark.parametrize(
     ("config", "parts"),
     [
-        (MeshConfig(), [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        (MeshConfig(fsdp=2, tensor=2), [(0, 4), (1, 4), (2, 4), (3, 4)]),
-        (MeshConfig(tensor=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
-        (MeshConfig(sequence=8), [(0, 1)] * 4),
+        (MeshConfig(), [((2 * i, 2 * i + 1), 8) for i in range(4)]),
+        (MeshConfig(fsdp=2, tensor=2), [((i,), 4) for i in range(4)]),
+        (MeshConfig(tensor=4), [((0,), 2), ((0,), 2), ((1,), 2), ((1,), 2)]),
+        (MeshConfig(sequence=8), [((0,), 1)] * 4),
     ],
     ids=str,
 )
 def test_the_rows_of_each_of_four_processes(config, parts):
     mesh = make_mesh(config, [Fake(i, i // 2, 0) for i in range(8)])
     assert [process_part(mesh, i) for i in range(4)] == parts
+
+
+def test_the_rows_of_hosts_whose_devices_are_no_neighbours():
+    mesh = make_mesh(MeshConfig(), [Fake(i, i % 2, 0) for i in range(4)])
+    parts = [process_part(mesh, i) for i in range(2)]
+    assert [part.rows(8).tolist() for part in parts] == [[0, 1, 4, 5], [2, 3, 6, 7]]
+    assert [part.count for part in parts] == [2, 2]
 
 
 def test_rows_that_processes_cannot_share_raise():

@@ -67,6 +67,8 @@ Computations = dict[str, dict[str, _Instruction]]
 def parse(text: str) -> Program:
     """Of ``compiled.as_text()``."""
     computations, entry = _read(text)
+    counts = re.findall(r"\b(?:replica_count|num_partitions)=(\d+)", text.partition("\n\n")[0])
+    everyone = tuple(range(max(map(int, counts), default=1)))
     found: list[Collective] = []
     unknown = 0
 
@@ -91,7 +93,7 @@ def parse(text: str) -> Program:
                     later = "chain_id=" in each.text and not starts
                     kind = None if later else _kind(each, name)
                     if kind is not None:
-                        found.append(_collective(kind, each, instructions, times))
+                        found.append(_collective(kind, each, instructions, times, everyone))
 
     visit(entry, 1)
     return Program(tuple(found), unknown)
@@ -171,7 +173,11 @@ def _kind(instruction: _Instruction, computation: str) -> Kind | None:
 
 
 def _collective(
-    kind: Kind, instruction: _Instruction, around: dict[str, _Instruction], times: int
+    kind: Kind,
+    instruction: _Instruction,
+    around: dict[str, _Instruction],
+    times: int,
+    everyone: tuple[int, ...],
 ) -> Collective:
     over_slices = instruction.opcode == "send"
     operands = instruction.operands[:1] if over_slices else instruction.operands  # not the token
@@ -180,7 +186,7 @@ def _collective(
     return Collective(
         kind,
         sum(num_bytes(around[name].shape) for name in operands if name in around),
-        () if over_slices else replica_group(instruction.text),
+        () if over_slices else replica_group(instruction.text) or everyone,
         times,
         asynchronous or over_slices,
         over_slices,

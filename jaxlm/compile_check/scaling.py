@@ -1,6 +1,5 @@
 """Weak scaling: more devices, the same rows on each."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from jaxlm.compile_check.check import Report
 from jaxlm.errors import InputError
+from jaxlm.places import whole
 
 PARTS = (
     ("products at the chips' peak", "#2b6cb0", lambda each: each.compute_s or 0.0),
@@ -45,6 +45,5 @@ def plot(reports: Sequence[Report], out_png: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     rows = drawn[0].batch_size // drawn[0].num_devices
     figure.suptitle(f"{drawn[0].config}, {rows} rows of {drawn[0].row_length} a device")
-    unfinished = out_png.with_name(f".{out_png.name}")
-    FigureCanvasAgg(figure).print_png(unfinished)
-    os.replace(unfinished, out_png)
+    with whole(out_png) as unfinished:
+        FigureCanvasAgg(figure).print_png(unfinished)

@@ -24,7 +24,8 @@ class Tpu(Chip):
     num_axes: int
     """Of the torus."""
     wraps_from: int
-    """An axis of a slice whose size is a multiple of this is a ring; others are lines."""
+    """An axis of a slice whose size is a multiple of this is a ring; others are lines. Slices in
+    three dimensions are rings only where they are made of whole cubes."""
 
 
 CHIPS = {
@@ -131,8 +132,9 @@ class TpuSlices(Topology):
         return found.devices
 
     def is_ring(self, axis: int) -> bool:
-        """Whether the axis of the torus is closed."""
-        return self.shape[axis] % self.chip.wraps_from == 0
+        """Whether the axis of the torus is closed: in three dimensions all are, or none."""
+        sizes = self.shape if self.chip.num_axes == 3 else (self.shape[axis],)
+        return all(size % self.chip.wraps_from == 0 for size in sizes)
 
     def bandwidth(self, kind: Kind, members: Sequence[Coordinates]) -> float:
         """Over all axes that the group spans at once.

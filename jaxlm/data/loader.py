@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
+from jaxlm.parts import WHOLE, Part
 from jaxlm.typing import HostBatch
 
 
@@ -51,26 +52,23 @@ def train_batches(
     *,
     seed: int,
     examples_seen: int = 0,
-    part_index: int = 0,
-    num_parts: int = 1,
+    part: Part = WHOLE,
 ) -> Iterator[HostBatch]:
     """A part, such as a process holds, of every global batch, without end, read ahead by threads.
 
     A batch is ``{"tokens": [local_batch, row_length], "lengths": int32 [local_batch], "index":
-    int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Part p of P holds
-    rows p·B/P to (p+1)·B/P of a global batch of B, so that the parts, put together in order of
-    process, are the same global batch for every P. Row k of a run is the same row for every batch
-    size, so ``examples_seen`` is all there is to save. Each data set is shuffled anew for every
-    epoch.
+    int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Blocks, put together in
+    their order, are the same global batch however many there are. Row k of a run is the same row
+    for every batch size, so ``examples_seen`` is all there is to save. Each data set is shuffled
+    anew for every epoch.
     """
     _check_alike(datasets)
-    local_batch = _local_batch(config.batch_size, num_parts)
+    local = part.rows(config.batch_size)
     rows = _endless(datasets, config.weights, seed)
-    first = examples_seen + part_index * local_batch
 
     def batch(step: int) -> HostBatch:
-        start = first + step * config.batch_size
-        return _stack([rows[i] for i in range(start, start + local_batch)], start)
+        numbers = examples_seen + step * config.batch_size + local
+        return _stack([rows[i] for i in numbers.tolist()], numbers)
 
     steps = sys.maxsize // config.batch_size - examples_seen
     return _read_ahead(batch, steps, config.num_threads, config.prefetch)
@@ -81,8 +79,7 @@ def eval_batches(
     batch_size: int,
     *,
     split: str = "validation",
-    part_index: int = 0,
-    num_parts: int = 1,
+    part: Part = WHOLE,
     max_rows: int | None = None,
 ) -> Iterator[HostBatch]:
     """A part of every batch of one pass in fixed order, as for :func:`train_batches`.
@@ -90,7 +87,7 @@ def eval_batches(
     The last global batch is filled up with rows of length 0 (all padding), so that every process
     has the same number of full batches. ``max_rows`` takes only the first so many rows.
     """
-    local_batch = _local_batch(batch_size, num_parts)
+    local = part.rows(batch_size)
     rows = dataset.source(split)
     num_rows = len(rows) if max_rows is None else min(max_rows, len(rows))
     padding = dict(rows[0])
@@ -98,9 +95,9 @@ def eval_batches(
     padding["length"] = np.int32(0)
 
     def batch(step: int) -> HostBatch:
-        start = step * batch_size + part_index * local_batch
-        indices = range(start, start + local_batch)
-        return _stack([rows[i] if i < num_rows else padding for i in indices], start)
+        numbers = step * batch_size + local
+        found = [rows[i] if i < num_rows else padding for i in numbers.tolist()]
+        return _stack(found, numbers)
 
     return _read_ahead(batch, -(-num_rows // batch_size), num_threads=1, prefetch=2)
 
@@ -117,14 +114,6 @@ def _check_alike(datasets: Sequence[Prepared]) -> None:
                 )
 
 
-def _local_batch(batch_size: int, num_parts: int) -> int:
-    if batch_size % num_parts:
-        raise InputError(
-            f"batch_size={batch_size} is not divisible by the {num_parts} parts that processes hold"
-        )
-    return batch_size // num_parts
-
-
 def _endless(
     datasets: Sequence[Prepared], weights: Sequence[float] | None, seed: int
 ) -> grain.MapDataset:
@@ -139,12 +128,11 @@ def _endless(
     return grain.MapDataset.mix(endless, weights=weights or [len(source) for source in sources])
 
 
-def _stack(records: list[Any], start: int) -> HostBatch:
-    index = np.arange(start, start + len(records)) % 2**31
+def _stack(records: list[Any], numbers: np.ndarray) -> HostBatch:
     return {
         "tokens": np.stack([record["tokens"] for record in records]),
         "lengths": np.array([record["length"] for record in records], np.int32),
-        "index": index.astype(np.int32),
+        "index": (numbers % 2**31).astype(np.int32),
     }
 
 

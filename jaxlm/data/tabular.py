@@ -58,16 +58,21 @@ def read_json_lines(path: Path, on_read: OnRead = ignore) -> Iterator[tuple[str,
         if not line.strip():
             continue
         place = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{place}: not JSON ({error.msg} at column {error.colno}); every line must be one "
-                "JSON object"
-            ) from error
-        if not isinstance(record, dict):
-            raise InputError(f"{place}: a JSON {type(record).__name__} where an object is expected")
-        yield place, record
+        yield place, read_json_line(line, place)
+
+
+def read_json_line(line: str, place: str) -> dict[str, Any]:
+    """The object of a line."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{place}: not JSON ({error.msg} at column {error.colno}); every line must be one "
+            "JSON object"
+        ) from error
+    if not isinstance(record, dict):
+        raise InputError(f"{place}: a JSON {type(record).__name__} where an object is expected")
+    return record
 
 
 def text_field(fields: Mapping[str, Any], name: str, place: str) -> str:

@@ -32,6 +32,8 @@ def building(target: Place, last: str) -> Iterator[Path]:
     replaced = target.with_name(f".{target.name}.replaced")
     try:
         shutil.rmtree(scratch, ignore_errors=True)  # left by a run that was killed
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
         scratch.mkdir(parents=True)
         yield scratch
         if target.exists():

@@ -1,7 +1,6 @@
 """Pictures of an evaluation; each file is replaced at once."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from jaxlm.errors import InputError
 from jaxlm.evaluate.calibration import Reliability
 from jaxlm.evaluate.metrics import higher_is_better
+from jaxlm.places import whole
 
 RIGHT, WRONG, REFERENCE = "#2b6cb0", "#dd6b20", "#4a5568"  # the colours of loss.png
 CURVES = (RIGHT, WRONG, "#2f855a", "#6b46c1", "#b83280", "#2c7a7b", "#975a16", REFERENCE)
@@ -250,7 +250,6 @@ def _short(count: int) -> str:
 
 
 def _save(figure: Figure, out_png: Path) -> None:
-    # A figure of its own, not pyplot's: no global state. The ending decides the format.
-    unfinished = out_png.with_name(f".{out_png.name}")
-    FigureCanvasAgg(figure).print_png(unfinished)
-    os.replace(unfinished, out_png)
+    # A figure of its own, not pyplot's: no global state.
+    with whole(out_png) as unfinished:
+        FigureCanvasAgg(figure).print_png(unfinished)

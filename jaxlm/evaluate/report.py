@@ -3,7 +3,6 @@
 import dataclasses
 import heapq
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import HIGHER_IS_BETTER
+from jaxlm.places import whole
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]  # row → column → one for each seed
 
@@ -71,11 +71,9 @@ def most_wrong(predictions: Iterable[Prediction], count: int = 20) -> list[Predi
 
 def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
     """One object a line; the file is replaced at once."""
-    unfinished = path.with_name(f".{path.name}")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for prediction in predictions:
             file.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
 
 
 def predictions_table(predictions: Iterable[Prediction], title: str = "Most wrong") -> Table:

@@ -237,14 +237,15 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
 
 
 def _fitting(config: Config, settings: Settings) -> Settings:
-    """Those settings that have a place in the config that the ones before them make."""
+    """Those settings that have a place in the config that the others make."""
     kept: Settings = {}
-    for name, value in settings.items():
+    # What a field is, before what is in it.
+    for name, value in sorted(settings.items(), key=lambda item: item[0].count(".")):
         variant = _attempt(config, kept)
         with contextlib.suppress(InputError):
             _hint(variant or config, name)
             kept[name] = value
-    return kept
+    return {name: value for name, value in settings.items() if name in kept}
 
 
 def _attempt(config: Config, settings: Settings) -> Config | None:

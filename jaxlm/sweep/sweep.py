@@ -18,6 +18,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
+from jaxlm.places import whole
 from jaxlm.sweep import space
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.space import short_label, shown
@@ -200,9 +201,8 @@ def _as_json(plan: Plan, results: Sequence[Result]) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is never seen half-written."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -42,6 +42,10 @@ class Classification:
     """One vector of a row's hidden states: a dense layer on the first, or their mean."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing={self.label_smoothing} is not in [0, 1); 0 is off")
+        if self.r_drop < 0:
+            raise InputError(f"r_drop={self.r_drop} is below 0; 0 is off")
         if self.fields.target != "class" and (self.label_smoothing or self.r_drop):
             raise InputError(
                 f"label_smoothing={self.label_smoothing} and r_drop={self.r_drop} are for classes, "

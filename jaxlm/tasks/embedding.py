@@ -70,8 +70,10 @@ class Embedding:
 
     @property
     def monitor(self) -> str:
-        """By what is known of the pairs."""
-        return "accuracy" if self.fields.label is None else "spearman"
+        """By what is known of the pairs; a text is always nearest to itself."""
+        if self.fields.label is not None:
+            return "spearman"
+        return "loss" if self.fields.pair == self.fields.text else "accuracy"
 
     def for_evaluation(self) -> "Embedding":
         """The same: there is nothing of training alone."""

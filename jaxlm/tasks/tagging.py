@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import flax.linen as nn
@@ -12,9 +13,10 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.tagging import Sentence, TagFields
+from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
 from jaxlm.evaluate.report import Prediction
-from jaxlm.evaluate.tags import find_mentions
+from jaxlm.evaluate.tags import find_mentions, read_entities
 from jaxlm.models.heads import TokenHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
@@ -28,6 +30,9 @@ class Tagging:
 
     fields: TagFields = field(default_factory=TagFields)
     """Which fields hold words and tags."""
+    entities: bool = True
+    """Tags mark the words of entities (BIO, IOBES); else each word's tag stands for itself, such as
+    a part of speech."""
     label_smoothing: float = 0.0
     """Probability that is spread over all tags in training."""
 
@@ -43,8 +48,8 @@ class Tagging:
 
     @property
     def monitor(self) -> str:
-        """The F1 of whole entities."""
-        return "f1"
+        """The F1 of whole entities, or the share of words."""
+        return "f1" if self.entities else "accuracy"
 
     def for_evaluation(self) -> "Tagging":
         """Without label smoothing."""
@@ -57,7 +62,16 @@ class Tagging:
 
     def labels(self, examples: Sequence[Sentence]) -> Labels:
         """The tags."""
-        return data.label_names(examples)
+        names = data.label_names(examples)
+        if self.entities:
+            try:
+                read_entities(names)
+            except InputError as error:
+                raise InputError(
+                    f"{error}: correct it, or set task.entities to False for tags such as parts of "
+                    "speech"
+                ) from error
+        return names
 
     def classes(self, examples: Sequence[Sentence]) -> list[str]:
         """Each word's."""
@@ -92,9 +106,15 @@ class Tagging:
     def metrics(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
-        """Of entities."""
+        """Of entities and of words; words that were cut off count as O, or as wrong."""
+        gold = [example.tags or [] for example in examples]
         predicted = [tags for tags, _ in _tags(examples, labels, outputs)]
-        return metrics.entities([example.tags or [] for example in examples], predicted)
+        words = zip(chain.from_iterable(gold), chain.from_iterable(predicted), strict=True)
+        accuracy = {"accuracy": float(np.mean([a == b for a, b in words]))}
+        if not self.entities:
+            return accuracy
+        found = [[tag or "O" for tag in tags] for tags in predicted]
+        return metrics.entities(gold, found) | accuracy
 
     def predictions(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
@@ -103,7 +123,7 @@ class Tagging:
         found = []
         tagged = _tags(examples, labels, outputs)
         for example, (tags, probabilities) in zip(examples, tagged, strict=True):
-            wrong = [i for i, tag in enumerate(example.tags or ()) if tag != tags[i]]
+            wrong = [i for i, tag in enumerate(example.tags or ()) if tags[i] not in (tag, None)]
             if not wrong:
                 continue
             worst = max(wrong, key=lambda i: probabilities[i])
@@ -112,7 +132,7 @@ class Tagging:
                 Prediction(
                     loss=float(-np.log(max(1 - probabilities[worst], 1e-9))),
                     gold=(example.tags or [])[worst],
-                    predicted=tags[worst],
+                    predicted=tags[worst] or "",
                     probability=probabilities[worst],
                     text=f"{example.words[worst]}: {text}",
                     place=example.place,
@@ -123,7 +143,8 @@ class Tagging:
     def answers(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
     ) -> list[dict[str, Any]]:
-        """The words, their tags, and the entities with their places in the joined text."""
+        """The words, their tags (none for words that were cut off), and the entities with their
+        places in the joined text."""
         answers = []
         tagged = _tags(examples, labels, outputs)
         for example, (tags, probabilities) in zip(examples, tagged, strict=True):
@@ -133,20 +154,24 @@ class Tagging:
                 (int(end) - len(word), int(end))
                 for word, end in zip(example.words, ends, strict=True)
             ]
-            mentions = find_mentions(tags, places, text, probabilities)
-            entities = [vars(mention) for mention in mentions]
-            answers.append({"text": text, "tags": tags, "entities": entities})
+            answer = {"text": text, "tags": tags}
+            if self.entities:
+                marks = [tag or "O" for tag in tags]
+                mentions = find_mentions(marks, places, text, probabilities)
+                answer["entities"] = [vars(mention) for mention in mentions]
+            answers.append(answer)
         return answers
 
 
 def _tags(
     examples: Sequence[Sentence], labels: Labels, outputs: Outputs
-) -> list[tuple[list[str], list[float]]]:
-    """The likeliest tag of each word and its probability; O for words that were cut off."""
+) -> list[tuple[list[str | None], list[float]]]:
+    """The likeliest tag of each word and its probability; None for words that were cut off."""
     tagged = []
     rows = zip(examples, outputs["probabilities"], outputs["words"], strict=True)
     for example, probabilities, words in rows:
-        tags, likely = ["O"] * len(example.words), [1.0] * len(example.words)
+        tags: list[str | None] = [None] * len(example.words)
+        likely = [0.0] * len(example.words)
         for position in np.flatnonzero(words):
             best = int(probabilities[position].argmax())
             tags[words[position] - 1] = labels[best]

@@ -1,5 +1,6 @@
 """The training loop: straight lines that take functions. Copy it if you need another."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +40,8 @@ class TrainConfig:
     num_evals: int = 10
     """Evaluations, each followed by a checkpoint, spread evenly over the run."""
     eval_rows: int | None = 2048
-    """Rows of the validation split to evaluate on; None = all."""
+    """Rows of the validation split that pretraining evaluates on; None = all. Fine-tuning takes all
+    of its examples."""
     save_every: int | None = None
     """Steps between checkpoints besides those that follow evaluations."""
     patience: int | None = None
@@ -90,17 +92,23 @@ def fit(
     first = step = int(state.step)
     clock = Clock(config, cursor)
     share = clock.share(step)
-    evals_done = int(share * config.num_evals)
+    evals_done = cursor.get("evals_done", int(share * config.num_evals))
     skipped = 0
     pending: Sums | None = None
     best, since_best = cursor.get("best", math.inf), cursor.get("since_best", 0)
     compiled: dict[tuple[tuple[int, ...], ...], Callable[..., tuple[TrainState, Sums]]] = {}
 
+    @contextlib.contextmanager
+    def pause(doing: str | None = None) -> Iterator[None]:
+        with view.pause(doing):
+            yield
+        clock.paused = True
+
     def compiled_for(batch: Batch) -> Callable[..., tuple[TrainState, Sums]]:
         shapes = tuple(x.shape for x in batch.values())
         if shapes not in compiled:
             rows = f" for rows of {batch['tokens'].shape[-1]}" if compiled else ""
-            with view.pause(f"compiling the train step{rows}"):
+            with pause(f"compiling the train step{rows}"):
                 example = state, batch, np.float32(share)
                 compiled[shapes] = compile_ahead(placement.train_step, *example)
         return compiled[shapes]
@@ -125,16 +133,17 @@ def fit(
             "tokens_seen": view.tokens_seen,
             "elapsed_s": clock.elapsed_s(),
             "share": share,
+            "evals_done": evals_done,
             "best": best,
             "since_best": since_best,
         }
-        with view.pause():
+        with pause():
             checkpointer.save(step, state.learned, cursor | now, metrics)
 
     def evaluate_and_save() -> None:
         nonlocal best, since_best
         read()
-        with view.pause("evaluating, and compiling that" if step == first else None):
+        with pause("evaluating, and compiling that" if step == first else None):
             metrics = evaluate(state)
         view.evaluated(step, metrics)
         cost = checkpointer.monitor.cost(metrics)
@@ -197,6 +206,7 @@ class Clock:
         self._share = cursor["share"]
         self._started = time.monotonic()
         self._heard: tuple[int, float, float] | None = None  # step, share, and share of a step
+        self.paused = False  # since others were heard: the time from then on is no pace to go on at
 
     def start(self) -> None:
         """Progress begins now."""
@@ -223,8 +233,10 @@ class Clock:
     def _agree(self, step: int, share: float) -> float:
         """The share by process 0's clock, the same in all processes."""
         if self._heard is None or step - self._heard[0] >= _AGREE_EVERY:
-            before = self._heard or (step, share, 0.0)
-            pace = (share - before[1]) / max(1, step - before[0])
+            known, before, pace = self._heard or (step, share, 0.0)
+            if step > known and not self.paused:
+                pace = (share - before) / (step - known)
+            self.paused = False
             heard = multihost_utils.broadcast_one_to_all(np.array([share, pace]))
             self._heard = step, float(heard[0]), float(heard[1])
         known, share, pace = self._heard

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxlm.errors import InputError
+from jaxlm.places import whole
 
 Values = Mapping[str, float | int]  # on the host
 
@@ -20,6 +20,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
     ("H100", 989e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("GH200", 989e12),
     ("B200", 2250e12),
@@ -57,9 +58,8 @@ class JsonlWriter:
     def __init__(self, path: Path, *, step: int = 0):
         lines = [line for line in read_jsonl(path) if line["step"] <= step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        rewritten = path.with_name(path.name + ".new")
-        rewritten.write_text("".join(map(_json_line, lines)))
-        os.replace(rewritten, path)
+        with whole(path) as rewritten:
+            rewritten.write_text("".join(map(_json_line, lines)))
         self._file = path.open("a")
 
     def write(self, step: int, values: Values) -> None:

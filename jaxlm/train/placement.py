@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.sharding import Part
+from jaxlm.parts import Part
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
 from jaxlm.typing import Batch, HostBatch, PRNGKey
@@ -124,7 +124,7 @@ def pmap_placement(
         ),
         put_batch,
         _abstract(shapes, shardings),
-        Part(jax.process_index(), jax.process_count()),
+        Part((jax.process_index(),), jax.process_count()),
         abstract_batch,
     )
 

@@ -1,7 +1,6 @@
 """``loss.png``: what the run has learned so far, against what is known without learning."""
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from jaxlm.places import whole
 from jaxlm.train.metrics import read_jsonl
 
 TRAIN, VALIDATION, REFERENCE = "#2b6cb0", "#dd6b20", "#4a5568"
@@ -70,10 +70,8 @@ def plot_loss(
         second.xaxis.set_major_formatter(EngFormatter(sep=""))
     if steps.size or eval_steps.size:
         axes.legend(frameon=False)
-    # The ending decides the format, so it stays last.
-    unfinished = out_png.with_name(f".{out_png.name}")
-    FigureCanvasAgg(figure).print_png(unfinished)
-    os.replace(unfinished, out_png)
+    with whole(out_png) as unfinished:
+        FigureCanvasAgg(figure).print_png(unfinished)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

@@ -108,7 +108,7 @@ def test_a_published_vocabulary_is_filled_up_as_in_training():
     published = replace(SMALL, length=16, encoder=replace(TINY, vocab_size=101))
     state = make_step(config, published, jax.devices()).placement.abstract_state
     leaves = tree.leaves_with_path(state.frozen)
-    assert [leaf.shape[0] for path, leaf in leaves if "token_embed" in path] == [102]
+    assert [leaf.shape[0] for path, leaf in leaves if "token_embed" in path] == [128]
 
 
 def test_an_encoder_without_a_formula():

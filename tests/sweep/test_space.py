@@ -96,6 +96,20 @@ def test_fields_without_a_place_are_left_out(config: FinetuneConfig) -> None:
         "tuning=LoraConfig, tuning.rank=8",
     ]
     assert replaced(config, found[2]).tuning == LoraConfig(rank=8)
+    # What is inside may be named before what it is inside of.
+    turned = candidates(
+        replace(config, tuning=LoraConfig()),
+        read_space(
+            replace(config, tuning=LoraConfig()), ["tuning.rank=4,8", "tuning=Full,LoraConfig"]
+        ),
+        num_random=None,
+        seed=0,
+    )
+    assert [label(settings) for settings in turned] == [
+        "tuning=Full",
+        "tuning.rank=4, tuning=LoraConfig",
+        "tuning.rank=8, tuning=LoraConfig",
+    ]
 
 
 def test_random_draws(config: FinetuneConfig) -> None:

@@ -102,6 +102,11 @@ def test_a_published_pooler_is_left_out(tiny, write, tokenizer):
     jax.tree.map(np.testing.assert_array_equal, state.trainable["params"]["encoder"], encoder)
 
 
+def test_a_text_is_nearest_to_itself_so_the_loss_decides():
+    assert Embedding().monitor == "accuracy"
+    assert Embedding(fields=TextFields(pair="text", label=None)).monitor == "loss"
+
+
 def test_bad_input(tiny, write, records):
     fields = TextFields(pair="pair", label=None)
     with pytest.raises(InputError, match=r"task\.fields\.pair is None"):
@@ -117,6 +122,7 @@ def test_bad_input(tiny, write, records):
     config = dataclasses.replace(
         tiny(Embedding(), write([])),
         base="runs/base",
+        tokenizer=None,
         tuning=HeadOnly(),
         model=BilstmConfig(vocab_size=8, embed_dim=2, hidden_dim=2),
     )

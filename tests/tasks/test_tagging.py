@@ -25,7 +25,7 @@ def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metr
             assert answer["text"][entity["start"] : entity["end"]] == entity["text"]
 
 
-def test_tags_are_those_of_first_subwords_and_o_where_a_text_was_cut(framer, records):
+def test_tags_are_those_of_first_subwords_and_none_where_a_text_was_cut(framer, records):
     task, labels = Tagging(), ("B-x", "I-x", "O")
     words = [["aing", "b"], [*"abcdefgh", "john", "in", "new"]]  # 11 words, and room for 10
     examples = task.read(records(*({"tokens": own} for own in words)), labelled=False)
@@ -41,8 +41,27 @@ def test_tags_are_those_of_first_subwords_and_o_where_a_text_was_cut(framer, rec
         outputs["probabilities"].append(likely)
     short, long = task.answers(examples, labels, outputs)
     assert short["tags"] == ["B-x", "B-x"]
-    assert long["tags"] == ["B-x"] * 10 + ["O"]
+    assert long["tags"] == ["B-x"] * 10 + [None]
     assert [entity["text"] for entity in long["entities"]] == words[1][:10]
+
+
+def test_tags_that_mark_no_entities(framer, records):
+    task = Tagging(entities=False)
+    examples = task.read(records({"tokens": ["a", *"bcdefghabcd"], "tags": ["DT", *["NN"] * 11]}))
+    labels = task.labels(examples)
+    assert (labels, task.monitor) == (("DT", "NN"), "accuracy")
+    with pytest.raises(InputError, match=r"'DT' is neither O .* set task.entities to False"):
+        Tagging().labels(examples)
+    encoded = task.encode(framer, examples, labels)
+    row = encoded.rows[0]["words"]  # of 12 words the first 10
+    probabilities = np.full((len(row), 2), 0.5, np.float32)
+    probabilities[:, 0] = np.where(row <= 2, 0.9, 0.1)  # the second word is wrong
+    outputs = {"words": [row], "probabilities": [probabilities]}
+    assert task.metrics(examples, labels, outputs) == {"accuracy": 9 / 12}
+    (worst,) = task.predictions(examples, labels, outputs)
+    assert worst.text.startswith("b: a b c")  # and none of those that were cut off
+    (answer,) = task.answers(examples, labels, outputs)
+    assert answer.keys() == {"text", "tags"}
 
 
 def test_bad_input(framer, records):

@@ -12,6 +12,7 @@ from jaxtyping import Int, Int32
 from jaxlm.data.labelled.augment import Augment
 from jaxlm.data.labelled.examples import Examples, Row, pad_rows
 from jaxlm.errors import InputError
+from jaxlm.parts import WHOLE, Part
 
 _CHUNK = 64  # batches that are sorted by length together
 _EPOCH, _ORDER = 2, 3  # set apart the random numbers of epochs and of chunks
@@ -56,24 +57,23 @@ def train_batches(
     seed: int,
     examples_seen: int = 0,
     augment: Augment | None = None,
-    part_index: int = 0,
-    num_parts: int = 1,
+    part: Part = WHOLE,
 ) -> Iterator[Row]:
     """A part, such as a process holds, of every global batch, without end.
 
     Epochs, each in an order of its own, follow each other without a gap. Chunks of this sequence
     are sorted by bucket and cut into batches, which come in random order: up to the bounds of
-    chunks, every example comes once an epoch. Part p of P holds rows p·B/P to (p+1)·B/P of a
-    global batch of B. ``index`` numbers the rows of a run, modulo 2³¹.
+    chunks, every example comes once an epoch. ``index`` numbers the rows of a run, modulo 2³¹.
     """
-    local = _local_rows(batch_size, part_index, num_parts)
+    local = part.rows(batch_size)
     if examples_seen % batch_size:
         raise InputError(
             f"examples_seen={examples_seen} is not a multiple of batch_size={batch_size}; "
             "resume with the batch size that the run began with"
         )
     which = _bucket_numbers(examples, buckets)
-    # At most an epoch, lest copies of one example, which are equally long, meet in a batch.
+    # At most an epoch, so that copies of one example, which are equally long, seldom meet in a
+    # batch: only where a chunk holds the end of an epoch and the beginning of the next.
     chunk_batches = min(_CHUNK, max(1, len(examples) // batch_size))
 
     def batches() -> Iterator[Row]:
@@ -100,15 +100,14 @@ def eval_batches(
     batch_size: int,
     buckets: Sequence[int],
     *,
-    part_index: int = 0,
-    num_parts: int = 1,
+    part: Part = WHOLE,
 ) -> Iterator[Row]:
     """A part, such as a process holds, of every batch of one pass, the longest examples first.
 
     ``example`` gives the number of each row's example. The last batch is filled up with copies,
     whose ``weights`` are 0 and whose ``example`` is -1.
     """
-    local = _local_rows(batch_size, part_index, num_parts)
+    local = part.rows(batch_size)
     which = _bucket_numbers(examples, buckets)
 
     def batches() -> Iterator[Row]:
@@ -124,15 +123,6 @@ def eval_batches(
             yield batch | _index(start, local) | {"example": example}
 
     return batches()
-
-
-def _local_rows(batch_size: int, part_index: int, num_parts: int) -> slice:
-    if batch_size < 1 or batch_size % num_parts:
-        raise InputError(
-            f"batch_size={batch_size} is not divisible by the {num_parts} parts that processes hold"
-        )
-    rows = batch_size // num_parts
-    return slice(part_index * rows, (part_index + 1) * rows)
 
 
 def _bucket_numbers(examples: Examples, buckets: Sequence[int]) -> Int[np.ndarray, " examples"]:
@@ -167,8 +157,8 @@ def _rng(seed: int, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
-def _index(start: int, local: slice) -> dict[str, Int32[np.ndarray, " batch"]]:
-    return {"index": (np.arange(start + local.start, start + local.stop) % 2**31).astype(np.int32)}
+def _index(start: int, local: np.ndarray) -> dict[str, Int32[np.ndarray, " batch"]]:
+    return {"index": ((start + local) % 2**31).astype(np.int32)}
 
 
 def _stack(examples: Examples, rows: list[Row], length: int) -> Row:

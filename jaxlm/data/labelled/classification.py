@@ -46,8 +46,8 @@ class TextExample:
 
     @property
     def stratum(self) -> str:
-        """The class, or the set of labels; numbers make no strata."""
-        return "|".join(sorted(self.classes))
+        """The class, or the first of several labels; numbers make no strata."""
+        return min(self.classes, default="")
 
     @property
     def classes(self) -> tuple[str, ...]:

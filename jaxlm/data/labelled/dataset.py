@@ -23,7 +23,8 @@ class LabelledConfig:
     train: Source
     """The training data."""
     validation: Source | None = None
-    """The data that decide which checkpoint is best; None = a part of the training data."""
+    """The data that decide which checkpoint is best; None = a part of the training data. Where
+    examples share texts, as questions do their contexts, name a file."""
     validation_fraction: float = 0.1
     """That part, where there is no `validation`: a share of each class."""
     split_seed: int = 0
@@ -84,7 +85,9 @@ def like(source: Source, path: Path) -> Source:
         case ".json":
             return Squad(path=str(path))
         case ".csv" | ".tsv" if isinstance(source, Table):
-            return dataclasses.replace(source, path=str(path), delimiter=None)
+            same = path.suffix == Path(source.path).suffix
+            delimiter = source.delimiter if same else None
+            return dataclasses.replace(source, path=str(path), delimiter=delimiter)
         case ".csv" | ".tsv" if not isinstance(source, Conll):
             return Table(path=str(path))
     if isinstance(source, Table | Conll):

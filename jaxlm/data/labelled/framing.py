@@ -1,5 +1,6 @@
 """From texts to rows of token ids, framed as the tokenizer's post-processor frames them."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Framer:
         self.special = SpecialTokens.of(tokenizer)
         self.max_length = max_length
         self._tokenizer = copy
+        self._words = _spaced(copy)
         if self.room(2) < 2:
             raise InputError(
                 f"max_length={max_length} leaves no room for two texts among "
@@ -65,7 +67,7 @@ class Framer:
         for start in range(0, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
             words = not isinstance(chunk[0], str)
-            yield from self._tokenizer.encode_batch(
+            yield from (self._words if words else self._tokenizer).encode_batch(
                 chunk, is_pretokenized=words, add_special_tokens=False
             )
 
@@ -76,6 +78,22 @@ class Framer:
     def size(self, *texts: Ids) -> int:
         """Tokens of the frame of texts that are not cut."""
         return self._frames[len(texts)].size + sum(map(len, texts))
+
+
+def _spaced(tokenizer: Tokenizer) -> Tokenizer:
+    """For lists of words, whose tokens must be those of the joined text.
+
+    A byte-level tokenizer without ``add_prefix_space`` (RoBERTa's) would take every word for the
+    end of the one before.
+    """
+    settings = json.loads(tokenizer.to_str())
+    first = settings["pre_tokenizer"] or {}
+    for part in (first, *first.get("pretokenizers", ())):
+        if part.get("type") == "ByteLevel":
+            part["add_prefix_space"] = True
+    spaced = Tokenizer.from_str(json.dumps(settings))
+    spaced.encode_special_tokens = True
+    return spaced
 
 
 def _cut(texts: tuple[np.ndarray, ...], room: int) -> list[np.ndarray]:

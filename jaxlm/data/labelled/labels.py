@@ -33,6 +33,10 @@ def read_labels(record: Record, name: str, separator: str) -> tuple[str, ...]:
                 f"{record.place}: {name} is {value!r:.40}, which is no JSON list ({error.msg})"
             ) from error
     items = value if isinstance(value, list) else str(value).split(separator)
+    if value is None or any(item is None or isinstance(item, list | dict) for item in items):
+        raise InputError(
+            f"{record.place}: {name} is {value!r:.40}, which is no list of labels; [] is none"
+        )
     labels = [str(item).strip() for item in items]
     return tuple(dict.fromkeys(label for label in labels if label))
 

@@ -112,7 +112,7 @@ class JsonLines:
         """One for each line; blank lines are skipped."""
         count = 0
         for place, fields in tabular.read_json_lines(_file(self.path)):
-            yield Record(fields=_flat(fields), place=place)
+            yield json_record(fields, place)
             count += 1
         _check_count(count, self.path)
 
@@ -236,7 +236,7 @@ class TfdsRecords:
     def records(self) -> Iterator[Record]:
         """One for each example; the field 'b' of a group under 'a' is named 'a/b'."""
         for number, fields in enumerate(self._source().records()):
-            yield Record(fields=_flat(fields), place=f"{self.name} {self.split}:{number}")
+            yield json_record(fields, f"{self.name} {self.split}:{number}")
 
     def fingerprint(self) -> str:
         """Of the data set's own description and the settings."""
@@ -246,7 +246,9 @@ class TfdsRecords:
         return Tfds(name=self.name, split=self.split, data_dir=self.data_dir)
 
 
-RecordSource = Table | JsonLines | Conll | Squad | TfdsRecords
+def json_record(fields: Mapping[str, Any], place: str) -> Record:
+    """Of an object; the field 'b' of one under 'a' is named 'a/b'."""
+    return Record(fields=_flat(fields), place=place)
 
 
 def _file(name: str) -> Path:

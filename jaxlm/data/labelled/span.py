@@ -109,8 +109,6 @@ class Window:
 
     example: int
     """The question's number; its windows follow each other."""
-    example_id: str
-    """The question's id."""
     offsets: Int32[np.ndarray, "length 2"]
     """Where each token begins and ends in the context, in characters; -1 outside of it."""
 
@@ -158,7 +156,7 @@ def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Wi
             rows.append(row)
             place = np.full((len(row["tokens"]), 2), -1, np.int32)
             place[start : start + len(offsets[part])] = offsets[part]
-            windows.append(Window(example=number, example_id=question.id, offsets=place))
+            windows.append(Window(example=number, offsets=place))
     examples = Examples(
         rows=rows,
         along_length=frozenset({"tokens", "token_type_ids", "allowed"}),

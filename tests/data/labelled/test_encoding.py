@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
 
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled import choice, classification
@@ -19,6 +19,17 @@ def example(text: str, pair: str | None = None, label=None) -> TextExample:
 
 def records(*fields: dict) -> list[Record]:
     return [Record(fields=f, place=f"a.csv:{i}") for i, f in enumerate(fields, start=2)]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_tokens_of_words_are_those_of_the_joined_text(prefix):
+    bpe = tokenizers.train("bpe", ["the world is the world"] * 9, 300)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)  # RoBERTa's has none
+    words = ["the", "world", "is"]
+    (encoding,) = Framer(bpe, 12).encodings([words])
+    joined = bpe.encode(" " + " ".join(words), add_special_tokens=False)
+    assert encoding.ids == joined.ids
+    assert encoding.word_ids == [0, 1, 2]
 
 
 @pytest.mark.parametrize("texts", [("a b",), ("a", "b c d")])

@@ -73,6 +73,12 @@ def test_bad_label_list():
         labels.read_labels(record('["x"'), "label", "|")
 
 
+@pytest.mark.parametrize("value", [None, [None], ["a", {"b": 1}], [["a"]]])
+def test_what_is_no_list_of_labels(value):
+    with pytest.raises(InputError, match=r"which is no list of labels; \[\] is none"):
+        labels.read_labels(record(value), "label", "|")
+
+
 def test_indicators():
     table = labels.indicators_of([("b",), (), ("a", "b")], ("a", "b"), ["p"] * 3)
     assert (table.tolist(), table.dtype) == ([[0, 1], [0, 0], [1, 1]], np.float32)
