@@ -221,7 +221,7 @@ def test_a_frozen_base_may_be_small(config: FinetuneConfig, kept, dtype, tmp_pat
     loaded = tuned.open_tuned(finetune(small))
     assert loaded.config.model.dtype == (dtype or "float32")
     whole = 4 * tree.num_params(loaded.variables["params"]["encoder"])
-    assert tree.num_bytes(loaded.state.frozen) < 0.6 * whole
+    assert tree.num_bytes(loaded.state.frozen) < 0.7 * whole  # norms, and with int8 tables, stay
     (answer,) = loaded.answer([record("a b c")])
     assert answer["label"] == "1"
 
