@@ -105,7 +105,7 @@ def plot_reliability(reliability: Reliability, out_png: Path) -> None:
     top.set_ylabel("accuracy")
     top.set_ylim(0, 1)
     top.set_title(f"expected calibration error {reliability.error:.3f}", fontsize=10)
-    top.legend(frameon=False, loc="upper left", fontsize=9)
+    top.legend(framealpha=0.85, edgecolor="none", loc="upper left", fontsize=9)
     bottom.bar(edges, reliability.counts / reliability.counts.sum(), color=REFERENCE, **bars)
     bottom.set_ylabel("share")
     bottom.set_xlabel("probability of the prediction")
