@@ -1,6 +1,7 @@
 """What a check must know of the devices that it compiles for, whatever their kind."""
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -41,14 +42,14 @@ class Topology(abc.ABC):
     """Whether it fails where the memory does not suffice."""
 
     @property
-    @abc.abstractmethod
     def name(self) -> str:
-        """Of one slice, as it is asked for."""
+        """Of one slice, as it is asked for, such as ``v5e:4x4``."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
-    @abc.abstractmethod
     def num_devices(self) -> int:
         """Over all slices."""
+        return self.num_slices * math.prod(self.shape)
 
     @property
     @abc.abstractmethod

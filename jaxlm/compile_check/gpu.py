@@ -143,16 +143,6 @@ class GpuHosts(Topology):
     compiler_refuses: ClassVar[bool] = False
 
     @property
-    def name(self) -> str:
-        """Such as ``h100:4x8``."""
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
-
-    @property
-    def num_devices(self) -> int:
-        """Over all slices."""
-        return self.num_slices * self.shape[0] * self.shape[1]
-
-    @property
     def environment(self) -> Mapping[str, str]:
         """A GPU that is here is left alone."""
         return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}

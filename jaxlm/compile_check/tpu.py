@@ -6,7 +6,6 @@ and the network between slices). Memory is what the compiler of libtpu 0.0.42 sa
 """
 
 import importlib.util
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,16 +81,6 @@ class TpuSlices(Topology):
     chip: Tpu
     compiler: ClassVar[str] = "TPU compiler"
     compiler_refuses: ClassVar[bool] = True
-
-    @property
-    def name(self) -> str:
-        """Such as ``v5e:4x4``."""
-        return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
-
-    @property
-    def num_devices(self) -> int:
-        """Over all slices."""
-        return self.num_slices * math.prod(self.shape)
 
     @property
     def environment(self) -> Mapping[str, str]:
