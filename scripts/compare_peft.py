@@ -3,10 +3,10 @@
     pip install -e ".[bench]"
     python scripts/compare_peft.py --model FOLDER --data FOLDER --seeds 5 --out peft.jsonl
 
-Plain PyTorch, with jaxlm's hyper-parameters, head, schedule, weight decay, batches of like length
-and choice of the best of some evaluations. Each line of the output is one run, its ``seconds``
-those of training and of these evaluations; runs that it holds already are skipped. The data folder
-holds ``sst2/{train,dev,test}.tsv`` (a sentence, a tab, a label; no header) and
+Plain PyTorch, with jaxlm's hyper-parameters, head, schedule, weight decay, very batches and choice
+of the best of some evaluations. Each line of the output is one run, its ``seconds`` those of
+training and of these evaluations; runs that it holds already are skipped. The data folder holds
+``sst2/{train,dev,test}.tsv`` (a sentence, a tab, a label; no header) and
 ``wnut17/{wnut17train.conll,emerging.dev.conll,emerging.test.annotated}``.
 """
 # pyright: reportMissingImports=false
@@ -20,6 +20,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ import peft
 import torch
 import transformers
 
+from jaxlm.data.labelled.batches import make_buckets, train_batches
+from jaxlm.data.labelled.examples import Examples
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate.tags import read_entities
 
@@ -35,7 +38,6 @@ FILES = {
     "wnut17": ("wnut17train.conll", "emerging.dev.conll", "emerging.test.annotated"),
 }
 IGNORED = -100  # the label that transformers leaves out of the loss
-CHUNK = 64  # batches that are sorted by length together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +137,29 @@ def without_duplicates(train: list[Example], held_out: list[Example]) -> list[Ex
     return [example for example in train if content(example) not in seen]
 
 
-def train_batches(
-    examples: list[Example], batch_size: int, num_steps: int, seed: int
+def make_batches(
+    train: list[Example], held_out: list[Example], recipe: Recipe, seed: int
 ) -> Iterator[list[Example]]:
-    """Epochs without a gap, in chunks that are sorted by length, cut, and put in random order."""
-    rng = np.random.default_rng(seed)
-    rounds = math.ceil(num_steps * batch_size / len(examples))
-    order = np.concatenate([rng.permutation(len(examples)) for _ in range(rounds)])
-    order = order[: num_steps * batch_size]
-    chunk = min(CHUNK, max(1, len(examples) // batch_size)) * batch_size
-    for start in range(0, len(order), chunk):
-        rows = sorted(order[start : start + chunk], key=lambda i: len(examples[i].tokens))
-        for number in rng.permutation(len(rows) // batch_size):
-            yield [examples[i] for i in rows[number * batch_size : (number + 1) * batch_size]]
+    """The very batches, in the very order, that jaxlm makes of a seed."""
+    rows = [
+        {"tokens": np.array(example.tokens), "number": np.array(number)}
+        for number, example in enumerate(train)
+    ]
+    examples = Examples(
+        rows=rows,
+        along_length=frozenset({"tokens"}),
+        pad=0,
+        untruncated=np.array([len(example.tokens) for example in train], np.int32),
+    )
+    lengths = np.array([len(example.tokens) for example in [*train, *held_out]])
+    buckets = make_buckets(lengths, max_length=recipe.max_length)
+    for batch in train_batches(examples, recipe.batch_size, buckets, seed=seed):
+        yield [train[number] for number in batch["number"]]
 
 
-def collate(task: str, batch: list[Example], names: list[str]) -> dict[str, torch.Tensor]:
+def collate(
+    task: str, batch: list[Example], names: list[str], device: str | torch.device
+) -> dict[str, torch.Tensor]:
     """Padded to the longest row; with labels where ``names`` has any."""
     length = max(len(example.tokens) for example in batch)
     tokens = torch.zeros(len(batch), length, dtype=torch.long)
@@ -162,7 +171,9 @@ def collate(task: str, batch: list[Example], names: list[str]) -> dict[str, torc
         for word, first in example.firsts.items() if names else ():
             labels[row, first] = names.index(example.labels[word])
     inputs = {"input_ids": tokens, "attention_mask": attention_mask}
-    return inputs | ({"labels": labels[:, 0] if task == "sst2" else labels} if names else {})
+    if names:
+        inputs["labels"] = labels[:, 0] if task == "sst2" else labels
+    return {name: values.to(device) for name, values in inputs.items()}
 
 
 def make_model(
@@ -202,7 +213,8 @@ def evaluate(
     predicted: dict[int, list[str]] = {}
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        logits = model(**collate(task, [examples[i] for i in numbers], [])).logits
+        device = next(model.parameters()).device
+        logits = model(**collate(task, [examples[i] for i in numbers], [], device)).logits
         best = logits.argmax(-1).reshape(len(numbers), -1).tolist()
         for i, row in zip(numbers, best, strict=True):
             firsts = examples[i].firsts
@@ -218,7 +230,13 @@ def evaluate(
 
 
 def run(
-    task: str, tuning: str, seed: int, recipe: Recipe, folder: Path, data: Path
+    task: str,
+    tuning: str,
+    seed: int,
+    recipe: Recipe,
+    folder: Path,
+    data: Path,
+    device: str,
 ) -> dict[str, float | int]:
     """Train; what the best evaluation by the development data was, and that model's on the test."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -227,7 +245,7 @@ def run(
     train = without_duplicates(train, dev)
     names = sorted({label for example in train for label in example.labels})
     torch.manual_seed(seed)
-    model = make_model(task, tuning, folder, names, recipe).train()
+    model = make_model(task, tuning, folder, names, recipe).to(device).train()
     learning = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in learning if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -238,10 +256,11 @@ def run(
     )
     steps = math.ceil(recipe.epochs * len(train) / recipe.batch_size)
     best, last, kept, start = -1.0, 0.0, [], time.perf_counter()
-    for step, batch in enumerate(train_batches(train, recipe.batch_size, steps, seed)):
+    batches = make_batches(train, dev, recipe, seed)
+    for step, batch in enumerate(islice(batches, steps)):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr((step + 0.5) / steps)
-        model(**collate(task, batch, names)).loss.backward()
+        model(**collate(task, batch, names, device)).loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -270,6 +289,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="in Hugging Face's layout")
     parser.add_argument("--data", type=Path, required=True, help="with folders sst2 and wnut17")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each kind")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, added to")
     parser.add_argument("--tasks", nargs="+", choices=FILES, default=list(FILES))
     parser.add_argument("--tunings", nargs="+", choices=("lora", "full"), default=["lora", "full"])
@@ -283,6 +304,7 @@ def main() -> None:
             raise InputError(f"--{name.replace('_', '-')} {value} is not above 0")
     if not (options.model / "config.json").is_file():
         raise InputError(f"--model {options.model}: no config.json is in it")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows = []
@@ -294,12 +316,15 @@ def main() -> None:
             given = {"epochs": options.epochs, "peak_lr": options.peak_lr, "limit": options.limit}
             changes = {name: value for name, value in given.items() if value is not None}
             recipe = replace(RECIPES[task, tuning], **changes)
-            for seed in range(options.seeds):
+            for seed in range(options.first_seed, options.first_seed + options.seeds):
                 what = {"task": task, "tuning": tuning, "seed": seed, **asdict(recipe)}
                 what |= {"model": str(options.model), "data": str(options.data)}
+                what["device"] = device
                 row = next((row for row in rows if what.items() <= row.items()), None)
                 if row is None:
-                    row = what | run(task, tuning, seed, recipe, options.model, options.data)
+                    row = what | run(
+                        task, tuning, seed, recipe, options.model, options.data, device
+                    )
                     with options.out.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(f"{task} {tuning} seed {seed}: {_metrics([row])}", flush=True)
