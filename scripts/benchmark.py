@@ -114,6 +114,7 @@ class Worker:
     def __init__(self, variant: Variant, stack: ExitStack, errors: IO[str]) -> None:
         self.variant = variant
         self.chunks: list[Chunk] = []
+        self._ready: Ready | None = None
         self._errors = errors
         self._process = stack.enter_context(
             subprocess.Popen(
@@ -126,11 +127,15 @@ class Worker:
             )
         )
         stack.callback(self._process.kill)
-        self.ready = Ready(**self._answer())
+
+    def wait(self) -> Ready:
+        """What it reports when it is warm."""
+        self._ready = self._ready or Ready(**self._answer())
+        return self._ready
 
     def run(self, chunk_seconds: float) -> Chunk:
         """Run a turn of about that long."""
-        steps = max(2, math.ceil(chunk_seconds / self.ready.step_seconds))
+        steps = max(2, math.ceil(chunk_seconds / self.wait().step_seconds))
         assert self._process.stdin is not None
         print(steps, file=self._process.stdin, flush=True)
         return Chunk(**self._answer())
@@ -244,6 +249,12 @@ def measure(variants: list[Variant], rounds: int, chunk_seconds: float) -> list[
             _say(f"  starting {variant.label}")
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             workers.append(Worker(variant, stack, errors))
+            # One after the other, since CPUs are what is measured; a GPU's workers compile for
+            # minutes, and do it side by side.
+            if variant.work.device == "cpu":
+                workers[-1].wait()
+        for worker in workers:
+            worker.wait()
         for number in range(rounds):
             _say(f"  round {number + 1} of {rounds}")
             first = number % len(workers)
@@ -255,7 +266,7 @@ def measure(variants: list[Variant], rounds: int, chunk_seconds: float) -> list[
                 is_torch=worker.variant.is_torch,
                 work=worker.variant.work,
                 allocator=worker.variant.allocator,
-                ready=worker.ready,
+                ready=worker.wait(),
                 chunks=worker.chunks,
             )
             for worker in workers
