@@ -73,13 +73,16 @@ class Gpu(Chip):
         """
 
 
+def _gpu(*, memory: int, **known: Any) -> Gpu:
+    return Gpu(memory=memory, hbm=SHARE * memory, **known)
+
+
 def _hopper(name: str, device_kind: str, memory: int, hbm_rate: float) -> Gpu:
-    return Gpu(
+    return _gpu(
         name=name,
         device_kind=device_kind,
         flops=989e12,
         memory=memory,
-        hbm=SHARE * memory,
         hbm_rate=hbm_rate,
         link=4.5e11,
         network=5e10,
@@ -95,12 +98,11 @@ def _hopper(name: str, device_kind: str, memory: int, hbm_rate: float) -> Gpu:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Gpu(
+        _gpu(
             name="a100",
             device_kind="NVIDIA A100-SXM4-80GB",
             flops=312e12,
             memory=85_100_068_864,
-            hbm=SHARE * 85_100_068_864,
             hbm_rate=2.039e12,
             link=3e11,
             network=2.5e10,
@@ -113,12 +115,11 @@ CHIPS = {
         ),
         _hopper("h100", "NVIDIA H100 80GB HBM3", 84_942_979_072, 3.352e12),
         _hopper("h200", "NVIDIA H200", 151_397_597_184, 4.8e12),
-        Gpu(
+        _gpu(
             name="b200",
             device_kind="NVIDIA B200",
             flops=2250e12,
             memory=191_514_411_008,
-            hbm=SHARE * 191_514_411_008,
             hbm_rate=7.672e12,
             link=9e11,
             network=5e10,
