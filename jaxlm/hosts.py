@@ -135,12 +135,15 @@ def _join() -> None:
         )
         os._exit(2)
 
+    if "process_id" in settings:  # two of one number end in a stack trace of the C++ code
+        who = f"process {settings['process_id']} of {count}"
+        print(f"joining at {where} as {who}", file=sys.stderr, flush=True)
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True
     timer.start()
     try:
         jax.distributed.initialize(**settings, initialization_timeout=seconds + 60)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: Kubernetes forbids to look
         raise InputError(
             f"the launcher's environment does not say how to join its processes ({error}): set "
             f"{ADDRESS}, {COUNT} and {INDEX} in each, or {COUNT}=1 if there is but one"
@@ -193,12 +196,11 @@ def _watch(over: threading.Event) -> None:
                 failures = _silent(dict(client.key_value_dir_get(_ALIVE)), seen)
                 for key, message in failures:
                     client.key_value_set(key, message)
-                time.sleep(2 * _POLL_S * bool(failures))  # until the others have read it
         except jax.errors.JaxRuntimeError as error:
             failures = [(_FAILED, f"process 0 cannot be reached any more ({_first_line(error)})")]
         if failures and not over.is_set():
             print(f"error: {failures[0][1]}", file=sys.stderr, flush=True)
-            os._exit(1)
+            _go(1)
 
 
 def _silent(signs: dict[str, str], seen: dict[str, tuple[str, float]]) -> list[tuple[str, str]]:
@@ -218,19 +220,29 @@ def _end_all(error: BaseException) -> None:
     """Print what happened here, let the others know, and go without waiting for them."""
     if isinstance(error, jax.errors.JaxRuntimeError) and (elsewhere := _failed_elsewhere()):
         print(f"error: {elsewhere}", file=sys.stderr, flush=True)
-        os._exit(1)  # a collective broke off because that process had gone
+        _go(1)  # a collective broke off because that process had gone
     if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
     elif not isinstance(error, SystemExit):  # which has had its say
         traceback.print_exc()
-    message = f"{_name()} failed: {_first_line(error) or type(error).__name__}"
+    code = 2 if isinstance(error, InputError) else 1
+    reason = _first_line(error) or type(error).__name__
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+        reason = f"it ended with the exit code {code}"
+    message = f"{_name()} failed: {reason}"
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         _client().key_value_set(f"{_FAILED}/{_index()}", message)
     sys.stdout.flush()
     sys.stderr.flush()
-    if _index() == 0:  # the others learn of it from here
+    _go(code)
+
+
+def _go(code: int) -> None:
+    """Exit, process 0 only when the others have had the time to read there why."""
+    if _index() == 0:
         time.sleep(2 * _POLL_S)
-    os._exit(2 if isinstance(error, InputError) else 1)
+    os._exit(code)
 
 
 def _failed_elsewhere() -> str | None:

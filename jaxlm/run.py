@@ -1,6 +1,7 @@
 """A run assembled from its configuration: what training, evaluation and prediction share."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -315,9 +316,11 @@ def check_same(
         if accept_changes and name in ("data", "seed"):
             continue
         if saved.get(name) != now.get(name):
+            way = ", add --accept-changes," if name in ("data", "seed") else ","
+            difference = _difference(saved[name], now[name])
             raise InputError(
-                f"the run in {directory} was trained with {name} {_short(saved[name])} and would "
-                f"go on with {_short(now[name])}: restore it, or give the run another --name"
+                f"the run in {directory} was trained with {name} {difference}: restore it{way} or "
+                "give the run another --name"
             )
 
 
@@ -327,5 +330,16 @@ def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
     return saved | {name: start[name] for name in ("data", "seed")}
 
 
+def _difference(before: object, after: object) -> str:
+    """What is not the same, and where in a list."""
+    if isinstance(before, list) and isinstance(after, list):
+        pairs = itertools.zip_longest(before, after)
+        number = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        one, other = (_short(x[number]) if number < len(x) else "none" for x in (before, after))
+        return f"whose number {number + 1} was {one}, and would go on with {other}"
+    return f"{_short(before)} and would go on with {_short(after)}"
+
+
 def _short(value: object) -> str:
-    return str(value) if isinstance(value, int) else f"{str(value)[:16]}…"
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:16]}…"

@@ -20,6 +20,7 @@ def stop_on_signal() -> Iterator[threading.Event]:
 
     def handle(number: int, _: object) -> None:
         stop.set()
+        os.write(2, b"\nsaving and stopping at the next step; the same again ends it at once\n")
         signal.signal(number, before[signal.Signals(number)])
 
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -20,7 +20,10 @@ source "${VENV:-.venv}/bin/activate"
 export PYTHONUNBUFFERED=1
 srun python "$@"
 # A run that ended early was stopped by the signal: go on when there is room.
-left=$(squeue --noheader --job "$SLURM_JOB_ID" --format %L)
-case $left in
+for _ in 1 2 3 4 5; do # the controller may be busy
+  left=$(squeue --noheader --job "$SLURM_JOB_ID" --format %L) && break
+  sleep 5
+done
+case ${left:-} in
   0:?? | 1:?? | 2:??) scontrol requeue "$SLURM_JOB_ID" ;;
 esac

@@ -138,6 +138,36 @@ def test_an_error_in_one_ends_all(config: PretrainConfig, whole: Path) -> None:
     assert time.monotonic() - begun < 200
 
 
+@pytest.mark.parametrize(
+    ("failure", "code", "said"),
+    [("InputError('a bad row')", 2, "a bad row"), ("SystemExit(3)", 3, "exit code 3")],
+)
+def test_all_of_three_say_who_failed(failure: str, code: int, said: str) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    source = f"""
+import os, time
+from jaxlm import hosts
+from jaxlm.errors import InputError
+with hosts.joined():
+    if os.environ["{hosts.INDEX}"] == "1":
+        raise {failure}
+    time.sleep(120)
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    running = []
+    for index in range(3):
+        joins = {hosts.ADDRESS: address, hosts.COUNT: "3", hosts.INDEX: str(index)}
+        environment = os.environ | joins | {"JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", source]
+        running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+    outputs = [process.communicate(timeout=100)[0] for process in running]
+    assert [process.returncode for process in running] == [1, code, 1], outputs
+    for output in (outputs[0], outputs[2]):
+        assert re.search(rf"error: process 1 of 3 .*{said}", output), outputs
+
+
 @pytest.mark.slow
 def test_resumed_in_four_processes(config: PretrainConfig, whole: Path) -> None:
     assert all(start(config, "--name", "four", faults={0: "SIGKILL:5"})[0])

@@ -1,6 +1,7 @@
 """The command lines of scripts/compile_check.py and scripts/weak_scaling.py."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -118,10 +119,15 @@ def run_scaling(
 ) -> None:
     """Compile for every topology, print the table, and draw it."""
     reports = []
+    if not asked.plot.parent.is_dir():
+        raise InputError(f"--plot {asked.plot}: the folder does not exist")
+    for name in asked.topologies:
+        if not re.fullmatch(r"[^*]+(\*[1-9]\d*)?", name):
+            raise InputError(f"--topologies {name}: write v5e:16x16, or v5e:16x16*2 for two slices")
     _tell_assumed(config, console)
     for name in asked.topologies:
         kind, _, slices = name.partition("*")
-        place = topology.read(kind, int(slices) if slices.isdigit() else 1)
+        place = topology.read(kind, int(slices or 1))
         mesh: MeshConfig = dataclasses.replace(config.mesh, data=None, num_slices=place.num_slices)
         rows = asked.rows * place.num_devices
         data = dataclasses.replace(config.data, batch_size=rows)
@@ -131,8 +137,8 @@ def run_scaling(
         console.print(f"{name}: {report.verdict(found, config)}", soft_wrap=True)
     console.print(report.table(reports))
     console.print(report.ESTIMATE, soft_wrap=True)
-    scaling.plot(reports, asked.plot)
     asked.plot.with_suffix(".md").write_text(report.markdown(reports), encoding="utf-8")
+    scaling.plot(reports, asked.plot)
 
 
 def _tell_assumed(config: Config, console: Console) -> None:

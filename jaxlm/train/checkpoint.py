@@ -6,8 +6,6 @@ and the shape, dtype and checksum of every leaf.
 
 import contextlib
 import math
-import os
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,20 +85,26 @@ class Checkpointer:
     ) -> None:
         """Copy the state and write it in the background; the caller may donate it at once.
 
-        A step of this run that is saved already is left as it is. Later steps than the one
-        restored, and an equal step of another history, give way.
+        A step of this run that is saved already is left as it is, but for the metrics of an
+        evaluation that followed. Later steps than the one restored, and an equal step of another
+        history, give way.
         """
+        metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        cost = self.monitor.cost(metrics)
         with _disk_faults(self._directory):
             self._manager.wait_until_finished()
             saved = self._manager.all_steps()
             if step == self._head and step in saved:
+                if math.isfinite(cost) and step not in self._costs:
+                    self._costs[step] = cost
+                    if jax.process_index() == 0:
+                        restore.amend(self._directory / str(step), cursor, metrics)
                 return
             for left in [s for s in saved if s >= step or s > self._head]:
                 self._manager.delete(left)
                 self._costs.pop(left, None)
             self._head = step
-            metrics = {name: float(value) for name, value in (metrics or {}).items()}
-            if math.isfinite(cost := self.monitor.cost(metrics)):
+            if math.isfinite(cost):
                 self._costs[step] = cost
             meta = {"cursor": cursor, "metrics": metrics, "leaves": _describe(state)}
             self._manager.save(
@@ -167,16 +171,10 @@ def _disk_faults(directory: Place) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (reason := _os_reason(error)) is None:
+        if (found := restore.os_error(error)) is None:
             raise
+        reason = found.strerror or str(found)
         complete = "".join(
             f"; the checkpoint of step {s} is intact" for s in restore.list_steps(directory)[-1:]
         )
         raise InputError(f"cannot write checkpoints to {directory}: {reason}{complete}") from error
-
-
-def _os_reason(error: Exception) -> str | None:
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's, in a ValueError
-    return os.strerror(int(code[1])) if code else None

@@ -156,14 +156,14 @@ def fit(
     if share >= 1:
         view.print(f"the run is complete: it has its {step} steps")
         return state
-    stream = map(placement.put_batch, batches)
-    batch = next(stream)
-    compiled_for(batch)
-    if first == 0:
-        evaluate_and_save()
-    clock.start()
-    stop = False
     with stop_together() as must_stop:
+        stream = map(placement.put_batch, batches)
+        batch = next(stream)
+        compiled_for(batch)
+        if first == 0:
+            evaluate_and_save()
+        clock.start()
+        stop = False
         while (share := clock.share(step)) < 1 and not (stop := must_stop(step)) and not is_stale():
             if int(share * config.num_evals) > evals_done:
                 evals_done = int(share * config.num_evals)

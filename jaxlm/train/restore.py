@@ -4,11 +4,14 @@ Orbax restores flipped bytes without a word, so every leaf is compared with its 
 step is refused in one sentence, and the step before it is used.
 """
 
+import errno
 import functools
 import gc
 import json
 import logging
 import math
+import os
+import re
 import sys
 import textwrap
 import warnings
@@ -27,6 +30,7 @@ from jaxtyping import PyTree
 from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.places import Place, absolute, in_bucket
+from jaxlm.places import whole as whole_file
 from jaxlm.train.checksum import checksums
 
 Report = Callable[[str], object]
@@ -107,9 +111,10 @@ def restore(
     for candidate in reversed(found) if step is None else [step]:
         try:
             meta, state = _read(directory / str(candidate), target, whole)
-        except (InputError, jax.errors.JaxRuntimeError):  # too little memory is no damage
-            raise
+        except (InputError, jax.errors.JaxRuntimeError, MemoryError):
+            raise  # too little memory is no damage
         except Exception as error:
+            _raise_if_unreadable(directory / str(candidate), error)
             reason = textwrap.shorten(str(error), 160, placeholder=" …")
             refused.append(f"the checkpoint of step {candidate} is damaged: {reason}")
             if step is None:
@@ -128,6 +133,24 @@ def restore(
         others = ", ".join(str(s) for s in found if s != step) or "none"
         raise InputError(f"{refused[0]}; name another step of {directory}: {others}")
     raise InputError(f"no checkpoint in {directory} can be used: {refused[0]}")
+
+
+def os_error(error: Exception) -> OSError | None:
+    """What the operating system had to say, if that is what it is about."""
+    if isinstance(error, OSError):
+        return error
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's, in a ValueError
+    return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
+
+
+def _raise_if_unreadable(step: Place, error: Exception) -> None:
+    """A disk that fails now is no damage: what is saved next would take the step's place."""
+    found = os_error(error)
+    if found is not None and found.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        raise InputError(
+            f"{step} cannot be read now ({found.strerror}): try again, or move it away to go on "
+            "from the checkpoint before"
+        ) from error
 
 
 def _read(directory: Place, target: PyTree, whole: bool) -> tuple[dict[str, Any], PyTree]:
@@ -201,6 +224,14 @@ def seal(meta: dict[str, Any]) -> dict[str, Any]:
     return meta | {"crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
 
 
+def amend(step: Place, cursor: Cursor, metrics: Mapping[str, float]) -> None:
+    """Give a finished checkpoint another cursor, and metrics that were measured later."""
+    meta = {name: value for name, value in _read_meta(step).items() if name != "crc32"}
+    meta |= {"cursor": cursor, "metrics": dict(metrics)}
+    with whole_file(step / "meta" / "metadata") as unfinished:
+        unfinished.write_text(json.dumps(seal(meta)))
+
+
 def read_costs(
     directory: Place, monitor: Monitor, report: Report | None = None
 ) -> dict[int, float]:
@@ -210,6 +241,7 @@ def read_costs(
         try:
             cost = monitor.cost(_read_meta(directory / str(step))["metrics"])
         except (OSError, ValueError, KeyError) as error:
+            _raise_if_unreadable(directory / str(step), error)
             if report is not None:
                 report(f"the checkpoint of step {step} is damaged and left out: {error}")
             continue

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from jaxlm.errors import InputError
 from jaxlm.sums import Sums, add_all
 from jaxlm.train.metrics import JsonlWriter, TensorBoardWriter, Throughput, Writer
 from jaxlm.train.plots import plot_loss
@@ -42,8 +43,9 @@ class View:
         self._reference = reference
         self._writers: list[Writer] = list(more_writers)
         if directory is not None:
-            self._writers.append(JsonlWriter(directory / METRICS, step=step))
-            self._writers.append(TensorBoardWriter(directory / TENSORBOARD, step=step))
+            with self._disk_faults():
+                self._writers.append(JsonlWriter(directory / METRICS, step=step))
+                self._writers.append(TensorBoardWriter(directory / TENSORBOARD, step=step))
         self._window: list[Sums] = []
         self.tokens_seen = tokens_seen
 
@@ -89,7 +91,7 @@ class View:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         self._progress.print(f"step {step:,}: validation {shown}")
         if self._directory is not None:
-            with self._throughput.paused():
+            with self._throughput.paused(), self._disk_faults():
                 plot_loss(self._directory / METRICS, self._directory / PLOT, self._reference)
 
     def print(self, text: str) -> None:
@@ -104,5 +106,14 @@ class View:
             yield
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        for writer in self._writers:
-            writer.write(step, values)
+        with self._disk_faults():
+            for writer in self._writers:
+                writer.write(step, values)
+
+    @contextlib.contextmanager
+    def _disk_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(f"cannot write metrics to {self._directory}: {reason}") from error

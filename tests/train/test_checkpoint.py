@@ -1,3 +1,5 @@
+import errno
+import os
 import resource
 import shutil
 import time
@@ -270,6 +272,38 @@ def test_saving_a_step_again(tmp_path):
         checkpointer.save(20, make_state(78), {})  # this run's own: left as it is
         assert_same(checkpointer.restore(abstract(make_state())).state, make_state(77))
     assert list_steps(tmp_path) == [10, 20]
+
+
+def test_metrics_that_come_later_than_their_step(tmp_path):
+    save_all(tmp_path, {10: 1.0, 20: None})  # stopped just before an evaluation
+    with Checkpointer(tmp_path) as checkpointer:
+        state = checkpointer.restore(abstract(make_state())).state
+        checkpointer.save(20, state, {"examples_seen": 160, "evals_done": 2}, {"loss": 0.5})
+        checkpointer.save(20, state, {}, {"loss": 9.0})  # it has its metrics
+    assert best_step(tmp_path) == 20
+    with Checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(abstract(make_state()))
+    assert (restored.step, restored.metrics) == (20, {"loss": 0.5})
+    assert restored.cursor == {"examples_seen": 160, "evals_done": 2}
+    assert_same(restored.state, make_state(20))
+
+
+@pytest.mark.parametrize(
+    "failing", ["jaxlm.train.restore._read_meta", "jaxlm.train.restore._read_arrays"]
+)
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch, failing):
+    save_all(tmp_path, {10: 2.0, 20: 1.0})
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def fail(*_):
+        raise stale
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failing, fail)
+        with pytest.raises(InputError, match=r"/20 cannot be read now \(Stale file handle\)"):
+            restore_part(tmp_path, {"trainable": abstract(make_state()).trainable})
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore(abstract(make_state())).step == 20
 
 
 def test_half_written_steps_are_ignored_and_removed(tmp_path):
