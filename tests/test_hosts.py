@@ -306,6 +306,30 @@ def test_settings_that_do_not_fit(
     assert match in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "a,b"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # in a batch script, or salloc's shell: not under srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"JOB_COMPLETION_INDEX": "0"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2", hosts.COUNT: "1"}, False),
+    ],
+    ids=str,
+)
+def test_launchers_are_found(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], found: bool
+) -> None:
+    names = (hosts.ADDRESS, hosts.COUNT, hosts.INDEX, "SLURM_NTASKS", "SLURM_STEP_NODELIST")
+    for name in (*names, "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._settings() == ({} if found else None)
+
+
 def test_importing_leaves_jax_to_be_joined() -> None:
     check = "from jax._src import xla_bridge as b; assert not b.backends_are_initialized()"
     for command in (f"from jaxlm import finetune; {check}", f"import jax; jax.devices(); {check}"):

@@ -3,6 +3,7 @@ import os
 import resource
 import shutil
 import time
+from pathlib import Path
 
 import flax.struct
 import jax
@@ -16,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.errors import InputError
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.restore import Monitor, best_step, list_steps, restore_part
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @flax.struct.dataclass
@@ -81,6 +84,19 @@ def test_restores_on_another_mesh(tmp_path, frozen):
     assert_same(restored.state, state)
     kernel = restored.state.trainable["params"]["up"]["kernel"]
     assert kernel.sharding == elsewhere.trainable["params"]["up"]["kernel"].sharding
+
+
+@pytest.mark.parametrize("archive", sorted(GOLDEN.glob("checkpoint_jax_*.zip")), ids=str)
+def test_what_another_jax_wrote_is_read(tmp_path, archive):
+    shutil.unpack_archive(archive, tmp_path)
+    kernel = jnp.arange(12, dtype=jnp.float32).reshape(4, 3) / 7
+    dense = {"kernel": kernel, "bias": jnp.arange(3, dtype=jnp.bfloat16)}
+    state = {"trainable": {"params": {"dense": dense}}, "step": jnp.asarray(20)}
+    with Checkpointer(tmp_path) as checkpointer:
+        restored = checkpointer.restore(abstract(state))
+    assert (restored.step, restored.refused) == (20, [])
+    assert (restored.cursor, restored.metrics) == ({"examples_seen": 160}, {"loss": 1.5})
+    assert_same(restored.state, state)
 
 
 def test_the_state_may_be_donated_at_once(tmp_path):
