@@ -1,5 +1,6 @@
 """What a person can mend: one sentence that names the value, the place, and the way out."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,10 @@ class InputError(Exception):
 
 @contextmanager
 def report_input_errors() -> Iterator[None]:
-    """Around a script: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
+    """Around a script: bad input ends it with one line and exit code 2, Ctrl-C with 130.
+
+    Where nobody reads on, as behind ``| head``, it ends without a word.
+    """
     try:
         yield
     except InputError as error:
@@ -20,3 +24,6 @@ def report_input_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains
+        raise SystemExit(1) from None

@@ -115,6 +115,14 @@ def find_sites(call: Callable[[Any], Any], variables: Mapping[str, PyTree]) -> d
     return sites
 
 
+def compile_target(pattern: str) -> re.Pattern[str]:
+    """What finds the paths that end like the pattern."""
+    try:
+        return re.compile(rf"(^|/)({pattern})$")
+    except re.error as error:
+        raise InputError(f"the target {pattern!r} is no regular expression: {error}") from error
+
+
 def match(patterns: Sequence[str], sites: Sites, params: Params) -> dict[str, int]:
     """The paths of ``sites`` that end like a pattern, each with the first such pattern's number.
 
@@ -123,7 +131,7 @@ def match(patterns: Sequence[str], sites: Sites, params: Params) -> dict[str, in
     found: dict[str, int] = {}
     known = f"those that can be adapted are {', '.join(sites) or 'none'}"
     for number, pattern in enumerate(patterns):
-        ends = re.compile(rf"(^|/)({pattern})$")
+        ends = compile_target(pattern)
         paths = [path for path in flatten(params) if ends.search(path)]
         for path in paths:
             if path not in sites and path.rpartition("/")[2] in ADAPTABLE:

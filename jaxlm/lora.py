@@ -21,7 +21,17 @@ from jax import lax
 from jaxtyping import Array, Int, PyTree
 
 from jaxlm.errors import InputError
-from jaxlm.intercept import ADAPTABLE, Call, Leaves, Site, Sites, flatten, intercept, match
+from jaxlm.intercept import (
+    ADAPTABLE,
+    Call,
+    Leaves,
+    Site,
+    Sites,
+    compile_target,
+    flatten,
+    intercept,
+    match,
+)
 from jaxlm.typing import Apply, Params, PRNGKey
 
 
@@ -54,12 +64,7 @@ class LoraConfig:
         if not self.targets:
             raise InputError("targets=() adapts nothing: name parameters, such as query/kernel")
         for pattern in self.targets:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(
-                    f"the target {pattern!r} is no regular expression: {error}"
-                ) from None
+            compile_target(pattern)
         if self.ranks is not None and len(self.ranks) != len(self.targets):
             raise InputError(
                 f"ranks={self.ranks} must hold one rank for each of the {len(self.targets)} targets"

@@ -210,6 +210,11 @@ def read_config(directory: Place, kind: type[C]) -> C:
     """The config in a run folder of that kind."""
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
+    if not is_run(directory):
+        raise InputError(
+            f"{directory} is no run folder: its {CONFIG} is of another kind; a published or merged "
+            "model is something to fine-tune from, with --base"
+        )
     config = configs.read_file(directory / CONFIG)
     if not isinstance(config, kind):
         raise InputError(

@@ -301,18 +301,31 @@ def open_tuned(
     directory = locate(directory)
     config = run.read_config(directory, FinetuneConfig)
     tokenizer = run.read_tokenizer(directory)
+    checkpoints = directory / run.CHECKPOINTS
+    cursor = restore.peek(checkpoints)
+    run.check_tokenizer(directory, cursor, tokenizer)
     try:
         labels = tuple(json.loads((directory / LABELS).read_text()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{directory / LABELS} cannot be read: {error}") from error
+    if list(labels) != cursor["labels"]:
+        raise InputError(
+            f"{directory / LABELS} does not hold the labels that the run was trained with: write "
+            f"{json.dumps(cursor['labels'])} there"
+        )
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
         loaded = bases.load(base or config.base)
+        if loaded.fingerprint != cursor["base_sha256"]:
+            raise InputError(
+                f"{loaded.name} (sha256 {loaded.fingerprint[:12]}) is not the encoder that the "
+                f"adapters of {directory} were trained on ({cursor['base_sha256'][:12]}): give "
+                "that one with --base"
+            )
     config = run.for_evaluation(config)
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
     unlabelled = make_placement(config, labels, state, labelled=False)
-    checkpoints = directory / run.CHECKPOINTS
     restored = restore.restore_part(
         checkpoints,
         {"trainable": placement.abstract_state.trainable},
@@ -320,13 +333,6 @@ def open_tuned(
         if step is None
         else step,
     )
-    run.check_tokenizer(directory, restored.cursor, tokenizer)
-    trained = restored.cursor["base_sha256"]
-    if loaded is not None and loaded.fingerprint != trained:
-        raise InputError(
-            f"{loaded.name} (sha256 {loaded.fingerprint[:12]}) is not the encoder that the "
-            f"adapters of {directory} were trained on ({trained[:12]}): give that one with --base"
-        )
     state = place(
         TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),

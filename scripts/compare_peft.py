@@ -307,9 +307,7 @@ def main() -> None:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows = []
-    if options.out.is_file():
-        rows = [json.loads(line) for line in options.out.read_text().splitlines()]
+    rows = read_rows(options.out)
     results = defaultdict(list)
     for task in options.tasks:
         for tuning in options.tunings:
@@ -331,6 +329,21 @@ def main() -> None:
                 results[task, tuning].append(row)
     for (task, tuning), runs in results.items():
         print(f"{task} {tuning}, {len(runs)} seeds: {_metrics(runs)}")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """What was run before; raises now where nothing could be added."""
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise InputError(f"--out {path} cannot be written: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number} is no JSON object: remove that line") from error
+    return rows
 
 
 def _metrics(rows: list[dict]) -> str:

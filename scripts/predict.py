@@ -23,7 +23,8 @@ from jaxlm import run as runs
 from jaxlm import tuned
 from jaxlm.config import FinetuneConfig, RunConfig
 from jaxlm.data import files, tabular
-from jaxlm.data.labelled.records import JsonLines, Record, json_record
+from jaxlm.data.labelled.dataset import like
+from jaxlm.data.labelled.records import Record, json_record
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.fill_mask import MASK, FillMask
 from jaxlm.places import locate, on_disk, whole
@@ -53,7 +54,8 @@ def main(
         task: What to do.
         text: What to do it with; or give --file.
         pair: The second text of a pair, or the context of a question.
-        file: A text or a JSON object a line, - for standard input; answers are JSON lines.
+        file: A text or a JSON object a line, - for standard input; or, as .csv, .tsv or .conll, a
+            table with the columns of training. Answers are JSON lines.
         out: Where the JSON lines go; None = standard output.
         top_k: Candidates for each blank, or classes to show.
         step: Which checkpoint; None = the best.
@@ -63,6 +65,10 @@ def main(
         raise InputError('give either a text, such as "A [MASK] of strings.", or --file')
     if text is not None and not text.strip():
         raise InputError("the text is empty")
+    if top_k < 1:
+        raise InputError(f"--top-k {top_k} is not above 0")
+    if pair is not None and file is not None:
+        raise InputError("--pair goes with one text; a file's lines are JSON objects with both")
     if out is not None and (file is None or not out.parent.is_dir() or out.is_dir()):
         raise InputError(
             f"--out {out} must be a file in a folder that is there, and goes with --file"
@@ -94,17 +100,19 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
     names = loaded.task.text_fields
     given = [text] if pair is None else [text, pair]
     if len(given) != len(names):
-        wanted = {1: "one text, no --pair", 2: "a second text, which --pair gives"}.get(
-            len(names), "JSON objects, which --file gives"
-        )
+        wanted = "one text, no --pair" if len(names) == 1 else "a second text, which --pair gives"
+        if loaded.task.verb == "choose":
+            wanted = "JSON objects, which --file gives"
+        elif len(names) > 1 and pair is None:
+            wanted += ", or JSON objects in a file"
         raise InputError(f"the task of this run takes {wanted} ({', '.join(names)})")
     return Record(fields=dict(zip(names, given, strict=True)), place="the text given")
 
 
 def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
     """The file's records: JSON objects, or texts."""
-    if file.suffix == ".jsonl":
-        yield from JsonLines(path=str(file)).records()
+    if file.suffix in (".jsonl", ".csv", ".tsv", ".conll", ".json"):
+        yield from like(loaded.config.data.train, file).records()
         return
     for number, line in read_lines(file):
         if line.lstrip().startswith("{"):
@@ -166,8 +174,11 @@ def write(answers: Iterable[Answer], out: Path | None) -> None:
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """The file's lines that are not blank, with their numbers."""
-    every = sys.stdin if str(file) == "-" else files.lines(file)
-    lines = [(n, line.rstrip("\n")) for n, line in enumerate(every, start=1) if line.strip()]
+    every = files.lines(file)
+    if str(file) == "-":
+        raw = enumerate(sys.stdin.buffer, start=1)
+        every = (files.decode(line, Path("standard input"), n).rstrip("\r\n") for n, line in raw)
+    lines = [(n, line) for n, line in enumerate(every, start=1) if line.strip()]
     if not lines:
         raise InputError(f"{file} holds no text")
     yield from lines

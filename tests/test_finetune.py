@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -341,6 +343,14 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     save_file(weights, other / "model.safetensors")
     with pytest.raises(InputError, match="is not the encoder that"):
         tuned.open_tuned(directory, base=str(other))
+    longer = json.loads((other / "config.json").read_text())  # of another shape
+    name = next(name for name in weights if name.endswith("position_embeddings.weight"))
+    weights[name] = np.concatenate([weights[name]] * 2)
+    save_file(weights, other / "model.safetensors")
+    longer["max_position_embeddings"] = len(weights[name])
+    (other / "config.json").write_text(json.dumps(longer))
+    with pytest.raises(InputError, match="is not the encoder that"):
+        tuned.open_tuned(directory, base=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(folder / "model", moved)
     assert tuned.open_tuned(directory, base=str(moved)).labels == ("0", "1")
@@ -349,6 +359,38 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
 def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
     assert json.loads((directory / tuned.LABELS).read_text()) == ["0", "1"]
     shutil.copytree(directory, tmp_path / "copy")
+    (tmp_path / "copy" / tuned.LABELS).write_text('["1", "0"]')
+    with pytest.raises(InputError, match=r'trained with: write \["0", "1"\] there'):
+        tuned.open_tuned(tmp_path / "copy")
     (tmp_path / "copy" / tuned.LABELS).unlink()
     with pytest.raises(InputError, match=r"labels\.json cannot be read"):
         tuned.open_tuned(tmp_path / "copy")
+
+
+def test_the_scripts_use_a_tuned_run(directory: Path, folder: Path, tmp_path: Path) -> None:
+    def script(name: str, *options: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        root = Path(__file__).parent.parent
+        return subprocess.run(
+            [sys.executable, str(root / "scripts" / name), str(directory), *options],
+            env=os.environ | {"GLIBC_TUNABLES": "", "XLA_FLAGS": "", "PYTHONPATH": str(root)},
+            input=given,
+            capture_output=True,
+            check=False,
+        )
+
+    table = tmp_path / "new.csv"  # the columns of training, without labels
+    table.write_text("text\na b c\nj k l\n")
+    done = script("predict.py", "classify", "--file", str(table), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [answer["label"] for answer in answers] == ["1", "0"]
+    done = script("predict.py", "classify", "--file", "-", given=b"a b c\n\xff\n")
+    assert done.returncode == 2
+    assert b"standard input:2: byte 0xff" in done.stderr
+    assert b"Traceback" not in done.stderr
+    done = script("evaluate.py", "--data", str(folder / "dev.csv"))
+    assert done.returncode == 0, done.stderr
+    assert b"accuracy" in done.stdout
+    assert json.loads((directory / "eval.json").read_text())["accuracy"] > 0.9
+    for name in ("confusion.png", "reliability.png"):
+        assert (directory / name).is_file()

@@ -356,6 +356,7 @@ def test_any_mesh_is_one_device():
         ({"dropout_rate": 1.0}, r"dropout_rate=1.0 is not inside \[0, 1\)"),
         ({"targets": ()}, r"targets=\(\) adapts nothing"),
         ({"targets": ("(query",)}, r"'\(query' is no regular expression"),
+        ({"targets": ("(?i)query",)}, r"'\(\?i\)query' is no regular expression"),
         ({"kind": "dora", "init": "pissa"}, "cannot start from init='pissa'"),
     ],
 )

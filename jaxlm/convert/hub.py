@@ -59,6 +59,7 @@ def _download(name: str, cache: str | Path | None) -> Path:
         reason = str(failure).partition("\n")[0].rstrip(".") or type(failure).__name__
         raise InputError(
             f"{name!r} is neither a folder nor in the cache, and cannot be downloaded ({reason}): "
-            f"fetch it on a machine with a network, with 'hf download {name}', and give the folder"
+            f"fetch it on a machine with a network, with 'hf download {name}', and give the "
+            "folder; a run of your own must be trained first, or named by --base where it lies"
         ) from error
     return Path(folder)

@@ -41,12 +41,13 @@ def lines(path: Path, on_read: OnRead = ignore) -> Iterator[str]:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):
                 on_read(len(raw))
-                yield _decode(raw, path, number).rstrip("\r\n")
+                yield decode(raw, path, number).rstrip("\r\n")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _decode(raw: bytes, path: Path, number: int) -> str:
+def decode(raw: bytes, path: Path, number: int) -> str:
+    """A line of a UTF-8 file."""
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:

@@ -85,6 +85,18 @@ def best_step(
     return min(costs, key=costs.__getitem__, default=None)
 
 
+def peek(directory: Place) -> Cursor:
+    """Of the newest checkpoint whose metadata are whole: what holds for all steps of a run."""
+    reason = "it holds none"
+    for step in reversed(list_steps(directory)):
+        try:
+            return _read_meta(directory / str(step))["cursor"]
+        except (OSError, ValueError, KeyError) as error:
+            _raise_if_unreadable(directory / str(step), error)
+            reason = str(error)
+    raise InputError(f"no checkpoint in {directory} can be used: {reason}")
+
+
 def restore_part(
     directory: Place, target: PyTree, step: int | None = None, *, report: Report = warn
 ) -> Restored:

@@ -84,6 +84,8 @@ def like(source: Source, path: Path) -> Source:
             return JsonLines(path=str(path))
         case ".json":
             return Squad(path=str(path))
+        case ".conll" if not isinstance(source, Conll):
+            return Conll(path=str(path))
         case ".csv" | ".tsv" if isinstance(source, Table):
             same = path.suffix == Path(source.path).suffix
             delimiter = source.delimiter if same else None
@@ -92,4 +94,6 @@ def like(source: Source, path: Path) -> Source:
             return Table(path=str(path))
     if isinstance(source, Table | Conll):
         return dataclasses.replace(source, path=str(path))
-    raise InputError(f"{path}: the kind of its data is not known; name it .csv, .tsv or .jsonl")
+    raise InputError(
+        f"{path}: the kind of its data is not known; name it .csv, .tsv, .conll or .jsonl"
+    )

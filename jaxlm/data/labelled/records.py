@@ -202,15 +202,17 @@ class Squad:
             articles = json.loads("\n".join(files.lines(path)))["data"]
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path}: no list 'data' at its top; is it SQuAD's form?") from error
+        except (KeyError, TypeError):
+            articles = None
+        if not isinstance(articles, list):
+            raise InputError(f"{path}: no list 'data' at its top; is it SQuAD's form?")
         count = 0
         for article in articles:
             try:
                 for record in _questions(article, path):
                     yield record
                     count += 1
-            except (KeyError, TypeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 raise InputError(
                     f"{path}: {error} is missing or wrong after {count} questions; in SQuAD's form "
                     "paragraphs have a context and qas, and these an id, a question and answers"

@@ -143,6 +143,8 @@ def test_squad(write):
     [
         ('{"data":\n[}', r"a\.json:2: not JSON"),
         ("[1]", r"a\.json: no list 'data'"),
+        ('{"data": null}', r"a\.json: no list 'data'"),
+        ('{"data": [{"paragraphs": [{"qas": ["x"]}]}]}', r"a\.json: .* wrong after 0 questions"),
         (squad({"id": "1", "answers": []}), r"a\.json: 'question' is missing .* after 0 questions"),
         ('{"data": []}', "holds no records"),
     ],
