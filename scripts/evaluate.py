@@ -6,6 +6,7 @@ tune_process()
 
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,15 +51,21 @@ def main(
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
     folder = locate(directory)
-    with mirrored(folder) as out:
-        if isinstance(run.read_config(folder, RunConfig), FinetuneConfig):
-            result = evaluate_tuned(folder, out, data, split, rows, step, base)
-        else:
-            result = evaluate_pretrained(folder, data, split, rows, step)
-        try:
-            (out / "eval.json").write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise InputError(f"eval.json was not written: {error}") from error
+    try:
+        with mirrored(folder) as out:
+            if isinstance(run.read_config(folder, RunConfig), FinetuneConfig):
+                result = evaluate_tuned(folder, out, data, split, rows, step, base)
+            else:
+                result = evaluate_pretrained(folder, data, split, rows, step)
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in result.items()
+            }
+            (out / "eval.json").write_text(json.dumps(finite, indent=2) + "\n")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise InputError(f"{folder}: the evaluation cannot be written: {error}") from error
 
 
 def evaluate_pretrained(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def save(
         save_file(tensors, unfinished / folder.WEIGHTS, metadata={"format": "pt"})
         unfinished.rename(path)
     except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(f"{path} cannot be written: {error}") from error
 
 

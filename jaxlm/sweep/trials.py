@@ -26,6 +26,7 @@ from rich.console import Console
 from jaxlm import config as configs
 from jaxlm import run
 from jaxlm.config import Config, FinetuneConfig
+from jaxlm.data.labelled.dataset import fingerprint
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.places import on_disk
@@ -189,10 +190,17 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
     directory, began = plan.directory / trial.name, time.monotonic()
     try:
         config = trial.make(plan)
+        data = fingerprint(config.data) if isinstance(config, FinetuneConfig) else None
     except InputError as error:
         return Result(trial=trial, error=str(error))
     _check_same(directory, config)
     found = (directory / RESULT).is_file()
+    before = json.loads((directory / RESULT).read_text()) if found else {}
+    if before.get("data", data) != data:
+        raise InputError(
+            f"{directory} was run with other data than {config.data} names now: restore them, or "
+            "give the sweep another --name"
+        )
     try:
         if not found:
             directory.mkdir(parents=True, exist_ok=True)
@@ -214,10 +222,11 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
     if not math.isfinite(costs[step]) or not math.isfinite(score):
         return Result(trial=trial, error=f"its {plan.metric} is not finite")
     if found:
-        seconds = float(json.loads((directory / RESULT).read_text())["seconds"])
+        seconds = float(before["seconds"])
     else:
         seconds = time.monotonic() - began
         record = {"step": step, "seconds": round(seconds, 1), "metrics": evaluations[step]}
+        record["data"] = data
         (directory / RESULT).write_text(json.dumps(record, indent=2) + "\n")
     return Result(trial=trial, score=score, step=step, seconds=seconds, found=found)
 

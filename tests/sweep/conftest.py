@@ -11,11 +11,12 @@ from jaxlm.train.loop import TrainConfig
 
 @pytest.fixture
 def config(tmp_path: Path) -> FinetuneConfig:
+    (tmp_path / "data.csv").write_text("text,label\n")
     return FinetuneConfig(
         name="tiny",
         runs=tmp_path / "runs",
         base="nowhere",
-        data=LabelledConfig(train=Table(path="data.csv")),
+        data=LabelledConfig(train=Table(path=str(tmp_path / "data.csv"))),
         tuning=LoraConfig(rank=4),
         train=TrainConfig(epochs=9.0),
     )

@@ -157,6 +157,15 @@ def test_another_config_in_the_folder_is_refused(config: FinetuneConfig) -> None
     assert not fake.ran
 
 
+def test_other_data_in_the_file_are_refused(config: FinetuneConfig) -> None:
+    run_quietly(plan_of(config, f"{LR}=1e-3"), Fake())
+    Path(config.data.train.path).write_text("text,label\nother,1\n")
+    fake = Fake()
+    with pytest.raises(InputError, match=r"was run with other data than .*data\.csv"):
+        run_quietly(plan_of(config, f"{LR}=1e-3"), fake)
+    assert not fake.ran
+
+
 def test_failing_trials_do_not_end_it(config: FinetuneConfig) -> None:
     def fails(config: Config) -> BaseException | None:
         if config.optimizer.peak_lr == 1e-4:

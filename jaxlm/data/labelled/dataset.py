@@ -71,10 +71,14 @@ def read_parts(config: LabelledConfig, read: Callable[[Iterable[Record]], list[A
     train, duplicates = splits.without_duplicates(train, validation)
     if config.few_shot is not None:
         train = splits.few_shot(train, config.few_shot, config.split_seed)
+    return Parts(train, validation, len(duplicates), fingerprint(config))
+
+
+def fingerprint(config: LabelledConfig) -> str:
+    """Of what the examples are read from, and how they are split."""
     sources = [source.fingerprint() for source in (config.train, config.validation) if source]
     split = (config.validation_fraction, config.split_seed, config.few_shot)
-    digest = hashlib.sha256(repr((sources, split)).encode()).hexdigest()
-    return Parts(train, validation, len(duplicates), digest)
+    return hashlib.sha256(repr((sources, split)).encode()).hexdigest()
 
 
 def like(source: Source, path: Path) -> Source:
