@@ -291,12 +291,13 @@ def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
 
 
 def open_tuned(
-    directory: Place | str, *, base: str | None = None, step: int | None = None
+    directory: Place | str, *, base: Base | str | None = None, step: int | None = None
 ) -> FinetunedRun:
     """Read a fine-tuned run: its best checkpoint, or that of ``step``.
 
-    ``base`` says where the encoder lies now, if not where the config says; it is not read if all
-    parameters were tuned. Raises :class:`InputError` where it is another than the adapters' own.
+    ``base`` says where the encoder lies now, if not where the config says, or is that encoder, read
+    once for several adapters; it is not needed if all parameters were tuned. Raises
+    :class:`InputError` where it is another than the adapters' own.
     """
     directory = locate(directory)
     config = run.read_config(directory, FinetuneConfig)
@@ -315,7 +316,7 @@ def open_tuned(
         )
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
-        loaded = bases.load(base or config.base)
+        loaded = base if isinstance(base, Base) else bases.load(base or config.base)
         if loaded.fingerprint != cursor["base_sha256"]:
             raise InputError(
                 f"{loaded.name} (sha256 {loaded.fingerprint[:12]}) is not the encoder that the "

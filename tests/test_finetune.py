@@ -353,7 +353,7 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
         tuned.open_tuned(directory, base=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(folder / "model", moved)
-    assert tuned.open_tuned(directory, base=str(moved)).labels == ("0", "1")
+    assert tuned.open_tuned(directory, base=base.load(str(moved))).labels == ("0", "1")
 
 
 def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
