@@ -140,7 +140,10 @@ def test_an_error_in_one_ends_all(config: PretrainConfig, whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("failure", "code", "said"),
-    [("InputError('a bad row')", 2, "a bad row"), ("SystemExit(3)", 3, "exit code 3")],
+    [
+        ("InputError('a bad row')", 2, "a bad row"),
+        pytest.param("SystemExit(3)", 3, "exit code 3", marks=pytest.mark.slow),
+    ],
 )
 def test_all_of_three_say_who_failed(failure: str, code: int, said: str) -> None:
     with socket.socket() as free:
