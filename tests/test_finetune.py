@@ -367,28 +367,36 @@ def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
         tuned.open_tuned(tmp_path / "copy")
 
 
-def test_the_scripts_use_a_tuned_run(directory: Path, folder: Path, tmp_path: Path) -> None:
-    def script(name: str, *options: str, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        root = Path(__file__).parent.parent
-        return subprocess.run(
-            [sys.executable, str(root / "scripts" / name), str(directory), *options],
-            env=os.environ | {"GLIBC_TUNABLES": "", "XLA_FLAGS": "", "PYTHONPATH": str(root)},
-            input=given,
-            capture_output=True,
-            check=False,
-        )
+def script(
+    name: str, directory: Path, *options: str, given: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    root = Path(__file__).parent.parent
+    return subprocess.run(
+        [sys.executable, str(root / "scripts" / name), str(directory), *options],
+        env=os.environ | {"GLIBC_TUNABLES": "", "XLA_FLAGS": "", "PYTHONPATH": str(root)},
+        input=given,
+        capture_output=True,
+        check=False,
+    )
 
+
+def test_a_table_is_read_as_one(directory: Path, tmp_path: Path) -> None:
     table = tmp_path / "new.csv"  # the columns of training, without labels
     table.write_text("text\na b c\nj k l\n")
-    done = script("predict.py", "classify", "--file", str(table), "--out", str(tmp_path / "out"))
+    out = ["--out", str(tmp_path / "out")]
+    done = script("predict.py", directory, "classify", "--file", str(table), *out)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert [answer["label"] for answer in answers] == ["1", "0"]
-    done = script("predict.py", "classify", "--file", "-", given=b"a b c\n\xff\n")
+
+
+@pytest.mark.slow
+def test_standard_input_and_evaluation(directory: Path, folder: Path) -> None:
+    done = script("predict.py", directory, "classify", "--file", "-", given=b"a b c\n\xff\n")
     assert done.returncode == 2
     assert b"standard input:2: byte 0xff" in done.stderr
     assert b"Traceback" not in done.stderr
-    done = script("evaluate.py", "--data", str(folder / "dev.csv"))
+    done = script("evaluate.py", directory, "--data", str(folder / "dev.csv"))
     assert done.returncode == 0, done.stderr
     assert b"accuracy" in done.stdout
     assert json.loads((directory / "eval.json").read_text())["accuracy"] > 0.9

@@ -54,7 +54,7 @@ def test_without_a_network(tmp_path, asked):
     assert str(raised.value) == (
         "'org/name' is neither a folder nor in the cache, and cannot be downloaded (no route to "
         "host): fetch it on a machine with a network, with 'hf download org/name', and give the "
-        "folder"
+        "folder; a run of your own must be trained first, or named by --base where it lies"
     )
     ((name, timeout),) = asked
     assert name == "org/name"
