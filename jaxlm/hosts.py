@@ -143,7 +143,9 @@ def _join() -> None:
     timer.start()
     try:
         jax.distributed.initialize(**settings, initialization_timeout=seconds + 60)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: Kubernetes forbids to look
+    except RuntimeError as error:  # such as a port that is taken, or Kubernetes forbids to look
+        raise InputError(f"the processes cannot join at {where}: {_first_line(error)}") from error
+    except ValueError as error:
         raise InputError(
             f"the launcher's environment does not say how to join its processes ({error}): set "
             f"{ADDRESS}, {COUNT} and {INDEX} in each, or {COUNT}=1 if there is but one"
