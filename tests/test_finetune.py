@@ -367,17 +367,11 @@ def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
         tuned.open_tuned(tmp_path / "copy")
 
 
-def script(
-    name: str, directory: Path, *options: str, given: bytes = b""
-) -> subprocess.CompletedProcess[bytes]:
+def script(name: str, run: Path, *options: str, given: bytes = b"") -> subprocess.CompletedProcess:
     root = Path(__file__).parent.parent
-    return subprocess.run(
-        [sys.executable, str(root / "scripts" / name), str(directory), *options],
-        env=os.environ | {"GLIBC_TUNABLES": "", "XLA_FLAGS": "", "PYTHONPATH": str(root)},
-        input=given,
-        capture_output=True,
-        check=False,
-    )
+    command = [sys.executable, str(root / "scripts" / name), str(run), *options]
+    environment = os.environ | {"GLIBC_TUNABLES": "", "XLA_FLAGS": "", "PYTHONPATH": str(root)}
+    return subprocess.run(command, env=environment, input=given, capture_output=True, check=False)
 
 
 def test_a_table_is_read_as_one(directory: Path, tmp_path: Path) -> None:
