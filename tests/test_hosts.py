@@ -42,6 +42,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
     return made
 
 
+def free_address() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
 def start(
     config: PretrainConfig | FinetuneConfig,
     *options: str,
@@ -55,9 +61,7 @@ def start(
 
     ``differing`` options are those of process 1 alone.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     file = config.runs.parent / f"{config.name}.json"
     file.write_text(configs.to_json(config))
     running = []
@@ -146,9 +150,7 @@ def test_an_error_in_one_ends_all(config: PretrainConfig, whole: Path) -> None:
     ],
 )
 def test_all_of_three_say_who_failed(failure: str, code: int, said: str) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     source = f"""
 import os, time
 from jaxlm import hosts

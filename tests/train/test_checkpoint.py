@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from golden import make_checkpoint_golden
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -89,9 +90,7 @@ def test_restores_on_another_mesh(tmp_path, frozen):
 @pytest.mark.parametrize("archive", sorted(GOLDEN.glob("checkpoint_jax_*.zip")), ids=str)
 def test_what_another_jax_wrote_is_read(tmp_path, archive):
     shutil.unpack_archive(archive, tmp_path)
-    kernel = jnp.arange(12, dtype=jnp.float32).reshape(4, 3) / 7
-    dense = {"kernel": kernel, "bias": jnp.arange(3, dtype=jnp.bfloat16)}
-    state = {"trainable": {"params": {"dense": dense}}, "step": jnp.asarray(20)}
+    state = make_checkpoint_golden.make_state()
     with Checkpointer(tmp_path) as checkpointer:
         restored = checkpointer.restore(abstract(state))
     assert (restored.step, restored.refused) == (20, [])
