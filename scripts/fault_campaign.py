@@ -315,8 +315,11 @@ def damages(
                 row.lost += 1
                 continue
             newest = campaign.checkpoints(name) / str(steps[-1])
-            files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
-            damage(campaign.random.choice([p for p in files if p.stat().st_size]), campaign.random)
+            sizes = {p: p.stat().st_size for p in sorted(newest.rglob("*")) if p.is_file()}
+            files = [path for path, size in sizes.items() if size]
+            # Any bit is as likely to flip as any other; any file as likely to be cut or lost.
+            weights = [sizes[path] if damage is flip_bit else 1 for path in files]
+            damage(campaign.random.choices(files, weights)[0], campaign.random)
             row.refused += "is damaged" in campaign.finish(name, row)
     return row
 

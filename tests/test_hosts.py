@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import make_config
+from xla_flags import xla_flags
 
 from jaxlm import config as configs
 from jaxlm import hosts, run
@@ -68,7 +69,7 @@ def start(
     for index in range(processes) if indices is None else indices:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             hosts.ADDRESS: address,
             hosts.COUNT: str(processes),
             hosts.INDEX: str(index),

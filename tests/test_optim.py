@@ -1,5 +1,4 @@
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +38,10 @@ GRADS = {path: normal(*leaf.shape, seed=100 + leaf.size) for path, leaf in PARAM
 LINEAR = {path for path in PARAMS if path.endswith(("kernel", "embedding"))}
 
 
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
-
-
 def update_of(config, params=PARAMS, grads=GRADS, num_steps=1):
     """The last of several updates, as numpy."""
 
-    @jit
+    @jax.jit
     def run(params, grads):
         optimizer = make_optimizer(config)
         state = optimizer.init(params)
@@ -228,7 +224,7 @@ def test_every_optimizer_lowers_a_loss(name):
     def loss(params):
         return sum(jnp.sum((leaf - 1) ** 2) for leaf in params.values())
 
-    @jit
+    @jax.jit
     def run(params):
         def body(carry, _):
             params, state = carry
@@ -285,7 +281,7 @@ def test_layer_decay_of_layers_that_are_not_stacked():
 def test_lr_factor():
     config = OptimizerConfig()
     optimizer = make_optimizer(config, lambda path: 16.0 if path.endswith("bias") else 1.0)
-    updates = jit(lambda: optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)[0])()
+    updates = jax.jit(lambda: optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)[0])()
     found = ratios(jax.tree.map(np.asarray, updates), update_of(config))
     for path, factors in found.items():
         assert all(factor == (16 if path.endswith("bias") else 1) for factor in factors)

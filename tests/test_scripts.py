@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from xla_flags import xla_flags
 
 from jaxlm import run, tree
 from jaxlm.train.metrics import read_jsonl
@@ -48,7 +49,7 @@ config = PretrainConfig(
 
 def start(name: str, *args: str, devices: int = 1) -> subprocess.Popen[str]:
     env = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": xla_flags(devices),
         "GLIBC_TUNABLES": "",  # no restart, so that a kill meets the process that trains
         "PYTHONPATH": str(ROOT),
     }

@@ -1,5 +1,4 @@
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from jaxlm.sharding import axes_of
 CONFIG = BilstmConfig(vocab_size=30, embed_dim=6, hidden_dim=8, num_layers=2, max_length=9)
 MODEL = CONFIG.make()
 TOKENS = np.random.default_rng(0).integers(0, 30, (3, 7))
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
 def random_like(shapes):
@@ -31,7 +29,7 @@ def shapes_of(model):
 VARIABLES = random_like(shapes_of(MODEL))
 
 
-@jit
+@jax.jit
 def run(tokens, token_type_ids=None, segment_ids=None):
     return MODEL.apply(VARIABLES, tokens, token_type_ids=token_type_ids, segment_ids=segment_ids)
 
@@ -76,7 +74,7 @@ def test_dropout_follows_its_rate():
     def drawn(rate, seed):
         model = replace(CONFIG, dropout_rate=rate).make()
         key = jax.random.key(seed)
-        return jit(
+        return jax.jit(
             lambda: model.apply(
                 VARIABLES, jnp.asarray(TOKENS), deterministic=False, rngs={"dropout": key}
             )
@@ -104,7 +102,7 @@ def test_it_learns_the_order_of_tokens():
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(labels)[:, None], 1)
         return -chosen.mean()
 
-    @jit
+    @jax.jit
     def train(variables):
         def body(carry, _):
             variables, state = carry
@@ -114,7 +112,7 @@ def test_it_learns_the_order_of_tokens():
 
         return jax.lax.scan(body, (variables, adam.init(variables)), None, length=60)[1]
 
-    losses = train(jit(model.init)(jax.random.key(0), jnp.asarray(tokens)))
+    losses = train(jax.jit(model.init)(jax.random.key(0), jnp.asarray(tokens)))
     assert losses[0] == pytest.approx(np.log(2), abs=0.05)
     assert losses[-1] < 0.1
 

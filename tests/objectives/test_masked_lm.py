@@ -1,5 +1,3 @@
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +30,6 @@ MODEL = MaskedLm(
     ).make(),
     MlmHead(),
 )
-
-
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
 def make_variables():
@@ -80,7 +75,7 @@ def test_sums_of_a_perfect_model():
         labels = jnp.take_along_axis(BATCH["tokens"], predicted, axis=1)
         return 2 * jax.nn.one_hot(labels, SIZE)
 
-    total, sums = jit(lambda: run(make_loss(fake_apply({}, logits_of), VOCABULARY, MASKING)))()
+    total, sums = jax.jit(lambda: run(make_loss(fake_apply({}, logits_of), VOCABULARY, MASKING)))()
     # round(0.4 * 11), round(0.4 * 5), at least one, none.
     assert float(sums.weight) == 4 + 2 + 1 + 0
     assert float(sums.totals["accuracy"]) == 7
@@ -101,7 +96,7 @@ def test_what_the_model_is_told():
             run(make_loss(apply, VOCABULARY, MASKING, **options), deterministic=deterministic)
             return {name: x for name, x in seen.items() if isinstance(x, jax.Array)}
 
-        found = jit(arrays)()
+        found = jax.jit(arrays)()
         return seen | found
 
     real = np.arange(LENGTH)[None] < np.asarray(BATCH["lengths"])[:, None]
@@ -133,7 +128,7 @@ def test_parts_of_a_batch_drop_differently():
             loss(VARIABLES, batch, KEY, progress=jnp.zeros(()), deterministic=False)
             return jax.random.key_data(seen["rngs"]["dropout"])
 
-        return jit(run)().tolist()
+        return jax.jit(run)().tolist()
 
     assert dropout_key(0) == dropout_key(0)
     assert dropout_key(0) != dropout_key(4)
@@ -165,7 +160,7 @@ def both_losses(masking):
     def ours(variables):
         return loss(variables, BATCH, KEY, progress=jnp.zeros(()), deterministic=True)
 
-    @jit
+    @jax.jit
     def both(variables):
         dense = jax.value_and_grad(dense_loss, has_aux=True)(variables, BATCH, KEY)
         return jax.value_and_grad(ours, has_aux=True)(variables), dense
@@ -194,7 +189,7 @@ def test_a_batch_of_padding_is_nothing(isolate_documents):
     batch = make_batch((0, 0))
     loss = make_loss(MODEL.apply, VOCABULARY, MASKING, isolate_documents=isolate_documents)
 
-    @jit
+    @jax.jit
     def both(variables):
         def run(variables):
             return loss(variables, batch, KEY, progress=jnp.zeros(()), deterministic=True)

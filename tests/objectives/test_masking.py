@@ -39,7 +39,7 @@ INDEX = np.arange(ROWS) + 1000
 ALLOWED = (TOKENS >= FIRST) & (np.arange(LENGTH)[None] < LENGTHS[:, None])
 
 
-@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnums=0)
 def corrupt_jit(config, key, tokens, lengths, index, progress):
     return corrupt(key, tokens, lengths, index, VOCABULARY, config, progress=progress)
 

@@ -20,7 +20,6 @@ from jaxlm.objectives import (
 from jaxlm.sharding import MeshConfig, make_mesh
 
 BATCH, LENGTH, VOCAB = 4, 6, 11
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
 def draws(seed=0):
@@ -125,7 +124,7 @@ TASKS["rdrop_tagging"] = (
 )
 
 
-@partial(jit, static_argnames=("loss", "deterministic"))
+@partial(jax.jit, static_argnames=("loss", "deterministic"))
 def value_and_gradient(loss, batch, *, deterministic):
     def summed(variables):
         return loss(variables, batch, KEY, progress=jnp.zeros(()), deterministic=deterministic)
