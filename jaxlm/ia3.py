@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array
 
+from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.intercept import Call, Leaves, Sites, flatten, intercept, match
 from jaxlm.typing import Apply, Params
@@ -78,4 +79,4 @@ def merge(params: Params, ia3: Params, sites: Sites) -> Params:
         multiply(kernel, jnp.expand_dims(scale, tuple(others)))
         if name == "output" and bias in merged:
             multiply(bias, scale)
-    return unflatten_dict(merged, sep="/")
+    return tree.replace(params, merged)

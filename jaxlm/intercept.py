@@ -3,6 +3,7 @@
 The modules know nothing of it: linen lets a function stand between a call and the method called.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -92,15 +93,24 @@ def find_sites(call: Callable[[Any], Any], variables: Mapping[str, PyTree]) -> d
     """Every kernel and table that ``call(variables)`` applies, by path; nothing is computed.
 
     Found are ``Linear``, ``Dense``, ``DenseGeneral`` (no ``batch_dims``) and ``Embed``, of jaxlm
-    and flax, and what is built like them. ``variables`` may be shapes.
+    and flax, and what is built like them; of their subclasses, what these leave to them.
+    ``variables`` may be shapes.
     """
     params = flatten(variables["params"])
+    for path, leaf in params.items():
+        if isinstance(leaf, nn.meta.AxisMetadata):
+            raise InputError(f"{path} has names of its axes: give flax.linen.unbox(variables)")
     sites = {}
 
     def see(call: Call) -> Array:
         y, weight = call.run(call.x), call.weight
         name = "kernel" if call.kind == "linear" else "embedding"
         path = f"{call.path}/{name}".lstrip("/")
+        if path not in params:
+            raise InputError(
+                f"the variables hold no {path}, which the call applies: join what it calls in one "
+                "module, whose parameters these are"
+            )
         site = Site(params[path].ndim - weight.ndim, len(call.axes) or 1)
         # Only a stack in front is supported: nn.scan and nn.vmap can put it elsewhere.
         if params[path].shape[site.num_stack :] == weight.shape:
@@ -177,7 +187,7 @@ def intercept(apply: Apply, collection: str, rewrite: Callable[[Call, Leaves], A
             raise InputError(
                 f"no module read the {collection!r} of {', '.join(sorted(unread))}: the model has "
                 "no such linear map or table, or does not call it, or scans it without "
-                "variable_axes={True: 0}, or was compiled before it was adapted"
+                "variable_axes={True: 0}, or was compiled or checkpointed before it was adapted"
             )
         return y
 
@@ -193,7 +203,7 @@ def _interceptor(function: Callable[[Call], Array]) -> Callable[..., Any]:
     ) -> Any:
         module = context.module
         kind = _kind(module, context.method_name)
-        if kind is None:
+        if kind is None or not _is_innermost(module, context):
             return next_fun(*args, **kwargs)
         if args:
             x, run = args[0], lambda x: next_fun(x, *args[1:], **kwargs)
@@ -201,9 +211,21 @@ def _interceptor(function: Callable[[Call], Array]) -> Callable[..., Any]:
             name, x = next(iter(kwargs.items()))
             run = lambda x: next_fun(**{**kwargs, name: x})
         axes = _contracted(module, np.ndim(x)) if kind == "linear" else ()
-        return function(Call("/".join(module.path), module, kind, x, axes, run))
+        call = Call("/".join(module.path), module, kind, x, axes, run)
+        sizes = [x.shape[axis] for axis in axes if axis >= 0]
+        if axes and sizes != list(call.weight.shape[: len(axes)]):
+            return run(x)  # whatever num_inputs and kernel mean there, it is not this
+        return function(call)
 
     return interceptor
+
+
+def _is_innermost(module: nn.Module, context: nn.module.InterceptorContext) -> bool:
+    """Whether the method is the one that its overrides in subclasses call: they may do more."""
+    name = context.method_name
+    owner = [cls for cls in type(module).__mro__ if name in vars(cls)][-1]
+    called: Any = context.orig_method
+    return inspect.unwrap(vars(owner)[name]) is inspect.unwrap(called.func)
 
 
 def _kind(module: nn.Module, method: str) -> Literal["linear", "look_up", "attend"] | None:

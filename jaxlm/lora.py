@@ -20,6 +20,7 @@ from flax.traverse_util import unflatten_dict
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
+from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.intercept import (
     ADAPTABLE,
@@ -126,9 +127,12 @@ def init(key: PRNGKey, params: Params, sites: Sites, config: LoraConfig) -> Para
 def adapt(apply: Apply, config: LoraConfig) -> Apply:
     """``apply`` that reads the collection ``lora`` of its variables, on any linen module.
 
-    The result takes ``adapter_ids`` (int, [batch]) besides: for each example, which of the adapters
-    joined by :func:`stack`. Dropout needs ``rngs={"dropout": key}``; ``deterministic=True`` turns
-    it off.
+    What is adapted are calls: a kernel that is read beside them (``embed.embedding.T``) is that of
+    the base until it is merged. The result takes ``adapter_ids`` (int, [batch]) besides: for each
+    example, which of the adapters joined by :func:`stack`. Every adapted call must then have the
+    examples along its first axis, which nothing can check where another is as long. Dropout needs
+    ``rngs={"dropout": key}``; ``deterministic=True`` turns it off. What compiles or checkpoints
+    goes around the result, not into it.
     """
 
     def adapted(
@@ -176,7 +180,10 @@ def select(stacked: Params, index: int) -> Params:
 
 
 def lr_factor(path: str, config: LoraConfig) -> float:
-    """What multiplies the learning rate of the parameter at ``path``: ``lr_ratio`` for every b."""
+    """What multiplies the learning rate of the parameter at ``path``: ``lr_ratio`` for every b.
+
+    Paths are those of a tree that holds the collection as ``lora``: ``lora/encoder/query/b``.
+    """
     return config.lr_ratio if re.search(r"^lora/(.*/)?b$", path) else 1.0
 
 
@@ -212,7 +219,7 @@ def _add(params: Params, lora: Params, config: LoraConfig, sign: int) -> Params:
             axes = range(site.num_stack, site.num_stack + site.num_inputs)
             new = new * jnp.expand_dims(gain, tuple(axes))
         merged[target] = new.astype(weight.dtype)
-    return unflatten_dict(merged, sep="/")
+    return tree.replace(params, merged)
 
 
 def _by_module(lora: Params) -> dict[str, Leaves]:

@@ -8,9 +8,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
 
+from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.intercept import Sites, flatten
 from jaxlm.typing import Dtype, Params
@@ -56,7 +56,7 @@ def quantize(params: Params, sites: Sites) -> PyTree:
         scale = jnp.abs(weight).max(axes, keepdims=True) / 127
         values = jnp.round(weight / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
         weights[path] = Quantized(values, jnp.squeeze(scale, axes), axes)
-    return unflatten_dict(weights, sep="/")
+    return tree.replace(params, weights)
 
 
 def dequantize(tree: PyTree, dtype: Dtype = jnp.float32) -> PyTree:

@@ -234,6 +234,11 @@ def spec(names: tuple[str, ...], mesh: Mesh, shape: tuple[int, ...]) -> Partitio
 
 def tree_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
     """A ``NamedSharding`` for each leaf (array or ``ShapeDtypeStruct``); scalars are replicated."""
+    if missing := set(MESH_AXES) - set(mesh.axis_names):
+        raise InputError(
+            f"the mesh has the axes {', '.join(mesh.axis_names)}, and no "
+            f"{', '.join(sorted(missing))}: make it with make_mesh"
+        )
 
     def one(path: str, leaf: Any) -> NamedSharding:
         names = axes_of(path, leaf.ndim).names if leaf.ndim else ()

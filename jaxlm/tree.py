@@ -1,7 +1,7 @@
 """Path-keyed pytrees: paths, partition and combine, counts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,12 +28,17 @@ def leaves_with_path(tree: PyTree) -> list[tuple[str, Any]]:
     return [(path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """The tree with other leaves at some paths."""
+    return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
 def partition(tree: Params, keep: Callable[[str], bool]) -> tuple[Params, Params]:
     """Split a nested dict by path into (kept, rest); what is empty is left out of either."""
-    flat = flatten_dict(tree, sep="/")
-    kept = {path: leaf for path, leaf in flat.items() if keep(path)}
+    flat = flatten_dict(tree)  # not by joined paths: a name may hold a slash (flax's WeightNorm)
+    kept = {path: leaf for path, leaf in flat.items() if keep("/".join(path))}
     rest = {path: leaf for path, leaf in flat.items() if path not in kept}
-    return unflatten_dict(kept, sep="/"), unflatten_dict(rest, sep="/")
+    return unflatten_dict(kept), unflatten_dict(rest)
 
 
 def combine(kept: Params, rest: Params) -> Params:

@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from rich.table import Table
 
 from jaxlm import ia3, lora, tree
 from jaxlm.ia3 import Ia3Config
-from jaxlm.intercept import Sites, find_sites, flatten
+from jaxlm.intercept import Sites, find_sites
 from jaxlm.lora import LoraConfig
 from jaxlm.nn import stack
 from jaxlm.quantize import dequantize, quantize
@@ -150,10 +150,9 @@ def _split(frozen: Params, sites: Sites) -> Params:
     stacked = {f"params/{path}" for path, site in sites.items() if site.num_stack}
     return unflatten_dict(
         {
-            path: stack.split(leaf) if path in stacked else leaf
-            for path, leaf in flatten(frozen).items()
-        },
-        sep="/",
+            path: stack.split(leaf) if "/".join(path) in stacked else leaf
+            for path, leaf in flatten_dict(frozen).items()
+        }
     )
 
 

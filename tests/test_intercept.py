@@ -1,10 +1,13 @@
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from adapted_models import FLOATS, made, sites_of
+from adapted_models import FLOATS, IDS, made, sites_of
 
 from jaxlm.errors import InputError
-from jaxlm.lora import adapt
+from jaxlm.intercept import find_sites
+from jaxlm.lora import adapt, merge
 
 
 def test_sites_by_hand():
@@ -52,7 +55,7 @@ def test_an_adapter_that_no_module_reads_raises():
     params, adapter, config = made(dense, FLOATS)
     variables, warm = {"params": params, "lora": adapter}, jax.jit(dense.apply)
     warm(variables, FLOATS)
-    with pytest.raises(InputError, match="or was compiled before it was adapted"):
+    with pytest.raises(InputError, match=r"or was compiled or .* before it was adapted"):
         adapt(warm, config)(variables, FLOATS)
     jax.jit(adapt(dense.apply, config))(variables, FLOATS)
     with pytest.raises(InputError, match="the variables hold no collection 'lora'"):
@@ -81,3 +84,84 @@ class Strange(nn.Module):
 def test_targets_that_do_not_fit_raise(targets, rank, message):
     with pytest.raises(InputError, match=message):
         made(Strange(), FLOATS, targets=targets, rank=rank)
+
+
+class ScaledEmbed(nn.Embed):
+    def __call__(self, ids):
+        return 4.0 * super().__call__(ids)
+
+
+class Shifted(ScaledEmbed):
+    def __call__(self, ids):
+        return 1.0 + super().__call__(ids)
+
+
+class Halved(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        return super().__call__(x) / 2
+
+
+class Normalized(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(8, name="inside"))(x)  # whose scale is "inside/kernel/scale"
+        return nn.Dense(8, name="plain")(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "target"),
+    [
+        (ScaledEmbed(32, 12), IDS, "embedding"),
+        (Shifted(32, 12), IDS, "embedding"),
+        (nn.remat(ScaledEmbed)(32, 12), IDS, "embedding"),
+        (Halved(8), FLOATS, "kernel"),
+        (nn.jit(nn.Dense)(8), FLOATS, "kernel"),
+        (Normalized(), FLOATS, "plain/kernel"),
+    ],
+)
+def test_a_subclass_is_adapted_once(model, x, target):
+    params, adapter, config = made(model, x, targets=(target,), rank=2)
+    adapter = jax.tree.map(lambda leaf: leaf + 0.1, adapter)
+    y = adapt(model.apply, config)({"params": params, "lora": adapter}, x)
+    merged = model.apply({"params": merge(params, adapter, config)}, x)
+    assert jnp.abs(y - model.apply({"params": params}, x)).max() > 0.01
+    np.testing.assert_allclose(y, merged, atol=2e-6)
+
+
+class Masked(nn.Dense):
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", self.kernel_init, (16, 8))
+        return x @ (kernel * jnp.tril(jnp.ones((16, 8))))
+
+
+class Projection(nn.Module):
+    num_inputs: int  # not the number of axes
+
+    @nn.compact
+    def __call__(self, x):
+        return x @ self.param("kernel", nn.initializers.lecun_normal(), (self.num_inputs, 8))
+
+
+@pytest.mark.parametrize("model", [Masked(8), Projection(16)])
+def test_what_only_looks_like_a_linear_map_is_no_site(model):
+    with pytest.raises(InputError, match="matches kernel, which the model does not apply as"):
+        made(model, FLOATS, targets=("kernel",), rank=2)
+
+
+def test_parameters_that_are_not_where_the_call_reads_them_raise():
+    first, then = nn.Dense(16), nn.Dense(8)
+    params = {"first": first.init(jax.random.key(0), FLOATS)["params"]}
+    params["then"] = then.init(jax.random.key(0), FLOATS)["params"]
+
+    def call(variables):
+        x = first.apply({"params": variables["params"]["first"]}, FLOATS)
+        return then.apply({"params": variables["params"]["then"]}, x)
+
+    with pytest.raises(InputError, match="hold no kernel, which the call applies: join"):
+        find_sites(call, {"params": params})
+
+    named = nn.Dense(8, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, "model")))
+    with pytest.raises(InputError, match=r"kernel has names of its axes: give flax\.linen\.unbox"):
+        made(named, FLOATS, targets=("kernel",), rank=2)

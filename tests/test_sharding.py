@@ -358,3 +358,9 @@ def test_constrain_lays_out_activations():
         constrain(x, ("batch", "length", "colour"))
     with use_mesh(mesh), pytest.raises(InputError, match="length of size 3 cannot be split"):
         constrain(jnp.ones((4, 3, 8)), ("batch", "length", "embed"))
+
+
+def test_a_mesh_of_other_axes_raises():
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    with pytest.raises(InputError, match="has the axes data, model, and no fsdp, sequence, tensor"):
+        tree_shardings(shapes_of("TINY"), mesh)

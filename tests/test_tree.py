@@ -46,6 +46,15 @@ def test_partition_and_combine_are_inverse(keep, kept_paths):
     assert all(a is b for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(PARAMS), strict=True))
 
 
+def test_a_name_may_hold_a_slash():
+    one, two, three = jnp.ones(1), jnp.ones(2), jnp.ones(3)
+    params = {"norm": {"dense/kernel/scale": one, "bias": two}}
+    halves = tree.partition(params, lambda path: path == "norm/dense/kernel/scale")
+    assert halves == ({"norm": {"dense/kernel/scale": one}}, {"norm": {"bias": two}})
+    replaced = tree.replace(params, {"norm/dense/kernel/scale": three})
+    assert replaced == {"norm": {"dense/kernel/scale": three, "bias": two}}
+
+
 def test_partition_leaves_out_what_is_empty():
     kept, rest = tree.partition(PARAMS, lambda path: path.startswith("lora"))
     assert (list(kept), list(rest)) == (["lora"], ["params"])

@@ -36,6 +36,8 @@ def make_train_step(
 
     Args:
         loss: ``(variables, batch, key, *, progress, deterministic) -> (sum, Sums)``.
+        optimizer: gives updates at a learning rate of 1, to be subtracted, as
+            :func:`jaxlm.optim.make_optimizer` makes it; ``optax.adam(lr)`` has the other sign.
         schedule: learning rate as a function of progress, the share of the run that is done.
         num_micro_batches: parts of the batch whose gradients are computed one after the other.
         axis_name: of the devices under ``pmap``, which hold parts of the batch.
