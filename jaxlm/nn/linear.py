@@ -207,5 +207,5 @@ class Linear(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, features, jnp.float32).reshape(-1)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = linear(x.reshape(*batch, -1), kernel.reshape(matrix), bias)
+        y = linear(x.reshape(*batch, matrix[0]), kernel.reshape(matrix), bias)
         return y.astype(self.dtype).reshape(*batch, *features)

@@ -33,7 +33,7 @@ def _forward(logits: Array, labels: Array) -> tuple[tuple[Array, Array], tuple[A
 def cross_entropy(
     logits: Float[Array, "*batch vocab"], labels: Int[Array, "*batch"]
 ) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"]]:
-    """``-log softmax(logits)[label]`` and whether the label has the highest logit.
+    """``-log softmax(logits)[label]`` and whether no logit is above the label's.
 
     The gradient, ``softmax(logits) - onehot(label)``, is written out so that one array of the
     logits' size is kept for it (a BERT-mini step on a CPU: 0.9 times as long).

@@ -188,6 +188,11 @@ def test_module_keeps_parameters_in_float32():
     assert_close(y, x @ rounded, 3e-2)
 
 
+def test_module_takes_an_empty_batch():
+    variables = Linear(4).init(jax.random.key(0), jnp.ones((1, 8)))
+    assert Linear(4).apply(variables, jnp.ones((0, 8))).shape == (0, 4)
+
+
 def test_module_without_bias():
     layer = Linear(3, use_bias=False)
     assert list(layer.init(jax.random.key(0), jnp.ones((1, 2)))["params"]) == ["kernel"]
