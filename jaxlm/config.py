@@ -60,6 +60,8 @@ class RunConfig:
     @property
     def directory(self) -> Place:
         """The run folder."""
+        if not self.name.strip():
+            raise InputError(f"the run's name is {self.name!r}: its folder needs one")
         return locate(self.runs / self.name)
 
 

@@ -164,6 +164,7 @@ def resolve(
         assert config.model is not None
         vocab_size = run.padded_vocab_size(tokenizers.vocab_size(tokenizer), config.mesh)
         model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
+        run.check_vocab_size(model.vocab_size, tokenizers.vocab_size(tokenizer))
     return tuned.with_encoder(config, model, platform)
 
 

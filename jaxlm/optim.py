@@ -60,8 +60,19 @@ class OptimizerConfig:
                 f"warmup_share={self.warmup_share} and decay_share={self.decay_share} are shares "
                 "of the run, between 0 and 1"
             )
-        if self.peak_lr <= 0:
-            raise InputError(f"peak_lr={self.peak_lr} is not above 0")
+        for name in ("peak_lr", "epsilon", "clip_norm"):
+            value = vars(self)[name]
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"optimizer.{name}={value} is not a number above 0")
+        for name in ("b1", "b2", "momentum"):
+            if not 0 <= vars(self)[name] < 1:
+                raise InputError(f"optimizer.{name}={vars(self)[name]} is not inside [0, 1)")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"optimizer.weight_decay={self.weight_decay} is not 0 or above")
+        if not 0 <= self.final_lr_share <= 1:
+            raise InputError(
+                f"optimizer.final_lr_share={self.final_lr_share} is a share, between 0 and 1"
+            )
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise InputError(f"layer_decay={self.layer_decay} is not inside (0, 1]; 0.9 is usual")
 

@@ -51,6 +51,10 @@ def whole(path: Place) -> Iterator[Any]:
     if not isinstance(path, Path):
         yield path
         return
+    path = path.resolve()  # what a link names is replaced, not the link
+    if path.exists() and not path.is_file():  # such as a pipe, which is written to as it is
+        yield path
+        return
     unfinished = path.with_name(f".{path.name}")  # the ending may decide the format, so it stays
     try:
         yield unfinished

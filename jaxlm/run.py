@@ -45,16 +45,21 @@ Known = TypeVar("Known", PretrainConfig, FinetuneConfig)
 EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
 
 
+def check_vocab_size(vocab_size: int, tokenizer_size: int) -> None:
+    """Raise where the model has no row for some token: lookups would clip its id."""
+    if vocab_size < tokenizer_size:
+        raise InputError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of "
+            f"{tokenizer_size}: leave it None, or set it to that or more"
+        )
+
+
 def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> PretrainConfig:
     """Fill in what the config leaves to the data and the platform; raise where they clash."""
     vocab_size = config.model.vocab_size or padded_vocab_size(info.vocab_size, config.mesh)
     dtype = config.model.dtype or default_dtype(platform)
     model = dataclasses.replace(config.model, vocab_size=vocab_size, dtype=dtype)
-    if vocab_size < info.vocab_size:
-        raise InputError(
-            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of "
-            f"{info.vocab_size}: leave it None, or set it to that or more"
-        )
+    check_vocab_size(vocab_size, info.vocab_size)
     if info.row_length > model.max_length:
         raise InputError(
             f"the data's rows of {info.row_length} tokens are longer than the model's "

@@ -73,6 +73,8 @@ def main(
         raise InputError(
             f"--out {out} must be a file in a folder that is there, and goes with --file"
         )
+    if out is not None and file is not None and out.exists() and out.samefile(file):
+        raise InputError(f"--out {out} is the file that is read: name another")
     if task == "fill-mask":
         fill_mask(run, text, file, out, top_k, step)
         return
@@ -111,7 +113,7 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
 
 def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
     """The file's records: JSON objects, or texts."""
-    if file.suffix in (".jsonl", ".csv", ".tsv", ".conll", ".json"):
+    if file.suffix.lower() in (".jsonl", ".csv", ".tsv", ".conll", ".json"):
         yield from like(loaded.config.data.train, file).records()
         return
     for number, line in read_lines(file):

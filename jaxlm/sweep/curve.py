@@ -52,7 +52,12 @@ class CurveConfig:
 def load(argv: Sequence[str] | None = None) -> tuple[CurveConfig, list[Plan]]:
     """What the command line asks for, and for each config and seed the runs of all sizes."""
     asked, changes = parse(CurveConfig, argv)
-    return asked, [plan for path in asked.configs for plan in _plans(asked, path, changes)]
+    plans = [_plans(asked, path, changes) for path in asked.configs]
+    names = [of_config[0].name for of_config in plans if of_config]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two of the configs are named {name}: give each a name of its own")
+    return asked, [plan for of_config in plans for plan in of_config]
 
 
 def _plans(asked: CurveConfig, path: Path, changes: list[str]) -> list[Plan]:

@@ -25,6 +25,7 @@ Settings = dict[str, Any]  # dotted field -> value
 NOT_SWEPT = {
     "train.seed": "--seeds says how many there are",
     "name": "--name is that of the sweep, and trials are named by their settings",
+    "monitor": "--metric sets it, for all trials alike",
     "runs": "all trials are in one folder",
     "resume": "an unfinished trial always goes on",
     "accept_changes": "a trial has the settings that its name says",

@@ -60,8 +60,10 @@ class TrainConfig:
         if self.steps is None and self.epochs is None and self.minutes is None:
             raise InputError("train.steps, train.epochs and train.minutes are None: set one")
         for name, value in vars(self).items():
-            if name != "seed" and value is not None and value <= 0:
-                raise InputError(f"train.{name}={value} is not above 0")
+            if name != "seed" and value is not None and not 0 < value < math.inf:
+                raise InputError(f"train.{name}={value} is not a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"train.seed={self.seed} is not from 0 to 4294967295")
 
     def with_steps(self, num_examples: int, batch_size: int) -> "TrainConfig":
         """The same with ``steps`` that follow from ``epochs``."""

@@ -44,6 +44,8 @@ class LabelledConfig:
         for name in ("max_length", "batch_size", "num_buckets"):
             if vars(self)[name] < 1:
                 raise InputError(f"data.{name}={vars(self)[name]} is not above 0")
+        if not 0 <= self.split_seed < 2**32:
+            raise InputError(f"data.split_seed={self.split_seed} is not from 0 to 4294967295")
         if self.few_shot is not None and self.few_shot < 1:
             raise InputError(f"data.few_shot={self.few_shot} is not above 0; None = all examples")
 
@@ -83,7 +85,8 @@ def fingerprint(config: LabelledConfig) -> str:
 
 def like(source: Source, path: Path) -> Source:
     """Another file with the same columns as ``source``, of the kind that its name says."""
-    match path.suffix:
+    suffix = path.suffix.lower()
+    match suffix:
         case ".jsonl":
             return JsonLines(path=str(path))
         case ".json":
@@ -91,7 +94,7 @@ def like(source: Source, path: Path) -> Source:
         case ".conll" if not isinstance(source, Conll):
             return Conll(path=str(path))
         case ".csv" | ".tsv" if isinstance(source, Table):
-            same = path.suffix == Path(source.path).suffix
+            same = suffix == Path(source.path).suffix.lower()
             delimiter = source.delimiter if same else None
             return dataclasses.replace(source, path=str(path), delimiter=delimiter)
         case ".csv" | ".tsv" if not isinstance(source, Conll):

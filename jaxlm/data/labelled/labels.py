@@ -14,7 +14,7 @@ from jaxlm.errors import InputError
 def read_label(record: Record, name: str) -> str:
     """The label under a name, as text; numbers are written out, an empty one raises."""
     value = record.value(name)
-    if isinstance(value, list | dict) or value is None:
+    if isinstance(value, list | dict) or value is None or value != value:  # NaN: a missing number
         raise InputError(f"{record.place}: {name} is {value!r:.40}, which is no single label")
     label = str(value).strip()
     if not label:

@@ -294,6 +294,11 @@ def _questions(article: Mapping[str, Any], path: Path) -> Iterator[Record]:
     for paragraph in article["paragraphs"]:
         for question in paragraph["qas"]:
             impossible = question.get("is_impossible", False)
+            if not isinstance(impossible, bool):
+                raise InputError(
+                    f"{path}: question {question['id']!r}: is_impossible is {impossible!r:.40}, "
+                    "which is neither true nor false"
+                )
             answers = [] if impossible else question["answers"]
             fields = {
                 "id": question["id"],
