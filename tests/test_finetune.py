@@ -270,11 +270,11 @@ def test_a_bilstm_learns_from_the_same_data(config: FinetuneConfig, tmp_path: Pa
         tuning=Full(),
         train=TrainConfig(epochs=8.0, num_evals=1),
     )
+    small = replace(scratch, model=replace(scratch.model, vocab_size=10))
+    with pytest.raises(InputError, match=r"model\.vocab_size=10 is smaller than the tokenizer's"):
+        finetune(small)
     loaded = tuned.open_tuned(finetune(scratch))
-    assert [answer["label"] for answer in loaded.answer([record("a b"), record("k j")])] == [
-        "1",
-        "0",
-    ]
+    assert [a["label"] for a in loaded.answer([record("a b"), record("k j")])] == ["1", "0"]
 
 
 def test_more_devices_than_micro_batches_leave_rows_for(directory: Path, tmp_path: Path) -> None:
@@ -378,6 +378,8 @@ def test_a_table_is_read_as_one(directory: Path, tmp_path: Path) -> None:
     table = tmp_path / "new.csv"  # the columns of training, without labels
     table.write_text("text\na b c\nj k l\n")
     out = ["--out", str(tmp_path / "out")]
+    same = script("predict.py", directory, "classify", "--file", str(table), "--out", str(table))
+    assert b"is the file that is read" in same.stderr
     done = script("predict.py", directory, "classify", "--file", str(table), *out)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]

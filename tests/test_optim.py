@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import jax
@@ -99,7 +100,12 @@ def test_a_schedule_of_warmup_alone():
         ({"warmup_share": 1.2}, "warmup_share=1.2"),
         ({"warmup_share": -0.1}, "warmup_share=-0.1"),
         ({"decay_share": 0.0}, "decay_share=0.0"),
-        ({"peak_lr": 0.0}, "peak_lr=0.0 is not above 0"),
+        ({"peak_lr": 0.0}, "peak_lr=0.0 is not a number above 0"),
+        ({"peak_lr": math.nan}, "peak_lr=nan is not a number above 0"),
+        ({"clip_norm": -1.0}, "clip_norm=-1.0 is not a number above 0"),
+        ({"b2": 1.5}, r"b2=1.5 is not inside \[0, 1\)"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 is not 0 or above"),
+        ({"final_lr_share": -5.0}, "final_lr_share=-5.0 is a share"),
         ({"layer_decay": 0.0}, "layer_decay=0.0 is not inside"),
         ({"layer_decay": 1.1}, "layer_decay=1.1 is not inside"),
     ],

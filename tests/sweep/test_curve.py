@@ -85,5 +85,7 @@ def test_what_fails_is_left_out(argv: list[str]) -> None:
 def test_refuses_what_cannot_be_drawn(argv: list[str]) -> None:
     with pytest.raises(InputError, match="--seeds 0"):
         load([*argv, "--seeds", "0"])
+    with pytest.raises(InputError, match=r"two of the configs are named .*tiny"):
+        load([argv[0], *argv])
     with pytest.raises(InputError, match="config files"):
         load(["--sizes", "8"])

@@ -56,6 +56,7 @@ def test_values_have_the_types_of_their_fields(config: FinetuneConfig) -> None:
         (LR, "names no values"),
         (f"{LR}=", "names no values"),
         ("train.seed=1,2", "--seeds says"),
+        ("monitor=loss,accuracy", "--metric sets it"),
         (f"{LR}=1e-3..1e-5", "its ends rise"),
         (f"{LR}=0..1e-5:log", "its ends rise above 0"),
     ],

@@ -15,6 +15,7 @@ from sweep_runs import leave_run
 
 from jaxlm import config as configs
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
+from jaxlm.data.labelled.augment import AugmentConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.errors import InputError
 from jaxlm.sweep.sweep import SweepConfig, make_plan, sweep
@@ -152,6 +153,9 @@ def test_another_config_in_the_folder_is_refused(config: FinetuneConfig) -> None
     run_quietly(plan_of(moved, f"{LR}=1e-3"), Fake())
     longer = replace(config, train=TrainConfig(epochs=10.0))
     fake = Fake()
+    augmented = replace(config, data=replace(config.data, augment=AugmentConfig(deletion_rate=0.5)))
+    with pytest.raises(InputError, match=r"begun with data\.augment=None, which is now 'AugmentC"):
+        run_quietly(plan_of(augmented, f"{LR}=1e-3"), Fake())
     with pytest.raises(InputError, match=r"begun with train\.epochs=9\.0, which is now 10\.0"):
         run_quietly(plan_of(longer, f"{LR}=1e-3"), fake)
     assert not fake.ran
@@ -177,7 +181,7 @@ def test_failing_trials_do_not_end_it(config: FinetuneConfig) -> None:
     assert "seed=0: failed: gradients were not finite" in said
     table = (plan.directory / "sweep.md").read_text()
     assert "seed=1 failed: MemoryError: 128 GB" in table
-    assert "failed: peak_lr=-1.0 is not above 0" in table
+    assert "failed: optimizer.peak_lr=-1.0 is not a number above 0" in table
     assert "| peak_lr=0.0001 | – |" in table
     assert table.index("=0.001 ") < table.index("=0.0001 ")
     again = Fake()

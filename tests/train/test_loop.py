@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxlm.errors import InputError
 from jaxlm.train import loop
 from jaxlm.train.loop import Clock, TrainConfig
 
@@ -93,3 +94,13 @@ def test_processes_go_by_one_clock(time: Time, monkeypatch: pytest.MonkeyPatch) 
     assert shares == pytest.approx([0.1 + 0.01 * step for step in range(40)])
     time.now += 60
     assert clock.share(40) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"minutes": float("nan")}, {"epochs": float("inf")}, {"steps": 0}, {"steps": 1, "seed": -1}],
+)
+def test_lengths_and_seeds_that_are_none_raise(change):
+    name, value = list(change.items())[-1]
+    with pytest.raises(InputError, match=rf"train\.{name}={value} is not"):
+        TrainConfig(**change)

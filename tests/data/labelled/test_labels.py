@@ -79,6 +79,11 @@ def test_what_is_no_list_of_labels(value):
         labels.read_labels(record(value), "label", "|")
 
 
+def test_a_missing_number_is_no_class():
+    with pytest.raises(InputError, match=r"a.csv:7: label is nan, which is no single label"):
+        labels.read_label(record(float("nan")), "label")
+
+
 def test_indicators():
     table = labels.indicators_of([("b",), (), ("a", "b")], ("a", "b"), ["p"] * 3)
     assert (table.tolist(), table.dtype) == ([[0, 1], [0, 0], [1, 1]], np.float32)

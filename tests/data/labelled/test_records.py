@@ -146,6 +146,10 @@ def test_squad(write):
         ('{"data": null}', r"a\.json: no list 'data'"),
         ('{"data": [{"paragraphs": [{"qas": ["x"]}]}]}', r"a\.json: .* wrong after 0 questions"),
         (squad({"id": "1", "answers": []}), r"a\.json: 'question' is missing .* after 0 questions"),
+        (
+            squad({"id": "1", "question": "Who?", "answers": [], "is_impossible": "false"}),
+            r"a\.json: question '1': is_impossible is 'false', which is neither",
+        ),
         ('{"data": []}', "holds no records"),
     ],
 )
