@@ -73,7 +73,7 @@ def main(
         raise InputError(
             f"--out {out} must be a file in a folder that is there, and goes with --file"
         )
-    if out is not None and file is not None and out.exists() and out.samefile(file):
+    if out is not None and file is not None and out.resolve() == file.resolve():
         raise InputError(f"--out {out} is the file that is read: name another")
     if task == "fill-mask":
         fill_mask(run, text, file, out, top_k, step)
