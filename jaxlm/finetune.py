@@ -24,7 +24,7 @@ from jaxlm.data.labelled.statistics import describe, render
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.places import Place, mirrored, whole
+from jaxlm.places import Place, mirrored, write_whole
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import fit
 from jaxlm.train.metrics import Throughput
@@ -93,8 +93,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
         state = tuned.place(state, placement)
         if main_process:
             run.write_folder(directory, config, tokenizer)
-            with whole(directory / tuned.LABELS) as unfinished:
-                unfinished.write_text(json.dumps(labels))
+            write_whole(directory / tuned.LABELS, json.dumps(labels))
 
         def evaluation(state: TrainState) -> dict[str, float]:
             sums, outputs = tuned.predict(
@@ -162,9 +161,9 @@ def resolve(
         model: Any = tuned.base_encoder(base.config, config.mesh)
     else:
         assert config.model is not None
-        vocab_size = run.padded_vocab_size(tokenizers.vocab_size(tokenizer), config.mesh)
-        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocab_size)
-        run.check_vocab_size(model.vocab_size, tokenizers.vocab_size(tokenizer))
+        given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
+        vocab_size = run.resolve_vocab_size(given, size, config.mesh)
+        model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return tuned.with_encoder(config, model, platform)
 
 

@@ -213,7 +213,7 @@ def _interceptor(function: Callable[[Call], Array]) -> Callable[..., Any]:
         axes = _contracted(module, np.ndim(x)) if kind == "linear" else ()
         call = Call("/".join(module.path), module, kind, x, axes, run)
         sizes = [x.shape[axis] for axis in axes if axis >= 0]
-        if axes and sizes != list(call.weight.shape[: len(axes)]):
+        if sizes != list(call.weight.shape[: len(axes)]):
             return run(x)  # whatever num_inputs and kernel mean there, it is not this
         return function(call)
 

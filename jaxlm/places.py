@@ -46,13 +46,11 @@ def absolute(path: Place) -> Place:
 def whole(path: Place) -> Iterator[Any]:
     """Write to what this gives: a file that takes the place of ``path`` when it is complete.
 
-    In a bucket a file appears no earlier anyway.
+    In a bucket a file appears no earlier anyway, and a pipe is written to as it is.
     """
-    if not isinstance(path, Path):
-        yield path
-        return
-    path = path.resolve()  # what a link names is replaced, not the link
-    if path.exists() and not path.is_file():  # such as a pipe, which is written to as it is
+    if isinstance(path, Path):
+        path = path.resolve()  # what a link names is replaced, not the link
+    if not isinstance(path, Path) or (path.exists() and not path.is_file()):
         yield path
         return
     unfinished = path.with_name(f".{path.name}")  # the ending may decide the format, so it stays
@@ -61,6 +59,12 @@ def whole(path: Place) -> Iterator[Any]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path: Place, text: str) -> None:
+    """Write a file that is never seen half-written."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def in_bucket(path: Place) -> bool:

@@ -24,7 +24,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MaskedLm, MlmHead
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
-from jaxlm.places import Place, locate, whole
+from jaxlm.places import Place, locate, whole, write_whole
 from jaxlm.sharding import MeshConfig
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement, jit_placement, pmap_placement
@@ -45,21 +45,11 @@ Known = TypeVar("Known", PretrainConfig, FinetuneConfig)
 EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
 
 
-def check_vocab_size(vocab_size: int, tokenizer_size: int) -> None:
-    """Raise where the model has no row for some token: lookups would clip its id."""
-    if vocab_size < tokenizer_size:
-        raise InputError(
-            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of "
-            f"{tokenizer_size}: leave it None, or set it to that or more"
-        )
-
-
 def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> PretrainConfig:
     """Fill in what the config leaves to the data and the platform; raise where they clash."""
-    vocab_size = config.model.vocab_size or padded_vocab_size(info.vocab_size, config.mesh)
+    vocab_size = resolve_vocab_size(config.model.vocab_size, info.vocab_size, config.mesh)
     dtype = config.model.dtype or default_dtype(platform)
     model = dataclasses.replace(config.model, vocab_size=vocab_size, dtype=dtype)
-    check_vocab_size(vocab_size, info.vocab_size)
     if info.row_length > model.max_length:
         raise InputError(
             f"the data's rows of {info.row_length} tokens are longer than the model's "
@@ -72,6 +62,17 @@ def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> Pretra
 def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:
     """Of matrix products and activations."""
     return "float32" if platform == "cpu" else "bfloat16"
+
+
+def resolve_vocab_size(given: int | None, tokenizer_size: int, mesh: MeshConfig) -> int:
+    """The model's: as given, else padded. Raises where some token would have no row."""
+    vocab_size = given or padded_vocab_size(tokenizer_size, mesh)
+    if vocab_size < tokenizer_size:  # lookups would clip ids, without a word
+        raise InputError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of "
+            f"{tokenizer_size}: leave it None, or set it to that or more"
+        )
+    return vocab_size
 
 
 def padded_vocab_size(size: int, mesh: MeshConfig) -> int:
@@ -263,8 +264,7 @@ def write_folder(directory: Place, config: Config, tokenizer: Tokenizer) -> None
     """Start a run folder: the resolved config, and the tokenizer."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with whole(directory / CONFIG) as unfinished:
-            unfinished.write_text(configs.to_json(config))
+        write_whole(directory / CONFIG, configs.to_json(config))
         with whole(directory / TOKENIZER) as unfinished:
             tokenizers.save(tokenizer, unfinished)
     except OSError as error:

@@ -13,8 +13,9 @@ from jaxlm import config as configs
 from jaxlm.config import FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
+from jaxlm.places import write_whole
 from jaxlm.sweep.process import RunTrial
-from jaxlm.sweep.sweep import alone, parse, write_whole
+from jaxlm.sweep.sweep import alone, parse
 from jaxlm.sweep.trials import Plan, Result, run_all, watched
 
 Scores = dict[str, dict[int, list[float]]]  # config → examples per class → a score for each seed

@@ -18,7 +18,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
-from jaxlm.places import whole
+from jaxlm.places import write_whole
 from jaxlm.sweep import space
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.space import short_label, shown
@@ -197,12 +197,6 @@ def _as_json(plan: Plan, results: Sequence[Result]) -> str:
     table = [{"settings": name, **columns} for name, columns in _scores(plan, results).items()]
     head = {"name": plan.name, "metric": plan.metric, "num_seeds": plan.num_seeds, "eta": plan.eta}
     return json.dumps({**head, "table": table, "trials": trials}, indent=2) + "\n"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    with whole(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

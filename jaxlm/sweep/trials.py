@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from jaxlm import config as configs
-from jaxlm import places, run
+from jaxlm import run
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.data.labelled.dataset import fingerprint
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
+from jaxlm.places import on_disk, write_whole
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label
 from jaxlm.train.metrics import read_jsonl
@@ -55,7 +55,7 @@ class Plan:
     @property
     def directory(self) -> Path:
         """The folder of all trials."""
-        return places.on_disk(self.config.runs / self.name)
+        return on_disk(self.config.runs / self.name)
 
     def rungs(self) -> list[tuple[Fraction, int]]:
         """Share of the budget and number of candidates, of each rung."""
@@ -203,8 +203,7 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
     try:
         if not found:
             directory.mkdir(parents=True, exist_ok=True)
-            with places.whole(directory / TRIAL) as unfinished:
-                unfinished.write_text(configs.to_json(config))
+            write_whole(directory / TRIAL, configs.to_json(config))
             run_trial(config)
         evaluations = _evaluations(directory)
     except Exception as error:  # whatever a trial may die of, the sweep goes on
@@ -227,8 +226,7 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
         seconds = time.monotonic() - began
         record = {"step": step, "seconds": round(seconds, 1), "metrics": evaluations[step]}
         record["data"] = data
-        with places.whole(directory / RESULT) as unfinished:
-            unfinished.write_text(json.dumps(record, indent=2) + "\n")
+        write_whole(directory / RESULT, json.dumps(record, indent=2) + "\n")
     return Result(trial=trial, score=score, step=step, seconds=seconds, found=found)
 
 
@@ -251,27 +249,15 @@ def _check_same(directory: Path, config: Config) -> None:
     path = directory / TRIAL
     if not path.is_file() or not list_steps(directory / run.CHECKPOINTS):
         return
-    saved, now = _flat(json.loads(path.read_text())), _flat(json.loads(configs.to_json(config)))
-    # A field that only one of them knows is that of another version; not so where it was None.
-    kinds = {name: f"{name}.type" for name in saved.keys() ^ now.keys()}
-    for name in (saved.keys() & now.keys()) | kinds.keys():
-        was, is_now = (
-            flat.get(name, flat.get(kinds.get(name, name), name)) for flat in (saved, now)
-        )
-        if name.partition(".")[0] not in FREE and name not in (was, is_now) and was != is_now:
+    saved, now = configs.flatten(configs.read_file(path)), configs.flatten(config)
+    # Types first: where they differ, so do the fields.
+    for name in sorted({*saved, *now}, key=lambda name: (not name.endswith(".type"), name)):
+        was, is_now = saved.get(name), now.get(name)
+        if name.partition(".")[0] not in FREE and was != is_now:
             raise InputError(
-                f"{directory} was begun with {name}={was!r}, which is now {is_now!r}: "
-                "restore it, or give the sweep another --name"
+                f"{directory} was begun with {name.removesuffix('.type')}={was!r}, which is now "
+                f"{is_now!r}: restore it, or give the sweep another --name"
             )
-
-
-def _flat(value: dict[str, Any], where: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, inner in value.items():
-        flat |= (
-            _flat(inner, f"{where}{name}.") if isinstance(inner, dict) else {where + name: inner}
-        )
-    return flat
 
 
 def _line(result: Result, plan: Plan) -> str:

@@ -29,8 +29,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.places import Place, absolute, in_bucket
-from jaxlm.places import whole as whole_file
+from jaxlm.places import Place, absolute, in_bucket, write_whole
 from jaxlm.train.checksum import checksums
 
 Report = Callable[[str], object]
@@ -240,8 +239,7 @@ def amend(step: Place, cursor: Cursor, metrics: Mapping[str, float]) -> None:
     """Give a finished checkpoint another cursor, and metrics that were measured later."""
     meta = {name: value for name, value in _read_meta(step).items() if name != "crc32"}
     meta |= {"cursor": cursor, "metrics": dict(metrics)}
-    with whole_file(step / "meta" / "metadata") as unfinished:
-        unfinished.write_text(json.dumps(seal(meta)))
+    write_whole(step / "meta" / "metadata", json.dumps(seal(meta)))
 
 
 def read_costs(
