@@ -1,20 +1,25 @@
 """Scaled dot-product attention and its multi-head module (Vaswani et al. 2017, section 3.2)."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxlm.nn import masks
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.linear import Linear, product
+from jaxlm.nn.linear import Linear, product, product_gradients
 from jaxlm.sharding import constrain
 from jaxlm.typing import Bias, Dtype, Hidden, Mask, PRNGKey
 
 # Finite, so that a row that may attend to nothing gives the mean of the values and no NaN.
 NEGATIVE = -1e30
+
+SCORES, MIX = "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"
 
 
 def dot_product_attention(
@@ -29,20 +34,75 @@ def dot_product_attention(
 ) -> Float[Array, "batch q_length heads head_dim"]:
     """``softmax(q kᵀ / sqrt(head_dim) + bias) v`` (equation 1); softmax in float32.
 
-    ``dropout_key`` draws which attention weights are dropped; without it none are.
+    ``dropout_key`` draws which attention weights are dropped; without it none are. Of arrays of
+    the scores' size the gradient keeps one, in the precision of ``value``.
     """
-    scores = product("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    rate = 0.0 if dropout_key is None else dropout_rate
+    return _attention(query, key, value, mask, bias, dropout_key, rate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Mask | None,
+    bias: Bias | None,
+    dropout_key: PRNGKey | None,
+    rate: float,
+) -> Array:
+    return _forward(query, key, value, mask, bias, dropout_key, rate)[0]
+
+
+def _forward(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Mask | None,
+    bias: Bias | None,
+    dropout_key: PRNGKey | None,
+    rate: float,
+) -> tuple[Array, tuple[Any, ...]]:
+    scores = product(SCORES, query, key) * query.shape[-1] ** -0.5
     if bias is not None:
         scores += bias
     if mask is not None:
         scores = jnp.where(mask, scores, NEGATIVE)
-    # Normalized after the product: an array of the scores' size less to keep for the gradient.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1)
-    if dropout_key is not None and dropout_rate > 0:
-        weights = dropout(weights, dropout_rate, dropout_key)
-    out = product("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
-    return (out / jnp.swapaxes(total, 1, 2)[..., None]).astype(query.dtype)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1)  # divided by after the product, which is smaller
+    weights = weights.astype(value.dtype)
+    out = product(MIX, _drop(weights, rate, dropout_key), value) / _per_query(total)
+    return out.astype(query.dtype), (query, key, value, mask, bias, dropout_key, weights, total)
+
+
+def _backward(rate: float, residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+    # The barrier keeps XLA from keeping more instead: float32 scores, and what was dropped.
+    residuals, g = lax.optimization_barrier((residuals, g))
+    query, key, value, mask, bias, dropout_key, weights, total = residuals
+    dropped = _drop(weights, rate, dropout_key)
+    dweights, dvalue = product_gradients(MIX, dropped, value, g / _per_query(total))
+    dweights = _drop(dweights, rate, dropout_key).astype(jnp.float32)
+    weights = weights.astype(jnp.float32)
+    mean = (weights * dweights).sum(-1) / total
+    dscores = weights * (dweights - mean[..., None])
+    if mask is not None:
+        dscores = jnp.where(mask, dscores, 0)
+    dbias = None
+    if bias is not None:
+        (dbias,) = jax.vjp(lambda b: jnp.broadcast_to(b, dscores.shape), bias)[1](dscores)
+    dquery, dkey = product_gradients(SCORES, query, key, dscores * query.shape[-1] ** -0.5)
+    return dquery, dkey, dvalue, None, dbias, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _drop(weights: Array, rate: float, key: PRNGKey | None) -> Array:
+    return dropout(weights, rate, key) if key is not None and rate > 0 else weights
+
+
+def _per_query(total: Array) -> Array:
+    return jnp.swapaxes(total, 1, 2)[..., None]
 
 
 class MultiHeadAttention(nn.Module):

@@ -20,7 +20,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
     The gradient is written out so that only ``x`` is kept for it.
     """
-    return jax.nn.gelu(x, approximate=False)
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
 def _gelu_backward(x: Array, g: Array) -> tuple[Array]:

@@ -59,7 +59,10 @@ def linear(
     kernel: Float[Array, "inputs outputs"],
     bias: Float[Array, "outputs"] | None = None,
 ) -> Float[Array, "*batch outputs"]:
-    """``x @ kernel + bias``, accumulated and returned in float32."""
+    """``x @ kernel + bias``, accumulated and returned in float32.
+
+    In bfloat16 the product is rounded before the bias is added, but for CPUs.
+    """
     return _linear_forward(x, kernel, bias)[0]
 
 
@@ -68,7 +71,13 @@ def _linear_forward(
 ) -> tuple[Array, tuple[Array, Array, Array | None]]:
     # The bare product, because the remat policies of stack.py do not look into a custom_vjp.
     y = _dot(x, kernel, (x.ndim - 1,), (0,))
-    return y if bias is None else _add_bias(y, bias), (x, kernel, bias)
+    if bias is None:
+        return y, (x, kernel, bias)
+    if x.dtype != y.dtype:
+        # To what the result will be in any case: a GPU's product then writes half the bytes.
+        rounded = lambda y: y.astype(x.dtype).astype(y.dtype)
+        y = lax.platform_dependent(y, cpu=lambda y: y, default=rounded)
+    return _add_bias(y, bias), (x, kernel, bias)
 
 
 def _linear_backward(
@@ -132,20 +141,18 @@ def _append(x: Array, column: Array | int) -> Array:
 attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _einsum(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``einsum(spec, a, b)``, accumulated and returned in float32.
-
-    In the gradient, too, the operands keep their precision: plain ``einsum`` would upcast them to
-    the float32 of the incoming gradient. Every letter of ``spec`` stands in two of its three terms.
-    """
+def product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``einsum(spec, a, b)``, accumulated and returned in float32."""
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-product = jax.custom_vjp(_einsum, nondiff_argnums=(0,))
+def product_gradients(spec: str, a: Array, b: Array, g: Array) -> tuple[Array, Array]:
+    """Gradients of :func:`product` for that of its result, by operands that keep their precision.
 
-
-def _product_backward(spec: str, operands: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    (a, b), (left, out) = operands, spec.split("->")
+    Those of plain ``einsum`` would be upcast to the float32 of ``g``. Every letter of ``spec``
+    stands in two of its three terms.
+    """
+    left, out = spec.split("->")
     a_axes, b_axes = left.split(",")
 
     def plain(g: Array, a: Array) -> Array:
@@ -162,15 +169,12 @@ def _product_backward(spec: str, operands: tuple[Array, Array], g: Array) -> tup
         rows = "".join(c for c in both if c not in b_axes)
         x_only, y_only = ("".join(c for c in axes if c not in both) for axes in (x_axes, y_axes))
         x = _row_major(jnp.einsum(f"{x_axes}->{batch}{x_only}{rows}", x))
-        db = _einsum(f"{batch}{x_only}{rows},{y_axes}->{batch}{x_only}{y_only}", x, y)
+        db = product(f"{batch}{x_only}{rows},{y_axes}->{batch}{x_only}{y_only}", x, y)
         return jnp.einsum(f"{batch}{x_only}{y_only}->{b_axes}", db)
 
     da = product(f"{out},{b_axes}->{a_axes}", g.astype(b.dtype), b)
     db = lax.platform_dependent(g, a, cpu=rows_last, default=plain)
     return da.astype(a.dtype), db.astype(b.dtype)
-
-
-product.defvjp(lambda spec, a, b: (product(spec, a, b), (a, b)), _product_backward)
 
 
 class Linear(nn.Module):

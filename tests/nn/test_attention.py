@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxlm.nn import masks
-from jaxlm.nn.attention import MultiHeadAttention, dot_product_attention
+from jaxlm.nn.attention import NEGATIVE, MultiHeadAttention, dot_product_attention
+from jaxlm.nn.dropout import dropout
 
 LOG = np.log
 
@@ -85,6 +86,49 @@ def test_bfloat16_keeps_its_softmax_in_float32():
     exact = dot_product_attention(*(x.astype(jnp.float32) for x in operands))
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(low, np.float32), exact, atol=1e-2)
+
+
+def plain_attention(query, key, value, mask, bias, dropout_key):
+    """Equation 1 with dropout, whose gradient JAX finds."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5 + bias
+    weights = jax.nn.softmax(jnp.where(mask, scores, NEGATIVE))
+    weights = dropout(weights, 0.3, dropout_key)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def dropped_attention(query, key, value, mask, bias, dropout_key):
+    return dot_product_attention(
+        query, key, value, mask=mask, bias=bias, dropout_rate=0.3, dropout_key=dropout_key
+    )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_the_gradient_equals_that_of_the_equation(dtype, tolerance):
+    operands = [normal(2, 7, 3, 8, seed=seed).astype(dtype) for seed in range(3)]
+    # One row sees nothing: no gradient reaches its scores. The bias is shared by rows and queries.
+    mask = masks.padding(jnp.array([7, 4]), 7) & (jnp.arange(7) != 2)[None, None, :, None]
+    bias, cotangent = normal(1, 3, 1, 7, seed=3), normal(2, 7, 3, 8, seed=4)
+
+    @jax.jit
+    def both(operands, bias):
+        def gradient(attention, operands):
+            def total(operands, bias):
+                out = attention(*operands, mask, bias, jax.random.key(0))
+                return jnp.sum(out.astype(jnp.float32) * cotangent)
+
+            return jax.grad(total, argnums=(0, 1))(operands, bias)
+
+        exact = jax.tree.map(lambda x: x.astype(jnp.float32), operands)
+        return gradient(dropped_attention, operands), gradient(plain_attention, exact)
+
+    ours, plain = both(operands, bias)
+    assert {g.dtype for g in ours[0]} == {jnp.dtype(dtype)}
+    for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        scale = float(jnp.abs(expected).max())
+        assert scale > 0.1
+        np.testing.assert_allclose(
+            np.asarray(got, np.float32), expected, rtol=0, atol=tolerance * scale
+        )
 
 
 # The module: 6 positions, 2 heads.
