@@ -102,7 +102,7 @@ def dropped_attention(query, key, value, mask, bias, dropout_key):
     )
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
 def test_the_gradient_equals_that_of_the_equation(dtype, tolerance):
     operands = [normal(2, 7, 3, 8, seed=seed).astype(dtype) for seed in range(3)]
     # One row sees nothing: no gradient reaches its scores. The bias is shared by rows and queries.

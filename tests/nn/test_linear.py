@@ -91,6 +91,15 @@ def test_products_equal_plain_ones(ours, dtype, platform):
         assert_close(gradients, exact[1], TOLERANCE[dtype])
 
 
+def differentiable_product(spec):
+    ours = jax.custom_vjp(partial(product, spec))
+    ours.defvjp(
+        lambda a, b: (product(spec, a, b), (a, b)),
+        lambda operands, g: product_gradients(spec, *operands, g),
+    )
+    return ours
+
+
 @pytest.mark.parametrize("spec", ["bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"])
 def test_products_of_activations_equal_einsum(spec, platform):
     sizes = {"b": 2, "q": 5, "k": 3, "h": 2, "d": 4}
@@ -100,14 +109,13 @@ def test_products_of_activations_equal_einsum(spec, platform):
             normal(*(sizes[axis] for axis in axes), seed=seed, dtype=dtype)
             for seed, axes in enumerate(spec.split("->")[0].split(","))
         ]
-        ours = jax.custom_vjp(partial(product, spec))
-        ours.defvjp(lambda a, b: (product(spec, a, b), (a, b)), lambda ab, g: gradients(*ab, g))
-        gradients = partial(product_gradients, spec)
-        (((value, grads), exact),) = compare(ours, partial(jnp.einsum, spec), [operands])
+        (((value, gradients), exact),) = compare(
+            differentiable_product(spec), partial(jnp.einsum, spec), [operands]
+        )
         assert value.dtype == jnp.float32
-        assert [g.dtype for g in grads] == [dtype, dtype]
+        assert [g.dtype for g in gradients] == [dtype, dtype]
         assert_close(value, exact[0], 1e-5)
-        assert_close(grads, exact[1], TOLERANCE[dtype])
+        assert_close(gradients, exact[1], TOLERANCE[dtype])
 
 
 def test_linear_without_bias():
