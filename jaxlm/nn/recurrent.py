@@ -85,8 +85,9 @@ class Lstm(nn.Module):
     ) -> Float[Array, "batch length state"]:
         if segment_ids is None:
             segment_ids = jnp.zeros(x.shape[:2], jnp.int32)
-        x = rearrange(x, "batch length embed -> length batch embed")
+        # Examples first, as adapters that differ by example need it.
         gates = Linear((4, self.hidden_dim), dtype=self.dtype, name="input")(x)
+        gates = rearrange(gates, "batch length g state -> length batch g state")
         kernel = self.param(
             "recurrent_kernel",
             lambda key, n: nn.initializers.orthogonal()(key, (n, 4 * n)).reshape(n, 4, n),

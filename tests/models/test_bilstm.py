@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm import tree
+from jaxlm import lora, tree
 from jaxlm.errors import InputError
+from jaxlm.intercept import find_sites
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.heads import ClassificationHead, WithHead, mean_pool
 from jaxlm.sharding import axes_of
@@ -142,3 +143,24 @@ def test_rows_that_are_too_long():
         jax.eval_shape(MODEL.apply, VARIABLES, long)
     free = replace(CONFIG, max_length=None).make()
     assert jax.eval_shape(free.apply, VARIABLES, long).shape == (1, 10, 8)
+
+
+def test_each_example_has_its_adapter_in_a_batch_as_long_as_its_rows():
+    config = lora.LoraConfig(targets=("input/kernel",), rank=2)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 30, (7, 7)))
+    sites = find_sites(lambda variables: MODEL.apply(variables, tokens), VARIABLES)
+    one = lora.init(jax.random.key(0), VARIABLES["params"], sites, config)
+    rng = np.random.default_rng(2)
+    two = [jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), one) for _ in range(2)]
+    ids = jnp.array([0, 1, 1, 0, 1, 0, 0])
+
+    @jax.jit
+    def both():
+        apply = lora.adapt(MODEL.apply, config)
+        together = apply(VARIABLES | {"lora": lora.stack(two)}, tokens, adapter_ids=ids)
+        return together, [apply(VARIABLES | {"lora": adapter}, tokens) for adapter in two]
+
+    together, apart = both()
+    expected = jnp.where((ids == 0)[:, None, None], *apart)
+    np.testing.assert_allclose(together, expected, atol=1e-5)
+    assert float(jnp.abs(apart[0] - apart[1]).max()) > 0.1
