@@ -50,7 +50,8 @@ def apply_stack(
         variable_axes={True: 0},  # every collection: adapters beside the parameters, too
         split_rngs={True: True},
         length=num_layers,
-        unroll=unroll or num_layers,
+        # Drawing the parameters of one layer is compiled once; a step's time does not matter there.
+        unroll=1 if block.is_initializing() else unroll or num_layers,
     )
     return scan(block, x, None)[0]
 
