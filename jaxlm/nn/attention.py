@@ -89,7 +89,8 @@ def _backward(rate: float, residuals: tuple[Any, ...], g: Array) -> tuple[Array 
         dscores = jnp.where(mask, dscores, 0)
     dbias = None
     if bias is not None:
-        (dbias,) = jax.vjp(lambda b: jnp.broadcast_to(b, dscores.shape), bias)[1](dscores)
+        widen = lambda b: jnp.broadcast_to(b.astype(jnp.float32), dscores.shape)
+        (dbias,) = jax.vjp(widen, bias)[1](dscores)
     dquery, dkey = product_gradients(SCORES, query, key, dscores * query.shape[-1] ** -0.5)
     return dquery, dkey, dvalue, None, dbias, None
 

@@ -107,22 +107,22 @@ def test_the_gradient_equals_that_of_the_equation(dtype, tolerance):
     operands = [normal(2, 7, 3, 8, seed=seed).astype(dtype) for seed in range(3)]
     # One row sees nothing: no gradient reaches its scores. The bias is shared by rows and queries.
     mask = masks.padding(jnp.array([7, 4]), 7) & (jnp.arange(7) != 2)[None, None, :, None]
-    bias, cotangent = normal(1, 3, 1, 7, seed=3), normal(2, 7, 3, 8, seed=4)
+    bias, cotangent = normal(1, 3, 1, 7, seed=3).astype(dtype), normal(2, 7, 3, 8, seed=4)
 
     @jax.jit
     def both(operands, bias):
-        def gradient(attention, operands):
+        def gradient(attention, operands, bias):
             def total(operands, bias):
                 out = attention(*operands, mask, bias, jax.random.key(0))
                 return jnp.sum(out.astype(jnp.float32) * cotangent)
 
             return jax.grad(total, argnums=(0, 1))(operands, bias)
 
-        exact = jax.tree.map(lambda x: x.astype(jnp.float32), operands)
-        return gradient(dropped_attention, operands), gradient(plain_attention, exact)
+        exact = jax.tree.map(lambda x: x.astype(jnp.float32), (operands, bias))
+        return gradient(dropped_attention, operands, bias), gradient(plain_attention, *exact)
 
     ours, plain = both(operands, bias)
-    assert {g.dtype for g in ours[0]} == {jnp.dtype(dtype)}
+    assert {g.dtype for g in jax.tree.leaves(ours)} == {jnp.dtype(dtype)}
     for got, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         scale = float(jnp.abs(expected).max())
         assert scale > 0.1
