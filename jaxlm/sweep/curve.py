@@ -102,6 +102,7 @@ def curve(
         raise InputError(f"the configs are judged by different metrics, {' and '.join(metrics)}")
     directory = plans[0].config.runs / asked.name
     scores: Scores = {}
+    bases: dict[str, tuple[str, Path]] = {}
 
     with alone(directory):
         try:
@@ -115,7 +116,7 @@ def curve(
                         own.setdefault(size, []).append(newest.score)
 
                 console.print(f"{plan.config.name}, seed {plan.config.train.seed}")
-                run_all(plan, run_trial, console, record)
+                run_all(plan, run_trial, console, record, bases)
         except KeyboardInterrupt:
             console.print("stopped: the same command goes on from here")
             raise

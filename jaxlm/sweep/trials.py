@@ -13,11 +13,12 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -32,7 +33,7 @@ from jaxlm.places import on_disk, write_whole
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label
 from jaxlm.train.metrics import read_jsonl
-from jaxlm.train.restore import Monitor, list_steps
+from jaxlm.train.restore import Monitor, list_steps, peek
 from jaxlm.train.view import METRICS
 
 RESULT = "result.json"  # in the folder of a trial that is finished
@@ -116,6 +117,8 @@ class Result:
     error: str | None = None
     found: bool = False
     """It was finished before, and not run again."""
+    base: tuple[str, str] | None = None
+    """The encoder that it began with, and the fingerprint of that."""
 
 
 def watched(config: Config, metric: str | None) -> tuple[str, Monitor]:
@@ -133,12 +136,15 @@ def run_all(
     run_trial: RunTrial,
     console: Console,
     record: Callable[[Sequence[Result]], object],
+    bases: MutableMapping[str, tuple[str, Path]] | None = None,
 ) -> None:
     """Run what is not finished, a line for each; ``record`` gets all results after each trial.
 
     A trial that fails is a result too, and goes to no further rung. Raises :class:`InputError`
-    where a folder holds a trial of another config, or no trial knows the metric.
+    where a folder holds a trial of another config, no trial knows the metric, or an encoder is not
+    that of the trials before, which ``bases`` keeps from one call to the next.
     """
+    bases = {} if bases is None else bases
     results: list[Result] = []
     alive = list(plan.candidates)
     first_seed = plan.config.train.seed
@@ -158,6 +164,7 @@ def run_all(
                 trial = Trial(settings=settings, seed=seed, share=share)
                 with console.status(f"{number}/{total} {trial.name} …"):
                     result = _run(trial, plan, run_trial)
+                _check_base(result, plan.directory / trial.name, bases)
                 results.append(result)
                 record(results)
                 left = _time_left(results, all_work)
@@ -194,7 +201,7 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
         return Result(trial=trial, error=str(error))
     _check_same(directory, config)
     found = (directory / RESULT).is_file()
-    before = json.loads((directory / RESULT).read_text()) if found else {}
+    before = _read_result(directory / RESULT) if found else {}
     if before.get("data", data) != data:
         raise InputError(
             f"{directory} was run with other data than {config.data} names now: restore them, or "
@@ -206,6 +213,8 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
             write_whole(directory / TRIAL, configs.to_json(config))
             run_trial(config)
         evaluations = _evaluations(directory)
+        name = getattr(config, "base", None)
+        kept = before if found or name is None else peek(directory / run.CHECKPOINTS)
     except Exception as error:  # whatever a trial may die of, the sweep goes on
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         return Result(trial=trial, seconds=time.monotonic() - began, error=reason)
@@ -220,14 +229,42 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
     score = evaluations[step][plan.metric]
     if not math.isfinite(costs[step]) or not math.isfinite(score):
         return Result(trial=trial, error=f"its {plan.metric} is not finite")
+    sha256 = kept.get("base_sha256")
     if found:
-        seconds = float(before["seconds"])
+        seconds = before["seconds"]
     else:
         seconds = time.monotonic() - began
         record = {"step": step, "seconds": round(seconds, 1), "metrics": evaluations[step]}
-        record["data"] = data
+        record |= {"data": data, "base_sha256": sha256}
         write_whole(directory / RESULT, json.dumps(record, indent=2) + "\n")
-    return Result(trial=trial, score=score, step=step, seconds=seconds, found=found)
+    base = (name, sha256) if name and sha256 else None
+    return Result(trial=trial, score=score, step=step, seconds=seconds, found=found, base=base)
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result | {"seconds": float(result["seconds"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}: {error}): delete it, and the same command "
+            "writes it anew"
+        ) from error
+
+
+def _check_base(
+    result: Result, directory: Path, bases: MutableMapping[str, tuple[str, Path]]
+) -> None:
+    if result.base is None:
+        return
+    name, sha256 = result.base
+    first, where = bases.setdefault(name, (sha256, directory))
+    if sha256 != first:
+        raise InputError(
+            f"{directory} began with another encoder (sha256 {sha256[:12]}) than {where} "
+            f"({first[:12]}), both in {name}: restore it and delete the folder that began with the "
+            "wrong one, or give the sweep another --name"
+        )
 
 
 def _evaluations(directory: Path) -> dict[int, dict[str, float]]:

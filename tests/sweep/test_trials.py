@@ -1,6 +1,7 @@
 """Trials: planned, run, resumed, halved and reported, without any training."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -168,6 +169,32 @@ def test_other_data_in_the_file_are_refused(config: FinetuneConfig) -> None:
     with pytest.raises(InputError, match=r"was run with other data than .*data\.csv"):
         run_quietly(plan_of(config, f"{LR}=1e-3"), fake)
     assert not fake.ran
+
+
+def test_another_encoder_of_the_same_name_is_refused(config: FinetuneConfig) -> None:
+    plan = plan_of(config, f"{LR}=1e-3,1e-4")
+
+    def train(base: str) -> Callable[[Config], None]:
+        return lambda config: leave_run(config, {4: {"loss": 0.5, "accuracy": 0.5}}, 4, base)
+
+    run_quietly(plan_of(config, f"{LR}=1e-3"), train("a"))
+    for _ in range(2):  # also where both are finished
+        with pytest.raises(
+            InputError, match=r"01_seed=0 began with another encoder \(sha256 b\) than"
+        ):
+            run_quietly(plan, train("b"))
+    shutil.rmtree(plan.directory / "peak_lr=0.0001_seed=0")
+    run_quietly(plan, train("a"))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"seconds": "long"}'])
+def test_a_damaged_result_is_one_sentence(config: FinetuneConfig, text: str) -> None:
+    plan = plan_of(config, f"{LR}=1e-3")
+    run_quietly(plan, Fake())
+    (result,) = plan.directory.glob("*/result.json")
+    result.write_text(text)
+    with pytest.raises(InputError, match=r"seed=0/result\.json is damaged \(\w+: .*: delete it"):
+        run_quietly(plan, Fake())
 
 
 def test_failing_trials_do_not_end_it(config: FinetuneConfig) -> None:
