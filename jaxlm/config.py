@@ -37,6 +37,12 @@ from jaxlm.train.loop import TrainConfig
 from jaxlm.tuning import FrozenDtype, Full, Tuning
 
 
+def check_name(name: str) -> None:
+    """It becomes that of a folder."""
+    if not name.strip():
+        raise InputError(f"the run's name is {name!r}: its folder needs one")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What pretraining and fine-tuning share: where the run is kept, and how it learns."""
@@ -60,8 +66,7 @@ class RunConfig:
     @property
     def directory(self) -> Place:
         """The run folder."""
-        if not self.name.strip():
-            raise InputError(f"the run's name is {self.name!r}: its folder needs one")
+        check_name(self.name)
         return locate(self.runs / self.name)
 
 

@@ -45,9 +45,14 @@ class CurveConfig:
     def __post_init__(self) -> None:
         if not self.configs or not self.sizes:
             raise InputError("a learning curve needs config files, and --sizes of training data")
-        for name in ("seeds", "steps"):
-            if vars(self)[name] < 1:
-                raise InputError(f"--{name} {vars(self)[name]} is less than 1")
+        configs.check_name(self.name)
+        for name, least in (
+            ("sizes", min(self.sizes)),
+            ("seeds", self.seeds),
+            ("steps", self.steps),
+        ):
+            if least < 1:
+                raise InputError(f"--{name} {least} is less than 1")
 
 
 def load(argv: Sequence[str] | None = None) -> tuple[CurveConfig, list[Plan]]:
@@ -63,6 +68,7 @@ def load(argv: Sequence[str] | None = None) -> tuple[CurveConfig, list[Plan]]:
 
 def _plans(asked: CurveConfig, path: Path, changes: list[str]) -> list[Plan]:
     config = configs.load(FinetuneConfig, [str(path), *changes])
+    configs.check_name(config.name)
     if asked.base is not None and config.base is not None:
         config = dataclasses.replace(config, base=asked.base)
     steps = dataclasses.replace(config.train, steps=asked.steps, epochs=None, minutes=None)

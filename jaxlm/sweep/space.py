@@ -203,9 +203,12 @@ def _read_values(name: str, hint: Any, text: str) -> tuple[Any, ...] | Range:
     if ends and {int, float} & set(options):
         is_whole = float not in options
         low, high = (_read_value(name, int if is_whole else float, end) for end in ends.group(1, 2))
-        if not low < high or (ends[3] and low <= 0):
-            above = " above 0" if ends[3] else ""
-            raise InputError(f"--set {name}={text} is no range: its ends rise{above}")
+        finite = all(abs(end) < 1e300 for end in (low, high))  # their difference is, too
+        if not low < high or not finite or (ends[3] and low <= 0):
+            above = ", above 0" if ends[3] else ""
+            raise InputError(
+                f"--set {name}={text} is no range: its ends are finite, and rise{above}"
+            )
         return Range(float(low), float(high), bool(ends[3]), is_whole)
     return tuple(dict.fromkeys(_read_value(name, hint, part.strip()) for part in text.split(",")))
 
@@ -228,11 +231,11 @@ def _read_value(name: str, hint: Any, text: str) -> Any:
             f"name; fields of the present one are set like {name}.FIELD=VALUE"
         )
     is_tuple = any(get_origin(option) is tuple for option in options)
-    words = shlex.split(text) if is_tuple else [text.capitalize() if bool in options else text]
     try:
+        words = shlex.split(text) if is_tuple else [text.capitalize() if bool in options else text]
         with redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             return tyro.cli(hint, args=words)
-    except SystemExit:
+    except (SystemExit, ValueError):  # ValueError: a quotation without an end
         kind = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
         raise InputError(f"--set {name}={text}: {text!r} is not of type {kind}") from None
 

@@ -66,6 +66,8 @@ class SweepConfig:
                 raise InputError(f"--{name} {value} is less than {least}")
         if self.draw_seed < 0:
             raise InputError(f"--draw-seed {self.draw_seed} is less than 0")
+        if self.name is not None:
+            configs.check_name(self.name)
 
 
 def load(argv: Sequence[str] | None = None) -> Plan:

@@ -89,3 +89,8 @@ def test_refuses_what_cannot_be_drawn(argv: list[str]) -> None:
         load([argv[0], *argv])
     with pytest.raises(InputError, match="config files"):
         load(["--sizes", "8"])
+    with pytest.raises(InputError, match="--sizes 0"):
+        load([*argv, "0"])
+    for given in (["--name", ""], ["--", "--name", ""]):
+        with pytest.raises(InputError, match="name is '': its folder needs one"):
+            load([*argv, *given])

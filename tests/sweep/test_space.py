@@ -57,8 +57,11 @@ def test_values_have_the_types_of_their_fields(config: FinetuneConfig) -> None:
         (f"{LR}=", "names no values"),
         ("train.seed=1,2", "--seeds says"),
         ("monitor=loss,accuracy", "--metric sets it"),
-        (f"{LR}=1e-3..1e-5", "its ends rise"),
-        (f"{LR}=0..1e-5:log", "its ends rise above 0"),
+        (f"{LR}=1e-3..1e-5", "its ends are finite, and rise"),
+        (f"{LR}=0..1e-5:log", "its ends are finite, and rise, above 0"),
+        (f"{LR}=0..inf", "its ends are finite"),
+        (f"{LR}=nan..1", "its ends are finite"),
+        ("tuning.targets='query/kernel,out/kernel", '"\'query/kernel" is not of type tuple'),
     ],
 )
 def test_what_cannot_be_varied_is_one_sentence(

@@ -292,8 +292,9 @@ def test_no_settings_is_a_run_over_seeds(config: FinetuneConfig) -> None:
         ({"halving": 1}, "--halving 1 is less than 2"),
         ({"random": 0}, "--random 0"),
         ({"random": 3}, "nothing to draw"),
+        ({"name": ""}, "its folder needs one"),
     ],
 )
-def test_impossible_sweeps(config: FinetuneConfig, asked: dict[str, int], message: str) -> None:
+def test_impossible_sweeps(config: FinetuneConfig, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_of(config, **asked)
