@@ -66,6 +66,7 @@ DERIVED: tuple[tuple[str, str], ...] = (
 RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
     ("batch", ("data", "fsdp")),
     ("length", ("sequence",)),
+    ("adapters", None),
     ("layers", None),
     ("vocab", ("tensor",)),
     ("table", None),
@@ -195,6 +196,17 @@ def axes_of(path: str, ndim: int) -> Axes:
     raise ValueError(f"{path} has {ndim} axes, but sharding.AXES names {text!r} for it")
 
 
+def _names(path: str, ndim: int) -> tuple[str, ...]:
+    """The axis names of :func:`axes_of`, and before them that of adapters of ``lora.stack``."""
+    try:
+        return axes_of(path, ndim).names
+    except ValueError:
+        with contextlib.suppress(ValueError):
+            if re.search(r"(^|/)(a|b|magnitude)$", path):
+                return ("adapters", *axes_of(path, ndim - 1).names)
+        raise
+
+
 def _row(path: str) -> str | None:
     rows = (text for pattern, text in AXES if re.search(rf"(^|/){pattern}$", path))
     return next(rows, None)
@@ -241,7 +253,7 @@ def tree_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
         )
 
     def one(path: str, leaf: Any) -> NamedSharding:
-        names = axes_of(path, leaf.ndim).names if leaf.ndim else ()
+        names = _names(path, leaf.ndim) if leaf.ndim else ()
         try:
             return NamedSharding(mesh, spec(names, mesh, leaf.shape))
         except InputError as error:

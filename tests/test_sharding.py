@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import sharding, tree
+from jaxlm import lora, sharding, tree
 from jaxlm.errors import InputError
+from jaxlm.intercept import Site
 from jaxlm.models import bert
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.heads import ClassificationHead, MaskedLm, MlmHead, WithHead
@@ -124,7 +125,7 @@ def test_every_row_of_the_table_is_used(monkeypatch):
 
 def test_every_axis_name_has_a_rule_and_every_rule_a_use():
     named = {name for _, text in sharding.AXES for name in text.replace("->", " ").split()}
-    elsewhere = {"batch", "length", "layers", "rank"}
+    elsewhere = {"batch", "length", "adapters", "layers", "rank"}
     assert named | elsewhere == {name for name, _ in sharding.RULES}
     assert len(dict(sharding.RULES)) == len(sharding.RULES)
     mesh_axes = {axis for _, axes in sharding.RULES for axis in axes or ()}
@@ -178,6 +179,21 @@ def test_every_derived_row_is_used(monkeypatch):
 def test_wrong_rank_raises(ndim):
     with pytest.raises(ValueError, match=f"a/query/kernel has {ndim} axes, but .* 'embed -> heads"):
         axes_of("a/query/kernel", ndim)
+
+
+def test_adapters_joined_by_stack_have_a_place():
+    config = lora.LoraConfig(targets=("query/kernel",), rank=2, kind="dora")
+    params = {"layers": {"query": {"kernel": jnp.ones((2, 8, 2, 4))}}}  # [layers, ...]
+    one = lora.init(jax.random.key(0), params, {"layers/query/kernel": Site(1, 1)}, config)
+    stacked = lora.stack([one] * 3)
+    places = places_on(make_mesh(CUBE), stacked)
+    assert {path: tuple(place) for path, place in places.items()} == {
+        "layers/query/a": (None, None, "fsdp", None),
+        "layers/query/b": (None, None, None, "tensor", None),
+        "layers/query/magnitude": (None, None, "tensor", None),
+    }
+    with pytest.raises(ValueError, match="query/a has 5 axes"):
+        places_on(make_mesh(CUBE), lora.stack([stacked] * 3))
 
 
 def test_unknown_axis_name_raises(monkeypatch):
