@@ -170,8 +170,11 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Bert
         raise InputError(f"{source}: {error}") from error
 
 
-def write_config(config: BertConfig) -> dict[str, Any]:
-    """The ``config.json`` of a BERT: the inverse of :func:`read_config`."""
+def write_config(config: BertConfig, pad_id: int = 0) -> dict[str, Any]:
+    """The ``config.json`` of a BERT: the inverse of :func:`read_config`.
+
+    A RoBERTa without its two unused positions is one.
+    """
     return {
         "architectures": ["BertModel"],
         "model_type": "bert",
@@ -187,5 +190,5 @@ def write_config(config: BertConfig) -> dict[str, Any]:
         "attention_probs_dropout_prob": config.attention_dropout_rate,
         "layer_norm_eps": config.epsilon,
         "initializer_range": config.initializer_std,
-        "pad_token_id": 0,
+        "pad_token_id": pad_id,
     }

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -90,15 +90,26 @@ def save(
     path = on_disk(path)
     if path.exists():
         raise InputError(f"{path} exists: name a new folder")
+    special = asdict(tokenizers.SpecialTokens.of(tokenizer))
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    configs = {
+        folder.CONFIG: bert.write_config(config, special["pad"]),
+        # Without it, other libraries take every BERT's tokenizer for WordPiece.
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.max_length,
+            "model_input_names": inputs if config.num_token_types > 1 else inputs[::2],
+            **{f"{name}_token": tokenizer.id_to_token(i) for name, i in special.items()},
+        },
+    }
+    tensors = {name: np.ascontiguousarray(x) for name, x in to_huggingface(params, config).items()}
     unfinished = path.with_name(f".{path.name}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(bert.write_config(config), indent=2) + "\n"
-        (unfinished / folder.CONFIG).write_text(text, encoding="utf-8")
+        for name, values in configs.items():
+            text = json.dumps(values, indent=2) + "\n"
+            (unfinished / name).write_text(text, encoding="utf-8")
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
-        tensors = {
-            name: np.ascontiguousarray(x) for name, x in to_huggingface(params, config).items()
-        }
         save_file(tensors, unfinished / folder.WEIGHTS, metadata={"format": "pt"})
         unfinished.rename(path)
     except OSError as error:

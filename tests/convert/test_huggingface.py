@@ -146,6 +146,28 @@ def test_the_unused_rows_come_back_empty(tmp_path):
         assert not tensor[:unused].any()
 
 
+def test_a_saved_roberta_is_a_bert_with_its_own_tokens(tmp_path):
+    names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *"abc"]
+    source = write(tmp_path / "model", ROBERTA.config, ROBERTA.weights)
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.save(str(source / "tokenizer.json"))
+    published, merged = huggingface.load(source), tmp_path / "merged"
+    huggingface.save(merged, published.params, published.config, published.tokenizer)
+    saved = {path.name: path.read_text() for path in merged.glob("*.json")}
+    assert json.loads(saved["config.json"])["pad_token_id"] == 1
+    tokens = json.loads(saved["tokenizer_config.json"])
+    # A BertTokenizer, which is what transformers otherwise takes for a BERT's, is WordPiece.
+    assert tokens["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert [tokens[f"{name}_token"] for name in ("pad", "cls")] == ["<pad>", "<s>"]
+    assert "token_type_ids" not in tokens["model_input_names"]  # there is one type alone
+    again = huggingface.load(merged)
+    assert again.config == published.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, published.params)
+    with pytest.raises(InputError, match=r"^head/x has no name there"):
+        huggingface.save(tmp_path / "x", {"head": {"x": np.ones(3)}}, published.config, tokenizer)
+    assert not (tmp_path / ".x").exists()
+
+
 def test_export_refuses_what_has_no_name(folder):
     published = huggingface.load(folder)
     params = published.params | {"head": {"classifier": {"bias": np.zeros(3, np.float32)}}}
