@@ -63,6 +63,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
 
     state = tuned.make_state(config, labels, base)
     placement = tuned.make_placement(config, labels, state)
+    tuned.check_monitor(config, labels, placement, state, parts.validation, validation, buckets)
     moments = round(tree.num_params(state.opt_state) / max(tree.num_params(state.trainable), 1))
     console.print(tuning.table(state.trainable, state.frozen, moments))
     resuming = bool(list_steps(directory / run.CHECKPOINTS))
@@ -102,11 +103,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
             assert sums is not None  # the validation data are labelled
             metrics = {"loss": sums.means()["loss"]}
             metrics |= task.metrics(parts.validation, labels, outputs)
-            if checkpointer.monitor.name not in metrics:
-                raise InputError(
-                    f"monitor={checkpointer.monitor.name} is not measured here; there are "
-                    f"{', '.join(metrics)}"
-                )
+            tuned.check_measured(checkpointer.monitor.name, metrics)
             return metrics
 
         with (

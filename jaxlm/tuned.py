@@ -25,6 +25,7 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
+from jaxlm.parts import WHOLE
 from jaxlm.places import Place, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.sums import Sums, add_all
@@ -34,7 +35,7 @@ from jaxlm.train.placement import Placement, jit_placement, pmap_placement
 from jaxlm.train.restore import Cursor, Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_predict_step, make_train_step
-from jaxlm.typing import Apply, Params, PRNGKey, Variables
+from jaxlm.typing import Apply, Batch, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
 
@@ -207,6 +208,42 @@ def predict(
     return add_all(sums) if sums else None, {
         name: _stack(values) for name, values in collected.items()
     }
+
+
+def check_monitor(
+    config: FinetuneConfig,
+    labels: Labels,
+    placement: Placement,
+    state: TrainState,
+    examples: Sequence[Any],
+    encoded: Examples,
+    buckets: Sequence[int],
+) -> None:
+    """Raise where the task does not measure what decides which checkpoint is best.
+
+    The metrics are taken of outputs of the model that are zero; nothing is compiled.
+    """
+    name = monitor(config).name
+    if name in ("loss", config.task.monitor):
+        return
+    step = jax.jit(config.task.make_predict(adapted_apply(config, labels)))
+
+    def zeros(state: TrainState, batch: Batch) -> tuple[None, Outputs]:
+        shapes = jax.eval_shape(step, state.variables, batch)
+        outputs = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+        kept = {*outputs, "example"}  # some are of the batch, such as whose a window is
+        return None, outputs | {name: x for name, x in batch.items() if name in kept}
+
+    on_host = placement._replace(eval_step=zeros, put_batch=lambda batch: batch, part=WHOLE)
+    _, outputs = predict(on_host, state, encoded, config.data.batch_size, buckets)
+    check_measured(name, config.task.metrics(examples, labels, outputs))
+
+
+def check_measured(name: str, metrics: Iterable[str]) -> None:
+    """Raise where a metric is not among those of a task."""
+    known = dict.fromkeys(["loss", *metrics])
+    if name not in known:
+        raise InputError(f"monitor={name} is not measured here; there are {', '.join(known)}")
 
 
 def _stack(values: list[Any]) -> Any:

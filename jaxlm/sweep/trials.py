@@ -214,7 +214,9 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
             run_trial(config)
         evaluations = _evaluations(directory)
         name = getattr(config, "base", None)
-        kept = before if found or name is None else peek(directory / run.CHECKPOINTS)
+        kept = (
+            before if name is None or "base_sha256" in before else peek(directory / run.CHECKPOINTS)
+        )
     except Exception as error:  # whatever a trial may die of, the sweep goes on
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         return Result(trial=trial, seconds=time.monotonic() - began, error=reason)

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxlm.data.labelled.dataset import LabelledConfig, Source
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import JsonLines, Record
 from jaxlm.data.prepare import TokenizerConfig
+from jaxlm.errors import InputError
 from jaxlm.finetune import finetune
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.optim import OptimizerConfig
@@ -97,12 +99,22 @@ def tiny(tmp_path: Path) -> Callable[..., FinetuneConfig]:
 
 
 @pytest.fixture
-def train(tiny: Callable[..., FinetuneConfig]) -> Callable[..., FinetunedRun]:
-    """The run of :func:`tiny`, trained and read from its folder."""
+def train(
+    tiny: Callable[..., FinetuneConfig], eval_metrics: Callable[[], dict[str, float]]
+) -> Callable[..., FinetunedRun]:
+    """The run of :func:`tiny`, trained and read from its folder.
+
+    A metric that its task does not measure is refused before, with the names of those it does.
+    """
 
     def train(task: Any, source: Source, max_length: int = 16) -> FinetunedRun:
-        config = tiny(task, source, max_length)
-        return tuned.open_tuned(finetune(config, console=Console(quiet=True)))
+        config, quiet = tiny(task, source, max_length), Console(quiet=True)
+        with pytest.raises(InputError, match="monitor=f1/x is not measured here") as refused:
+            finetune(replace(config, monitor="f1/x"), console=quiet)
+        assert not config.directory.exists()
+        run = tuned.open_tuned(finetune(config, console=quiet))
+        assert str(refused.value).endswith(f"; there are {', '.join(eval_metrics())}")
+        return run
 
     return train
 
