@@ -15,18 +15,24 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import peft
-import torch
-import transformers
+
+try:
+    import peft
+    import torch
+    import transformers
+except ImportError as error:
+    sys.exit(f"error: {error.name} is not installed: pip install -e '.[bench]'")
 
 from jaxlm.data.labelled.batches import make_buckets, train_batches
 from jaxlm.data.labelled.examples import Examples
@@ -89,19 +95,23 @@ def read(task: str, path: Path) -> list[tuple[list[str], list[str]]]:
     """Texts, as a list of words or of one sentence, and labels."""
     if not path.is_file():
         raise InputError(f"there is no file {path}; see the head of this script for --data")
-    text = path.read_text(encoding="utf-8")
-    if task == "sst2":
-        rows = [line.rpartition("\t") for line in text.split("\n") if line]
-        return [([sentence], [label]) for sentence, _, label in rows]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     examples, words, labels = [], [], []
-    for line in [*text.split("\n"), ""]:
+    for number, line in enumerate([*lines, ""], start=1):
         if line.strip():
             word, _, label = line.strip().rpartition("\t")
+            if "\t" not in line:
+                raise InputError(f"{path}:{number} is no text, a tab and a label: {line!r}")
             words.append(word)
             labels.append(label)
-        elif words:
+        if words and (task == "sst2" or not line.strip()):
             examples.append((words, labels))
             words, labels = [], []
+    if not examples:
+        raise InputError(f"{path} holds no examples")
     return examples
 
 
@@ -203,6 +213,16 @@ def make_model(
     return peft.get_peft_model(model, adapters)
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Whatever transformers has to say of the model's folder is one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"--model {folder} cannot be read: {reason}") from error
+
+
 @torch.inference_mode()
 def evaluate(
     model: torch.nn.Module, task: str, examples: list[Example], names: list[str], batch_size: int
@@ -239,13 +259,17 @@ def run(
     device: str,
 ) -> dict[str, float | int]:
     """Train; what the best evaluation by the development data was, and that model's on the test."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     parts = [read(task, data / task / name)[: recipe.limit] for name in FILES[task]]
+    with reading(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     train, dev, test = (encode(tokenizer, task, part, recipe.max_length) for part in parts)
     train = without_duplicates(train, dev)
+    if not train:
+        raise InputError(f"{data / task}: every training text is among the development data")
     names = sorted({label for example in train for label in example.labels})
     torch.manual_seed(seed)
-    model = make_model(task, tuning, folder, names, recipe).to(device).train()
+    with reading(folder):
+        model = make_model(task, tuning, folder, names, recipe).to(device).train()
     learning = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in learning if p.ndim > 1], "weight_decay": recipe.weight_decay},
@@ -300,17 +324,24 @@ def main() -> None:
     options = parser.parse_args()
     for name in ("seeds", "epochs", "peak_lr", "limit"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise InputError(f"--{name.replace('_', '-')} {value} is not above 0")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value} is not a number above 0")
+    if options.first_seed < 0:
+        raise InputError(f"--first-seed {options.first_seed} is less than 0")
     if not (options.model / "config.json").is_file():
         raise InputError(f"--model {options.model}: no config.json is in it")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"--device {device} cannot be used: {reason}") from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows = read_rows(options.out)
     results = defaultdict(list)
-    for task in options.tasks:
-        for tuning in options.tunings:
+    for task in dict.fromkeys(options.tasks):
+        for tuning in dict.fromkeys(options.tunings):
             given = {"epochs": options.epochs, "peak_lr": options.peak_lr, "limit": options.limit}
             changes = {name: value for name, value in given.items() if value is not None}
             recipe = replace(RECIPES[task, tuning], **changes)
@@ -335,14 +366,17 @@ def read_rows(path: Path) -> list[dict]:
     """What was run before; raises now where nothing could be added."""
     try:
         path.open("a").close()
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise InputError(f"--out {path} cannot be written: {error.strerror}") from error
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}:{number} is no JSON object: remove that line") from error
+            row = json.loads(line)
+            _metrics([row])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number} is no result of a run: remove that line") from error
+        rows.append(row)
     return rows
 
 
