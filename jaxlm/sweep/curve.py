@@ -13,7 +13,7 @@ from jaxlm import config as configs
 from jaxlm.config import FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
-from jaxlm.places import write_whole
+from jaxlm.places import on_disk, write_whole
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.sweep import alone, parse
 from jaxlm.sweep.trials import Plan, Result, run_all, watched
@@ -106,7 +106,7 @@ def curve(
     metrics = sorted({plan.metric for plan in plans})
     if len(metrics) > 1:
         raise InputError(f"the configs are judged by different metrics, {' and '.join(metrics)}")
-    directory = plans[0].config.runs / asked.name
+    directory = on_disk(plans[0].config.runs / asked.name)
     scores: Scores = {}
     bases: dict[str, tuple[str, Path]] = {}
 

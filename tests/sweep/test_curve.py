@@ -82,6 +82,14 @@ def test_what_fails_is_left_out(argv: list[str]) -> None:
     assert list(json.loads((directory / "curve.json").read_text())["accuracy"]["tiny"]) == ["8"]
 
 
+def test_another_encoder_under_another_seed_is_refused(argv: list[str]) -> None:
+    def run_trial(config: Config) -> None:
+        leave_run(config, {3: {"loss": 0.5, "accuracy": 0.5}}, 3, base=f"{config.train.seed}")
+
+    with pytest.raises(InputError, match=r"seed=1 began with another encoder"):
+        curve(*load([*argv, "--seeds", "2"]), run_trial, Console(file=StringIO()))
+
+
 def test_refuses_what_cannot_be_drawn(argv: list[str]) -> None:
     with pytest.raises(InputError, match="--seeds 0"):
         load([*argv, "--seeds", "0"])
@@ -94,3 +102,12 @@ def test_refuses_what_cannot_be_drawn(argv: list[str]) -> None:
     for given in (["--name", ""], ["--", "--name", ""]):
         with pytest.raises(InputError, match="name is '': its folder needs one"):
             load([*argv, *given])
+
+
+def test_a_bucket_is_refused_before_a_folder_of_that_name_is_made(
+    argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"gs:/b/learning_curve is in a bucket"):
+        curve(*load([*argv, "--", "--runs", "gs://b"]), train)
+    assert not (tmp_path / "gs:").exists()
