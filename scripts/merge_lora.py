@@ -1,8 +1,8 @@
 """Merge a run's adapters into its encoder: ``python scripts/merge_lora.py runs/x merged``.
 
-The folder that comes out is a published encoder's, ``config.json``, ``model.safetensors`` and
-``tokenizer.json`` in Hugging Face's layout: a base for further fine-tuning here, or a model for
-other libraries. The task's own head is left behind.
+The folder that comes out is a published encoder's in Hugging Face's layout, with its tokenizer: a
+base for further fine-tuning here, or a model for other libraries. The task's own head is left
+behind, and a RoBERTa comes out as the BERT that computes the same.
 """
 
 from jaxlm.startup import tune_process
