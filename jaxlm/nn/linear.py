@@ -146,7 +146,9 @@ def product(spec: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
-def product_gradients(spec: str, a: Array, b: Array, g: Array) -> tuple[Array, Array]:
+def product_gradients(
+    spec: str, a: Float[Array, "..."], b: Float[Array, "..."], g: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Gradients of :func:`product` for that of its result, by operands that keep their precision.
 
     Those of plain ``einsum`` would be upcast to the float32 of ``g``. Every letter of ``spec``
