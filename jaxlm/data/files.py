@@ -47,7 +47,14 @@ def lines(path: Path, on_read: OnRead = ignore) -> Iterator[str]:
 
 
 def decode(raw: bytes, path: Path, number: int) -> str:
-    """A line of a UTF-8 file."""
+    """A line of a UTF-8 file; the first one tells what the file is instead."""
+    if number == 1:
+        if raw.startswith(b"\x1f\x8b"):
+            raise InputError(f"{path} is compressed; unpack it with gunzip")
+        if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:2].count(0) == 1:
+            raise InputError(f"{path} is UTF-16; convert it with iconv -f utf-16 -t utf-8")
+        if b"\r" in raw.rstrip(b"\r\n") and not raw.endswith(b"\n"):
+            raise InputError(f"the lines of {path} end in CR; convert it with tr '\\r' '\\n'")
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:

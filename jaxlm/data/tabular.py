@@ -49,7 +49,10 @@ def read_table(
                 )
             yield place, row
     except csv.Error as error:
-        raise InputError(f"{path}:{number}: malformed quoting ({error})") from error
+        raise InputError(
+            f"{path}:{number}: malformed quoting ({error}); double the quotation marks inside of "
+            f"quoted fields, and set the delimiter if it is not {delimiter!r}"
+        ) from error
 
 
 def read_json_lines(path: Path, on_read: OnRead = ignore) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,3 +1,4 @@
+import gzip
 import json
 import re
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_undecodable_bytes_name_file_and_line(write):
     fails(TextFiles(glob=path), r"latin\.txt:2: byte 0xe9 at column 4 is not UTF-8")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b"fine\n"), r"a\.txt is compressed; unpack it with gunzip"),
+        ("fine\n".encode("utf-16"), r"a\.txt is UTF-16; convert it with iconv -f utf-16"),
+        ("fine\n".encode("utf-16-le"), r"a\.txt is UTF-16; convert it with iconv -f utf-16"),
+        ("one\rtwo\r", r"the lines of .*a\.txt end in CR; convert it with tr '\\r' '\\n'"),
+    ],
+)
+def test_files_of_another_form_are_named_with_the_way_out(write, content, message):
+    fails(TextFiles(glob=write("a.txt", content)), message)
+
+
 def test_jsonl(write):
     path = write("a.jsonl", '{"text": "one", "n": 1}\n\n{"text": "zw\\u00f6lf"}\n')
     assert read(Jsonl(glob=path)) == ["one", "zwölf"]
@@ -112,6 +126,7 @@ def test_csv_fields_may_be_long(write):
         ("id,body\n1,x\n", r"a\.csv:1: no column 'text' among 'id', 'body'"),
         ("id,text\n1,x\n2,y,z\n", r"a\.csv:3: 3 fields where the header has 2"),
         ('id,text\n1,"x\n', r"a\.csv:2: malformed quoting"),
+        ('"id";"text"\n', r"a\.csv:1: malformed quoting .* set the delimiter if it is not ','"),
     ],
 )
 def test_bad_csv_names_file_and_line(write, table, message):
