@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_json_lines(path: Path, on_read: OnRead = ignore) -> Iterator[tuple[str,
 def read_json_line(line: str, place: str) -> dict[str, Any]:
     """The object of a line."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except json.JSONDecodeError as error:
         raise InputError(
             f"{place}: not JSON ({error.msg} at column {error.colno}); every line must be one "
@@ -76,6 +77,20 @@ def read_json_line(line: str, place: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise InputError(f"{place}: a JSON {type(record).__name__} where an object is expected")
     return record
+
+
+def parse_json(text: str) -> Any:
+    """The value; also what Python cannot read, though it is JSON, raises a JSONDecodeError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise json.JSONDecodeError("too many brackets inside of each other", text, 0) from error
+    except ValueError as error:  # of so many digits Python makes no integer
+        number = re.search(r"\d{4301}", text)
+        start = number.start() if number else 0
+        raise json.JSONDecodeError("a number of too many digits", text, start) from error
 
 
 def text_field(fields: Mapping[str, Any], name: str, place: str) -> str:

@@ -99,6 +99,8 @@ def test_jsonl(write):
         ('{"body": "x"}', r"a\.jsonl:2: no field 'text' among 'body'"),
         ('{"text": 7}', r"a\.jsonl:2: field 'text' is 7"),
         ('["text"]', r"a\.jsonl:2: a JSON list"),
+        ("[" * 100_000, r"a\.jsonl:2: not JSON \(too many brackets inside of each other"),
+        ('{"text": ' + "9" * 5_000, r"a\.jsonl:2: not JSON \(a number of .* digits at column 10\)"),
         ('{"text": "\\ud800"}', r"a\.jsonl:2: .* half of a surrogate pair"),
     ],
 )

@@ -60,3 +60,5 @@ def test_bad_input(framer, records):
         task.read(records({"txt": "a", "label": "x"}))
     with pytest.raises(InputError, match=r"label_smoothing=0\.1.*are for classes"):
         Classification(fields=TextFields(target="number"), label_smoothing=0.1)
+    with pytest.raises(InputError, match=r"task\.fields\.separator is empty"):
+        TextFields(target="labels", separator="")

@@ -29,6 +29,12 @@ class TextFields:
     separator: str = "|"
     """Stands between the labels of one record, where they are no JSON list."""
 
+    def __post_init__(self) -> None:
+        if not self.separator:
+            raise InputError(
+                "task.fields.separator is empty: name what stands between labels, such as |"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextExample:

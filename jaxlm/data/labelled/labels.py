@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from jaxlm.data import tabular
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 
@@ -16,7 +17,7 @@ def read_label(record: Record, name: str) -> str:
     value = record.value(name)
     if isinstance(value, list | dict) or value is None or value != value:  # NaN: a missing number
         raise InputError(f"{record.place}: {name} is {value!r:.40}, which is no single label")
-    label = str(value).strip()
+    label = tabular.check_text(str(value).strip(), name, record.place)
     if not label:
         raise InputError(f"{record.place}: {name} is empty; label the record, or remove it")
     return label
@@ -27,7 +28,7 @@ def read_labels(record: Record, name: str, separator: str) -> tuple[str, ...]:
     value = record.value(name)
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            value = json.loads(value)
+            value = tabular.parse_json(value)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{record.place}: {name} is {value!r:.40}, which is no JSON list ({error.msg})"
@@ -37,19 +38,21 @@ def read_labels(record: Record, name: str, separator: str) -> tuple[str, ...]:
         raise InputError(
             f"{record.place}: {name} is {value!r:.40}, which is no list of labels; [] is none"
         )
-    labels = [str(item).strip() for item in items]
+    labels = [tabular.check_text(str(item).strip(), name, record.place) for item in items]
     return tuple(dict.fromkeys(label for label in labels if label))
 
 
 def read_target(record: Record, name: str) -> float:
-    """The number under a name; what is none, or not finite, raises."""
+    """The number under a name; what is none, or not finite in float32, raises."""
     value = record.value(name)
     try:
         target = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         target = math.nan
-    if not math.isfinite(target):
-        raise InputError(f"{record.place}: {name} is {value!r:.40}, which is no finite number")
+    if not abs(target) <= float(np.finfo(np.float32).max):
+        raise InputError(
+            f"{record.place}: {name} is {value!r:.40}, which is no finite number of float32"
+        )
     return target
 
 

@@ -199,7 +199,7 @@ class Squad:
         """One for each question."""
         path = _file(self.path)
         try:
-            articles = json.loads("\n".join(files.lines(path)))["data"]
+            articles = tabular.parse_json("\n".join(files.lines(path)))["data"]
         except json.JSONDecodeError as error:
             raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
         except (KeyError, TypeError):
@@ -250,7 +250,10 @@ class TfdsRecords:
 
 def json_record(fields: Mapping[str, Any], place: str) -> Record:
     """Of an object; the field 'b' of one under 'a' is named 'a/b'."""
-    return Record(fields=_flat(fields), place=place)
+    try:
+        return Record(fields=_flat(fields), place=place)
+    except RecursionError as error:
+        raise InputError(f"{place}: too many objects inside of each other") from error
 
 
 def _file(name: str) -> Path:

@@ -94,7 +94,7 @@ def _starts(record: Record, name: str, count: int) -> list[int]:
     value = record.value(name)
     try:
         starts = [int(start) for start in (value if isinstance(value, list) else [value])]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{record.place}: {name} is {value!r:.40}, not where answers are"
         ) from error

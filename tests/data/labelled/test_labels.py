@@ -48,9 +48,9 @@ def test_single_labels(value, label):
     assert labels.read_label(record(value), "label") == label
 
 
-@pytest.mark.parametrize("value", ["", " ", None, ["x"]])
+@pytest.mark.parametrize("value", ["", " ", None, ["x"], "x\ud800"])
 def test_bad_single_labels(value):
-    with pytest.raises(InputError, match=r"a.csv:7: label is"):
+    with pytest.raises(InputError, match=r"a.csv:7: label (is|holds half)"):
         labels.read_label(record(value), "label")
 
 
@@ -68,9 +68,12 @@ def test_several_labels(value, expected):
     assert labels.read_labels(record(value), "label", "|") == expected
 
 
-def test_bad_label_list():
+@pytest.mark.parametrize("value", ['["x"', "[" * 100_000])
+def test_bad_label_list(value):
     with pytest.raises(InputError, match=r"a.csv:7: label is .* no JSON list"):
-        labels.read_labels(record('["x"'), "label", "|")
+        labels.read_labels(record(value), "label", "|")
+    with pytest.raises(InputError, match=r"a.csv:7: label holds half of a surrogate pair"):
+        labels.read_labels(record(["x\udfff"]), "label", "|")
 
 
 @pytest.mark.parametrize("value", [None, [None], ["a", {"b": 1}], [["a"]]])
@@ -91,6 +94,6 @@ def test_indicators():
 
 def test_targets():
     assert labels.read_target(record("-2.5e0"), "label") == -2.5
-    for value in ("nan", "inf", "x", None, True, ""):
+    for value in ("nan", "inf", "x", None, True, "", "1e39", "-1e400", 10**400):
         with pytest.raises(InputError, match=r"a.csv:7: label is .* no finite number"):
             labels.read_target(record(value), "label")

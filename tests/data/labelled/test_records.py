@@ -87,6 +87,8 @@ def test_json_lines_flatten_objects(write):
     assert [record.fields for record in records] == [{"id": 1, "answers/text": ["x"]}, {"id": 2}]
     assert records[1].place == f"{path}:3"
     fails(lambda: read(JsonLines(path=write("b.jsonl", "{}\n[]"))), r"b\.jsonl:2: a JSON list")
+    nested = '{"a": ' * 2_000 + "1" + "}" * 2_000
+    fails(lambda: read(JsonLines(path=write("c.jsonl", nested))), r"c\.jsonl:1: .*too many")
 
 
 @pytest.mark.parametrize("separator", ["\t", "  "])
@@ -142,6 +144,7 @@ def test_squad(write):
     ("content", "message"),
     [
         ('{"data":\n[}', r"a\.json:2: not JSON"),
+        ('{"data":\n' + "9" * 5_000, r"a\.json:2: not JSON \(a number of too many digits\)"),
         ("[1]", r"a\.json: no list 'data'"),
         ('{"data": null}', r"a\.json: no list 'data'"),
         ('{"data": [{"paragraphs": [{"qas": ["x"]}]}]}', r"a\.json: .* wrong after 0 questions"),

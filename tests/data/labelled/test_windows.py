@@ -112,6 +112,7 @@ def test_reading_questions():
         ({"answers/answer_start": [13, 11]}, {}, "'York' to question 7 is not at character 13"),
         ({"answers/answer_start": [14]}, {}, "1 answers/answer_start for 2 answers"),
         ({"answers/answer_start": ["x", 1]}, {}, "not where answers are"),
+        ({"answers/answer_start": [float("inf"), 1]}, {}, "not where answers are"),
         (
             {"answers/text": ["Rome"]},
             {"starts": None},
