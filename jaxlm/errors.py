@@ -1,10 +1,11 @@
 """What a person can mend: one sentence that names the value, the place, and the way out."""
 
+import errno
 import os
-import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 class InputError(Exception):
@@ -15,20 +16,38 @@ class InputError(Exception):
 def report_input_errors() -> Iterator[None]:
     """Around a script: bad input ends it with one line and exit code 2, Ctrl-C with 130.
 
-    Where nobody reads on, as behind ``| head``, it ends without a word.
+    Where nobody reads on, as behind ``| head``, it ends without a word. File names that are too
+    long, and an output that cannot be written, are bad input as well.
     """
     try:
         yield
+        print(end="", flush=True)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _give_up(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        output = select.poll()
-        output.register(sys.stdout, 0)
-        if not output.poll(0):  # another connection broke, and that is news
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            _give_up(f"{error.filename}: {error.strerror}; name a shorter one")
+        if error.filename is not None or _takes_output("\n"):  # it was another file or connection
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains
-        raise SystemExit(1) from None
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        _give_up(f"the output cannot be written: {error.strerror}")
+
+
+def _give_up(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    _takes_output()
+    raise SystemExit(2) from None
+
+
+def _takes_output(text: str = "") -> bool:
+    """Whether it can be printed; if not, all is dropped, of which Python would complain at exit."""
+    try:
+        print(end=text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -3,17 +3,16 @@ import sys
 
 import pytest
 
+REPORT = "from jaxlm.errors import report_input_errors\nwith report_input_errors():\n    "
 PRINTS = "while True: print('a line')"
 OTHER = "raise BrokenPipeError('a socket')"
 
 
 @pytest.mark.parametrize(("body", "said"), [(PRINTS, ""), (OTHER, "BrokenPipeError: a socket")])
 def test_only_output_that_nobody_reads_ends_without_a_word(body, said):
-    source = (
-        f"from jaxlm.errors import report_input_errors\nwith report_input_errors():\n    {body}"
-    )
+    command = [sys.executable, "-c", REPORT + body]
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", source], stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.readline()
@@ -25,3 +24,22 @@ def test_only_output_that_nobody_reads_ends_without_a_word(body, said):
     assert bool(error) == bool(said)
     process.stdout.close()
     process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("print('a line')", "error: the output cannot be written: No space left on device"),
+        (PRINTS, "error: the output cannot be written: No space left on device"),
+        ("open('n' * 300)", f"error: {'n' * 300}: File name too long; name a shorter one"),
+        ("raise OSError(5, 'a socket')", "OSError: [Errno 5] a socket"),
+    ],
+)
+def test_full_disks_and_long_names_are_one_sentence(body, said):
+    command = f"exec '{sys.executable}' -c \"$0\" {'> /dev/full' if 'line' in body else ''}"
+    process = subprocess.run(
+        ["sh", "-c", command, REPORT + body], capture_output=True, text=True, check=False
+    )
+    lines = process.stderr.splitlines()
+    assert lines[-1] == said
+    assert (process.returncode, len(lines)) == (2, 1) or "Traceback" in lines[0]

@@ -258,7 +258,11 @@ def json_record(fields: Mapping[str, Any], place: str) -> Record:
 
 def _file(name: str) -> Path:
     path = Path(name)
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # too long a name, or a folder that is closed
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if not found:
         raise InputError(f"there is no file {name!r} (in {Path.cwd()}); check the path")
     return path
 
