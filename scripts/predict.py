@@ -65,6 +65,13 @@ def main(
         raise InputError('give either a text, such as "A [MASK] of strings.", or --file')
     if text is not None and not text.strip():
         raise InputError("the text is empty")
+    for given in filter(None, (text, pair)):
+        try:
+            given.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the text {given!r:.60} is not UTF-8; convert it, for example with iconv"
+            ) from error
     if top_k < 1:
         raise InputError(f"--top-k {top_k} is not above 0")
     if pair is not None and file is not None:
@@ -178,6 +185,8 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """The file's lines that are not blank, with their numbers."""
     every = files.lines(file)
     if str(file) == "-":
+        if sys.stdin is None:
+            raise InputError("the standard input is closed: give a text, or name a file")
         raw = enumerate(sys.stdin.buffer, start=1)
         every = (files.decode(line, Path("standard input"), n).rstrip("\r\n") for n, line in raw)
     lines = [(n, line) for n, line in enumerate(every, start=1) if line.strip()]

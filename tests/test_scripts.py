@@ -81,6 +81,10 @@ def folder(tmp_path: Path) -> Path:
         (("pretrain.py", "nowhere.py"), "error: there is no config file nowhere.py\n"),
         (("evaluate.py", "nowhere"), "error: nowhere is no run folder: it holds no config.json\n"),
         (("predict.py", "nowhere", "fill-mask"), "error: give either a text"),
+        (
+            ("predict.py", "nowhere", "classify", "\udce9"),
+            "error: the text '\\udce9' is not UTF-8;",
+        ),
     ],
     ids=str,
 )
