@@ -13,7 +13,7 @@ tune_process()
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +23,8 @@ from jaxlm import run as runs
 from jaxlm import tuned
 from jaxlm.config import FinetuneConfig, RunConfig
 from jaxlm.data import files, tabular
-from jaxlm.data.labelled.dataset import like
-from jaxlm.data.labelled.records import Record, json_record
+from jaxlm.data.labelled.dataset import holds_records, like
+from jaxlm.data.labelled.records import Conll, Record, json_record
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.fill_mask import MASK, FillMask
 from jaxlm.places import locate, on_disk, whole
@@ -54,8 +54,8 @@ def main(
         task: What to do.
         text: What to do it with; or give --file.
         pair: The second text of a pair, or the context of a question.
-        file: A text or a JSON object a line, - for standard input; or, as .csv, .tsv or .conll, a
-            table with the columns of training. Answers are JSON lines.
+        file: A text or a JSON object a line, - for standard input; or, as .csv, .tsv, .conll, .json
+            or named as the training data are, what training reads. Answers are JSON lines.
         out: Where the JSON lines go; None = standard output.
         top_k: Candidates for each blank, or classes to show.
         step: Which checkpoint; None = the best.
@@ -120,8 +120,12 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
 
 def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
     """The file's records: JSON objects, or texts."""
-    if file.suffix.lower() in (".jsonl", ".csv", ".tsv", ".conll", ".json"):
-        yield from like(loaded.config.data.train, file).records()
+    train = loaded.config.data.train
+    if str(file) != "-" and holds_records(train, file):
+        source = like(train, file)
+        if isinstance(source, Conll):  # words may stand alone
+            source = replace(source, tag_column=None)
+        yield from source.records()
         return
     for number, line in read_lines(file):
         if line.lstrip().startswith("{"):

@@ -1,8 +1,14 @@
 """A tag for each word."""
 
+import importlib
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from jaxlm.data.labelled.records import Conll
 from jaxlm.errors import InputError
 from jaxlm.tasks.tagging import Tagging
 
@@ -73,3 +79,26 @@ def test_bad_input(framer, records):
         task.encode(framer, examples, ("B-y", "I-y", "O"))
     with pytest.raises(InputError, match="there are no labels"):
         task.labels(task.read(records({"tokens": ["a"]}), labelled=False))
+
+
+def test_predict_reads_words_without_tags_and_knows_a_closed_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    predict = importlib.import_module("predict")
+    data = SimpleNamespace(train=Conll(path="train.words"))
+    run = SimpleNamespace(config=SimpleNamespace(data=data), task=Tagging())
+    words = [["john"], ["a", "b"]]
+    for name, text in (
+        ("a.words", "john\n\na\nb\n"),
+        ("a.conll", "john O\n\na O\nb O\n"),
+        ("a.csv", "tokens\njohn\na b\n"),
+        ("a.txt", "john\na b\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        records = predict.read_records(run, tmp_path / name)
+        assert [record.texts("tokens") for record in records] == words
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(InputError, match="the standard input is closed"):
+        list(predict.read_records(run, Path("-")))

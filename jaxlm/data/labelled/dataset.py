@@ -83,6 +83,12 @@ def fingerprint(config: LabelledConfig) -> str:
     return hashlib.sha256(repr((sources, split)).encode()).hexdigest()
 
 
+def holds_records(source: Source, path: Path) -> bool:
+    """Whether its name says that it is no plain text: by a known ending, or that of ``source``."""
+    suffix = path.suffix.lower()
+    return suffix in (".jsonl", ".json", ".conll", ".csv", ".tsv", _suffix(source))
+
+
 def like(source: Source, path: Path) -> Source:
     """Another file with the same columns as ``source``, of the kind that its name says."""
     suffix = path.suffix.lower()
@@ -94,13 +100,19 @@ def like(source: Source, path: Path) -> Source:
         case ".conll" if not isinstance(source, Conll):
             return Conll(path=str(path))
         case ".csv" | ".tsv" if isinstance(source, Table):
-            same = suffix == Path(source.path).suffix.lower()
-            delimiter = source.delimiter if same else None
+            delimiter = source.delimiter if suffix == _suffix(source) else None
             return dataclasses.replace(source, path=str(path), delimiter=delimiter)
-        case ".csv" | ".tsv" if not isinstance(source, Conll):
+        case ".csv" if _suffix(source) != ".csv":
+            return Table(path=str(path))
+        case ".tsv" if not isinstance(source, Conll):
             return Table(path=str(path))
     if isinstance(source, Table | Conll):
         return dataclasses.replace(source, path=str(path))
     raise InputError(
         f"{path}: the kind of its data is not known; name it .csv, .tsv, .conll or .jsonl"
     )
+
+
+def _suffix(source: Source) -> str | None:
+    """The ending of files of tables and of words, which may have any."""
+    return Path(source.path).suffix.lower() if isinstance(source, Table | Conll) else None

@@ -189,7 +189,8 @@ class Squad:
     """Questions on paragraphs, in the JSON form of SQuAD 1.1 and 2.0.
 
     The fields are ``id``, ``question``, ``context``, ``answers/text``, ``answers/answer_start``
-    (lists of the same length, empty where there is no answer) and ``is_impossible``.
+    (lists of the same length, empty where there is no answer; neither where answers are not given)
+    and ``is_impossible``.
     """
 
     path: str
@@ -306,13 +307,14 @@ def _questions(article: Mapping[str, Any], path: Path) -> Iterator[Record]:
                     f"{path}: question {question['id']!r}: is_impossible is {impossible!r:.40}, "
                     "which is neither true nor false"
                 )
-            answers = [] if impossible else question["answers"]
             fields = {
                 "id": question["id"],
                 "question": question["question"],
                 "context": paragraph["context"],
-                "answers/text": [answer["text"] for answer in answers],
-                "answers/answer_start": [answer["answer_start"] for answer in answers],
                 "is_impossible": impossible,
             }
+            if impossible or "answers" in question:
+                answers = [] if impossible else question["answers"]
+                for name in ("text", "answer_start"):
+                    fields[f"answers/{name}"] = [answer[name] for answer in answers]
             yield Record(fields=fields, place=f"{path}: question {question['id']!r}")

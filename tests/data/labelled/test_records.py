@@ -1,9 +1,11 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from jaxlm.data.labelled.dataset import holds_records, like
 from jaxlm.data.labelled.records import Conll, JsonLines, Record, Squad, Table, TfdsRecords
 from jaxlm.errors import InputError
 
@@ -121,6 +123,30 @@ def test_bad_conll(write, content, settings, message):
     fails(lambda: read(source), message)
 
 
+WORDS = Conll(path="train.annotated", token_column=1)
+TEXTS = Table(path="train.txt", delimiter=";")
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "expected"),
+    [
+        (WORDS, "a.annotated", Conll(path="a.annotated", token_column=1)),
+        (WORDS, "a.conll", Conll(path="a.conll", token_column=1)),
+        (WORDS, "a.csv", Table(path="a.csv")),
+        (Conll(path="train.csv"), "a.csv", Conll(path="a.csv")),
+        (TEXTS, "a.txt", Table(path="a.txt", delimiter=";")),
+        (TEXTS, "a.tsv", Table(path="a.tsv")),
+        (TEXTS, "a.jsonl", JsonLines(path="a.jsonl")),
+        (WORDS, "a.txt", None),
+        (JsonLines(path="train.txt"), "a.txt", None),
+    ],
+)
+def test_the_kind_of_another_file_follows_from_its_name(source, name, expected):
+    assert holds_records(source, Path(name)) == (expected is not None)
+    if expected is not None:
+        assert like(source, Path(name)) == expected
+
+
 def squad(*questions: dict) -> str:
     return json.dumps({"data": [{"paragraphs": [{"context": "In Rome.", "qas": questions}]}]})
 
@@ -139,6 +165,8 @@ def test_squad(write):
     }
     assert (records[1].fields["answers/text"], records[1].fields["is_impossible"]) == ([], True)
     assert records[1].place.endswith("a.json: question '2'")
+    (asked,) = fields(Squad(path=write("b.json", squad({"id": "1", "question": "Where?"}))))
+    assert asked.keys() == {"id", "question", "context", "is_impossible"}
 
 
 @pytest.mark.parametrize(
