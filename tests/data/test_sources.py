@@ -77,7 +77,7 @@ def test_undecodable_bytes_name_file_and_line(write):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (gzip.compress(b"fine\n"), r"a\.txt is compressed; unpack it with gunzip"),
+        (gzip.compress(b"fine\n", mtime=0), r"a\.txt is compressed; unpack it with gunzip"),
         ("fine\n".encode("utf-16"), r"a\.txt is UTF-16; convert it with iconv -f utf-16"),
         ("fine\n".encode("utf-16-le"), r"a\.txt is UTF-16; convert it with iconv -f utf-16"),
         ("one\rtwo\r", r"the lines of .*a\.txt end in CR; convert it with tr '\\r' '\\n'"),
@@ -103,6 +103,7 @@ def test_jsonl(write):
         ('{"text": ' + "9" * 5_000, r"a\.jsonl:2: not JSON \(a number of .* digits at column 10\)"),
         ('{"text": "\\ud800"}', r"a\.jsonl:2: .* half of a surrogate pair"),
     ],
+    ids=lambda text: text[:20],
 )
 def test_bad_jsonl_names_file_and_line(write, line, message):
     fails(Jsonl(glob=write("a.jsonl", f'{{"text": "good"}}\n{line}\n')), message)

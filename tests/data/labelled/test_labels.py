@@ -68,7 +68,7 @@ def test_several_labels(value, expected):
     assert labels.read_labels(record(value), "label", "|") == expected
 
 
-@pytest.mark.parametrize("value", ['["x"', "[" * 100_000])
+@pytest.mark.parametrize("value", ['["x"', "[" * 100_000], ids=["open", "deep"])
 def test_bad_label_list(value):
     with pytest.raises(InputError, match=r"a.csv:7: label is .* no JSON list"):
         labels.read_labels(record(value), "label", "|")
