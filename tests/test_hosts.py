@@ -125,6 +125,7 @@ def test_sigterm_to_one_stops_all_at_one_step(config: PretrainConfig, whole: Pat
     assert leaves(directory) == leaves(whole)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_in_one_process(config: PretrainConfig, whole: Path) -> None:
     codes, _ = start(config, "--name", "killed", faults={0: "SIGKILL:5"})
     assert all(codes)
@@ -132,6 +133,7 @@ def test_killed_and_resumed_in_one_process(config: PretrainConfig, whole: Path) 
     same_numbers(config.runs / "killed", whole)
 
 
+@pytest.mark.slow
 def test_an_error_in_one_ends_all(config: PretrainConfig, whole: Path) -> None:
     begun = time.monotonic()
     codes, outputs = start(config, "--name", "failed", faults={1: "error:4"})
