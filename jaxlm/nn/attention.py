@@ -1,6 +1,5 @@
 """Scaled dot-product attention and its multi-head module (Vaswani et al. 2017, section 3.2)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,21 +36,7 @@ def dot_product_attention(
     ``dropout_key`` draws which attention weights are dropped; without it none are. Of arrays of
     the scores' size the gradient keeps one, in the precision of ``value``.
     """
-    rate = 0.0 if dropout_key is None else dropout_rate
-    return _attention(query, key, value, mask, bias, dropout_key, rate)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Mask | None,
-    bias: Bias | None,
-    dropout_key: PRNGKey | None,
-    rate: float,
-) -> Array:
-    return _forward(query, key, value, mask, bias, dropout_key, rate)[0]
+    return _attention(query, key, value, mask, bias, dropout_key, dropout_rate)
 
 
 def _forward(
@@ -95,6 +80,7 @@ def _backward(rate: float, residuals: tuple[Any, ...], g: Array) -> tuple[Array 
     return dquery, dkey, dvalue, None, dbias, None
 
 
+_attention = jax.custom_vjp(lambda *operands: _forward(*operands)[0], nondiff_argnums=(6,))
 _attention.defvjp(_forward, _backward)
 
 
