@@ -38,6 +38,7 @@ from jaxlm.data.labelled.batches import make_buckets, train_batches
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate.tags import read_entities
+from jaxlm.train.progress import Progress
 
 FILES = {
     "sst2": ("train.tsv", "dev.tsv", "test.tsv"),
@@ -281,17 +282,19 @@ def run(
     steps = math.ceil(recipe.epochs * len(train) / recipe.batch_size)
     best, last, kept, start = -1.0, 0.0, [], time.perf_counter()
     batches = make_batches(train, dev, recipe, seed)
-    for step, batch in enumerate(islice(batches, steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr((step + 0.5) / steps)
-        model(**collate(task, batch, names, device)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(learning, recipe.clip_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        if (step + 1) * recipe.num_evals // steps > step * recipe.num_evals // steps:
-            last = evaluate(model, task, dev, names, recipe.batch_size)
-            if last > best:
-                best, kept = last, [p.detach().clone() for p in learning]
+    with Progress(steps) as progress:
+        for step, batch in enumerate(islice(batches, steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr((step + 0.5) / steps)
+            model(**collate(task, batch, names, device)).loss.backward()
+            torch.nn.utils.clip_grad_norm_(learning, recipe.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) * recipe.num_evals // steps > step * recipe.num_evals // steps:
+                last = evaluate(model, task, dev, names, recipe.batch_size)
+                if last > best:
+                    best, kept = last, [p.detach().clone() for p in learning]
+                progress.update(step + 1, (step + 1) / steps, {})
     seconds = time.perf_counter() - start
     for parameter, value in zip(learning, kept, strict=True):
         parameter.data = value
