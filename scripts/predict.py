@@ -12,7 +12,7 @@ tune_process()
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,8 +54,9 @@ def main(
         task: What to do.
         text: What to do it with; or give --file.
         pair: The second text of a pair, or the context of a question.
-        file: A text or a JSON object a line, - for standard input; or, as .csv, .tsv, .conll, .json
-            or named as the training data are, what training reads. Answers are JSON lines.
+        file: A text or a JSON object a line (fill-mask: with "text"), - for standard input; or, as
+            .csv, .tsv, .conll, .json or named as the training data are, what training reads.
+            Answers are JSON lines.
         out: Where the JSON lines go; None = standard output.
         top_k: Candidates for each blank, or classes to show.
         step: Which checkpoint; None = the best.
@@ -127,12 +128,7 @@ def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
             source = replace(source, tag_column=None)
         yield from source.records()
         return
-    for number, line in read_lines(file):
-        if line.lstrip().startswith("{"):
-            place = f"{file}:{number}"
-            yield json_record(tabular.read_json_line(line, place), place)
-        else:
-            yield Record(fields=record_of(loaded, line, None).fields, place=f"{file}:{number}")
+    yield from read_lines(file, lambda line: record_of(loaded, line, None).fields)
 
 
 def fill_mask(
@@ -141,10 +137,11 @@ def fill_mask(
     """The likeliest words for each [MASK]."""
     if isinstance(runs.read_config(locate(run), RunConfig), FinetuneConfig):
         raise InputError(f"{run} is fine-tuned, without the head that fills in masks")
-    lines = [] if file is None else list(read_lines(file))
-    for number, line in lines:
+    records = [] if file is None else list(read_lines(file, lambda line: {"text": line}))
+    texts = [record.text("text") for record in records]
+    for record, line in zip(records, texts, strict=True):
         if MASK not in line:
-            raise InputError(f"{file}:{number} has no blank: write {MASK} where a word is missing")
+            raise InputError(f"{record.place} has no blank: write {MASK} where a word is missing")
     loaded = runs.open_run(run, step)
     fill = FillMask(
         runs.make_model(loaded.config.model).apply,
@@ -157,7 +154,6 @@ def fill_mask(
             for filling in blank:
                 print(f"{filling.probability:6.1%}  {filling.token:<15} {filling.text}")
         return
-    texts = [line for _, line in lines]
     write(
         (
             {"text": line, "blanks": [[asdict(filling) for filling in blank] for blank in blanks]}
@@ -185,18 +181,22 @@ def write(answers: Iterable[Answer], out: Path | None) -> None:
     print(f"{count} answers in {out}")
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The file's lines that are not blank, with their numbers."""
+def read_lines(file: Path, fields_of: Callable[[str], dict[str, Any]]) -> Iterator[Record]:
+    """The file's lines that are not blank: JSON objects, or texts, which ``fields_of`` names."""
     every = files.lines(file)
     if str(file) == "-":
         if sys.stdin is None:
             raise InputError("the standard input is closed: give a text, or name a file")
         raw = enumerate(sys.stdin.buffer, start=1)
         every = (files.decode(line, Path("standard input"), n).rstrip("\r\n") for n, line in raw)
-    lines = [(n, line) for n, line in enumerate(every, start=1) if line.strip()]
+    lines = [(f"{file}:{n}", line) for n, line in enumerate(every, start=1) if line.strip()]
     if not lines:
         raise InputError(f"{file} holds no text")
-    yield from lines
+    for place, line in lines:
+        if line.lstrip().startswith("{"):
+            yield json_record(tabular.read_json_line(line, place), place)
+        else:
+            yield Record(fields=fields_of(line), place=place)
 
 
 if __name__ == "__main__":

@@ -104,12 +104,13 @@ def test_from_text_to_predictions(folder: Path) -> None:
     assert code == 0, err
     assert "perplexity" in out
     assert json.loads((folder / "run" / "eval.json").read_text())["loss"] < 6
-    (folder / "in.txt").write_text("red [MASK] blue\n\nthe [MASK] [MASK]\n")
+    (folder / "in.txt").write_text('red [MASK] blue\n\n{"text": "the [MASK] [MASK]"}\n')
     code, out, err = finish(
         start("predict.py", run_folder, "fill-mask", "--file", str(folder / "in.txt"))
     )
     assert code == 0, err
     answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["text"] for answer in answers] == ["red [MASK] blue", "the [MASK] [MASK]"]
     assert [len(answer["blanks"]) for answer in answers] == [1, 2]
     assert len(answers[0]["blanks"][0]) == 5
 
