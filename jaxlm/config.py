@@ -41,6 +41,11 @@ def check_name(name: str) -> None:
     """It becomes that of a folder."""
     if not name.strip():
         raise InputError(f"the run's name is {name!r}: its folder needs one")
+    if ":/" in name:
+        raise InputError(f"the run's name {name!r} is a place: give that as --runs, which keeps it")
+    length = max(len(part.encode(errors="replace")) for part in name.split("/"))
+    if length > 255:
+        raise InputError(f"the run's name {name!r:.40} has {length} bytes: a folder's may have 255")
 
 
 @dataclass(frozen=True, kw_only=True)

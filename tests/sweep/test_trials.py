@@ -293,6 +293,8 @@ def test_no_settings_is_a_run_over_seeds(config: FinetuneConfig) -> None:
         ({"random": 0}, "--random 0"),
         ({"random": 3}, "nothing to draw"),
         ({"name": ""}, "its folder needs one"),
+        ({"name": "gs://bucket/sweep"}, "is a place: give that as --runs"),
+        ({"name": f"deep/{'ä' * 128}"}, "has 256 bytes"),
     ],
 )
 def test_impossible_sweeps(config: FinetuneConfig, asked: dict[str, Any], message: str) -> None:
