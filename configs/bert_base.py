@@ -1,6 +1,6 @@
 """BERT-base as published (Devlin et al. 2018, appendix A.2), on your own text.
 
-    python scripts/prepare.py --out prepared/corpus --row-length 512 \\
+    python scripts/prepare.py --out prepared/corpus_512 --row-length 512 \\
         --tokenizer.vocab-size 30522 text --glob 'corpus/*.txt'
     python scripts/pretrain.py configs/bert_base.py --mesh.fsdp 8
 
@@ -24,7 +24,7 @@ STEPS = 1_000_000
 
 config = PretrainConfig(
     name="bert_base",
-    data=DataConfig(paths=("prepared/corpus",), batch_size=256),
+    data=DataConfig(paths=("prepared/corpus_512",), batch_size=256),
     model=bert.BASE,
     objective=MaskedLmConfig(masking=MaskingConfig(rate=0.15)),
     optimizer=OptimizerConfig(

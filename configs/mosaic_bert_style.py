@@ -1,8 +1,8 @@
 """BERT-base with the training of MosaicBERT (Portes et al. 2023, arXiv:2312.17482, section 3).
 
-    python scripts/prepare.py --out prepared/corpus --row-length 128 \\
+    python scripts/prepare.py --out prepared/corpus_128 --row-length 128 \\
         --tokenizer.vocab-size 30522 text --glob 'corpus/*.txt'
-    python scripts/pretrain.py configs/mosaic_bert_style.py --data.paths prepared/corpus
+    python scripts/pretrain.py configs/mosaic_bert_style.py
 
 30 % of the tokens masked, no dropout, AdamW with beta 0.9 / 0.98 and epsilon 1e-6, a warm-up over
 6 % of the run, then down to 2 % of the peak on a line; 70,000 steps of 4,096 rows of 128 tokens.
@@ -24,7 +24,7 @@ from jaxlm.train.loop import TrainConfig
 
 config = PretrainConfig(
     name="mosaic_bert_style",
-    data=DataConfig(paths=("prepared/corpus",), batch_size=4096),
+    data=DataConfig(paths=("prepared/corpus_128",), batch_size=4096),
     model=dataclasses.replace(bert.BASE, dropout_rate=0.0, attention_dropout_rate=0.0),
     objective=MaskedLmConfig(masking=MaskingConfig(rate=0.30)),
     optimizer=OptimizerConfig(

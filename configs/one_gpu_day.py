@@ -1,7 +1,7 @@
 """BERT-base for a day on one GPU, in the spirit of Cramming (Geiping and Goldstein 2022,
 arXiv:2212.14034): whatever the hardware, the run ends after 24 hours, having decayed.
 
-    python scripts/prepare.py --out prepared/corpus --row-length 128 \\
+    python scripts/prepare.py --out prepared/corpus_128_32k --row-length 128 \\
         --tokenizer.vocab-size 32768 text --glob 'corpus/*.txt'
     python scripts/pretrain.py configs/one_gpu_day.py
 
@@ -24,7 +24,7 @@ from jaxlm.train.loop import TrainConfig
 
 config = PretrainConfig(
     name="one_gpu_day",
-    data=DataConfig(paths=("prepared/corpus",), batch_size=4096),
+    data=DataConfig(paths=("prepared/corpus_128_32k",), batch_size=4096),
     model=dataclasses.replace(
         bert.BASE, dropout_rate=0.0, attention_dropout_rate=0.0, max_length=128
     ),
