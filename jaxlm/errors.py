@@ -26,6 +26,7 @@ def report_input_errors() -> Iterator[None]:
         _give_up(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        _takes_output()
         raise SystemExit(130) from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

@@ -1,5 +1,6 @@
 """A fine-tuned model assembled from its configuration: what training and using it share."""
 
+import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -221,22 +222,30 @@ def check_monitor(
 ) -> None:
     """Raise where the task does not measure what decides which checkpoint is best.
 
-    The metrics are taken of outputs of the model that are zero; nothing is compiled.
+    The metrics are taken of made up outputs, which choose the first of all classes, then the last:
+    what only one of them brings may not be there in an evaluation. Nothing is compiled.
     """
     name = monitor(config).name
     if name in ("loss", config.task.monitor):
         return
     step = jax.jit(config.task.make_predict(adapted_apply(config, labels)))
 
-    def zeros(state: TrainState, batch: Batch) -> tuple[None, Outputs]:
+    def made_up(sign: int, state: TrainState, batch: Batch) -> tuple[None, Outputs]:
         shapes = jax.eval_shape(step, state.variables, batch)
-        outputs = {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+        outputs = {
+            name: np.broadcast_to((sign * np.arange(x.shape[-1])).astype(x.dtype), x.shape)
+            for name, x in shapes.items()
+        }
         kept = {*outputs, "example"}  # some are of the batch, such as whose a window is
         return None, outputs | {name: x for name, x in batch.items() if name in kept}
 
-    on_host = placement._replace(eval_step=zeros, put_batch=lambda batch: batch, part=WHOLE)
-    _, outputs = predict(on_host, state, encoded, config.data.batch_size, buckets)
-    check_measured(name, config.task.metrics(examples, labels, outputs))
+    found: list[Iterable[str]] = []
+    for sign in (-1, 1):
+        eval_step = functools.partial(made_up, sign)
+        on_host = placement._replace(eval_step=eval_step, put_batch=lambda x: x, part=WHOLE)
+        _, outputs = predict(on_host, state, encoded, config.data.batch_size, buckets)
+        found.append(config.task.metrics(examples, labels, outputs))
+    check_measured(name, [metric for metric in found[0] if metric in found[1]])
 
 
 def check_measured(name: str, metrics: Iterable[str]) -> None:

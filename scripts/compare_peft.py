@@ -31,8 +31,10 @@ try:
     import peft
     import torch
     import transformers
-except ImportError as error:
+except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed: pip install -e '.[bench]'")
+except ImportError as error:
+    sys.exit(f"error: {error}; install releases that fit each other: pip install -e '.[bench]'")
 
 from jaxlm.data.labelled.batches import make_buckets, train_batches
 from jaxlm.data.labelled.examples import Examples
@@ -103,8 +105,8 @@ def read(task: str, path: Path) -> list[tuple[list[str], list[str]]]:
     examples, words, labels = [], [], []
     for number, line in enumerate([*lines, ""], start=1):
         if line.strip():
-            word, _, label = line.strip().rpartition("\t")
-            if "\t" not in line:
+            word, _, label = (part.strip() for part in line.rpartition("\t"))
+            if not (word and label):
                 raise InputError(f"{path}:{number} is no text, a tab and a label: {line!r}")
             words.append(word)
             labels.append(label)
@@ -219,7 +221,7 @@ def reading(folder: Path) -> Iterator[None]:
     """Whatever transformers has to say of the model's folder is one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(f"--model {folder} cannot be read: {reason}") from error
 

@@ -122,10 +122,11 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
 def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
     """The file's records: JSON objects, or texts."""
     train = loaded.config.data.train
-    if str(file) != "-" and holds_records(train, file):
-        source = like(train, file)
-        if isinstance(source, Conll):  # words may stand alone
-            source = replace(source, tag_column=None)
+    source = like(train, file) if str(file) != "-" and holds_records(train, file) else None
+    if isinstance(source, Conll):
+        is_text = file.suffix.lower() in ("", ".txt") and not source.begins_with(loaded.labels)
+        source = None if is_text else replace(source, tag_column=None)  # words may stand alone
+    if source is not None:
         yield from source.records()
         return
     yield from read_lines(file, lambda line: record_of(loaded, line, None).fields)
@@ -183,18 +184,23 @@ def write(answers: Iterable[Answer], out: Path | None) -> None:
 
 def read_lines(file: Path, fields_of: Callable[[str], dict[str, Any]]) -> Iterator[Record]:
     """The file's lines that are not blank: JSON objects, or texts, which ``fields_of`` names."""
-    every = files.lines(file)
-    if str(file) == "-":
+    every, name = files.lines(file), str(file)
+    if name == "-":
+        name = "standard input"
         if sys.stdin is None:
             raise InputError("the standard input is closed: give a text, or name a file")
         raw = enumerate(sys.stdin.buffer, start=1)
-        every = (files.decode(line, Path("standard input"), n).rstrip("\r\n") for n, line in raw)
-    lines = [(f"{file}:{n}", line) for n, line in enumerate(every, start=1) if line.strip()]
+        every = (files.decode(line, Path(name), n).rstrip("\r\n") for n, line in raw)
+    lines = [(f"{name}:{n}", line) for n, line in enumerate(every, start=1) if line.strip()]
     if not lines:
-        raise InputError(f"{file} holds no text")
+        raise InputError(f"{name} holds no text")
     for place, line in lines:
         if line.lstrip().startswith("{"):
-            yield json_record(tabular.read_json_line(line, place), place)
+            try:
+                yield json_record(tabular.read_json_line(line, place), place)
+            except InputError as error:
+                hint = "a text that begins with { goes into an object"
+                raise InputError(f"{error}; {hint}") from error
         else:
             yield Record(fields=fields_of(line), place=place)
 

@@ -32,6 +32,7 @@ def test_examples(script: dict[str, Any], tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"good\t1\nbad\n", "data:2 is no text, a tab and a label: 'bad'"),
+        (b"good\t \n", "data:1 is no text, a tab and a label"),
         (b"\n\n", "data holds no examples"),
         (b"\xff\t1", "data cannot be read: .*0xff"),
     ],

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -31,15 +32,22 @@ def test_only_output_that_nobody_reads_ends_without_a_word(body, said):
     [
         ("print('a line')", "error: the output cannot be written: No space left on device"),
         (PRINTS, "error: the output cannot be written: No space left on device"),
+        ("print('a line'); raise KeyboardInterrupt", "interrupted"),
         ("open('n' * 300)", f"error: {'n' * 300}: File name too long; name a shorter one"),
         ("raise OSError(5, 'a socket')", "OSError: [Errno 5] a socket"),
     ],
 )
 def test_full_disks_and_long_names_are_one_sentence(body, said):
     command = f"exec '{sys.executable}' -c \"$0\" {'> /dev/full' if 'line' in body else ''}"
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
     process = subprocess.run(
-        ["sh", "-c", command, REPORT + body], capture_output=True, text=True, check=False
+        ["sh", "-c", command, REPORT + body],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=buffered,
     )
     lines = process.stderr.splitlines()
     assert lines[-1] == said
-    assert (process.returncode, len(lines)) == (2, 1) or "Traceback" in lines[0]
+    code = 130 if said == "interrupted" else 2
+    assert (process.returncode, len(lines)) == (code, 1) or "Traceback" in lines[0]

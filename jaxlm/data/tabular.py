@@ -16,7 +16,7 @@ from jaxlm.errors import InputError
 def delimiter_of(path: Path, delimiter: str | None) -> str:
     """What separates columns; None means a tab for .tsv files and a comma for all others."""
     if delimiter is None:
-        return "\t" if path.suffix == ".tsv" else ","
+        return "\t" if path.suffix.lower() == ".tsv" else ","
     if len(delimiter) != 1:
         raise InputError(f"delimiter {delimiter!r} is not one character")
     return delimiter

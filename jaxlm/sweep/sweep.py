@@ -66,8 +66,6 @@ class SweepConfig:
                 raise InputError(f"--{name} {value} is less than {least}")
         if self.draw_seed < 0:
             raise InputError(f"--draw-seed {self.draw_seed} is less than 0")
-        if self.name is not None:
-            configs.check_name(self.name)
 
 
 def load(argv: Sequence[str] | None = None) -> Plan:
@@ -89,9 +87,11 @@ def make_plan(asked: SweepConfig, config: Config) -> Plan:
     """Check names and values against the config, and list the candidates."""
     varied = space.read_space(config, asked.set)
     metric, monitor = watched(config, asked.metric)
+    name = f"{config.name}_sweep" if asked.name is None else asked.name
+    configs.check_name(name)
     return Plan(
         config=config,
-        name=asked.name or f"{config.name}_sweep",
+        name=name,
         candidates=space.candidates(config, varied, num_random=asked.random, seed=asked.draw_seed),
         num_seeds=asked.seeds,
         eta=asked.halving,

@@ -300,3 +300,8 @@ def test_no_settings_is_a_run_over_seeds(config: FinetuneConfig) -> None:
 def test_impossible_sweeps(config: FinetuneConfig, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_of(config, **asked)
+
+
+def test_a_place_is_no_name(config: FinetuneConfig) -> None:
+    with pytest.raises(InputError, match="'gs://bucket/x_sweep' is a place"):
+        plan_of(replace(config, name="gs://bucket/x"))

@@ -88,7 +88,7 @@ def test_predict_reads_words_without_tags_and_knows_a_closed_input(
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     predict = importlib.import_module("predict")
     data = SimpleNamespace(train=Conll(path="train.words"))
-    run = SimpleNamespace(config=SimpleNamespace(data=data), task=Tagging())
+    run = SimpleNamespace(config=SimpleNamespace(data=data), task=Tagging(), labels=("B-x", "O"))
     words = [["john"], ["a", "b"]]
     for name, text in (
         ("a.words", "john\n\na\nb\n"),
@@ -99,6 +99,18 @@ def test_predict_reads_words_without_tags_and_knows_a_closed_input(
         (tmp_path / name).write_text(text)
         records = predict.read_records(run, tmp_path / name)
         assert [record.texts("tokens") for record in records] == words
+    data.train = Conll(path="train.txt")
+    for text, expected in (
+        ("-DOCSTART- -X-\n\njohn O\n\na O\nb O\n", words),
+        ("john\n\na\nb\n", words),
+        ("john lives\nmary works\n", [["john", "lives"], ["mary", "works"]]),
+    ):
+        (tmp_path / "a.txt").write_text(text)
+        records = predict.read_records(run, tmp_path / "a.txt")
+        assert [record.texts("tokens") for record in records] == expected
+    (tmp_path / "a.txt").write_text("{x y")
+    with pytest.raises(InputError, match=r"a.txt:1: not JSON .* begins with { goes into an object"):
+        list(predict.read_records(run, tmp_path / "a.txt"))
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match="the standard input is closed"):
         list(predict.read_records(run, Path("-")))

@@ -86,7 +86,8 @@ def fingerprint(config: LabelledConfig) -> str:
 def holds_records(source: Source, path: Path) -> bool:
     """Whether its name says that it is no plain text: by a known ending, or that of ``source``."""
     suffix = path.suffix.lower()
-    return suffix in (".jsonl", ".json", ".conll", ".csv", ".tsv", _suffix(source))
+    known = (".jsonl", ".json", ".conll", ".csv", ".tsv")
+    return suffix in known or (suffix == _suffix(source) and not path.is_fifo())
 
 
 def like(source: Source, path: Path) -> Source:

@@ -7,7 +7,7 @@ that decides them.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,6 +177,13 @@ class Conll:
         columns = zip(*sentence, strict=True)
         fields = {name: list(column) for name, column in zip(names, columns, strict=True)}
         return Record(fields=fields, place=place)
+
+    def begins_with(self, tags: Collection[str]) -> bool:
+        """Whether the first line is a word alone, or has one of ``tags``; ordinary text has not."""
+        lines = (line for line in files.lines(_file(self.path)) if line.strip())
+        cells = next((_cells(line) for line in lines if not line.startswith("-DOCSTART-")), [])
+        tag = [] if self.tag_column is None else cells[self.tag_column :][:1]
+        return len(cells) == 1 or any(cell in tags for cell in tag)
 
     def fingerprint(self) -> str:
         """Of contents and settings; the file's name does not count."""
