@@ -163,9 +163,6 @@ def test_dtype_is_kept():
 
 
 def test_the_mean_is_kept_in_bfloat16():
-    x = jax.random.uniform(jax.random.key(1), (1000, 1000), minval=1.0, maxval=2.0)
-    x = x.astype(jnp.bfloat16)
+    x = jnp.ones((2000, 2000), jnp.bfloat16)
     out = dropout(x, 0.1, jax.random.key(0)).astype(jnp.float32)
-    kept = out != 0
-    ratio = out.sum() / (kept * x.astype(jnp.float32)).sum()
-    assert ratio == pytest.approx(1 / 0.9, rel=2e-4)  # rounded before, the factor is 0.16 % smaller
+    assert float(out.mean()) == pytest.approx(1, abs=7e-4)  # 1 - 0.1 are kept: 0.9984
