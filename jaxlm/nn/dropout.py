@@ -32,11 +32,13 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
 
 
 def _dropout(x: Float[Array, "..."], rate: float, key: PRNGKey) -> Float[Array, "..."]:
-    """Zero each element with probability ``rate``, scale the others by ``1 / (1 - rate)``."""
+    """Zero each element with probability ``rate``, scale the others by ``1 / (1 - rate)``.
+
+    What ``x``'s precision makes of that factor decides the rate, so that the mean is kept: in
+    bfloat16 0.1 is 0.0986, and what is below 0.004 may be 0.
+    """
     scale = np.asarray(1 / (1 - rate), x.dtype)
-    share = 1 - 1 / float(
-        scale
-    )  # bfloat16 has no 1 / 0.9: 9.86 % are dropped, and the mean is kept
+    share = 1 - 1 / float(scale)
     keep = hash_bits(key, x.shape) >= np.uint32(round(share * 2**32))
     return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 
