@@ -1,7 +1,8 @@
 """The first steps of three configurations, number by number: a change of code changes none of them.
 
-Where one differs, what is computed has changed. If that was meant, say why in the commit and write
-the new numbers with ``python tests/test_golden.py``; if not, ``git bisect`` finds where it began.
+Where one differs, what is computed has changed. If that was meant, say why in the commit, and write
+the new numbers with ``PYTHONPATH=tests/support python tests/test_golden.py``; if not, ``git
+bisect`` finds where it began.
 """
 
 import json
@@ -28,7 +29,7 @@ from jaxlm.train.metrics import read_jsonl
 CONFIGS = Path(__file__).parent.parent / "configs"
 GOLDEN = Path(__file__).parent / "golden" / "first_steps.json"
 KEPT = ("train/loss", "train/accuracy", "grad_norm", "lr", "eval/loss", "eval/accuracy")
-WORDS = "red green blue cat dog runs sleeps under over the a small large house tree river".split()
+WORDS = ["red", "green", "blue", "cat", "dog", "runs", "sleeps", "under", "over", "the", "house"]
 STEPS = 2
 
 

@@ -31,7 +31,7 @@ from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
 
-SCRIPT = Path(__file__).with_name("faulty_run.py")
+SCRIPT = Path(__file__).parent / "support" / "faulty_run.py"
 STEPS = 6
 
 
