@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from jaxlm import run
 from jaxlm.convert import huggingface
 from jaxlm.models.bert import BertConfig
-from jaxlm.places import locate
+from jaxlm.runtime.storage import locate
 from jaxlm.train.checksum import checksums
 
 

@@ -26,7 +26,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.optim import OptimizerConfig
-from jaxlm.places import Place, locate
+from jaxlm.runtime.storage import Place, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.answering import QuestionAnswering
 from jaxlm.tasks.choosing import MultipleChoice

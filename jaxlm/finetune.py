@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from jaxlm import base as bases
-from jaxlm import hosts, pretrain, run, tree, tuned, tuning
+from jaxlm import pretrain, run, tree, tuned, tuning
 from jaxlm.base import Base
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
@@ -24,7 +24,8 @@ from jaxlm.data.labelled.statistics import describe, render
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.places import Place, mirrored, write_whole
+from jaxlm.runtime import distributed
+from jaxlm.runtime.storage import Place, mirrored, write_whole
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import fit
 from jaxlm.train.metrics import Throughput
@@ -43,7 +44,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
     console = console or Console(quiet=not main_process, highlight=False)
     directory, task = config.directory, config.task
     run.check_processes(config, directory / run.CHECKPOINTS)
-    with hosts.first("data"):  # the others find what had to be downloaded and prepared
+    with distributed.first("data"):  # the others find what had to be downloaded and prepared
         parts = read_parts(config.data, task.read)
     base = None if config.base is None else bases.load(config.base)
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, parts)
@@ -82,7 +83,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
         own = tokenizers.fingerprint(tokenizer)
         cursor = run.make_cursor(config.train.seed, [parts.fingerprint], own)
         cursor |= {"labels": list(labels), "base_sha256": base and base.fingerprint}
-        hosts.check_same("data", cursor)
+        distributed.check_same("data", cursor)
         # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. the base.
         if resuming:
             run.check_config(directory, config)

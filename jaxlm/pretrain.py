@@ -6,14 +6,15 @@ from contextlib import nullcontext
 import jax
 from rich.console import Console
 
-from jaxlm import hosts, run, tree
+from jaxlm import run, tree
 from jaxlm.config import Config, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.loader import eval_batches, train_batches
 from jaxlm.data.prepare import prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
-from jaxlm.places import Place, locate, mirrored, on_disk
+from jaxlm.runtime import distributed
+from jaxlm.runtime.storage import Place, locate, mirrored, on_disk
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import evaluate, fit
 from jaxlm.train.metrics import Throughput, WandbWriter, Writer
@@ -119,11 +120,13 @@ def open_data(config: PretrainConfig, console: Console) -> list[Prepared]:
     """All prepared data of a run; the first is made where it is missing and the config says how."""
     first = locate(config.data.paths[0])
     if config.prepare is not None:
-        with hosts.first("prepare"):  # the others find it, or make it on a disk of their own
+        with distributed.first("prepare"):  # the others find it, or make it on a disk of their own
             prepare(config.prepare, first, console=console)
     datasets = [open_prepared(path) for path in config.data.paths]
     found = {str(d.directory): [d.info.fingerprint, d.info.tokenizer_sha256] for d in datasets}
-    hosts.check_same("data", {f"the content of {path}": value for path, value in found.items()})
+    distributed.check_same(
+        "data", {f"the content of {path}": value for path, value in found.items()}
+    )
     return datasets
 
 

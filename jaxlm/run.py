@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from jaxlm import config as configs
-from jaxlm import hosts, optim, sharding
+from jaxlm import optim, sharding
 from jaxlm.config import C, Config, FinetuneConfig, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.prepared import PreparedInfo
@@ -24,7 +24,8 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MaskedLm, MlmHead
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
-from jaxlm.places import Place, locate, whole, write_whole
+from jaxlm.runtime import distributed
+from jaxlm.runtime.storage import Place, locate, whole, write_whole
 from jaxlm.sharding import MeshConfig
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement, jit_placement, pmap_placement
@@ -288,11 +289,11 @@ def check_processes(config: Config, checkpoints: Place) -> None:
     """All processes of a run must be about to do the same, and see the same checkpoints."""
     if jax.process_count() == 1:
         return
-    hosts.check_same(
+    distributed.check_same(
         "program",
         {
             "the version of jax": jax.__version__,
-            "the source code": hosts.code_hash(),
+            "the source code": distributed.code_hash(),
             "the number of devices": jax.local_device_count(),
             "the list of checkpoints": restore.list_steps(checkpoints),
             **configs.flatten(config),

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.parts import Part
+from jaxlm.runtime.batch_rows import Part
 
 # (pattern of a path's end, axes). An arrow marks a linear map and separates its inputs from its
 # outputs: such parameters are decayed, and adapters split where the arrow stands.

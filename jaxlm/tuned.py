@@ -26,8 +26,8 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
-from jaxlm.parts import WHOLE
-from jaxlm.places import Place, locate
+from jaxlm.runtime.batch_rows import WHOLE
+from jaxlm.runtime.storage import Place, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.task import Labels, Outputs, Task

@@ -29,7 +29,7 @@ from benchmark_protocol import PREFIX, Chunk, Ready, Work, wait_until_quiet
 from benchmark_report import Result, is_clean, peak_flops, summarize, to_markdown
 
 from jaxlm.errors import InputError
-from jaxlm.startup import SYNCHRONOUS, allocator
+from jaxlm.runtime.allocator import SYNCHRONOUS, allocator
 
 ATTEMPTS = 4
 """Turns of one round, until one is clean."""

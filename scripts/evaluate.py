@@ -1,6 +1,6 @@
 """Evaluate a run, pretrained or fine-tuned: ``python scripts/evaluate.py runs/quickstart``."""
 
-from jaxlm.startup import tune_process
+from jaxlm.runtime.allocator import tune_process
 
 tune_process()
 
@@ -20,7 +20,7 @@ from jaxlm.data import loader, prepared
 from jaxlm.data.labelled.dataset import like
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import calibration, plots, report
-from jaxlm.places import Place, locate, mirrored
+from jaxlm.runtime.storage import Place, locate, mirrored
 from jaxlm.train import loop
 
 

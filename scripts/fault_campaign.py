@@ -30,13 +30,14 @@ import tyro
 from rich.console import Console
 
 from jaxlm import config as configs
-from jaxlm import hosts, run
+from jaxlm import run
 from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.models.bert import BertConfig
+from jaxlm.runtime import distributed
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.restore import list_steps
 
@@ -102,13 +103,13 @@ class Campaign:
             address = f"localhost:{free.getsockname()[1]}"
         started = []
         for index in range(self.processes):
-            joins = {hosts.ADDRESS: address, hosts.COUNT: str(self.processes)}
+            joins = {distributed.ADDRESS: address, distributed.COUNT: str(self.processes)}
             command = [sys.executable, str(PRETRAIN), str(self.folder / "config.json")]
             command += ["--name", name, *options]
             started.append(
                 subprocess.Popen(
                     command,
-                    env=os.environ | joins | {hosts.INDEX: str(index)},
+                    env=os.environ | joins | {distributed.INDEX: str(index)},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     text=True,

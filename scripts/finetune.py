@@ -4,14 +4,14 @@ Every field of the config can be changed behind it, such as ``--tuning.rank 16``
 there for all of them. The same command goes on where an interrupted run was saved.
 """
 
-from jaxlm.startup import tune_process
+from jaxlm.runtime.allocator import tune_process
 
 tune_process()
 
 import jax  # noqa: E402  (the allocator is settled before JAX starts)
 
 from jaxlm import config, finetune  # noqa: E402
-from jaxlm.hosts import joined  # noqa: E402
+from jaxlm.runtime.distributed import joined  # noqa: E402
 
 if __name__ == "__main__":
     with joined():

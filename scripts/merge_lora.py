@@ -5,7 +5,7 @@ base for further fine-tuning here, or a model for other libraries. The task's ow
 behind, and a RoBERTa comes out as the BERT that computes the same.
 """
 
-from jaxlm.startup import tune_process
+from jaxlm.runtime.allocator import tune_process
 
 tune_process()
 

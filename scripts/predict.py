@@ -5,7 +5,7 @@ choose or embed. A text is given as an argument, or many in a file, a JSON objec
 line; answers to files are JSON lines.
 """
 
-from jaxlm.startup import tune_process
+from jaxlm.runtime.allocator import tune_process
 
 tune_process()
 
@@ -27,7 +27,7 @@ from jaxlm.data.labelled.dataset import holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.fill_mask import MASK, FillMask
-from jaxlm.places import locate, on_disk, whole
+from jaxlm.runtime.storage import locate, on_disk, whole
 from jaxlm.tuned import FinetunedRun
 
 Answer = dict[str, Any]

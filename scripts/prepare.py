@@ -20,7 +20,7 @@ from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.shards import merge, prepare_shard
 from jaxlm.data.sources import Csv, Jsonl, PyDocs, TextFiles, Tfds
 from jaxlm.errors import report_input_errors
-from jaxlm.places import Place, locate
+from jaxlm.runtime.storage import Place, locate
 
 Source = (
     Annotated[PyDocs, tyro.conf.subcommand("pydocs")]

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from jaxlm.compile_check.check import Report
 from jaxlm.errors import InputError
-from jaxlm.places import whole
+from jaxlm.runtime.storage import whole
 
 PARTS = (
     ("products at the chips' peak", "#2b6cb0", lambda each: each.compute_s or 0.0),

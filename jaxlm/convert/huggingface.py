@@ -19,7 +19,7 @@ from jaxlm.convert.table import Tensors, Weights
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
-from jaxlm.places import on_disk
+from jaxlm.runtime.storage import on_disk
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from glob import glob
 from pathlib import Path
 
 from jaxlm.errors import InputError
-from jaxlm.places import on_disk
+from jaxlm.runtime.storage import on_disk
 
 OnRead = Callable[[int], None]  # told the number of bytes just read, for a progress bar
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
-from jaxlm.parts import WHOLE, Part
+from jaxlm.runtime.batch_rows import WHOLE, Part
 from jaxlm.typing import HostBatch
 
 

@@ -21,7 +21,7 @@ from jaxlm.data.sources import PyDocs, Source
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
-from jaxlm.places import Place, absolute, locate
+from jaxlm.runtime.storage import Place, absolute, locate
 
 _FORMAT = 1  # of the files written; part of every recipe and fingerprint
 _CHUNK = 1 << 24  # tokens counted at once

@@ -11,7 +11,7 @@ from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 from jaxlm.data import rows, tokenizers
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.places import Place, locate, size_of
+from jaxlm.runtime.storage import Place, locate, size_of
 
 INFO, TOKENIZER = "info.json", "tokenizer.json"
 

@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
-from jaxlm.places import Place
+from jaxlm.runtime.storage import Place
 
 VERSION = "1.0.0"
 _RECORDS_PER_FILE = 10_000  # a random read takes time in proportion to the records of its file

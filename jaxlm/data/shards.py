@@ -20,7 +20,7 @@ from jaxlm.data.prepare import (
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
-from jaxlm.places import on_disk
+from jaxlm.runtime.storage import on_disk
 
 _FACTS = "shard.json"
 

@@ -15,7 +15,7 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 from jaxlm.data import beam
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
-from jaxlm.places import locate
+from jaxlm.runtime.storage import locate
 
 _CHUNK = 1024  # records read at once: single reads are slow in large array_record files
 

@@ -22,7 +22,7 @@ from tokenizers import (
 )
 
 from jaxlm.errors import InputError
-from jaxlm.places import Place, locate, on_disk
+from jaxlm.runtime.storage import Place, locate, on_disk
 
 Kind = Literal["wordpiece", "bpe", "unigram"]
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

@@ -11,7 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from jaxlm.data.files import OnRead
 from jaxlm.errors import InputError
-from jaxlm.places import Place, remove, upload
+from jaxlm.runtime.storage import Place, remove, upload
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 from jaxlm.errors import InputError
 from jaxlm.evaluate.calibration import Reliability
 from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.places import whole
+from jaxlm.runtime.storage import whole
 
 RIGHT, WRONG, REFERENCE = "#2b6cb0", "#dd6b20", "#4a5568"  # the colours of loss.png
 CURVES = (RIGHT, WRONG, "#2f855a", "#6b46c1", "#b83280", "#2c7a7b", "#975a16", REFERENCE)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import HIGHER_IS_BETTER
-from jaxlm.places import whole
+from jaxlm.runtime.storage import whole
 
 Scores = Mapping[str, Mapping[str, Sequence[float]]]  # row → column → one for each seed
 

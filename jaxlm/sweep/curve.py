@@ -13,7 +13,7 @@ from jaxlm import config as configs
 from jaxlm.config import FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
-from jaxlm.places import on_disk, write_whole
+from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.sweep import alone, parse
 from jaxlm.sweep.trials import Plan, Result, run_all, watched

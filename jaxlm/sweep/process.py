@@ -17,8 +17,8 @@ from pathlib import Path
 
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
-from jaxlm.places import on_disk
-from jaxlm.signals import stop_on_signal
+from jaxlm.runtime.preemption import stop_on_signal
+from jaxlm.runtime.storage import on_disk
 
 RunTrial = Callable[[Config], object]  # trains in config.directory; raises where it fails
 TRIAL, LOG = "trial.json", "log.txt"  # in a trial's folder: the config as planned, and the output

@@ -18,7 +18,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
-from jaxlm.places import write_whole
+from jaxlm.runtime.storage import write_whole
 from jaxlm.sweep import space
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.space import short_label, shown

@@ -29,7 +29,7 @@ from jaxlm.config import Config, FinetuneConfig
 from jaxlm.data.labelled.dataset import fingerprint
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.places import on_disk, write_whole
+from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label
 from jaxlm.train.metrics import read_jsonl

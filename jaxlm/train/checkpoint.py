@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.places import Place, absolute, remove
+from jaxlm.runtime.storage import Place, absolute, remove
 from jaxlm.train import restore
 from jaxlm.train.checksum import checksums
 from jaxlm.train.restore import Cursor, Monitor, Report, Restored
@@ -141,7 +141,7 @@ def _describe(state: PyTree) -> dict[str, Any]:
 
 
 class _Manager(ocp.CheckpointManager):
-    """When to stop and save is decided in :mod:`jaxlm.signals`, and asked for there alone.
+    """When to stop and save is asked of :mod:`jaxlm.runtime.preemption` alone.
 
     Orbax 0.12.8 asks, too, and where it finds that a run is being preempted it fails if the
     checkpoint before was opened by ``lightweight_initialize``, whose time has no zone.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlm.errors import InputError
-from jaxlm.signals import stop_together
+from jaxlm.runtime.preemption import stop_together
 from jaxlm.sums import Sums, add_all
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compile import compile_ahead

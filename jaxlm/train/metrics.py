@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from jaxlm.errors import InputError
-from jaxlm.places import whole
+from jaxlm.runtime.storage import whole
 
 Values = Mapping[str, float | int]  # on the host
 

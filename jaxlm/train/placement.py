@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.parts import Part
+from jaxlm.runtime.batch_rows import Part
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
 from jaxlm.typing import Batch, HostBatch, PRNGKey

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from jaxlm.places import whole
+from jaxlm.runtime.storage import whole
 from jaxlm.train.metrics import read_jsonl
 
 TRAIN, VALIDATION, REFERENCE = "#2b6cb0", "#dd6b20", "#4a5568"

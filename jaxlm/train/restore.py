@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.places import Place, absolute, in_bucket, write_whole
+from jaxlm.runtime.storage import Place, absolute, in_bucket, write_whole
 from jaxlm.train.checksum import checksums
 
 Report = Callable[[str], object]

@@ -10,7 +10,7 @@ from jaxlm.data.loader import DataConfig, eval_batches, train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
-from jaxlm.parts import Part
+from jaxlm.runtime.batch_rows import Part
 
 CONFIG = DataConfig(paths=("words",), batch_size=8)
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config, finetune, hosts, pretrain
+from jaxlm import config, finetune, pretrain
+from jaxlm.runtime import distributed
 from jaxlm.train.view import View
 
 kind, _, at = os.environ.get("FAULT", "").partition(":")
@@ -23,7 +24,7 @@ def add_and_fail(view: View, step: int, *rest: Any) -> None:
 
 if __name__ == "__main__":
     View.add = add_and_fail
-    with hosts.joined():
+    with distributed.joined():
         if isinstance(config.read_file(Path(sys.argv[1])), config.FinetuneConfig):
             finetune.finetune(config.load(config.FinetuneConfig))
         else:

@@ -12,7 +12,7 @@ from jaxtyping import Int, Int32
 from jaxlm.data.labelled.augment import Augment
 from jaxlm.data.labelled.examples import Examples, Row, pad_rows
 from jaxlm.errors import InputError
-from jaxlm.parts import WHOLE, Part
+from jaxlm.runtime.batch_rows import WHOLE, Part
 
 _CHUNK = 64  # batches that are sorted by length together
 _EPOCH, _ORDER = 2, 3  # set apart the random numbers of epochs and of chunks

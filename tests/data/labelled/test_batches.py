@@ -7,7 +7,7 @@ import pytest
 from jaxlm.data.labelled.batches import eval_batches, make_buckets, train_batches
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.errors import InputError
-from jaxlm.parts import Part
+from jaxlm.runtime.batch_rows import Part
 
 PAD = 9
 

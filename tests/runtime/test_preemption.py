@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from jaxlm.signals import stop_on_signal, stop_together
+from jaxlm.runtime.preemption import stop_on_signal, stop_together
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -18,7 +18,7 @@ from tiny_runs import make_config
 from xla_flags import xla_flags
 
 from jaxlm import config as configs
-from jaxlm import hosts, run
+from jaxlm import run
 from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
@@ -27,11 +27,12 @@ from jaxlm.finetune import finetune
 from jaxlm.lora import LoraConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.pretrain import pretrain
+from jaxlm.runtime import distributed
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
 
-SCRIPT = Path(__file__).parent / "support" / "faulty_run.py"
+SCRIPT = Path(__file__).parents[1] / "support" / "faulty_run.py"
 STEPS = 6
 
 
@@ -70,9 +71,9 @@ def start(
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": xla_flags(devices),
-            hosts.ADDRESS: address,
-            hosts.COUNT: str(processes),
-            hosts.INDEX: str(index),
+            distributed.ADDRESS: address,
+            distributed.COUNT: str(processes),
+            distributed.INDEX: str(index),
             "FAULT": (faults or {}).get(index, ""),
         }
         command = [sys.executable, str(SCRIPT), str(file), *options]
@@ -156,17 +157,21 @@ def test_all_of_three_say_who_failed(failure: str, code: int, said: str) -> None
     address = free_address()
     source = f"""
 import os, time
-from jaxlm import hosts
+from jaxlm.runtime import distributed
 from jaxlm.errors import InputError
-with hosts.joined():
-    if os.environ["{hosts.INDEX}"] == "1":
+with distributed.joined():
+    if os.environ["{distributed.INDEX}"] == "1":
         raise {failure}
     time.sleep(120)
 """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     running = []
     for index in range(3):
-        joins = {hosts.ADDRESS: address, hosts.COUNT: "3", hosts.INDEX: str(index)}
+        joins = {
+            distributed.ADDRESS: address,
+            distributed.COUNT: "3",
+            distributed.INDEX: str(index),
+        }
         environment = os.environ | joins | {"JAX_PLATFORMS": "cpu"}
         command = [sys.executable, "-c", source]
         running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
@@ -276,7 +281,7 @@ def test_another_command_in_one_process(config: PretrainConfig) -> None:
 
 
 def test_an_absent_process(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(hosts.JOIN_TIMEOUT, "3")
+    monkeypatch.setenv(distributed.JOIN_TIMEOUT, "3")
     codes, outputs = start(config, "--name", "absent", indices=[0])
     assert codes == [2]
     assert "after 3 s, 2 processes have not all joined at localhost:" in outputs[0]
@@ -285,16 +290,22 @@ def test_an_absent_process(config: PretrainConfig, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({hosts.COUNT: "2"}, hosts.INDEX),
-        ({hosts.COUNT: "2", hosts.INDEX: "one", hosts.ADDRESS: "here:1"}, "one"),
-        ({hosts.COUNT: "2", hosts.INDEX: "2", hosts.ADDRESS: "here:1"}, "from 0 to"),
-        ({hosts.COUNT: "2", hosts.INDEX: "1", hosts.ADDRESS: "here"}, "HOST:PORT"),
+        ({distributed.COUNT: "2"}, distributed.INDEX),
+        ({distributed.COUNT: "2", distributed.INDEX: "one", distributed.ADDRESS: "here:1"}, "one"),
+        (
+            {distributed.COUNT: "2", distributed.INDEX: "2", distributed.ADDRESS: "here:1"},
+            "from 0 to",
+        ),
+        (
+            {distributed.COUNT: "2", distributed.INDEX: "1", distributed.ADDRESS: "here"},
+            "HOST:PORT",
+        ),
         (
             {
-                hosts.COUNT: "2",
-                hosts.INDEX: "1",
-                hosts.ADDRESS: "here:1",
-                hosts.JOIN_TIMEOUT: "soon",
+                distributed.COUNT: "2",
+                distributed.INDEX: "1",
+                distributed.ADDRESS: "here:1",
+                distributed.JOIN_TIMEOUT: "soon",
             },
             "JAXLM_JOIN_TIMEOUT=soon is no whole number",
         ),
@@ -309,7 +320,7 @@ def test_settings_that_do_not_fit(
 ) -> None:
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit), hosts.joined():
+    with pytest.raises(SystemExit), distributed.joined():
         pass
     assert match in capsys.readouterr().err
 
@@ -323,19 +334,25 @@ def test_settings_that_do_not_fit(
         ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
         ({"JOB_COMPLETION_INDEX": "0"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2", hosts.COUNT: "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2", distributed.COUNT: "1"}, False),
     ],
     ids=str,
 )
 def test_launchers_are_found(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], found: bool
 ) -> None:
-    names = (hosts.ADDRESS, hosts.COUNT, hosts.INDEX, "SLURM_NTASKS", "SLURM_STEP_NODELIST")
+    names = (
+        distributed.ADDRESS,
+        distributed.COUNT,
+        distributed.INDEX,
+        "SLURM_NTASKS",
+        "SLURM_STEP_NODELIST",
+    )
     for name in (*names, "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert hosts._settings() == ({} if found else None)
+    assert distributed._settings() == ({} if found else None)
 
 
 def test_importing_leaves_jax_to_be_joined() -> None:
@@ -346,6 +363,6 @@ def test_importing_leaves_jax_to_be_joined() -> None:
 
 
 def test_alone_nothing_is_joined() -> None:
-    with hosts.joined(), hosts.first("nothing"):
-        hosts.check_same("nothing", {"a": 1})
+    with distributed.joined(), distributed.first("nothing"):
+        distributed.check_same("nothing", {"a": 1})
     assert not jax.distributed.is_initialized()

