@@ -15,9 +15,9 @@ from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.peft.tuning import Full
 from jaxlm.tasks.classification import Classification
 from jaxlm.train.loop import TrainConfig
-from jaxlm.tuning import Full
 
 parent = runpy.run_path(str(Path(__file__).with_name("sst2_lora.py")))["config"]
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from jaxlm.optim import OptimizerConfig
+from jaxlm.peft.tuning import Full
 from jaxlm.train.loop import TrainConfig
-from jaxlm.tuning import Full
 
 parent = runpy.run_path(str(Path(__file__).with_name("sst2_lora.py")))["config"]
 

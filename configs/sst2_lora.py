@@ -14,8 +14,8 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
-from jaxlm.lora import LoraConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.peft.lora import LoraConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.train.loop import TrainConfig
 

@@ -12,8 +12,8 @@ Expected: F1 0.547 (sd 0.010, five seeds).
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Conll
-from jaxlm.lora import LoraConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.peft.lora import LoraConfig
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 

@@ -26,6 +26,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import Place, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.answering import QuestionAnswering
@@ -34,7 +35,6 @@ from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
-from jaxlm.tuning import FrozenDtype, Full, Tuning
 
 
 def check_name(name: str) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from jaxlm import base as bases
-from jaxlm import pretrain, run, tree, tuned, tuning
+from jaxlm import pretrain, run, tree, tuned
 from jaxlm.base import Base
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
@@ -24,6 +24,7 @@ from jaxlm.data.labelled.statistics import describe, render
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
+from jaxlm.peft import tuning
 from jaxlm.runtime import distributed
 from jaxlm.runtime.storage import Place, mirrored, write_whole
 from jaxlm.train.checkpoint import Checkpointer

@@ -50,12 +50,12 @@ AXES: tuple[tuple[str, str], ...] = (
 
 # What stands beside a linear map's or a table's parameter W, or in its place, has axes of W.
 DERIVED: tuple[tuple[str, str], ...] = (
-    (r"a", "inputs -> rank"),  # jaxlm.lora
+    (r"a", "inputs -> rank"),  # jaxlm.peft.lora
     (r"b", "rank -> outputs"),
     (r"magnitude", "outputs"),
-    (r"input", "inputs"),  # jaxlm.ia3
+    (r"input", "inputs"),  # jaxlm.peft.ia3
     (r"output", "outputs"),
-    (r"kernel/values", "inputs -> outputs"),  # jaxlm.quantize
+    (r"kernel/values", "inputs -> outputs"),  # jaxlm.peft.quantize
     (r"kernel/scale", "outputs"),
     (r"embedding/values", "inputs -> outputs"),
     (r"embedding/scale", "inputs"),

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
 from jaxlm import base as bases
-from jaxlm import optim, run, sharding, tree, tuning
+from jaxlm import optim, run, sharding, tree
 from jaxlm.base import Base
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.batches import eval_batches, make_buckets
@@ -26,6 +26,7 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
+from jaxlm.peft import tuning
 from jaxlm.runtime.batch_rows import WHOLE
 from jaxlm.runtime.storage import Place, locate
 from jaxlm.sharding import MeshConfig

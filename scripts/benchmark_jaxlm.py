@@ -14,13 +14,13 @@ import numpy as np
 import optax
 from benchmark_protocol import Work, read_work, serve
 
-from jaxlm import tuning
-from jaxlm.lora import LoraConfig
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import ClassificationHead, MaskedLm, MlmHead, WithHead
 from jaxlm.objectives import classification, masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
+from jaxlm.peft import tuning
+from jaxlm.peft.lora import LoraConfig
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.sums import Sums
 from jaxlm.train.compile import compile_ahead

@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxlm import base, run, tree, tuned, tuning
+from jaxlm import base, run, tree, tuned
 from jaxlm.config import FinetuneConfig
 from jaxlm.convert import huggingface
 from jaxlm.data.labelled.classification import TextFields
@@ -24,17 +24,18 @@ from jaxlm.data.labelled.records import Record, Table
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.finetune import finetune, resolve
-from jaxlm.ia3 import Ia3Config
-from jaxlm.lora import LoraConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.peft import tuning
+from jaxlm.peft.ia3 import Ia3Config
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
 from jaxlm.train.view import View
-from jaxlm.tuning import BitFit, Full, HeadOnly
 
 GOLDEN = Path(__file__).parent / "golden" / "published_bert.safetensors"
 WORDS = [*"abcdefghijklmnopqrs"]

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import lora, sharding, tree
+from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.intercept import Site
 from jaxlm.models import bert
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.heads import ClassificationHead, MaskedLm, MlmHead, WithHead
+from jaxlm.nn.intercept import Site
+from jaxlm.peft import lora
 from jaxlm.sharding import (
     MeshConfig,
     axes_of,

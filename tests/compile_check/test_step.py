@@ -14,16 +14,16 @@ from jaxlm.compile_check.step import Assumed, base_config, make_step
 from jaxlm.config import FinetuneConfig
 from jaxlm.convert import bert
 from jaxlm.errors import InputError
-from jaxlm.ia3 import Ia3Config
-from jaxlm.lora import LoraConfig
 from jaxlm.models.bert import TINY
+from jaxlm.peft.ia3 import Ia3Config
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.answering import QuestionAnswering
 from jaxlm.tasks.choosing import MultipleChoice
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.tagging import Tagging
-from jaxlm.tuning import BitFit, Full, HeadOnly
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SMALL = Assumed(vocab_size=100, encoder=TINY)

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlm import lora, tree
+from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.intercept import find_sites
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.heads import ClassificationHead, WithHead, mean_pool
+from jaxlm.nn.intercept import find_sites
+from jaxlm.peft import lora
 from jaxlm.sharding import axes_of
 
 CONFIG = BilstmConfig(vocab_size=30, embed_dim=6, hidden_dim=8, num_layers=2, max_length=9)

@@ -24,8 +24,8 @@ from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
 from jaxlm.data.prepare import prepare
 from jaxlm.finetune import finetune
-from jaxlm.lora import LoraConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.peft.lora import LoraConfig
 from jaxlm.pretrain import pretrain
 from jaxlm.runtime import distributed
 from jaxlm.train.loop import TrainConfig

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import tree
-from jaxlm.intercept import find_sites
-from jaxlm.lora import LoraConfig, adapt, init
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.nn.intercept import find_sites
+from jaxlm.peft.lora import LoraConfig, adapt, init
 
 BERT = BertConfig(
     vocab_size=32,

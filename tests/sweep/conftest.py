@@ -5,7 +5,7 @@ import pytest
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
-from jaxlm.lora import LoraConfig
+from jaxlm.peft.lora import LoraConfig
 from jaxlm.train.loop import TrainConfig
 
 

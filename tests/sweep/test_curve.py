@@ -26,7 +26,7 @@ def argv(config: FinetuneConfig, tmp_path: Path) -> list[str]:
     text = "\n".join(
         (
             "import dataclasses\nfrom pathlib import Path\nfrom jaxlm.config import read_file",
-            "from jaxlm.models.bilstm import BilstmConfig\nfrom jaxlm.tuning import Full",
+            "from jaxlm.models.bilstm import BilstmConfig\nfrom jaxlm.peft.tuning import Full",
             'config = read_file(Path(__file__).with_name("tiny.json"))',
         )
     )

@@ -7,9 +7,9 @@ import pytest
 
 from jaxlm.config import FinetuneConfig
 from jaxlm.errors import InputError
-from jaxlm.lora import LoraConfig
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.tuning import Full
 from jaxlm.sweep.space import Range, candidates, label, read_space, replaced
-from jaxlm.tuning import Full
 
 LR = "optimizer.peak_lr"
 

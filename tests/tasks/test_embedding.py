@@ -13,8 +13,8 @@ from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.peft.tuning import HeadOnly
 from jaxlm.tasks.embedding import Embedding, make_embed
-from jaxlm.tuning import HeadOnly
 
 SCORED = Embedding(
     fields=TextFields(pair="pair", label="score", target="number"), min_similarity=3.0

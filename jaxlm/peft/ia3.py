@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.intercept import Call, Leaves, Sites, flatten, intercept, match
+from jaxlm.nn.intercept import Call, Leaves, Sites, flatten, intercept, match
 from jaxlm.typing import Apply, Params
 
 

@@ -4,10 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import lora, tree
+from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.intercept import Site, find_sites
-from jaxlm.quantize import Quantized, dequantize, quantize
+from jaxlm.nn.intercept import Site, find_sites
+from jaxlm.peft import lora
+from jaxlm.peft.quantize import Quantized, dequantize, quantize
 from jaxlm.sharding import axes_of
 
 # Channels of very different size, one of them zero.

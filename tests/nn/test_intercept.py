@@ -6,8 +6,8 @@ import pytest
 from adapted_models import FLOATS, IDS, made, sites_of
 
 from jaxlm.errors import InputError
-from jaxlm.intercept import find_sites
-from jaxlm.lora import adapt, merge
+from jaxlm.nn.intercept import find_sites
+from jaxlm.peft.lora import adapt, merge
 
 
 def test_sites_by_hand():

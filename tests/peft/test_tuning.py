@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxlm import sharding, tree, tuning
-from jaxlm.lora import LoraConfig
+from jaxlm import sharding, tree
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import ClassificationHead, WithHead
-from jaxlm.tuning import FrozenDtype
+from jaxlm.peft import tuning
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.tuning import FrozenDtype
 
 LORA = LoraConfig(rank=2)
 ENCODER = BertConfig(

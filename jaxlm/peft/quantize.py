@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.intercept import Sites, flatten
+from jaxlm.nn.intercept import Sites, flatten
 from jaxlm.typing import Dtype, Params
 
 

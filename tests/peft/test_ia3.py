@@ -7,9 +7,9 @@ from adapted_models import filled
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.ia3 import Ia3Config, adapt, init, merge
-from jaxlm.intercept import find_sites
 from jaxlm.models.bert import BertConfig
+from jaxlm.nn.intercept import find_sites
+from jaxlm.peft.ia3 import Ia3Config, adapt, init, merge
 from jaxlm.sharding import axes_of
 
 BERT = BertConfig(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Int, PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.intercept import (
+from jaxlm.nn.intercept import (
     ADAPTABLE,
     Call,
     Leaves,

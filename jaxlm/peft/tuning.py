@@ -12,12 +12,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 from rich.table import Table
 
-from jaxlm import ia3, lora, tree
-from jaxlm.ia3 import Ia3Config
-from jaxlm.intercept import Sites, find_sites
-from jaxlm.lora import LoraConfig
+from jaxlm import tree
 from jaxlm.nn import stack
-from jaxlm.quantize import dequantize, quantize
+from jaxlm.nn.intercept import Sites, find_sites
+from jaxlm.peft import ia3, lora
+from jaxlm.peft.ia3 import Ia3Config
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.quantize import dequantize, quantize
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 

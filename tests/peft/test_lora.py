@@ -24,11 +24,12 @@ from adapted_models import (
     sites_of,
 )
 
-from jaxlm import lora, tree
+from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.intercept import find_sites
-from jaxlm.lora import LoraConfig, adapt, init, merge, select, stack, unmerge
+from jaxlm.nn.intercept import find_sites
 from jaxlm.nn.linear import Linear
+from jaxlm.peft import lora
+from jaxlm.peft.lora import LoraConfig, adapt, init, merge, select, stack, unmerge
 from jaxlm.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
 
 every_case = pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,1 @@
+"""Parameter-efficient fine-tuning: adapters, scales, frozen weights in eight bits."""
