@@ -14,12 +14,12 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from jaxlm import run, tuned
 from jaxlm.config import FinetuneConfig, RunConfig
 from jaxlm.data import loader, prepared
 from jaxlm.data.labelled.dataset import like
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import calibration, plots, report
+from jaxlm.runs import finetuned, run
 from jaxlm.runtime.storage import Place, locate, mirrored
 from jaxlm.train import loop
 
@@ -99,7 +99,7 @@ def evaluate_tuned(
     base: str | None,
 ) -> dict[str, Any]:
     """On labelled examples."""
-    loaded = tuned.open_tuned(directory, step=step, base=base)
+    loaded = finetuned.open_tuned(directory, step=step, base=base)
     task, labels = loaded.task, loaded.labels
     if data is None:
         examples, where = getattr(loaded.parts(), split), f"its {split} data"

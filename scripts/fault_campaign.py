@@ -30,13 +30,13 @@ import tyro
 from rich.console import Console
 
 from jaxlm import config as configs
-from jaxlm import run
 from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.models.bert import BertConfig
+from jaxlm.runs import run
 from jaxlm.runtime import distributed
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.restore import list_steps

@@ -17,10 +17,10 @@ import jax
 import numpy as np
 import tyro
 
-from jaxlm import tuned
 from jaxlm.convert import huggingface
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.models.bert import BertConfig
+from jaxlm.runs import finetuned
 
 
 def main(
@@ -38,7 +38,7 @@ def main(
         step: Which checkpoint; None = the best.
         base: Where the encoder of the adapter lies, if not where it was.
     """
-    loaded = tuned.open_tuned(run, step=step, base=base)
+    loaded = finetuned.open_tuned(run, step=step, base=base)
     params = jax.tree.map(np.asarray, loaded.merged())
     head = {name: leaf for name, leaf in params["head"].items() if name == "pooler"}
     model = loaded.config.model

@@ -19,16 +19,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm import run as runs
-from jaxlm import tuned
 from jaxlm.config import FinetuneConfig, RunConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
+from jaxlm.decode.fill_mask import MASK, FillMask
 from jaxlm.errors import InputError, report_input_errors
-from jaxlm.fill_mask import MASK, FillMask
+from jaxlm.runs import finetuned
+from jaxlm.runs import run as runs
+from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runtime.storage import locate, on_disk, whole
-from jaxlm.tuned import FinetunedRun
 
 Answer = dict[str, Any]
 
@@ -86,7 +86,7 @@ def main(
     if task == "fill-mask":
         fill_mask(run, text, file, out, top_k, step)
         return
-    loaded = tuned.open_tuned(run, step=step, base=base)
+    loaded = finetuned.open_tuned(run, step=step, base=base)
     if loaded.task.verb != task:
         raise InputError(
             f"{run} was fine-tuned for {type(loaded.task).__name__}, whose head cannot "

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxlm import config as configs
-from jaxlm import run, tuned
 from jaxlm.config import PretrainConfig
 from jaxlm.models.bert import TINY
 from jaxlm.objectives.masking import Vocabulary
+from jaxlm.runs import finetuned, run
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.tagging import Tagging
 
@@ -100,8 +100,8 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
     else:  # of a base there is here nothing but its kind
         config = replace(config, model=replace(TINY, num_heads=4, **sizes))
     labels = ("a", "b", "c", "d")
-    state = tuned.make_state(config, labels, None)
-    placement = tuned.make_placement(config, labels, state)
+    state = finetuned.make_state(config, labels, None)
+    placement = finetuned.make_placement(config, labels, state)
     rows, length = config.data.batch_size, 8
     rng = np.random.default_rng(0)
     shape = (rows, length) if isinstance(config.task, Tagging) else (rows,)
@@ -113,7 +113,7 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
         "weights": np.ones(shape, np.float32),
         "index": np.arange(rows, dtype=np.int32),
     }
-    state = tuned.place(state, placement)
+    state = finetuned.place(state, placement)
     state, sums = placement.train_step(state, placement.put_batch(batch), np.float32(0.5))
     assert int(state.step) == 1
     assert sums.means()["loss"] == pytest.approx(np.log(len(labels)), rel=0.3)

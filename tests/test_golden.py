@@ -22,8 +22,8 @@ from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.data.labelled.records import Table
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import TextFiles
-from jaxlm.finetune import finetune
-from jaxlm.pretrain import pretrain
+from jaxlm.runs.finetuning import finetune
+from jaxlm.runs.pretraining import pretrain
 from jaxlm.train.metrics import read_jsonl
 
 CONFIGS = Path(__file__).parent.parent / "configs"

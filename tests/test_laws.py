@@ -243,6 +243,6 @@ def strangers(modules: set[str]) -> set[str]:
 
 
 def test_training_needs_neither_tensorflow_nor_torch():
-    new = loaded_by("jaxlm.train", "jaxlm.data", "jaxlm.run", "jaxlm.pretrain")
+    new = loaded_by("jaxlm.train", "jaxlm.data", "jaxlm.runs.run", "jaxlm.runs.pretraining")
     assert "jaxlm.train.loop" in new
     assert not strangers(new) & {"tensorflow", "torch", "transformers", "keras"}

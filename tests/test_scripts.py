@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from xla_flags import xla_flags
 
-from jaxlm import run, tree
+from jaxlm import tree
+from jaxlm.runs import run
 from jaxlm.train.metrics import read_jsonl
 
 ROOT = Path(__file__).parent.parent

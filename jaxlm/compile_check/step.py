@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm import run, tuned
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.convert import bert, folder
 from jaxlm.data.prepared import PreparedInfo
@@ -19,6 +18,7 @@ from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.objectives.masking import Vocabulary
+from jaxlm.runs import finetuned, run
 from jaxlm.tasks.answering import QuestionAnswering
 from jaxlm.tasks.choosing import MultipleChoice
 from jaxlm.tasks.classification import Classification
@@ -91,16 +91,16 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
     size = run.padded_vocab_size(assumed.vocab_size, config.mesh)
     model = dataclasses.replace(model, vocab_size=model.vocab_size or size)
     if config.base is not None:
-        model = tuned.base_encoder(model, config.mesh)
-    config = tuned.with_encoder(config, model, "tpu")
+        model = finetuned.base_encoder(model, config.mesh)
+    config = finetuned.with_encoder(config, model, "tpu")
     labels = tuple(str(number) for number in range(assumed.labels))
-    state = jax.eval_shape(partial(tuned.make_state, config, labels, None))
-    placement = tuned.make_placement(config, labels, state, devices=devices)
+    state = jax.eval_shape(partial(finetuned.make_state, config, labels, None))
+    placement = finetuned.make_placement(config, labels, state, devices=devices)
     longest = min(config.data.max_length, model.max_length or config.data.max_length)
     length, rows = assumed.length or longest, config.data.batch_size
     batch = _labelled_batch(config.task, rows, length, assumed.labels)
     num_tokens = batch["tokens"].size
-    per_token = tuned.flops_per_token(config, state.trainable, length)
+    per_token = finetuned.flops_per_token(config, state.trainable, length)
     flops = None if per_token is None else per_token * num_tokens
     return Step(placement, placement.abstract_batch(batch), num_tokens, length, flops)
 

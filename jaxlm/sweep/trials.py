@@ -24,11 +24,11 @@ import numpy as np
 from rich.console import Console
 
 from jaxlm import config as configs
-from jaxlm import run
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.data.labelled.dataset import fingerprint
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
+from jaxlm.runs import run
 from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label

@@ -162,7 +162,7 @@ def make_embed(
 ) -> Embed:
     """``embed(texts)`` with an encoder as it is: unit vectors, one for each text, in their order.
 
-    ``params`` are the encoder's, such as those of a :class:`jaxlm.base.Base`.
+    ``params`` are the encoder's, such as those of a :class:`jaxlm.runs.base.Base`.
     """
     framer = Framer(tokenizer, max_length)
     apply = WithHead(encoder, EmbeddingHead()).apply

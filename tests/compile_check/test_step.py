@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlm import config as configs
-from jaxlm import run, tree
+from jaxlm import tree
 from jaxlm.compile_check.step import Assumed, base_config, make_step
 from jaxlm.config import FinetuneConfig
 from jaxlm.convert import bert
@@ -18,6 +18,7 @@ from jaxlm.models.bert import TINY
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
+from jaxlm.runs import run
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.answering import QuestionAnswering
 from jaxlm.tasks.choosing import MultipleChoice

@@ -18,15 +18,15 @@ from tiny_runs import make_config
 from xla_flags import xla_flags
 
 from jaxlm import config as configs
-from jaxlm import run
 from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
 from jaxlm.data.prepare import prepare
-from jaxlm.finetune import finetune
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.pretrain import pretrain
+from jaxlm.runs import run
+from jaxlm.runs.finetuning import finetune
+from jaxlm.runs.pretraining import pretrain
 from jaxlm.runtime import distributed
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl

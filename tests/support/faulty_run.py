@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxlm import config, finetune, pretrain
+from jaxlm import config
+from jaxlm.runs import finetuning, pretraining
 from jaxlm.runtime import distributed
 from jaxlm.train.view import View
 
@@ -26,6 +27,6 @@ if __name__ == "__main__":
     View.add = add_and_fail
     with distributed.joined():
         if isinstance(config.read_file(Path(sys.argv[1])), config.FinetuneConfig):
-            finetune.finetune(config.load(config.FinetuneConfig))
+            finetuning.finetune(config.load(config.FinetuneConfig))
         else:
-            pretrain.pretrain(config.load(config.PretrainConfig))
+            pretraining.pretrain(config.load(config.PretrainConfig))

@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from jaxlm import tuned
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.dataset import LabelledConfig, Source
@@ -17,12 +16,13 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import JsonLines, Record
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.errors import InputError
-from jaxlm.finetune import finetune
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.runs import finetuned
+from jaxlm.runs.finetuned import FinetunedRun
+from jaxlm.runs.finetuning import finetune
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
-from jaxlm.tuned import FinetunedRun
 
 WORDS = "a b c d e f g h john smith lives in new york ##ing ? . who where"
 
@@ -112,7 +112,7 @@ def train(
         with pytest.raises(InputError, match="monitor=f1/x is not measured here") as refused:
             finetune(replace(config, monitor="f1/x"), console=quiet)
         assert not config.directory.exists()
-        run = tuned.open_tuned(finetune(config, console=quiet))
+        run = finetuned.open_tuned(finetune(config, console=quiet))
         assert str(refused.value).endswith(f"; there are {', '.join(eval_metrics())}")
         return run
 

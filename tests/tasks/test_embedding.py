@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm import tuned
-from jaxlm.base import Base
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.peft.tuning import HeadOnly
+from jaxlm.runs import finetuned
+from jaxlm.runs.base import Base
 from jaxlm.tasks.embedding import Embedding, make_embed
 
 SCORED = Embedding(
@@ -97,7 +97,7 @@ def test_a_published_pooler_is_left_out(tiny, write, tokenizer):
         fingerprint="",
     )
     config = dataclasses.replace(tiny(Embedding(), write([])), model=model)
-    state = tuned.make_state(config, (), base)
+    state = finetuned.make_state(config, (), base)
     assert state.trainable["params"].keys() == {"encoder"}
     jax.tree.map(np.testing.assert_array_equal, state.trainable["params"]["encoder"], encoder)
 
@@ -127,4 +127,4 @@ def test_bad_input(tiny, write, records):
         model=BilstmConfig(vocab_size=8, embed_dim=2, hidden_dim=2),
     )
     with pytest.raises(InputError, match="HeadOnly leaves nothing to learn: the head of Embedding"):
-        tuned.make_state(config, (), None)
+        finetuned.make_state(config, (), None)

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from tiny_runs import make_config
 
-from jaxlm import run, tree
+from jaxlm import tree
 from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
+from jaxlm.decode.fill_mask import FillMask
 from jaxlm.errors import InputError
-from jaxlm.fill_mask import FillMask
 from jaxlm.optim import OptimizerConfig
-from jaxlm.pretrain import pretrain
+from jaxlm.runs import run
+from jaxlm.runs.pretraining import pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl

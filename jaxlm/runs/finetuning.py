@@ -12,9 +12,7 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from jaxlm import base as bases
-from jaxlm import pretrain, run, tree, tuned
-from jaxlm.base import Base
+from jaxlm import tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.augment import make_augment
@@ -25,6 +23,9 @@ from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.peft import tuning
+from jaxlm.runs import base as bases
+from jaxlm.runs import finetuned, pretraining, run
+from jaxlm.runs.base import Base
 from jaxlm.runtime import distributed
 from jaxlm.runtime.storage import Place, mirrored, write_whole
 from jaxlm.train.checkpoint import Checkpointer
@@ -51,7 +52,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, parts)
     config = resolve(config, base, tokenizer, jax.default_backend())
     labels = task.labels(parts.train)
-    framer = tuned.make_framer(config, tokenizer)
+    framer = finetuned.make_framer(config, tokenizer)
     train, validation = (task.encode(framer, part, labels) for part in parts[:2])
     steps = config.train.with_steps(len(train), config.data.batch_size)
     config = dataclasses.replace(config, train=steps)
@@ -63,9 +64,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
     lengths = np.concatenate([train.lengths, validation.lengths])
     buckets = make_buckets(lengths, config.data.num_buckets, max_length=framer.max_length)
 
-    state = tuned.make_state(config, labels, base)
-    placement = tuned.make_placement(config, labels, state)
-    tuned.check_monitor(config, labels, placement, state, parts.validation, validation, buckets)
+    state = finetuned.make_state(config, labels, base)
+    placement = finetuned.make_placement(config, labels, state)
+    finetuned.check_monitor(config, labels, placement, state, parts.validation, validation, buckets)
     moments = round(tree.num_params(state.opt_state) / max(tree.num_params(state.trainable), 1))
     console.print(tuning.table(state.trainable, state.frozen, moments))
     resuming = bool(list_steps(directory / run.CHECKPOINTS))
@@ -77,7 +78,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
         Checkpointer(
             directory / run.CHECKPOINTS,
             keep=config.train.keep,
-            monitor=tuned.monitor(config),
+            monitor=finetuned.monitor(config),
             report=progress.warn,
         ) as checkpointer,
     ):
@@ -93,19 +94,19 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
             cursor = run.resume_cursor(config, restored.cursor, cursor)
             state = dataclasses.replace(restored.state, frozen=state.frozen)
             progress.print(f"going on from step {restored.step} of {directory}")
-        state = tuned.place(state, placement)
+        state = finetuned.place(state, placement)
         if main_process:
             run.write_folder(directory, config, tokenizer)
-            write_whole(directory / tuned.LABELS, json.dumps(labels))
+            write_whole(directory / finetuned.LABELS, json.dumps(labels))
 
         def evaluation(state: TrainState) -> dict[str, float]:
-            sums, outputs = tuned.predict(
+            sums, outputs = finetuned.predict(
                 placement, state, validation, config.data.batch_size, buckets
             )
             assert sums is not None  # the validation data are labelled
             metrics = {"loss": sums.means()["loss"]}
             metrics |= task.metrics(parts.validation, labels, outputs)
-            tuned.check_measured(checkpointer.monitor.name, metrics)
+            finetuned.check_measured(checkpointer.monitor.name, metrics)
             return metrics
 
         with (
@@ -118,7 +119,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
                 tokens_seen=cursor["tokens_seen"],
                 log_every=config.train.log_every,
                 reference=_reference(task.classes(parts.validation), len(parts.validation)),
-                more_writers=pretrain.writers(config) if main_process else (),
+                more_writers=pretraining.writers(config) if main_process else (),
             ) as view,
         ):
             special = SpecialTokens.of(tokenizer)
@@ -157,13 +158,13 @@ def resolve(
     if base is not None:
         if config.model is not None:
             raise InputError(f"model is given, and also base={base.name!r}, which has its own")
-        model: Any = tuned.base_encoder(base.config, config.mesh)
+        model: Any = finetuned.base_encoder(base.config, config.mesh)
     else:
         assert config.model is not None
         given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
         vocab_size = run.resolve_vocab_size(given, size, config.mesh)
         model = dataclasses.replace(config.model, vocab_size=vocab_size)
-    return tuned.with_encoder(config, model, platform)
+    return finetuned.with_encoder(config, model, platform)
 
 
 def make_tokenizer(config: TokenizerConfig | None, parts: Parts) -> Tokenizer:

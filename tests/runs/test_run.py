@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from jaxlm import run
 from jaxlm.config import PretrainConfig, read_file
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.runs import run
 from jaxlm.sharding import MeshConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -6,13 +6,14 @@ from contextlib import nullcontext
 import jax
 from rich.console import Console
 
-from jaxlm import run, tree
+from jaxlm import tree
 from jaxlm.config import Config, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.loader import eval_batches, train_batches
 from jaxlm.data.prepare import prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
+from jaxlm.runs import run
 from jaxlm.runtime import distributed
 from jaxlm.runtime.storage import Place, locate, mirrored, on_disk
 from jaxlm.train.checkpoint import Checkpointer

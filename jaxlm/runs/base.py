@@ -6,9 +6,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from jaxlm import run
 from jaxlm.convert import huggingface
 from jaxlm.models.bert import BertConfig
+from jaxlm.runs import run
 from jaxlm.runtime.storage import locate
 from jaxlm.train.checksum import checksums
 

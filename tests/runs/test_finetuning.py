@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jaxlm import base, run, tree, tuned
+from jaxlm import tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.convert import huggingface
 from jaxlm.data.labelled.classification import TextFields
@@ -23,13 +23,14 @@ from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Record, Table
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.errors import InputError
-from jaxlm.finetune import finetune, resolve
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft import tuning
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
+from jaxlm.runs import base, finetuned, run
+from jaxlm.runs.finetuning import finetune, resolve
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.train.loop import TrainConfig
@@ -93,7 +94,7 @@ def directory(config: FinetuneConfig) -> Path:
 
 
 def learned(config: FinetuneConfig) -> dict[str, np.ndarray]:
-    state = tuned.open_tuned(config.directory, step=STEPS).state
+    state = finetuned.open_tuned(config.directory, step=STEPS).state
     return {path: np.asarray(leaf) for path, leaf in tree.leaves_with_path(state.trainable)}
 
 
@@ -109,7 +110,7 @@ def test_learns_and_leaves_a_folder_that_answers(directory: Path, folder: Path) 
     ]
     assert len(scores) == 3
     assert scores[-1] > 0.9
-    loaded = tuned.open_tuned(directory)
+    loaded = finetuned.open_tuned(directory)
     answers = list(loaded.answer([record("j k l j"), record("a b"), record("l k l")]))
     assert [answer["label"] for answer in answers] == ["0", "1", "0"]
     assert [answer["text"] for answer in answers] == ["j k l j", "a b", "l k l"]
@@ -119,7 +120,7 @@ def test_learns_and_leaves_a_folder_that_answers(directory: Path, folder: Path) 
 def test_a_checkpoint_holds_adapters_and_head_alone(
     directory: Path, config: FinetuneConfig
 ) -> None:
-    loaded = tuned.open_tuned(directory)
+    loaded = finetuned.open_tuned(directory)
     paths = {path for path, _ in tree.leaves_with_path(loaded.state.trainable)}
     assert paths == {
         *(
@@ -143,18 +144,20 @@ def test_a_checkpoint_holds_adapters_and_head_alone(
 
 
 def test_merged_parameters_compute_the_same(directory: Path, config: FinetuneConfig) -> None:
-    loaded = tuned.open_tuned(directory)
-    model = tuned.make_model(loaded.config, loaded.labels)
+    loaded = finetuned.open_tuned(directory)
+    model = finetuned.make_model(loaded.config, loaded.labels)
     tokens = np.array([[2, 7, 8, 9, 3]], np.int32)
     plain = jax.jit(model.apply)({"params": loaded.merged()}, tokens)
-    adapted = jax.jit(tuned.adapted_apply(loaded.config, loaded.labels))(loaded.variables, tokens)
+    adapted = jax.jit(finetuned.adapted_apply(loaded.config, loaded.labels))(
+        loaded.variables, tokens
+    )
     np.testing.assert_allclose(plain, adapted, atol=1e-5)
     unadapted = jax.jit(model.apply)({"params": loaded.variables["params"]}, tokens)
     assert np.abs(np.asarray(unadapted) - np.asarray(adapted)).max() > 1e-3
 
 
 def test_merged_and_saved_is_a_base(directory: Path, tmp_path: Path) -> None:
-    loaded = tuned.open_tuned(directory)
+    loaded = finetuned.open_tuned(directory)
     merged = jax.tree.map(np.asarray, loaded.merged())
     done = script("merge_lora.py", directory, str(tmp_path / "merged"))
     assert b", merged, is in " in done.stdout, done.stderr
@@ -201,7 +204,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
 )
 def test_every_tuning_trains_what_it_says(config: FinetuneConfig, tuning, tmp_path: Path) -> None:
     short = replace(config, runs=tmp_path, tuning=tuning, train=TrainConfig(steps=1, num_evals=1))
-    loaded = tuned.open_tuned(finetune(short))
+    loaded = finetuned.open_tuned(finetune(short))
     paths = {path for path, _ in tree.leaves_with_path(loaded.state.trainable)}
     encoder = {path for path in paths if not path.startswith("params/head/")}
     match tuning:
@@ -220,7 +223,7 @@ def test_every_tuning_trains_what_it_says(config: FinetuneConfig, tuning, tmp_pa
 @pytest.mark.parametrize(("kept", "dtype"), [("bfloat16", "bfloat16"), ("int8", None)])
 def test_a_frozen_base_may_be_small(config: FinetuneConfig, kept, dtype, tmp_path: Path) -> None:
     small = replace(config, runs=tmp_path, frozen_dtype=kept, dtype=dtype)
-    loaded = tuned.open_tuned(finetune(small))
+    loaded = finetuned.open_tuned(finetune(small))
     assert loaded.config.model.dtype == (dtype or "float32")
     whole = 4 * tree.num_params(loaded.variables["params"]["encoder"])
     assert tree.num_bytes(loaded.state.frozen) < 0.7 * whole  # norms, and with int8 tables, stay
@@ -232,7 +235,7 @@ def test_a_vocabulary_grows_to_be_split(config: FinetuneConfig) -> None:
     published = base.load(config.base)
     split = replace(config, mesh=MeshConfig(tensor=5))
     resolved = resolve(split, published, published.tokenizer, "cpu")
-    state = tuned.make_state(resolved, ("0", "1"), published)
+    state = finetuned.make_state(resolved, ("0", "1"), published)
     table = tuning.plain(state.variables)["params"]["encoder"]["token_embed"]["embedding"]
     assert (published.config.vocab_size, len(table)) == (24, 320)
     np.testing.assert_array_equal(table[:24], published.encoder["token_embed"]["embedding"])
@@ -243,7 +246,7 @@ def test_every_linear_map_below_the_head_can_be_adapted(config: FinetuneConfig) 
     published = base.load(config.base)
     everywhere = replace(config, tuning=LoraConfig(targets=("kernel",), rank=2))
     resolved = resolve(everywhere, published, published.tokenizer, "cpu")
-    adapters = tuned.make_state(resolved, ("0", "1"), published).trainable["lora"]
+    adapters = finetuned.make_state(resolved, ("0", "1"), published).trainable["lora"]
     assert adapters.keys() == {"encoder"}
 
 
@@ -273,7 +276,7 @@ def test_a_bilstm_learns_from_the_same_data(config: FinetuneConfig, tmp_path: Pa
     small = replace(scratch, model=replace(scratch.model, vocab_size=10))
     with pytest.raises(InputError, match=r"model\.vocab_size=10 is smaller than the tokenizer's"):
         finetune(small)
-    loaded = tuned.open_tuned(finetune(scratch))
+    loaded = finetuned.open_tuned(finetune(scratch))
     assert [a["label"] for a in loaded.answer([record("a b"), record("k j")])] == ["1", "0"]
 
 
@@ -283,14 +286,14 @@ def test_more_devices_than_micro_batches_leave_rows_for(directory: Path, tmp_pat
     micro = saved.replace('"num_micro_batches": 1', '"num_micro_batches": 16')
     assert micro != saved
     (tmp_path / "copy" / "config.json").write_text(micro)
-    assert tuned.open_tuned(tmp_path / "copy").labels == ("0", "1")
+    assert finetuned.open_tuned(tmp_path / "copy").labels == ("0", "1")
 
 
 # Bad input.
 
 
 def test_data_that_have_changed_are_not_split_anew(directory: Path) -> None:
-    loaded = tuned.open_tuned(directory)
+    loaded = finetuned.open_tuned(directory)
     assert len(loaded.parts().validation) == 32
     other = replace(loaded.config.data, validation=None)
     changed = replace(loaded, config=replace(loaded.config, data=other))
@@ -338,7 +341,7 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     weights[name] = weights[name] + 1
     save_file(weights, other / "model.safetensors")
     with pytest.raises(InputError, match="is not the encoder that"):
-        tuned.open_tuned(directory, base=str(other))
+        finetuned.open_tuned(directory, base=str(other))
     longer = json.loads((other / "config.json").read_text())  # of another shape
     name = next(name for name in weights if name.endswith("position_embeddings.weight"))
     weights[name] = np.concatenate([weights[name]] * 2)
@@ -346,21 +349,21 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     longer["max_position_embeddings"] = len(weights[name])
     (other / "config.json").write_text(json.dumps(longer))
     with pytest.raises(InputError, match="is not the encoder that"):
-        tuned.open_tuned(directory, base=str(other))
+        finetuned.open_tuned(directory, base=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(folder / "model", moved)
-    assert tuned.open_tuned(directory, base=base.load(str(moved))).labels == ("0", "1")
+    assert finetuned.open_tuned(directory, base=base.load(str(moved))).labels == ("0", "1")
 
 
 def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
-    assert json.loads((directory / tuned.LABELS).read_text()) == ["0", "1"]
+    assert json.loads((directory / finetuned.LABELS).read_text()) == ["0", "1"]
     shutil.copytree(directory, tmp_path / "copy")
-    (tmp_path / "copy" / tuned.LABELS).write_text('["1", "0"]')
+    (tmp_path / "copy" / finetuned.LABELS).write_text('["1", "0"]')
     with pytest.raises(InputError, match=r'trained with: write \["0", "1"\] there'):
-        tuned.open_tuned(tmp_path / "copy")
-    (tmp_path / "copy" / tuned.LABELS).unlink()
+        finetuned.open_tuned(tmp_path / "copy")
+    (tmp_path / "copy" / finetuned.LABELS).unlink()
     with pytest.raises(InputError, match=r"labels\.json cannot be read"):
-        tuned.open_tuned(tmp_path / "copy")
+        finetuned.open_tuned(tmp_path / "copy")
 
 
 def script(name: str, run: Path, *options: str, given: bytes = b"") -> subprocess.CompletedProcess:

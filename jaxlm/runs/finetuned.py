@@ -13,9 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
-from jaxlm import base as bases
-from jaxlm import optim, run, sharding, tree
-from jaxlm.base import Base
+from jaxlm import optim, sharding, tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.batches import eval_batches, make_buckets
 from jaxlm.data.labelled.dataset import Parts, read_parts
@@ -27,6 +25,9 @@ from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
 from jaxlm.peft import tuning
+from jaxlm.runs import base as bases
+from jaxlm.runs import run
+from jaxlm.runs.base import Base
 from jaxlm.runtime.batch_rows import WHOLE
 from jaxlm.runtime.storage import Place, locate
 from jaxlm.sharding import MeshConfig

@@ -1,0 +1,1 @@
+"""From what a model gives to text."""
