@@ -29,10 +29,10 @@ from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import Place, locate
 from jaxlm.sharding import MeshConfig
-from jaxlm.tasks.answering import QuestionAnswering
-from jaxlm.tasks.choosing import MultipleChoice
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 

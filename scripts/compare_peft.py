@@ -39,7 +39,7 @@ except ImportError as error:
 from jaxlm.data.labelled.batches import make_buckets, train_batches
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.errors import InputError, report_input_errors
-from jaxlm.evaluate.tags import read_entities
+from jaxlm.evaluate.tagging import read_entities
 from jaxlm.train.progress import Progress
 
 FILES = {

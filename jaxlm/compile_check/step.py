@@ -19,10 +19,10 @@ from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.runs import finetuned, run
-from jaxlm.tasks.answering import QuestionAnswering
-from jaxlm.tasks.choosing import MultipleChoice
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.tasks.task import Task
 from jaxlm.train.placement import AbstractBatch, Placement

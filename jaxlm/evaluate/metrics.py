@@ -18,7 +18,7 @@ from sklearn import metrics as sklearn_metrics
 
 from jaxlm.errors import InputError
 from jaxlm.evaluate.calibration import reliability
-from jaxlm.evaluate.tags import read_entities
+from jaxlm.evaluate.tagging import read_entities
 
 HIGHER_IS_BETTER = {
     "accuracy": True,

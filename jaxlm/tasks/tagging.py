@@ -16,7 +16,7 @@ from jaxlm.data.labelled.tagging import Sentence, TagFields
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
 from jaxlm.evaluate.report import Prediction
-from jaxlm.evaluate.tags import find_mentions, read_entities
+from jaxlm.evaluate.tagging import find_mentions, read_entities
 from jaxlm.models.heads import TokenHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict

@@ -20,10 +20,10 @@ from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.runs import run
 from jaxlm.sharding import MeshConfig
-from jaxlm.tasks.answering import QuestionAnswering
-from jaxlm.tasks.choosing import MultipleChoice
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"

@@ -12,9 +12,9 @@ from jaxlm.objectives import (
     classification,
     contrastive,
     multi_label,
+    question_answering,
     rdrop,
     regression,
-    span,
     supervised,
 )
 from jaxlm.sharding import MeshConfig, make_mesh
@@ -104,7 +104,7 @@ TASKS = {
         make_batch(labels=np.float32(draws(5).normal(size=BATCH))),
     ),
     "span": (
-        span.make_loss(apply_two),
+        question_answering.make_loss(apply_two),
         make_batch(
             starts=np.array([0, 1, 2, 1]),
             ends=np.array([0, 4, 2, 3]),
@@ -270,7 +270,7 @@ def test_span():
         losses -= log_p[rows, labels] / 2
         hits &= log_p.argmax(-1) == labels
     check("span", losses, hits)
-    predicted = span.make_predict(apply_two)(VARIABLES, batch)
+    predicted = question_answering.make_predict(apply_two)(VARIABLES, batch)
     for side, name in enumerate(("start_logits", "end_logits")):
         np.testing.assert_allclose(predicted[name][ALLOWED], logits[ALLOWED][:, side], atol=1e-6)
         assert np.asarray(predicted[name])[~ALLOWED].max() == -1e9

@@ -38,7 +38,7 @@ from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
 from jaxlm.train.view import View
 
-GOLDEN = Path(__file__).parent / "golden" / "published_bert.safetensors"
+GOLDEN = Path(__file__).parents[1] / "golden" / "published_bert.safetensors"
 WORDS = [*"abcdefghijklmnopqrs"]
 STEPS = 24
 
@@ -367,7 +367,7 @@ def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
 
 
 def script(name: str, run: Path, *options: str, given: bytes = b"") -> subprocess.CompletedProcess:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [sys.executable, str(root / "scripts" / name), str(run), *options]
     environment = os.environ | {"GLIBC_TUNABLES": "", "XLA_FLAGS": "", "PYTHONPATH": str(root)}
     return subprocess.run(command, env=environment, input=given, capture_output=True, check=False)

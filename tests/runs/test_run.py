@@ -11,7 +11,7 @@ from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.runs import run
 from jaxlm.sharding import MeshConfig
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def prepared(vocab_size: int) -> PreparedInfo:

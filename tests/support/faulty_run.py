@@ -1,4 +1,4 @@
-"""One process of a run that fails on purpose, for test_hosts.py: FAULT is ``kind:step``."""
+"""One process of a run that fails on purpose, for test_distributed.py: FAULT is ``kind:step``."""
 
 import os
 import signal

@@ -10,10 +10,10 @@ from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
 from jaxlm.models.bilstm import BilstmConfig
-from jaxlm.tasks.answering import QuestionAnswering
-from jaxlm.tasks.choosing import MultipleChoice
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 

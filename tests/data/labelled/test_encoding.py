@@ -5,10 +5,10 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers, processors
 
 from jaxlm.data import tokenizers
-from jaxlm.data.labelled import choice, classification
-from jaxlm.data.labelled.choice import ChoiceFields
+from jaxlm.data.labelled import classification, multiple_choice
 from jaxlm.data.labelled.classification import TextExample, TextFields
 from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.multiple_choice import ChoiceFields
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 
@@ -140,7 +140,7 @@ def test_contrastive_pairs(framer, words):
 def test_choices(framer, words):
     data = records({"context": "a b", "q": "c", "x": "d", "y": "e f", "label": "B"})
     fields = ChoiceFields(question="q", choices=("x", "y"))
-    encoded = choice.encode(framer, choice.read(data, fields))
+    encoded = multiple_choice.encode(framer, multiple_choice.read(data, fields))
     assert [words(row) for row in encoded.rows[0]["tokens"]] == [
         "[CLS] a b [SEP] c d [SEP] [PAD]",
         "[CLS] a b [SEP] c e f [SEP]",
@@ -150,7 +150,7 @@ def test_choices(framer, words):
         [0, 0, 0, 0, 1, 1, 1, 1],
     ]
     assert (encoded.rows[0]["lengths"].tolist(), encoded.rows[0]["labels"]) == ([7, 8], 1)
-    listed = choice.read(
+    listed = multiple_choice.read(
         records({"context": "a", "choices": ["d", "e"], "label": 0}), ChoiceFields()
     )
     assert (listed[0].choices, listed[0].label) == (("d", "e"), 0)
@@ -168,4 +168,4 @@ def test_choices(framer, words):
 def test_bad_choices(change, message):
     good = {"context": "a", "choices": ["d", "e"], "label": 0}
     with pytest.raises(InputError, match=message):
-        choice.read(records(good, good | change), ChoiceFields())
+        multiple_choice.read(records(good, good | change), ChoiceFields())

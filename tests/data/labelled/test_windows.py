@@ -3,10 +3,10 @@
 import pytest
 
 from jaxlm.data import tokenizers
-from jaxlm.data.labelled import span
+from jaxlm.data.labelled import question_answering
 from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.question_answering import Question, SpanFields
 from jaxlm.data.labelled.records import Record
-from jaxlm.data.labelled.span import Question, SpanFields
 from jaxlm.errors import InputError
 
 
@@ -21,7 +21,9 @@ def question(context: str, answer: str | None, asked: str = "who ?") -> Question
 def test_windows_by_hand(framer, words):
     # 12 - [CLS] who ? [SEP] … [SEP] leaves 7 tokens to the context, of which 3 are shared.
     context = "a b c d e f g h john smith a b"
-    encoded = span.encode(framer, [question(context, "John Smith".lower())], doc_stride=3)
+    encoded = question_answering.encode(
+        framer, [question(context, "John Smith".lower())], doc_stride=3
+    )
     rows = encoded.examples.rows
     assert [words(row["tokens"]) for row in rows] == [
         "[CLS] who ? [SEP] a b c d e f g [SEP]",
@@ -41,14 +43,16 @@ def test_windows_by_hand(framer, words):
 
 def test_a_window_holds_the_answer_or_does_not(framer):
     context = "a b c d e f john smith g h"  # the first window ends after john
-    rows = span.encode(framer, [question(context, "john smith")], doc_stride=2).examples.rows
+    rows = question_answering.encode(
+        framer, [question(context, "john smith")], doc_stride=2
+    ).examples.rows
     assert [(int(row["starts"]), int(row["ends"])) for row in rows] == [(0, 0), (5, 6)]
 
 
 def test_each_context_token_is_in_a_window_and_none_is_superfluous(framer):
     for length in range(1, 30):
         context = " ".join("abcdefgh"[i % 8] for i in range(length))
-        windows = span.encode(framer, [question(context, None)], doc_stride=2).windows
+        windows = question_answering.encode(framer, [question(context, None)], doc_stride=2).windows
         seen = {tuple(place) for window in windows for place in window.offsets.tolist()}
         assert len(seen - {(-1, -1)}) == length
         assert len(windows) == (1 if length <= 7 else 1 + -(-(length - 7) // 5))
@@ -59,7 +63,9 @@ def test_each_context_token_is_in_a_window_and_none_is_superfluous(framer):
 def test_answers_map_back_to_their_characters(kind, answer):
     context = "In Rôme, 1 saw (the  café) twice; x — y."
     tokenizer = tokenizers.train(kind, [context, "who ?"] * 3, 600)
-    encoded = span.encode(Framer(tokenizer, 64), [question(context, answer)], doc_stride=4)
+    encoded = question_answering.encode(
+        Framer(tokenizer, 64), [question(context, answer)], doc_stride=4
+    )
     (row,), (window,) = encoded.examples.rows, encoded.windows
     begin, end = window.offsets[row["starts"], 0], window.offsets[row["ends"], 1]
     assert row["starts"] > 0
@@ -68,19 +74,19 @@ def test_answers_map_back_to_their_characters(kind, answer):
 
 def test_questions_number_their_windows(framer):
     questions = [question("a " * 12, None), question("b c", "c")]
-    encoded = span.encode(framer, questions, doc_stride=2)
+    encoded = question_answering.encode(framer, questions, doc_stride=2)
     assert [window.example for window in encoded.windows] == [0, 0, 1]
     assert int(encoded.examples.rows[-1]["starts"]) == 5
 
 
 def test_a_question_that_leaves_no_room(framer):
     with pytest.raises(InputError, match=r"question q1 of 6 tokens leaves 3 of max_length=12 .*=3"):
-        span.encode(framer, [question("a", None, "who " * 6)], doc_stride=3)
+        question_answering.encode(framer, [question("a", None, "who " * 6)], doc_stride=3)
 
 
 def test_an_answer_without_tokens(framer):
     with pytest.raises(InputError, match=r"a.json: the tokenizer drops all of the answer"):
-        span.encode(framer, [question("a \u200d b", "\u200d")], doc_stride=3)
+        question_answering.encode(framer, [question("a \u200d b", "\u200d")], doc_stride=3)
 
 
 def record(**changes) -> Record:
@@ -95,14 +101,14 @@ def record(**changes) -> Record:
 
 
 def test_reading_questions():
-    (read,) = span.read([record()], SpanFields())
+    (read,) = question_answering.read([record()], SpanFields())
     assert (read.id, read.answers, read.starts) == ("7", ("York", "in York"), (14, 11))
     fields = SpanFields(answers="answer", starts=None, id=None)
-    (read,) = span.read([record(answer="lives")], fields)
+    (read,) = question_answering.read([record(answer="lives")], fields)
     assert (read.id, read.answers, read.starts) == ("a.jsonl:3", ("lives",), (5,))
-    (read,) = span.read([record(answer="")], fields)
+    (read,) = question_answering.read([record(answer="")], fields)
     assert (read.answers, read.stratum) == ((), "no answer")
-    (read,) = span.read([record()], SpanFields(answers=None))
+    (read,) = question_answering.read([record()], SpanFields(answers=None))
     assert read.answers == ()
 
 
@@ -123,4 +129,4 @@ def test_reading_questions():
 )
 def test_bad_questions(changes, fields, message):
     with pytest.raises(InputError, match=r"a\.jsonl:3: .*" + message):
-        span.read([record(**changes)], SpanFields(**fields))
+        question_answering.read([record(**changes)], SpanFields(**fields))

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from jaxlm.data.labelled.question_answering import SpanFields
 from jaxlm.data.labelled.records import Squad
-from jaxlm.data.labelled.span import SpanFields
 from jaxlm.errors import InputError
-from jaxlm.tasks.answering import QuestionAnswering
+from jaxlm.tasks.question_answering import QuestionAnswering
 
 CONTEXT = "a b c d e f g h john smith lives in new york . a b"  # of which a window holds 7
 

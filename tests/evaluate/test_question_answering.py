@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.evaluate.spans import Window, read_windows
+from jaxlm.evaluate.question_answering import Window, read_windows
 
 CONTEXT = "the cat sat down"
 OFFSETS = [(0, 0), (0, 3), (4, 7), (8, 11), (12, 16)]  # [CLS] and four words

@@ -7,10 +7,10 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from jaxlm.data.labelled import choice as data
-from jaxlm.data.labelled.choice import Choice, ChoiceFields
+from jaxlm.data.labelled import multiple_choice as data
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.multiple_choice import Choice, ChoiceFields
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics

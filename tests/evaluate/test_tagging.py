@@ -1,7 +1,7 @@
 import pytest
 
 from jaxlm.errors import InputError
-from jaxlm.evaluate.tags import Entity, Mention, find_mentions, read_entities
+from jaxlm.evaluate.tagging import Entity, Mention, find_mentions, read_entities
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,17 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from jaxlm.data.labelled import span as data
+from jaxlm.data.labelled import question_answering as data
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.question_answering import Question, SpanFields
 from jaxlm.data.labelled.records import Record
-from jaxlm.data.labelled.span import Question, SpanFields
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
+from jaxlm.evaluate.question_answering import Answer, Reading, Window, read_windows
 from jaxlm.evaluate.report import Prediction
-from jaxlm.evaluate.spans import Answer, Reading, Window, read_windows
 from jaxlm.models.heads import TokenHead
-from jaxlm.objectives import span
+from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import Labels, Outputs
 from jaxlm.typing import Apply, Loss
@@ -102,11 +102,11 @@ class QuestionAnswering:
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy of first and last tokens."""
-        return span.make_loss(apply)
+        return question_answering.make_loss(apply)
 
     def make_predict(self, apply: Apply) -> Predict:
         """``start_logits``, ``end_logits``, and what leads from them to an answer."""
-        predict = span.make_predict(apply)
+        predict = question_answering.make_predict(apply)
         return lambda variables, batch: {
             **predict(variables, batch),
             **{name: batch[name] for name in ("question", "offsets", "allowed")},

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jaxlm.data.labelled.choice import ChoiceFields
+from jaxlm.data.labelled.multiple_choice import ChoiceFields
 from jaxlm.errors import InputError
-from jaxlm.tasks.choosing import MultipleChoice
+from jaxlm.tasks.multiple_choice import MultipleChoice
 
 
 def test_a_run_finds_the_right_choice(train, write, rng, records, eval_metrics):
