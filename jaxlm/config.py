@@ -27,7 +27,7 @@ from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
-from jaxlm.runtime.storage import Place, locate
+from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
@@ -69,7 +69,7 @@ class RunConfig:
     """A Weights & Biases project to report to as well."""
 
     @property
-    def directory(self) -> Place:
+    def directory(self) -> StoragePath:
         """The run folder."""
         check_name(self.name)
         return locate(self.runs / self.name)
@@ -175,7 +175,7 @@ def load(kind: type[C], argv: list[str] | None = None) -> C:
     )
 
 
-def read_file(path: Place) -> Config:
+def read_file(path: StoragePath) -> Config:
     """``config`` as a Python file defines it, or as a run folder's ``config.json`` holds it."""
     if not path.is_file():
         raise InputError(f"there is no config file {path}")

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.runtime.batch_rows import Part
+from jaxlm.runtime.batch_rows import BatchRows
 
 # (pattern of a path's end, axes). An arrow marks a linear map and separates its inputs from its
 # outputs: such parameters are decayed, and adapters split where the arrow stands.
@@ -91,11 +91,11 @@ class MeshConfig:
     data: int | None = None
     """Copies of the model, each on its part of the batch; None = on all devices that are left."""
     fsdp: int = 1
-    """Parts of every parameter and moment, gathered when used; also splits the batch."""
+    """Splits of every parameter and moment, gathered when used; also splits the batch."""
     tensor: int = 1
-    """Parts of heads, feed-forward channels and vocabulary."""
+    """Splits of heads, feed-forward channels and vocabulary."""
     sequence: int = 1
-    """Parts of each row."""
+    """Splits of each row."""
     num_slices: int = 1
     """TPU slices, or groups of hosts, that a slower network joins; the copies of the model, which
     `data` counts over all of them, are shared out among them."""
@@ -163,7 +163,7 @@ def _slices(devices: Sequence[Any], num_slices: int) -> list[Sequence[Any]]:
     return [ordered[start : start + size] for start in range(0, len(devices), size)]
 
 
-def process_part(mesh: Mesh, process_index: int) -> Part:
+def process_rows(mesh: Mesh, process_index: int) -> BatchRows:
     """What a process holds of a batch: processes share it where ``tensor`` or ``sequence`` spans
     them."""
     num_blocks = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -177,7 +177,7 @@ def process_part(mesh: Mesh, process_index: int) -> Part:
             f"the mesh {dict(mesh.shape)} gives processes different numbers of rows: make tensor * "
             "sequence a divisor or a multiple of the devices of a process"
         )
-    return Part(tuple(sorted(blocks[process_index])), num_blocks)
+    return BatchRows(tuple(sorted(blocks[process_index])), num_blocks)
 
 
 def axes_of(path: str, ndim: int) -> Axes:

@@ -20,7 +20,7 @@ from jaxlm.data.labelled.dataset import like
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import calibration, plots, report
 from jaxlm.runs import finetuned, run
-from jaxlm.runtime.storage import Place, locate, mirrored
+from jaxlm.runtime.storage import StoragePath, locate, mirrored
 from jaxlm.train import loop
 
 
@@ -69,7 +69,7 @@ def main(
 
 
 def evaluate_pretrained(
-    directory: Place, data: Path | None, split: str, rows: int | None, step: int | None
+    directory: StoragePath, data: Path | None, split: str, rows: int | None, step: int | None
 ) -> dict[str, Any]:
     """On rows of prepared data."""
     loaded = run.open_run(directory, step)
@@ -90,7 +90,7 @@ def evaluate_pretrained(
 
 
 def evaluate_tuned(
-    directory: Place,
+    directory: StoragePath,
     out: Path,
     data: Path | None,
     split: Literal["train", "validation"],
@@ -102,7 +102,7 @@ def evaluate_tuned(
     loaded = finetuned.open_tuned(directory, step=step, base=base)
     task, labels = loaded.task, loaded.labels
     if data is None:
-        examples, where = getattr(loaded.parts(), split), f"its {split} data"
+        examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
         examples, where = task.read(like(loaded.config.data.train, data).records()), str(data)
     examples = examples[:rows]

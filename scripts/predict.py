@@ -116,7 +116,7 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
         elif len(names) > 1 and pair is None:
             wanted += ", or JSON objects in a file"
         raise InputError(f"the task of this run takes {wanted} ({', '.join(names)})")
-    return Record(fields=dict(zip(names, given, strict=True)), place="the text given")
+    return Record(fields=dict(zip(names, given, strict=True)), origin="the text given")
 
 
 def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
@@ -142,7 +142,7 @@ def fill_mask(
     texts = [record.text("text") for record in records]
     for record, line in zip(records, texts, strict=True):
         if MASK not in line:
-            raise InputError(f"{record.place} has no blank: write {MASK} where a word is missing")
+            raise InputError(f"{record.origin} has no blank: write {MASK} where a word is missing")
     loaded = runs.open_run(run, step)
     fill = FillMask(
         runs.make_model(loaded.config.model).apply,
@@ -194,15 +194,15 @@ def read_lines(file: Path, fields_of: Callable[[str], dict[str, Any]]) -> Iterat
     lines = [(f"{name}:{n}", line) for n, line in enumerate(every, start=1) if line.strip()]
     if not lines:
         raise InputError(f"{name} holds no text")
-    for place, line in lines:
+    for origin, line in lines:
         if line.lstrip().startswith("{"):
             try:
-                yield json_record(tabular.read_json_line(line, place), place)
+                yield json_record(tabular.read_json_line(line, origin), origin)
             except InputError as error:
                 hint = "a text that begins with { goes into an object"
                 raise InputError(f"{error}; {hint}") from error
         else:
-            yield Record(fields=fields_of(line), place=place)
+            yield Record(fields=fields_of(line), origin=origin)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.shards import merge, prepare_shard
 from jaxlm.data.sources import Csv, Jsonl, PyDocs, TextFiles, Tfds
 from jaxlm.errors import report_input_errors
-from jaxlm.runtime.storage import Place, locate
+from jaxlm.runtime.storage import StoragePath, locate
 
 Source = (
     Annotated[PyDocs, tyro.conf.subcommand("pydocs")]
@@ -62,7 +62,7 @@ def main(arguments: Arguments) -> None:
         summarize(prepare(arguments, arguments.out, **options), locate(arguments.out))
 
 
-def summarize(info: PreparedInfo, directory: Place) -> None:
+def summarize(info: PreparedInfo, directory: StoragePath) -> None:
     table = Table("", *info.rows, box=None, header_style="bold")
     table.add_row("documents", *(f"{count:,}" for count in info.documents.values()))
     table.add_row("tokens", *(f"{count:,}" for count in info.tokens.values()))

@@ -113,7 +113,7 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
         "weights": np.ones(shape, np.float32),
         "index": np.arange(rows, dtype=np.int32),
     }
-    state = finetuned.place(state, placement)
+    state = finetuned.put_state(state, placement)
     state, sums = placement.train_step(state, placement.put_batch(batch), np.float32(0.5))
     assert int(state.step) == 1
     assert sums.means()["loss"] == pytest.approx(np.log(len(labels)), rel=0.3)

@@ -19,7 +19,7 @@ from jaxlm.sharding import (
     axes_of,
     constrain,
     make_mesh,
-    process_part,
+    process_rows,
     spec,
     tree_shardings,
     use_mesh,
@@ -332,12 +332,12 @@ def test_slices_that_do_not_fit_raise(config, devices, message):
 )
 def test_the_rows_of_each_of_four_processes(config, parts):
     mesh = make_mesh(config, [Fake(i, i // 2, 0) for i in range(8)])
-    assert [process_part(mesh, i) for i in range(4)] == parts
+    assert [process_rows(mesh, i) for i in range(4)] == parts
 
 
 def test_the_rows_of_hosts_whose_devices_are_no_neighbours():
     mesh = make_mesh(MeshConfig(), [Fake(i, i % 2, 0) for i in range(4)])
-    parts = [process_part(mesh, i) for i in range(2)]
+    parts = [process_rows(mesh, i) for i in range(2)]
     assert [part.rows(8).tolist() for part in parts] == [[0, 1, 4, 5], [2, 3, 6, 7]]
     assert [part.count for part in parts] == [2, 2]
 
@@ -345,7 +345,7 @@ def test_the_rows_of_hosts_whose_devices_are_no_neighbours():
 def test_rows_that_processes_cannot_share_raise():
     mesh = make_mesh(MeshConfig(tensor=3), [Fake(i, i // 2, 0) for i in range(6)])
     with pytest.raises(InputError, match="different numbers of rows"):
-        process_part(mesh, 0)
+        process_rows(mesh, 0)
 
 
 def test_scalars_are_everywhere():

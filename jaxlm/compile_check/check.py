@@ -103,21 +103,21 @@ def from_json(text: str) -> Report:
     return Report(**{name: value for name, value in fields.items() if name in names})
 
 
-def check(config: Config, assumed: Assumed, place: Topology) -> Report:
+def check(config: Config, assumed: Assumed, target: Topology) -> Report:
     """Compile in a process of its own. Raises where that ends without a report."""
-    place.require_compiler()
+    target.require_compiler()
     job = {
         "config": configs.to_json(config),
         "assumed": dataclasses.asdict(assumed),
-        "topology": place.name,
-        "num_slices": place.num_slices,
+        "topology": target.name,
+        "num_slices": target.num_slices,
     }
     with tempfile.TemporaryDirectory(prefix="jaxlm-compile-") as folder:
         out = Path(folder) / "report.json"
         done = subprocess.run(
             [sys.executable, "-m", "jaxlm.compile_check.check", str(out)],
             input=json.dumps(job),
-            env=os.environ | dict(place.environment),
+            env=os.environ | dict(target.environment),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -125,10 +125,10 @@ def check(config: Config, assumed: Assumed, place: Topology) -> Report:
         )
         if done.returncode == 0 and out.is_file():
             return from_json(out.read_text())
-    raise InputError(_reason(done.returncode, done.stderr, place))
+    raise InputError(_reason(done.returncode, done.stderr, target))
 
 
-def _reason(code: int, stderr: str, place: Topology) -> str:
+def _reason(code: int, stderr: str, target: Topology) -> str:
     lines = [line for line in stderr.strip().splitlines() if line.strip()]
     if code == 2 and lines and lines[-1].startswith("error: "):
         return lines[-1].removeprefix("error: ")
@@ -137,22 +137,23 @@ def _reason(code: int, stderr: str, place: Topology) -> str:
         how = signal.Signals(-code).name
     last = f": {lines[-1].strip()[:200]}" if lines and code > 0 else ""
     return (
-        f"the {place.compiler} ended with {how} on {place.name}, which says nothing of memory{last}"
+        f"the {target.compiler} ended with {how} on {target.name}, "
+        f"which says nothing of memory{last}"
     )
 
 
-def compile_here(name: str, config: Config, assumed: Assumed, place: Topology) -> Report:
+def compile_here(name: str, config: Config, assumed: Assumed, target: Topology) -> Report:
     """Compile in this process."""
-    devices = place.devices()
+    devices = target.devices()
     step = make_step(config, assumed, devices)
     state = step.placement.abstract_state
     memory = _memory(step)
-    chip = place.chip
+    chip = target.chip
     moving = 2 * (memory["parameters"] + memory["moments"])
     known: dict[str, Any] = {
         "config": name,
-        "topology": place.name,
-        "num_slices": place.num_slices,
+        "topology": target.name,
+        "num_slices": target.num_slices,
         "num_devices": len(devices),
         "placement": config.placement,
         "batch_size": config.data.batch_size,
@@ -196,10 +197,10 @@ def compile_here(name: str, config: Config, assumed: Assumed, place: Topology) -
     coordinates = [device.coords for device in mesh.devices.flat]
     needed = sum(memory.values())
     return Report(
-        fits=place.compiler_refuses or needed <= chip.hbm,
+        fits=target.compiler_refuses or needed <= chip.hbm,
         needed=needed,
         memory=memory,
-        traffic=tuple(_traffic(program, place, coordinates)),
+        traffic=tuple(_traffic(program, target, coordinates)),
         unknown_loops=program.num_unknown_loops,
         compile_s=seconds,
         **known,
@@ -230,14 +231,14 @@ def _memory(step: Step) -> dict[str, float]:
 
 
 def _traffic(
-    program: hlo.Program, place: Topology, coordinates: Sequence[Coordinates]
+    program: hlo.Program, target: Topology, coordinates: Sequence[Coordinates]
 ) -> list[Traffic]:
     rows = []
     for kind, every in hlo.totals(program.collectives):
         for over_slices in (False, True):
             own = [each for each in every if each.over_slices is over_slices]
             if own:
-                sent = sum(cost.sent_bytes(each, place.num_slices) * each.count for each in own)
+                sent = sum(cost.sent_bytes(each, target.num_slices) * each.count for each in own)
                 rows.append(
                     Traffic(
                         kind=kind,
@@ -245,7 +246,7 @@ def _traffic(
                         count=sum(each.count for each in own),
                         overlapping=sum(each.count for each in own if each.overlaps),
                         bytes=sent,
-                        seconds=sum(cost.seconds(each, place, coordinates) for each in own),
+                        seconds=sum(cost.seconds(each, target, coordinates) for each in own),
                     )
                 )
     return rows
@@ -269,8 +270,8 @@ def main() -> None:
         config = configs.from_json(job["config"])
         encoder = BertConfig(**job["assumed"].pop("encoder"))
         assumed = Assumed(**job["assumed"], encoder=encoder)
-        place = topology.read(job["topology"], job["num_slices"])
-        report = compile_here(config.name, config, assumed, place)
+        target = topology.read(job["topology"], job["num_slices"])
+        report = compile_here(config.name, config, assumed, target)
         Path(sys.argv[1]).write_text(to_json(report))
 
 

@@ -84,10 +84,10 @@ def run_check(
     asked: CheckConfig, config: Config, console: Console, compile_one: Check = check
 ) -> bool:
     """Compile, once or for every mesh, and print; returns whether it (or any of them) fits."""
-    place = topology.read(asked.topology, config.mesh.num_slices)
+    target = topology.read(asked.topology, config.mesh.num_slices)
     _tell_assumed(config, console)
     if not asked.search:
-        found = compile_one(config, asked.assumed, place)
+        found = compile_one(config, asked.assumed, target)
         _append(asked.json, found)
         console.print(report.memory_table(found))
         if found.traffic:
@@ -96,10 +96,10 @@ def run_check(
             console.print(line, soft_wrap=True)
         return found.fits
     reports: list[Report] = []
-    for mesh in search.candidates(config, asked.assumed, place):
+    for mesh in search.candidates(config, asked.assumed, target):
         changed = dataclasses.replace(config, mesh=mesh)
         try:
-            found = compile_one(changed, asked.assumed, place)
+            found = compile_one(changed, asked.assumed, target)
         except InputError as error:  # one mesh at which the compiler fails is no answer for all
             console.print(f"fsdp={mesh.fsdp} tensor={mesh.tensor}: {error}", soft_wrap=True)
             continue
@@ -127,11 +127,13 @@ def run_scaling(
     _tell_assumed(config, console)
     for name in asked.topologies:
         kind, _, slices = name.partition("*")
-        place = topology.read(kind, int(slices or 1))
-        mesh: MeshConfig = dataclasses.replace(config.mesh, data=None, num_slices=place.num_slices)
-        rows = asked.rows * place.num_devices
+        target = topology.read(kind, int(slices or 1))
+        mesh: MeshConfig = dataclasses.replace(config.mesh, data=None, num_slices=target.num_slices)
+        rows = asked.rows * target.num_devices
         data = dataclasses.replace(config.data, batch_size=rows)
-        found = compile_one(dataclasses.replace(config, mesh=mesh, data=data), asked.assumed, place)
+        found = compile_one(
+            dataclasses.replace(config, mesh=mesh, data=data), asked.assumed, target
+        )
         reports.append(found)
         _append(asked.json, found)
         console.print(f"{name}: {report.verdict(found, config)}", soft_wrap=True)

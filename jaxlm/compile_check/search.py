@@ -13,7 +13,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.sharding import MeshConfig
 
 
-def candidates(config: Config, assumed: Assumed, place: Topology) -> list[MeshConfig]:
+def candidates(config: Config, assumed: Assumed, target: Topology) -> list[MeshConfig]:
     """Up to 8 tensor parts, and for each the parts 1, 4, 16 and so on, and as many as there can be,
     of parameters; as far as they divide heads, channels and rows."""
     model = config.model
@@ -21,7 +21,7 @@ def candidates(config: Config, assumed: Assumed, place: Topology) -> list[MeshCo
         model = base_config(config.base) or assumed.encoder
     if not isinstance(model, BertConfig) or config.placement == "pmap":
         raise InputError("--search varies the mesh of a BERT under placement=jit: leave it out")
-    in_slice = place.num_devices // place.num_slices
+    in_slice = target.num_devices // target.num_slices
     meshes = []
     for tensor in (1, 2, 4, 8):
         left = in_slice // tensor
@@ -29,7 +29,7 @@ def candidates(config: Config, assumed: Assumed, place: Topology) -> list[MeshCo
             continue
         powers = [4**i for i in range(math.ceil(math.log(left + 1, 4))) if 4**i < left]
         for fsdp in [*powers, left]:
-            rows = (place.num_devices // tensor) * config.train.num_micro_batches
+            rows = (target.num_devices // tensor) * config.train.num_micro_batches
             fits = left % fsdp == 0 and model.hidden_dim % fsdp == 0
             if fits and config.data.batch_size % rows == 0:
                 meshes.append(
@@ -39,8 +39,8 @@ def candidates(config: Config, assumed: Assumed, place: Topology) -> list[MeshCo
                 )
     if not meshes:
         raise InputError(
-            f"no mesh of {place.num_devices} devices divides data.batch_size="
-            f"{config.data.batch_size}: give a multiple of {place.num_devices}"
+            f"no mesh of {target.num_devices} devices divides data.batch_size="
+            f"{config.data.batch_size}: give a multiple of {target.num_devices}"
         )
     return meshes
 

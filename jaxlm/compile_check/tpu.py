@@ -135,10 +135,10 @@ class TpuSlices(Topology):
             return self.chip.link
         total = 0.0
         for axis, size in enumerate(self.shape):
-            places = sorted({member[axis] for member in members})
-            if len(places) > 1:
-                stride = (places[-1] - places[0]) / (len(places) - 1)
-                whole = len(places) * stride >= size and self.is_ring(axis)
+            positions = sorted({member[axis] for member in members})
+            if len(positions) > 1:
+                stride = (positions[-1] - positions[0]) / (len(positions) - 1)
+                whole = len(positions) * stride >= size and self.is_ring(axis)
                 total += self.chip.link * (2 if whole else 1) / stride
         return total or self.chip.link
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
-from jaxlm.runtime.batch_rows import WHOLE, Part
+from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.typing import HostBatch
 
 
@@ -52,7 +52,7 @@ def train_batches(
     *,
     seed: int,
     examples_seen: int = 0,
-    part: Part = WHOLE,
+    batch_rows: BatchRows = ALL_ROWS,
 ) -> Iterator[HostBatch]:
     """A part, such as a process holds, of every global batch, without end, read ahead by threads.
 
@@ -63,7 +63,7 @@ def train_batches(
     anew for every epoch.
     """
     _check_alike(datasets)
-    local = part.rows(config.batch_size)
+    local = batch_rows.rows(config.batch_size)
     rows = _endless(datasets, config.weights, seed)
 
     def batch(step: int) -> HostBatch:
@@ -79,7 +79,7 @@ def eval_batches(
     batch_size: int,
     *,
     split: str = "validation",
-    part: Part = WHOLE,
+    batch_rows: BatchRows = ALL_ROWS,
     max_rows: int | None = None,
 ) -> Iterator[HostBatch]:
     """A part of every batch of one pass in fixed order, as for :func:`train_batches`.
@@ -87,7 +87,7 @@ def eval_batches(
     The last global batch is filled up with rows of length 0 (all padding), so that every process
     has the same number of full batches. ``max_rows`` takes only the first so many rows.
     """
-    local = part.rows(batch_size)
+    local = batch_rows.rows(batch_size)
     rows = dataset.source(split)
     num_rows = len(rows) if max_rows is None else min(max_rows, len(rows))
     padding = dict(rows[0])

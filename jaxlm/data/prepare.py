@@ -21,7 +21,7 @@ from jaxlm.data.sources import PyDocs, Source
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import Place, absolute, locate
+from jaxlm.runtime.storage import StoragePath, absolute, locate
 
 _FORMAT = 1  # of the files written; part of every recipe and fingerprint
 _CHUNK = 1 << 24  # tokens counted at once
@@ -66,7 +66,7 @@ class PrepareConfig:
 
 def prepare(
     config: PrepareConfig,
-    directory: Place | str,
+    directory: StoragePath | str,
     *,
     overwrite: bool = False,
     console: Console | None = None,
@@ -98,7 +98,7 @@ def prepare(
     return info
 
 
-def check_place(directory: Place) -> None:
+def check_place(directory: StoragePath) -> None:
     """:class:`InputError` if there is anything that must not be overwritten."""
     foreign = directory.exists() and not (directory / INFO).exists()
     if foreign and (directory.is_file() or any(directory.iterdir())):
@@ -124,7 +124,7 @@ def make_recipe(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def check_same(where: Place, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_same(where: StoragePath, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     """:class:`InputError`, with the differences, unless two recipes are equal."""
     differences = [
         f"{name} {found.get(name)} there and {wanted.get(name)} here"
@@ -158,7 +158,7 @@ def _make_tokenizer(config: TokenizerConfig, corpus: Corpus, console: Console | 
         return tokenizers.train(config.kind, texts, config.vocab_size)
 
 
-def dataset_name(directory: Place) -> str:
+def dataset_name(directory: StoragePath) -> str:
     """The folder's name as TensorFlow Datasets can bear it: lower case, letters and digits."""
     name = re.sub(r"\W+", "_", absolute(directory).name.lower())
     return name if name[:1].isalpha() else f"data_{name}"

@@ -11,7 +11,7 @@ from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 from jaxlm.data import rows, tokenizers
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import Place, locate, size_of
+from jaxlm.runtime.storage import StoragePath, locate, size_of
 
 INFO, TOKENIZER = "info.json", "tokenizer.json"
 
@@ -50,13 +50,13 @@ class PreparedInfo:
     recipe: dict[str, Any]
     """All settings that decide the content, in a form that can be compared."""
 
-    def write(self, directory: Place) -> None:
+    def write(self, directory: StoragePath) -> None:
         """Into ``directory/info.json``."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         (directory / INFO).write_text(text, encoding="utf-8")
 
 
-def read_info(directory: Place) -> PreparedInfo:
+def read_info(directory: StoragePath) -> PreparedInfo:
     """From ``directory/info.json``, or :class:`InputError`."""
     path = directory / INFO
     if not directory.exists():
@@ -81,11 +81,11 @@ def read_info(directory: Place) -> PreparedInfo:
 class Prepared:
     """Prepared data that was found whole."""
 
-    directory: Place
+    directory: StoragePath
     info: PreparedInfo
 
     @property
-    def tokenizer_path(self) -> Place:
+    def tokenizer_path(self) -> StoragePath:
         """Its ``tokenizer.json``."""
         return self.directory / TOKENIZER
 
@@ -98,7 +98,7 @@ class Prepared:
         return rows.Rows(self.directory, split)
 
 
-def open_prepared(directory: Place | str) -> Prepared:
+def open_prepared(directory: StoragePath | str) -> Prepared:
     """Check that tokenizer and files are those that ``info.json`` speaks of."""
     directory = locate(directory)
     info = read_info(directory)
@@ -113,7 +113,7 @@ def open_prepared(directory: Place | str) -> Prepared:
     return Prepared(directory, info)
 
 
-def _damage(directory: Place, info: PreparedInfo) -> str | None:
+def _damage(directory: StoragePath, info: PreparedInfo) -> str | None:
     """What is missing, as far as counts and sizes tell; contents are checked as they are read."""
     try:
         splits = tfds.builder_from_directory(os.fspath(directory / rows.VERSION)).info.splits

@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import Place
+from jaxlm.runtime.storage import StoragePath
 
 VERSION = "1.0.0"
 _RECORDS_PER_FILE = 10_000  # a random read takes time in proportion to the records of its file
@@ -91,7 +91,7 @@ def _write_file(
 class Rows:
     """Random access to the rows of one split; pickles to a few kilobytes."""
 
-    def __init__(self, directory: Place, split: str):
+    def __init__(self, directory: StoragePath, split: str):
         builder: Any = tfds.builder_from_directory(os.fspath(directory / VERSION))
         self._source = builder.as_data_source(split=split)
         self._place = f"{directory} ({split})"

@@ -71,8 +71,8 @@ class Jsonl:
     def documents(self, on_read: OnRead = ignore) -> Iterator[str]:
         """The texts, in order; blank lines are skipped."""
         for path in files.find(self.glob):
-            for place, record in tabular.read_json_lines(path, on_read):
-                yield tabular.text_field(record, self.field, place)
+            for origin, record in tabular.read_json_lines(path, on_read):
+                yield tabular.text_field(record, self.field, origin)
 
     def size(self) -> int:
         """Bytes."""
@@ -102,10 +102,10 @@ class Csv:
 
     def _column(self, path: Path, on_read: OnRead) -> Iterator[str]:
         rows = tabular.read_table(path, self._delimiter(path), on_read=on_read)
-        place, header = next(rows, (f"{path}:1", []))
+        origin, header = next(rows, (f"{path}:1", []))
         if self.column not in header:
             raise InputError(
-                f"{place}: no column {self.column!r} among {', '.join(map(repr, header))}; "
+                f"{origin}: no column {self.column!r} among {', '.join(map(repr, header))}; "
                 "name the one that holds the text, or set the delimiter"
             )
         column = header.index(self.column)

@@ -25,7 +25,7 @@ def delimiter_of(path: Path, delimiter: str | None) -> str:
 def read_table(
     path: Path, delimiter: str, *, header: bool = True, on_read: OnRead = ignore
 ) -> Iterator[tuple[str, list[str]]]:
-    """The place (file:line) and the fields of every row, the header's too; blank lines are skipped.
+    """Origin (file:line) and the fields of every row, the header's too; blank lines are skipped.
 
     All rows have as many fields as the first. Fields may be quoted with ", except between tabs,
     where a quotation mark is an ordinary character.
@@ -37,7 +37,7 @@ def read_table(
     count, number = None, 1
     try:
         for row in rows:
-            place = f"{path}:{number}"
+            origin = f"{path}:{number}"
             number = rows.line_num + 1  # a quoted field may span lines
             if not row:
                 continue
@@ -45,10 +45,10 @@ def read_table(
             if len(row) != count:
                 first = "the header" if header else "the first line"
                 raise InputError(
-                    f"{place}: {len(row)} fields where {first} has {count}; "
+                    f"{origin}: {len(row)} fields where {first} has {count}; "
                     f"quote the fields that contain {delimiter!r}, or set the delimiter"
                 )
-            yield place, row
+            yield origin, row
     except csv.Error as error:
         raise InputError(
             f"{path}:{number}: malformed quoting ({error}); double the quotation marks inside of "
@@ -57,25 +57,25 @@ def read_table(
 
 
 def read_json_lines(path: Path, on_read: OnRead = ignore) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The place (file:line) and the object of every line; blank lines are skipped."""
+    """Origin (file:line) and the object of every line; blank lines are skipped."""
     for number, line in enumerate(files.lines(path, on_read), start=1):
         if not line.strip():
             continue
-        place = f"{path}:{number}"
-        yield place, read_json_line(line, place)
+        origin = f"{path}:{number}"
+        yield origin, read_json_line(line, origin)
 
 
-def read_json_line(line: str, place: str) -> dict[str, Any]:
+def read_json_line(line: str, origin: str) -> dict[str, Any]:
     """The object of a line."""
     try:
         record = parse_json(line)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{place}: not JSON ({error.msg} at column {error.colno}); every line must be one "
+            f"{origin}: not JSON ({error.msg} at column {error.colno}); every line must be one "
             "JSON object"
         ) from error
     if not isinstance(record, dict):
-        raise InputError(f"{place}: a JSON {type(record).__name__} where an object is expected")
+        raise InputError(f"{origin}: a JSON {type(record).__name__} where an object is expected")
     return record
 
 
@@ -93,25 +93,25 @@ def parse_json(text: str) -> Any:
         raise json.JSONDecodeError("a number of too many digits", text, start) from error
 
 
-def text_field(fields: Mapping[str, Any], name: str, place: str) -> str:
+def text_field(fields: Mapping[str, Any], name: str, origin: str) -> str:
     """The text under a name; what is missing or is no text raises."""
     if name not in fields:
         raise InputError(
-            f"{place}: no field {name!r} among {', '.join(map(repr, fields)) or 'none'}; "
+            f"{origin}: no field {name!r} among {', '.join(map(repr, fields)) or 'none'}; "
             "name the one that holds the text"
         )
-    return check_text(fields[name], f"field {name!r}", place)
+    return check_text(fields[name], f"field {name!r}", origin)
 
 
-def check_text(value: Any, what: str, place: str) -> str:
+def check_text(value: Any, what: str, origin: str) -> str:
     """The value, if it is text that UTF-8 can write."""
     if not isinstance(value, str):
-        raise InputError(f"{place}: {what} is {value!r:.40}, which is not text")
+        raise InputError(f"{origin}: {what} is {value!r:.40}, which is not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{place}: {what} holds half of a surrogate pair "
+            f"{origin}: {what} holds half of a surrogate pair "
             f"(\\u{ord(value[error.start]):04x}), which is no character; remove it"
         ) from error
     return value

@@ -22,7 +22,7 @@ from tokenizers import (
 )
 
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import Place, locate, on_disk
+from jaxlm.runtime.storage import StoragePath, locate, on_disk
 
 Kind = Literal["wordpiece", "bpe", "unigram"]
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -203,7 +203,7 @@ def _check_size(vocab_size: int, needed: int, what: str) -> None:
         )
 
 
-def load(path: Place | str) -> Tokenizer:
+def load(path: StoragePath | str) -> Tokenizer:
     """From a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder that holds one of them.
 
     Truncation and padding that the file may prescribe are switched off.
@@ -232,7 +232,7 @@ def load(path: Place | str) -> Tokenizer:
     return tokenizer
 
 
-def _load_vocab(path: Place) -> Tokenizer:
+def _load_vocab(path: StoragePath) -> Tokenizer:
     vocab = models.WordPiece.read_file(str(on_disk(path)))
     missing = [name for name in SPECIALS if name not in vocab]
     if missing:
@@ -241,7 +241,7 @@ def _load_vocab(path: Place) -> Tokenizer:
     return _with_specials(_bert(models.WordPiece(vocab, unk_token=UNK), lowercase=not cased))
 
 
-def save(tokenizer: Tokenizer, path: Place | str) -> None:
+def save(tokenizer: Tokenizer, path: StoragePath | str) -> None:
     """Write a ``tokenizer.json``."""
     locate(path).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
 

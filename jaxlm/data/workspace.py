@@ -11,11 +11,11 @@ from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
 from jaxlm.data.files import OnRead
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import Place, remove, upload
+from jaxlm.runtime.storage import StoragePath, remove, upload
 
 
 @contextmanager
-def building(target: Place, last: str) -> Iterator[Path]:
+def building(target: StoragePath, last: str) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its place if all goes well, and else vanishes.
 
     For a target in a bucket, where nothing can be renamed, it is a temporary folder that is copied,

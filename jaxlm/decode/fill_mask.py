@@ -83,27 +83,27 @@ class FillMask:
         tokens = np.zeros((batch_size if len(texts) > 1 else 1, length), np.int32)
         predicted = np.zeros((tokens.shape[0], num_blanks), np.int32)
         lengths = np.ones(tokens.shape[0], np.int32)
-        for i, (row, places) in enumerate(zip(rows, blanks, strict=True)):
+        for i, (row, masked) in enumerate(zip(rows, blanks, strict=True)):
             tokens[i, : len(row)] = row
-            predicted[i, : len(places)] = places
+            predicted[i, : len(masked)] = masked
             lengths[i] = len(row)
         probabilities = np.asarray(
             self._probabilities(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(predicted))
         )
         return [
-            self._fillings(row, places, probabilities[i], top_k)
-            for i, (row, places) in enumerate(zip(rows, blanks, strict=True))
+            self._fillings(row, masked, probabilities[i], top_k)
+            for i, (row, masked) in enumerate(zip(rows, blanks, strict=True))
         ]
 
     def _fillings(
-        self, row: list[int], places: list[int], probabilities: Any, top_k: int
+        self, row: list[int], masked: list[int], probabilities: Any, top_k: int
     ) -> list[list[Filling]]:
-        best = [np.argsort(-probabilities[j])[:top_k] for j in range(len(places))]
+        best = [np.argsort(-probabilities[j])[:top_k] for j in range(len(masked))]
 
         def filled(j: int, token: int) -> str:
             ids = list(row)
-            for k, place in enumerate(places):
-                ids[place] = token if k == j else int(best[k][0])
+            for k, position in enumerate(masked):
+                ids[position] = token if k == j else int(best[k][0])
             return self._tokenizer.decode(ids)
 
         return [
@@ -115,5 +115,5 @@ class FillMask:
                 )
                 for token in best[j]
             ]
-            for j in range(len(places))
+            for j in range(len(masked))
         ]

@@ -30,7 +30,7 @@ class Prediction:
     probability: float
     """Of what was predicted."""
     text: str
-    place: str
+    origin: str
     """Where the example stands, such as ``dev.tsv:12``."""
 
 
@@ -39,14 +39,14 @@ def classified(
     labels: Int[np.ndarray, "examples"],
     probabilities: Float[np.ndarray, "predictions labels"],
     label_names: Sequence[str],
-    places: Sequence[str],
+    origins: Sequence[str],
 ) -> list[Prediction]:
     """Examples of a classification; the loss is -log of the probability of the gold label."""
-    lengths = {len(texts), len(labels), len(probabilities), len(places)}
+    lengths = {len(texts), len(labels), len(probabilities), len(origins)}
     if len(lengths) > 1:
         raise InputError(
             f"{len(texts)} texts, {len(labels)} labels, {len(probabilities)} predictions and "
-            f"{len(places)} places are not of the same examples"
+            f"{len(origins)} origins are not of the same examples"
         )
     # A probability that underflows to 0 still has a loss that can be written as JSON.
     losses = -np.log(np.maximum(probabilities, np.finfo(np.float32).tiny, dtype=np.float64))
@@ -57,7 +57,7 @@ def classified(
             predicted=label_names[int(guess)],
             probability=float(probabilities[i, guess]),
             text=texts[i],
-            place=places[i],
+            origin=origins[i],
         )
         for i, (gold, guess) in enumerate(zip(labels, probabilities.argmax(axis=1), strict=True))
     ]
@@ -77,7 +77,7 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
 
 
 def predictions_table(predictions: Iterable[Prediction], title: str = "Most wrong") -> Table:
-    """Two lines for each, to print: the text above the place."""
+    """Two lines for each, to print: the text above where it is from."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("loss", justify="right", no_wrap=True)
     for name in ("gold", "predicted"):
@@ -87,7 +87,7 @@ def predictions_table(predictions: Iterable[Prediction], title: str = "Most wron
         # Text, for brackets in a string would be read as markup.
         guess = Text(f"{p.predicted} {p.probability:.0%}", "red" if p.predicted != p.gold else "")
         text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
-        text.append(f"\n{p.place}", "dim")
+        text.append(f"\n{p.origin}", "dim")
         table.add_row(f"{p.loss:.2f}", Text(p.gold), guess, text)
     return table
 

@@ -35,9 +35,9 @@ def segment_ids(
 
 def positions_within(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
     """Positions that start from 0 in every segment."""
-    place = jnp.arange(segment_ids.shape[1])[None, :]
+    position = jnp.arange(segment_ids.shape[1])[None, :]
     starts = jnp.diff(segment_ids, axis=1, prepend=-2) != 0
-    return place - jax.lax.cummax(jnp.where(starts, place, 0), axis=1)
+    return position - jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
 
 
 def make_loss(

@@ -85,8 +85,8 @@ class Corrupted(NamedTuple):
     tokens: Tokens
     predicted: Int[Array, "batch masked"]  # positions
     labels: Int[Array, "batch masked"]
-    weights: Float[Array, "batch masked"]  # 1, or 0 on spare places
-    overflow: Scalar  # chosen tokens that found no place in the budget
+    weights: Float[Array, "batch masked"]  # 1, or 0 on spare positions
+    overflow: Scalar  # chosen tokens that had no room in the budget
 
 
 def corrupt(
@@ -117,8 +117,8 @@ def corrupt(
 
     def row(tokens: Array, length: Array, index: Array) -> Corrupted:
         keys = jax.random.split(jax.random.fold_in(key, index), 4)
-        place = jnp.arange(tokens.size)
-        allowed = vocabulary.is_ordinary[tokens] & (place < length)
+        position = jnp.arange(tokens.size)
+        allowed = vocabulary.is_ordinary[tokens] & (position < length)
         if config.unit == "word":
             begins = vocabulary.word_starts[tokens]
         elif config.unit == "span":
@@ -128,14 +128,14 @@ def corrupt(
         # One uniform number a unit; a special token ends the unit before it.
         unit = jnp.cumsum(begins | ~allowed)
         order = jax.random.uniform(keys[0], (tokens.size + 1,))[unit]
-        order, place = jax.lax.sort_key_val(jnp.where(allowed, order, jnp.inf), place)
+        order, position = jax.lax.sort_key_val(jnp.where(allowed, order, jnp.inf), position)
         opens = jnp.diff(order, prepend=-1.0) != 0
         rank = jax.lax.cummax(jnp.where(opens, jnp.arange(tokens.size), 0))
         count = allowed.sum()
         target = jnp.clip(jnp.round(rate * count), 1, count)
         chosen = (rank < target) & jnp.isfinite(order)
 
-        predicted, weights = place[:num_predicted], chosen[:num_predicted]
+        predicted, weights = position[:num_predicted], chosen[:num_predicted]
         labels = tokens[predicted]
         draw = jax.random.randint(keys[1], labels.shape, 0, vocabulary.ordinary.size)
         fate = jax.random.uniform(keys[2], labels.shape)

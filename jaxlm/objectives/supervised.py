@@ -59,7 +59,7 @@ def call(
     """The model's outputs for a batch; with dropout where there is a key."""
     tokens = jnp.asarray(batch["tokens"], jnp.int32)
     lengths = jnp.asarray(batch["lengths"])
-    place = lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
+    position = lax.broadcasted_iota(jnp.int32, tokens.shape, tokens.ndim - 1)
     types = batch.get("token_type_ids")
     if key is not None:
         # Devices under pmap and micro-batches hold different rows, and so drop differently.
@@ -68,7 +68,7 @@ def call(
         variables,
         tokens,
         token_type_ids=None if types is None else jnp.asarray(types, jnp.int32),
-        segment_ids=jnp.where(place < lengths[..., None], 0, -1),
+        segment_ids=jnp.where(position < lengths[..., None], 0, -1),
         deterministic=key is None,
         rngs=None if key is None else {"dropout": key},
     )

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from jaxlm import optim, sharding, tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.batches import eval_batches, make_buckets
-from jaxlm.data.labelled.dataset import Parts, read_parts
+from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -28,8 +28,8 @@ from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
 from jaxlm.runs import run
 from jaxlm.runs.base import Base
-from jaxlm.runtime.batch_rows import WHOLE
-from jaxlm.runtime.storage import Place, locate
+from jaxlm.runtime.batch_rows import ALL_ROWS
+from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.task import Labels, Outputs, Task
@@ -133,7 +133,7 @@ def make_placement(
 ) -> Placement:
     """The run's steps on all devices, or on ``devices``; of ``state`` the shapes alone are used.
 
-    ``eval_step`` gives sums, of labelled data, and outputs. :func:`place` puts the state there.
+    ``eval_step`` gives sums, of labelled data, and outputs. :func:`put_state` puts the state there.
     """
     apply = adapted_apply(config, labels)
     axis_name = "data" if config.placement == "pmap" else None
@@ -179,7 +179,7 @@ def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) 
     return passes * forward + 6.0 * tree.num_params(trainable.get("lora", {}))
 
 
-def place(state: TrainState, placement: Placement) -> TrainState:
+def put_state(state: TrainState, placement: Placement) -> TrainState:
     """The state on the devices of its placement."""
     return jax.tree.map(
         lambda x, abstract: jax.device_put(x, abstract.sharding), state, placement.abstract_state
@@ -199,7 +199,7 @@ def predict(
         examples,
         batch_size,
         buckets,
-        part=placement.part,
+        batch_rows=placement.batch_rows,
     )
     for batch in batches:
         one, outputs = jax.device_get(placement.eval_step(state, placement.put_batch(batch)))
@@ -244,7 +244,9 @@ def check_monitor(
     found: list[Iterable[str]] = []
     for sign in (-1, 1):
         eval_step = functools.partial(made_up, sign)
-        on_host = placement._replace(eval_step=eval_step, put_batch=lambda x: x, part=WHOLE)
+        on_host = placement._replace(
+            eval_step=eval_step, put_batch=lambda x: x, batch_rows=ALL_ROWS
+        )
         _, outputs = predict(on_host, state, encoded, config.data.batch_size, buckets)
         found.append(config.task.metrics(examples, labels, outputs))
     check_measured(name, [metric for metric in found[0] if metric in found[1]])
@@ -291,17 +293,17 @@ class FinetunedRun:
         """All collections, adapters among them, as plain arrays."""
         return tuning.plain(self.state.variables)
 
-    def parts(self) -> Parts:
+    def splits(self) -> Splits:
         """The examples that it was trained on and chosen by; raises if they are others now."""
         data = self.config.data
-        parts = read_parts(data, self.task.read)
-        if [parts.fingerprint] != self.cursor["data"]:
+        splits = read_splits(data, self.task.read)
+        if [splits.fingerprint] != self.cursor["data"]:
             raise InputError(
                 f"{data.train} or the validation data have changed since {self.config.name} was "
                 "trained, and other examples would be held out now: restore them, or evaluate "
                 "another file (--data)"
             )
-        return parts
+        return splits
 
     def merged(self) -> Params:
         """The parameters of a plain model, without adapters, that computes the same."""
@@ -339,7 +341,7 @@ def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
 
 
 def open_tuned(
-    directory: Place | str, *, base: Base | str | None = None, step: int | None = None
+    directory: StoragePath | str, *, base: Base | str | None = None, step: int | None = None
 ) -> FinetunedRun:
     """Read a fine-tuned run: its best checkpoint, or that of ``step``.
 
@@ -382,7 +384,7 @@ def open_tuned(
         if step is None
         else step,
     )
-    state = place(
+    state = put_state(
         TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )

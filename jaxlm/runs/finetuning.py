@@ -17,7 +17,7 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batches import make_buckets, train_batches
-from jaxlm.data.labelled.dataset import Parts, read_parts
+from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.statistics import describe, render
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.data.tokenizers import SpecialTokens
@@ -27,7 +27,7 @@ from jaxlm.runs import base as bases
 from jaxlm.runs import finetuned, pretraining, run
 from jaxlm.runs.base import Base
 from jaxlm.runtime import distributed
-from jaxlm.runtime.storage import Place, mirrored, write_whole
+from jaxlm.runtime.storage import StoragePath, mirrored, write_whole
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import fit
 from jaxlm.train.metrics import Throughput
@@ -37,7 +37,7 @@ from jaxlm.train.state import TrainState
 from jaxlm.train.view import RECORDS, View
 
 
-def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place:
+def finetune(config: FinetuneConfig, *, console: Console | None = None) -> StoragePath:
     """Train, and leave a self-contained run folder; returns it.
 
     Where the folder holds an unfinished run, that run goes on.
@@ -47,18 +47,18 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
     directory, task = config.directory, config.task
     run.check_processes(config, directory / run.CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
-        parts = read_parts(config.data, task.read)
+        splits = read_splits(config.data, task.read)
     base = None if config.base is None else bases.load(config.base)
-    tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, parts)
+    tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
     config = resolve(config, base, tokenizer, jax.default_backend())
-    labels = task.labels(parts.train)
+    labels = task.labels(splits.train)
     framer = finetuned.make_framer(config, tokenizer)
-    train, validation = (task.encode(framer, part, labels) for part in parts[:2])
+    train, validation = (task.encode(framer, part, labels) for part in splits[:2])
     steps = config.train.with_steps(len(train), config.data.batch_size)
     config = dataclasses.replace(config, train=steps)
     described = {
-        "training": describe(train, task.classes(parts.train), duplicates=parts.duplicates),
-        "validation": describe(validation, task.classes(parts.validation)),
+        "training": describe(train, task.classes(splits.train), duplicates=splits.duplicates),
+        "validation": describe(validation, task.classes(splits.validation)),
     }
     console.print(render(described))
     lengths = np.concatenate([train.lengths, validation.lengths])
@@ -66,7 +66,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
 
     state = finetuned.make_state(config, labels, base)
     placement = finetuned.make_placement(config, labels, state)
-    finetuned.check_monitor(config, labels, placement, state, parts.validation, validation, buckets)
+    finetuned.check_monitor(
+        config, labels, placement, state, splits.validation, validation, buckets
+    )
     moments = round(tree.num_params(state.opt_state) / max(tree.num_params(state.trainable), 1))
     console.print(tuning.table(state.trainable, state.frozen, moments))
     resuming = bool(list_steps(directory / run.CHECKPOINTS))
@@ -83,7 +85,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
         ) as checkpointer,
     ):
         own = tokenizers.fingerprint(tokenizer)
-        cursor = run.make_cursor(config.train.seed, [parts.fingerprint], own)
+        cursor = run.make_cursor(config.train.seed, [splits.fingerprint], own)
         cursor |= {"labels": list(labels), "base_sha256": base and base.fingerprint}
         distributed.check_same("data", cursor)
         # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. the base.
@@ -94,7 +96,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
             cursor = run.resume_cursor(config, restored.cursor, cursor)
             state = dataclasses.replace(restored.state, frozen=state.frozen)
             progress.print(f"going on from step {restored.step} of {directory}")
-        state = finetuned.place(state, placement)
+        state = finetuned.put_state(state, placement)
         if main_process:
             run.write_folder(directory, config, tokenizer)
             write_whole(directory / finetuned.LABELS, json.dumps(labels))
@@ -105,7 +107,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
             )
             assert sums is not None  # the validation data are labelled
             metrics = {"loss": sums.means()["loss"]}
-            metrics |= task.metrics(parts.validation, labels, outputs)
+            metrics |= task.metrics(splits.validation, labels, outputs)
             finetuned.check_measured(checkpointer.monitor.name, metrics)
             return metrics
 
@@ -118,7 +120,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
                 step=int(state.step),
                 tokens_seen=cursor["tokens_seen"],
                 log_every=config.train.log_every,
-                reference=_reference(task.classes(parts.validation), len(parts.validation)),
+                reference=_reference(task.classes(splits.validation), len(splits.validation)),
                 more_writers=pretraining.writers(config) if main_process else (),
             ) as view,
         ):
@@ -135,7 +137,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Place
                     seed=config.train.seed,
                     examples_seen=cursor["examples_seen"],
                     augment=augment and make_augment(augment, special, config.train.seed),
-                    part=placement.part,
+                    batch_rows=placement.batch_rows,
                 ),
                 evaluation,
                 checkpointer,
@@ -167,12 +169,12 @@ def resolve(
     return finetuned.with_encoder(config, model, platform)
 
 
-def make_tokenizer(config: TokenizerConfig | None, parts: Parts) -> Tokenizer:
+def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
     """Loaded, or trained on the training texts."""
     config = config or TokenizerConfig()
     if config.path is not None:
         return tokenizers.load(config.path)
-    texts = [example.content for example in parts.train]
+    texts = [example.content for example in splits.train]
     return tokenizers.train(config.kind, texts, config.vocab_size)
 
 

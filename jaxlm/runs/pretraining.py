@@ -15,7 +15,7 @@ from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
 from jaxlm.runs import run
 from jaxlm.runtime import distributed
-from jaxlm.runtime.storage import Place, locate, mirrored, on_disk
+from jaxlm.runtime.storage import StoragePath, locate, mirrored, on_disk
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import evaluate, fit
 from jaxlm.train.metrics import Throughput, WandbWriter, Writer
@@ -25,7 +25,7 @@ from jaxlm.train.state import TrainState
 from jaxlm.train.view import RECORDS, View
 
 
-def pretrain(config: PretrainConfig) -> Place:
+def pretrain(config: PretrainConfig) -> StoragePath:
     """Prepare what is missing, train, and leave a self-contained run folder; returns it.
 
     Where the folder holds an unfinished run, that run goes on.
@@ -80,7 +80,7 @@ def pretrain(config: PretrainConfig) -> Place:
                 datasets[0],
                 config.data.batch_size,
                 max_rows=config.train.eval_rows,
-                part=placement.part,
+                batch_rows=placement.batch_rows,
             )
             return evaluate(placement, state, batches)
 
@@ -106,7 +106,7 @@ def pretrain(config: PretrainConfig) -> Place:
                     config.data,
                     seed=config.train.seed,
                     examples_seen=cursor["examples_seen"],
-                    part=placement.part,
+                    batch_rows=placement.batch_rows,
                 ),
                 evaluation,
                 checkpointer,

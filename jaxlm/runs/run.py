@@ -25,7 +25,7 @@ from jaxlm.models.heads import MaskedLm, MlmHead
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.runtime import distributed
-from jaxlm.runtime.storage import Place, locate, whole, write_whole
+from jaxlm.runtime.storage import StoragePath, locate, whole, write_whole
 from jaxlm.sharding import MeshConfig
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement, jit_placement, pmap_placement
@@ -185,7 +185,7 @@ class Run:
         return TrainState(jnp.asarray(self.step), self.variables, {}, ())
 
 
-def open_run(directory: Place | str, step: int | None = None) -> Run:
+def open_run(directory: StoragePath | str, step: int | None = None) -> Run:
     """Read a run folder: its best checkpoint, or that of ``step``.
 
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
@@ -207,13 +207,13 @@ def open_run(directory: Place | str, step: int | None = None) -> Run:
     )
 
 
-def is_run(directory: Place) -> bool:
+def is_run(directory: StoragePath) -> bool:
     """Whether it is a run folder of ours: other frameworks, too, write a ``config.json``."""
     path = directory / CONFIG
     return path.is_file() and '"type":' in path.read_bytes()[:40].decode(errors="replace")
 
 
-def read_config(directory: Place, kind: type[C]) -> C:
+def read_config(directory: StoragePath, kind: type[C]) -> C:
     """The config in a run folder of that kind."""
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
@@ -244,14 +244,14 @@ def for_evaluation(config: Known) -> Known:
     )
 
 
-def read_tokenizer(directory: Place) -> Tokenizer:
+def read_tokenizer(directory: StoragePath) -> Tokenizer:
     """The run folder's own."""
     if not (directory / TOKENIZER).is_file():
         raise InputError(f"{directory} is no run folder: it holds no {TOKENIZER}")
     return tokenizers.load(directory / TOKENIZER)
 
 
-def check_tokenizer(directory: Place, saved: Cursor, tokenizer: Tokenizer) -> None:
+def check_tokenizer(directory: StoragePath, saved: Cursor, tokenizer: Tokenizer) -> None:
     """The run folder's tokenizer must be the one it was trained with."""
     found, trained = tokenizers.fingerprint(tokenizer), saved["tokenizer_sha256"]
     if found != trained:
@@ -261,7 +261,7 @@ def check_tokenizer(directory: Place, saved: Cursor, tokenizer: Tokenizer) -> No
         )
 
 
-def write_folder(directory: Place, config: Config, tokenizer: Tokenizer) -> None:
+def write_folder(directory: StoragePath, config: Config, tokenizer: Tokenizer) -> None:
     """Start a run folder: the resolved config, and the tokenizer."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -285,7 +285,7 @@ def make_cursor(seed: int, data: Sequence[str], tokenizer_sha256: str) -> Cursor
     }
 
 
-def check_processes(config: Config, checkpoints: Place) -> None:
+def check_processes(config: Config, checkpoints: StoragePath) -> None:
     """All processes of a run must be about to do the same, and see the same checkpoints."""
     if jax.process_count() == 1:
         return
@@ -301,7 +301,7 @@ def check_processes(config: Config, checkpoints: Place) -> None:
     )
 
 
-def check_config(directory: Place, config: Config) -> None:
+def check_config(directory: StoragePath, config: Config) -> None:
     """A run goes on with the settings that it began with, as far as they decide what is learned."""
     saved, now = configs.flatten(read_config(directory, type(config))), configs.flatten(config)
     changed = [
@@ -317,7 +317,7 @@ def check_config(directory: Place, config: Config) -> None:
 
 
 def check_same(
-    directory: Place, saved: Cursor, now: Cursor, *, accept_changes: bool = False
+    directory: StoragePath, saved: Cursor, now: Cursor, *, accept_changes: bool = False
 ) -> None:
     """A run goes on with the tokenizer, data, seed, labels and base that it began with.
 

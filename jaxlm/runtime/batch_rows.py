@@ -8,7 +8,7 @@ from jaxtyping import Int
 from jaxlm.errors import InputError
 
 
-class Part(NamedTuple):
+class BatchRows(NamedTuple):
     """Some of the ``num_blocks`` equal blocks of rows that a global batch is split into.
 
     On TPUs the blocks of a host need not be neighbours.
@@ -19,7 +19,7 @@ class Part(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Of parts of this size that make a whole."""
+        """How many sets of blocks of this size make the batch."""
         return self.num_blocks // len(self.blocks)
 
     def rows(self, batch_size: int) -> Int[np.ndarray, " rows"]:
@@ -32,4 +32,4 @@ class Part(NamedTuple):
         return np.arange(batch_size).reshape(self.num_blocks, -1)[list(self.blocks)].ravel()
 
 
-WHOLE = Part((0,), 1)
+ALL_ROWS = BatchRows((0,), 1)

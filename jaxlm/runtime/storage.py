@@ -15,11 +15,11 @@ from etils import epath
 
 from jaxlm.errors import InputError
 
-Place = Path | epath.Path
+StoragePath = Path | epath.Path
 _PERIOD_S = 60.0
 
 
-def locate(path: Place | str) -> Place:
+def locate(path: StoragePath | str) -> StoragePath:
     """A path on a disk as it is, and one of ``gs://bucket/…`` as what reads and writes there.
 
     ``gs:/bucket``, which pathlib makes of that, is taken for it too.
@@ -37,13 +37,13 @@ def locate(path: Place | str) -> Place:
     return epath.Path(f"gs://{text[scheme.end() :]}")
 
 
-def absolute(path: Place) -> Place:
+def absolute(path: StoragePath) -> StoragePath:
     """The same place from any working directory."""
     return path.absolute() if isinstance(path, Path) else path
 
 
 @contextlib.contextmanager
-def whole(path: Place) -> Iterator[Any]:
+def whole(path: StoragePath) -> Iterator[Any]:
     """Write to what this gives: a file that takes the place of ``path`` when it is complete.
 
     In a bucket a file appears no earlier anyway, and a pipe is written to as it is.
@@ -61,18 +61,18 @@ def whole(path: Place) -> Iterator[Any]:
         unfinished.unlink(missing_ok=True)
 
 
-def write_whole(path: Place, text: str) -> None:
+def write_whole(path: StoragePath, text: str) -> None:
     """Write a file that is never seen half-written."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
-def in_bucket(path: Place) -> bool:
+def in_bucket(path: StoragePath) -> bool:
     """Whether it is no path on a disk."""
     return not isinstance(path, Path)
 
 
-def on_disk(path: Place | str) -> Path:
+def on_disk(path: StoragePath | str) -> Path:
     """The path, or :class:`InputError` where it is in a bucket."""
     text = os.fspath(path)
     if re.match(r"\w{2,}:/", text):
@@ -83,12 +83,12 @@ def on_disk(path: Place | str) -> Path:
     return Path(path)
 
 
-def size_of(file: Place) -> int:
+def size_of(file: StoragePath) -> int:
     """Bytes."""
     return file.stat().st_size if isinstance(file, Path) else file.stat().length
 
 
-def remove(folder: Place) -> None:
+def remove(folder: StoragePath) -> None:
     """Delete a folder and all that is in it."""
     if isinstance(folder, Path):
         shutil.rmtree(folder)
@@ -96,7 +96,7 @@ def remove(folder: Place) -> None:
         folder.rmtree()
 
 
-def upload(source: Path, target: Place, *, last: str | None = None) -> None:
+def upload(source: Path, target: StoragePath, *, last: str | None = None) -> None:
     """Copy all files below ``source``; the one named ``last`` shows that the others are there."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for file in sorted(files, key=lambda file: file.name == last):
@@ -104,7 +104,7 @@ def upload(source: Path, target: Place, *, last: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def mirrored(folder: Place, *names: str) -> Iterator[Path]:
+def mirrored(folder: StoragePath, *names: str) -> Iterator[Path]:
     """Where to write small files of ``folder``: itself on a disk, else a copy on the disk.
 
     Objects in a bucket cannot be appended to. So what is written goes there every minute, and at
@@ -141,7 +141,7 @@ def mirrored(folder: Place, *names: str) -> Iterator[Path]:
 
 
 def _send_changed(
-    local: Path, folder: Place, sent: dict[Path, tuple[int, int]], *, only_note: bool = False
+    local: Path, folder: StoragePath, sent: dict[Path, tuple[int, int]], *, only_note: bool = False
 ) -> None:
     for path in sorted(local.rglob("*")):
         if path.is_file() and not path.name.startswith("."):  # those are not finished
@@ -152,16 +152,16 @@ def _send_changed(
             sent[path] = state
 
 
-def _copy(source: Place, target: Place) -> None:
+def _copy(source: StoragePath, target: StoragePath) -> None:
     with _open(source, "rb") as reading, _open(target, "wb") as writing:
         shutil.copyfileobj(reading, writing)
 
 
-def _open(path: Place, mode: str) -> Any:
+def _open(path: StoragePath, mode: str) -> Any:
     return path.open(mode)
 
 
-def _download(source: Place, target: Path) -> None:
+def _download(source: StoragePath, target: Path) -> None:
     if source.is_dir():
         target.mkdir(parents=True)
         for path in source.iterdir():

@@ -165,14 +165,14 @@ def _scores(plan: Plan, results: Sequence[Result]) -> dict[str, dict[str, list[f
         group = groups.setdefault(name, {})
         group.setdefault(result.trial.share, []).append(result)
 
-    def place(group: dict[Fraction, list[Result]]) -> tuple[float, bool, float]:
+    def rank(group: dict[Fraction, list[Result]]) -> tuple[float, bool, float]:
         last = max(group)
         failed = any(result.error is not None for result in group[last])
         return -float(last), failed, cost(plan, group[last])
 
     table = {}
     shares = [share for share, _ in reversed(plan.rungs())]
-    for name, group in sorted(groups.items(), key=lambda item: place(item[1])):
+    for name, group in sorted(groups.items(), key=lambda item: rank(item[1])):
         table[name] = {
             plan.metric if share == 1 else f"{plan.metric} at {share}": [
                 r.score for r in group.get(share, ()) if r.error is None

@@ -135,7 +135,7 @@ class Classification:
             np.asarray(data.label_array(examples, labels)),
             outputs["probabilities"],
             labels,
-            [example.place for example in examples],
+            [example.origin for example in examples],
         )
 
     def answers(

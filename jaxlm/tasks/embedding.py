@@ -173,7 +173,7 @@ def make_embed(
         if not texts:
             raise InputError("there are no texts to embed")
         examples = [
-            TextExample(text=text, pair=None, label=None, place=f"text {number}")
+            TextExample(text=text, pair=None, label=None, origin=f"text {number}")
             for number, text in enumerate(texts, start=1)
         ]
         encoded = data.encode(framer, examples)

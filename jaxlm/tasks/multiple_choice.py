@@ -108,7 +108,7 @@ class MultipleChoice:
                     predicted=example.choices[best],
                     probability=float(row[best]),
                     text=example.context,
-                    place=example.place,
+                    origin=example.origin,
                 )
             )
         return found

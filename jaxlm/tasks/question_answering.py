@@ -144,7 +144,7 @@ class QuestionAnswering:
                     predicted=text,
                     probability=answer.probability if answer else _null_probability(reading),
                     text=example.question,
-                    place=example.place,
+                    origin=example.origin,
                 )
             )
         return found

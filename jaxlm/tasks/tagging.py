@@ -135,7 +135,7 @@ class Tagging:
                     predicted=tags[worst] or "",
                     probability=probabilities[worst],
                     text=f"{example.words[worst]}: {text}",
-                    place=example.place,
+                    origin=example.origin,
                 )
             )
         return found

@@ -22,7 +22,7 @@ Labels = tuple[str, ...]
 class Task(Protocol):
     """The configuration of a task is the task: a frozen dataclass with these methods.
 
-    Examples are of the task's own kind; they have a ``stratum``, a ``content`` and a ``place``.
+    Examples are of the task's own kind; they have a ``stratum``, a ``content`` and a ``origin``.
     """
 
     @property

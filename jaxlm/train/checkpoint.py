@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import Place, absolute, remove
+from jaxlm.runtime.storage import StoragePath, absolute, remove
 from jaxlm.train import restore
 from jaxlm.train.checksum import checksums
 from jaxlm.train.restore import Cursor, Monitor, Report, Restored
@@ -33,7 +33,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: Place,
+        directory: StoragePath,
         *,
         keep: int = 2,
         monitor: Monitor = _LOSS,
@@ -167,7 +167,7 @@ class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
 
 
 @contextlib.contextmanager
-def _disk_faults(directory: Place) -> Iterator[None]:
+def _disk_faults(directory: StoragePath) -> Iterator[None]:
     try:
         yield
     except Exception as error:

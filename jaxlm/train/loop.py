@@ -36,7 +36,7 @@ class TrainConfig:
     """Wall-clock budget, evaluations and compilation included: the run stops then, having decayed
     its learning rate. None = no limit; with others, whatever comes first."""
     num_micro_batches: int = 1
-    """Parts of a batch whose gradients are computed one after the other, to save memory."""
+    """Splits of a batch whose gradients are computed one after the other, to save memory."""
     num_evals: int = 10
     """Evaluations, each followed by a checkpoint, spread evenly over the run."""
     eval_rows: int | None = 2048

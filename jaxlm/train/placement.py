@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.runtime.batch_rows import Part
+from jaxlm.runtime.batch_rows import BatchRows
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
 from jaxlm.typing import Batch, HostBatch, PRNGKey
@@ -27,7 +27,7 @@ class Placement(NamedTuple):
     eval_step: Callable[..., Any]  # (state, batch) -> Sums
     put_batch: Callable[[HostBatch], Batch]
     abstract_state: TrainState  # shapes and shardings
-    part: Part  # the rows of a batch that this process gives to put_batch
+    batch_rows: BatchRows  # the rows of a batch that this process gives to put_batch
     abstract_batch: Callable[[AbstractBatch], AbstractBatch]  # of a global batch: adds shardings
 
 
@@ -36,7 +36,7 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
     shapes = jax.eval_shape(init, jax.random.key(0))
     shardings = state_shardings(shapes, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    part = sharding.process_part(mesh, jax.process_index())
+    batch_rows = sharding.process_rows(mesh, jax.process_index())
 
     def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any) -> Any:
@@ -45,19 +45,19 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
 
         return inside
 
-    def place(shape: tuple[int, ...]) -> NamedSharding:
+    def sharding_of(shape: tuple[int, ...]) -> NamedSharding:
         names = ("batch", *("norm",) * (len(shape) - 2), "length")[: len(shape)]
         return NamedSharding(mesh, sharding.spec(names, mesh, shape))
 
     def put_batch(batch: HostBatch) -> Batch:
         def put(x: np.ndarray) -> jax.Array:
-            shape = (x.shape[0] * part.count, *x.shape[1:])
-            return jax.make_array_from_process_local_data(place(shape), x, shape)
+            shape = (x.shape[0] * batch_rows.count, *x.shape[1:])
+            return jax.make_array_from_process_local_data(sharding_of(shape), x, shape)
 
         return jax.tree.map(put, batch)
 
     def abstract_batch(batch: AbstractBatch) -> AbstractBatch:
-        return _abstract(batch, jax.tree.map(lambda x: place(x.shape), batch))
+        return _abstract(batch, jax.tree.map(lambda x: sharding_of(x.shape), batch))
 
     return Placement(
         jax.jit(init, out_shardings=shardings),
@@ -65,7 +65,7 @@ def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: 
         jax.jit(on_mesh(eval_step), out_shardings=everywhere),
         put_batch,
         _abstract(shapes, shardings),
-        part,
+        batch_rows,
         abstract_batch,
     )
 
@@ -124,15 +124,15 @@ def pmap_placement(
         ),
         put_batch,
         _abstract(shapes, shardings),
-        Part((jax.process_index(),), jax.process_count()),
+        BatchRows((jax.process_index(),), jax.process_count()),
         abstract_batch,
     )
 
 
-def _as_one(x: jax.Array, place: NamedSharding) -> jax.Array:
+def _as_one(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Copies that each process holds, as one array; nothing is copied."""
     copies = [shard.data for shard in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, place, copies)
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, copies)
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
@@ -143,8 +143,8 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     trainable = sharding.tree_shardings(state.trainable, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = {
-        path: (leaf.shape, place)
-        for (path, leaf), place in zip(
+        path: (leaf.shape, own)
+        for (path, leaf), own in zip(
             tree.leaves_with_path(state.trainable), jax.tree.leaves(trainable), strict=True
         )
     }
@@ -152,9 +152,9 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     def moment(path: str, leaf: Any) -> NamedSharding:
         parts = path.split("/")
         for start in range(len(parts)):
-            shape, place = params.get("/".join(parts[start:]), (None, everywhere))
+            shape, own = params.get("/".join(parts[start:]), (None, everywhere))
             if shape == leaf.shape:
-                return place
+                return own
         return everywhere
 
     return TrainState(
@@ -167,5 +167,5 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
 def _abstract(shapes: PyTree, shardings: PyTree) -> Any:
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings
+        lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), shapes, shardings
     )

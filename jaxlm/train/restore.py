@@ -29,7 +29,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import Place, absolute, in_bucket, write_whole
+from jaxlm.runtime.storage import StoragePath, absolute, in_bucket, write_whole
 from jaxlm.train.checksum import checksums
 
 Report = Callable[[str], object]
@@ -66,7 +66,7 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def list_steps(directory: Place) -> list[int]:
+def list_steps(directory: StoragePath) -> list[int]:
     """Steps with a finished checkpoint, in order."""
     if not directory.is_dir():
         return []
@@ -77,14 +77,14 @@ def list_steps(directory: Place) -> list[int]:
 
 
 def best_step(
-    directory: Place, monitor: Monitor | None = None, *, report: Report | None = None
+    directory: StoragePath, monitor: Monitor | None = None, *, report: Report | None = None
 ) -> int | None:
     """The best step by ``monitor`` (the loss), or None where none was evaluated."""
     costs = read_costs(directory, monitor or Monitor(), report)
     return min(costs, key=costs.__getitem__, default=None)
 
 
-def peek(directory: Place) -> Cursor:
+def peek(directory: StoragePath) -> Cursor:
     """Of the newest checkpoint whose metadata are whole: what holds for all steps of a run."""
     reason = "it holds none"
     for step in reversed(list_steps(directory)):
@@ -97,7 +97,7 @@ def peek(directory: Place) -> Cursor:
 
 
 def restore_part(
-    directory: Place, target: PyTree, step: int | None = None, *, report: Report = warn
+    directory: StoragePath, target: PyTree, step: int | None = None, *, report: Report = warn
 ) -> Restored:
     """Read a part of the state, such as ``{"trainable": {"params": …}}``, changing nothing on disk.
 
@@ -108,7 +108,7 @@ def restore_part(
 
 
 def restore(
-    directory: Place, target: PyTree, step: int | None, *, whole: bool, report: Report
+    directory: StoragePath, target: PyTree, step: int | None, *, whole: bool, report: Report
 ) -> Restored:
     """Read ``step``, else the newest that is undamaged; with ``whole``, trees must be equal."""
     found = list_steps(directory)
@@ -154,7 +154,7 @@ def os_error(error: Exception) -> OSError | None:
     return OSError(int(code[1]), os.strerror(int(code[1]))) if code else None
 
 
-def _raise_if_unreadable(step: Place, error: Exception) -> None:
+def _raise_if_unreadable(step: StoragePath, error: Exception) -> None:
     """A disk that fails now is no damage: what is saved next would take the step's place."""
     found = os_error(error)
     if found is not None and found.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
@@ -164,7 +164,7 @@ def _raise_if_unreadable(step: Place, error: Exception) -> None:
         ) from error
 
 
-def _read(directory: Place, target: PyTree, whole: bool) -> tuple[dict[str, Any], PyTree]:
+def _read(directory: StoragePath, target: PyTree, whole: bool) -> tuple[dict[str, Any], PyTree]:
     meta = _in_all_processes(lambda: _read_meta(directory))
     leaves = meta["leaves"]
     _check_same_tree(directory, leaves, target, whole)
@@ -179,7 +179,7 @@ def _read(directory: Place, target: PyTree, whole: bool) -> tuple[dict[str, Any]
     return meta, jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), state, target)
 
 
-def _read_meta(directory: Place) -> dict[str, Any]:
+def _read_meta(directory: StoragePath) -> dict[str, Any]:
     meta = json.loads((directory / "meta" / "metadata").read_text())
     if not isinstance(meta, dict) or meta != seal(
         {name: value for name, value in meta.items() if name != "crc32"}
@@ -188,7 +188,7 @@ def _read_meta(directory: Place) -> dict[str, Any]:
     return meta
 
 
-def _read_arrays(directory: Place, target: PyTree) -> PyTree:
+def _read_arrays(directory: StoragePath, target: PyTree) -> PyTree:
     # The handler alone: around it Orbax puts a barrier, at which a failed process never arrives.
     return ocp.PyTreeCheckpointHandler().restore(
         epath.Path(directory),
@@ -212,7 +212,9 @@ def _in_all_processes(read: Callable[[], Any]) -> Any:
     return result
 
 
-def _check_same_tree(directory: Place, leaves: dict[str, Any], target: PyTree, whole: bool) -> None:
+def _check_same_tree(
+    directory: StoragePath, leaves: dict[str, Any], target: PyTree, whole: bool
+) -> None:
     def show(shape: Sequence[int], dtype: str) -> str:
         return f"{dtype if whole else ''}[{', '.join(map(str, shape))}]"
 
@@ -235,7 +237,7 @@ def seal(meta: dict[str, Any]) -> dict[str, Any]:
     return meta | {"crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
 
 
-def amend(step: Place, cursor: Cursor, metrics: Mapping[str, float]) -> None:
+def amend(step: StoragePath, cursor: Cursor, metrics: Mapping[str, float]) -> None:
     """Give a finished checkpoint another cursor, and metrics that were measured later."""
     meta = {name: value for name, value in _read_meta(step).items() if name != "crc32"}
     meta |= {"cursor": cursor, "metrics": dict(metrics)}
@@ -243,7 +245,7 @@ def amend(step: Place, cursor: Cursor, metrics: Mapping[str, float]) -> None:
 
 
 def read_costs(
-    directory: Place, monitor: Monitor, report: Report | None = None
+    directory: StoragePath, monitor: Monitor, report: Report | None = None
 ) -> dict[int, float]:
     """The monitored cost of each step that has one; ``report`` hears of damaged steps."""
     costs = {}

@@ -10,7 +10,7 @@ from jaxlm.data.loader import DataConfig, eval_batches, train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
-from jaxlm.runtime.batch_rows import Part
+from jaxlm.runtime.batch_rows import BatchRows
 
 CONFIG = DataConfig(paths=("words",), batch_size=8)
 
@@ -51,7 +51,7 @@ def test_the_index_numbers_the_rows_of_a_run(prepared):
         *range(2**31 - 8, 2**31),
         *range(8),
     ]
-    last = list(eval_batches(prepared, 12, part=Part((1,), 2)))[-1]
+    last = list(eval_batches(prepared, 12, batch_rows=BatchRows((1,), 2)))[-1]
     assert last["index"].tolist() == list(range(102, 108))
 
 
@@ -69,7 +69,8 @@ def test_any_number_of_processes_gives_the_same_global_batches(prepared, other, 
     datasets = [prepared, other] if mixed else [prepared]
     whole = take(6, datasets, CONFIG, seed=1)
     parts = [
-        take(6, datasets, CONFIG, seed=1, part=Part((i,), num_parts)) for i in range(num_parts)
+        take(6, datasets, CONFIG, seed=1, batch_rows=BatchRows((i,), num_parts))
+        for i in range(num_parts)
     ]
     joined = [
         {name: np.concatenate([part[name] for part in step]) for name in step[0]}
@@ -115,7 +116,7 @@ def test_without_weights_every_row_is_as_frequent(prepared, other):
 @pytest.mark.parametrize("max_rows", [None, 5])
 def test_evaluation_sees_every_row_once(prepared, num_parts, max_rows):
     parts = [
-        list(eval_batches(prepared, 12, part=Part((i,), num_parts), max_rows=max_rows))
+        list(eval_batches(prepared, 12, batch_rows=BatchRows((i,), num_parts), max_rows=max_rows))
         for i in range(num_parts)
     ]
     batches = [
@@ -145,9 +146,9 @@ def test_data_sets_must_be_alike(prepared, config, tmp_path):
 
 def test_indivisible_batch(prepared):
     with pytest.raises(InputError, match="batch_size=8 is not divisible by the 3 blocks"):
-        train_batches([prepared], CONFIG, seed=0, part=Part((0,), 3))
+        train_batches([prepared], CONFIG, seed=0, batch_rows=BatchRows((0,), 3))
     with pytest.raises(InputError, match="batch_size=8 is not divisible by the 3 blocks"):
-        eval_batches(prepared, 8, part=Part((0,), 3))
+        eval_batches(prepared, 8, batch_rows=BatchRows((0,), 3))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def shown(table):
 
 def test_the_most_wrong_come_first():
     wrong = report.most_wrong(predictions())
-    assert [p.place for p in wrong] == ["dev.tsv:5", "dev.tsv:2", "dev.tsv:4"]  # 3 is right
+    assert [p.origin for p in wrong] == ["dev.tsv:5", "dev.tsv:2", "dev.tsv:4"]  # 3 is right
     assert wrong[1].loss == pytest.approx(-np.log(0.1))
     assert (wrong[1].gold, wrong[1].predicted) == ("good", "bad")
     assert wrong[1].probability == pytest.approx(0.9)
@@ -39,7 +39,7 @@ def test_writes_json_lines(tmp_path):
     report.write_jsonl(report.most_wrong(predictions()), path)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [line["text"] for line in lines] == [TEXTS[3], TEXTS[0], TEXTS[2]]
-    assert set(lines[0]) == {"loss", "gold", "predicted", "probability", "text", "place"}
+    assert set(lines[0]) == {"loss", "gold", "predicted", "probability", "text", "origin"}
     assert "naïve" in path.read_text(encoding="utf-8")
     assert list(tmp_path.iterdir()) == [path]
 
@@ -56,7 +56,7 @@ def test_prints_texts_as_they_are():
 
 
 def test_what_does_not_belong_together_is_refused():
-    with pytest.raises(InputError, match="3 texts, 4 labels, 4 predictions and 4 places"):
+    with pytest.raises(InputError, match="3 texts, 4 labels, 4 predictions and 4 origins"):
         report.classified(TEXTS[:3], np.array([1, 1, 1, 1]), PROBABILITIES, NAMES, PLACES)
 
 

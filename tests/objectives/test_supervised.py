@@ -382,7 +382,7 @@ def test_what_the_model_is_told():
         loss(VARIABLES, other, KEY, progress=jnp.zeros(()), deterministic=False)
         return jax.random.key_data(told["rngs"]["dropout"]).tolist()
 
-    # Parts of a batch, under pmap and in micro-batches, drop differently.
+    # Splits of a batch, under pmap and in micro-batches, drop differently.
     assert dropout_key(0) == dropout_key(0) != dropout_key(4)
     assert told["token_type_ids"] is None
     assert not told["deterministic"]

@@ -99,7 +99,7 @@ def learned(config: FinetuneConfig) -> dict[str, np.ndarray]:
 
 
 def record(text: str) -> Record:
-    return Record(fields={"text": text}, place="here")
+    return Record(fields={"text": text}, origin="here")
 
 
 def test_learns_and_leaves_a_folder_that_answers(directory: Path, folder: Path) -> None:
@@ -294,11 +294,11 @@ def test_more_devices_than_micro_batches_leave_rows_for(directory: Path, tmp_pat
 
 def test_data_that_have_changed_are_not_split_anew(directory: Path) -> None:
     loaded = finetuned.open_tuned(directory)
-    assert len(loaded.parts().validation) == 32
+    assert len(loaded.splits().validation) == 32
     other = replace(loaded.config.data, validation=None)
     changed = replace(loaded, config=replace(loaded.config, data=other))
     with pytest.raises(InputError, match=r"have changed since lora was trained, .* \(--data\)"):
-        changed.parts()
+        changed.splits()
 
 
 def refused(config: FinetuneConfig, match: str) -> None:

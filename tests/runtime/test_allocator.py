@@ -26,7 +26,9 @@ def test_what_is_compiled_for_an_accelerator_is_kept(environment, given):
 
 def test_a_cpu_starts_again_with_an_allocator(environment, monkeypatch, capsys):
     environment["JAX_PLATFORMS"] = "cpu"
-    monkeypatch.setattr(startup, "allocator", lambda: ({allocator.TUNABLES: "huge"}, "huge pages"))
+    monkeypatch.setattr(
+        allocator, "allocator", lambda: ({allocator.TUNABLES: "huge"}, "huge pages")
+    )
     started = []
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
     allocator.tune_process()

@@ -357,7 +357,10 @@ def test_launchers_are_found(
 
 def test_importing_leaves_jax_to_be_joined() -> None:
     check = "from jax._src import xla_bridge as b; assert not b.backends_are_initialized()"
-    for command in (f"from jaxlm import finetune; {check}", f"import jax; jax.devices(); {check}"):
+    for command in (
+        f"from jaxlm.runs import finetuning; {check}",
+        f"import jax; jax.devices(); {check}",
+    ):
         code = subprocess.run([sys.executable, "-c", command], stderr=subprocess.DEVNULL).returncode
         assert bool(code) == ("devices" in command)  # the second is the control
 

@@ -32,7 +32,7 @@ def records() -> Callable[..., list[Record]]:
     """Of fields, at x.jsonl:1, x.jsonl:2 and so on."""
 
     def records(*fields: dict[str, Any]) -> list[Record]:
-        return [Record(fields=one, place=f"x.jsonl:{i}") for i, one in enumerate(fields, start=1)]
+        return [Record(fields=one, origin=f"x.jsonl:{i}") for i, one in enumerate(fields, start=1)]
 
     return records
 

@@ -12,7 +12,7 @@ from jaxtyping import Int, Int32
 from jaxlm.data.labelled.augment import Augment
 from jaxlm.data.labelled.examples import Examples, Row, pad_rows
 from jaxlm.errors import InputError
-from jaxlm.runtime.batch_rows import WHOLE, Part
+from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 
 _CHUNK = 64  # batches that are sorted by length together
 _EPOCH, _ORDER = 2, 3  # set apart the random numbers of epochs and of chunks
@@ -57,7 +57,7 @@ def train_batches(
     seed: int,
     examples_seen: int = 0,
     augment: Augment | None = None,
-    part: Part = WHOLE,
+    batch_rows: BatchRows = ALL_ROWS,
 ) -> Iterator[Row]:
     """A part, such as a process holds, of every global batch, without end.
 
@@ -65,7 +65,7 @@ def train_batches(
     are sorted by bucket and cut into batches, which come in random order: up to the bounds of
     chunks, every example comes once an epoch. ``index`` numbers the rows of a run, modulo 2³¹.
     """
-    local = part.rows(batch_size)
+    local = batch_rows.rows(batch_size)
     if examples_seen % batch_size:
         raise InputError(
             f"examples_seen={examples_seen} is not a multiple of batch_size={batch_size}; "
@@ -100,14 +100,14 @@ def eval_batches(
     batch_size: int,
     buckets: Sequence[int],
     *,
-    part: Part = WHOLE,
+    batch_rows: BatchRows = ALL_ROWS,
 ) -> Iterator[Row]:
     """A part, such as a process holds, of every batch of one pass, the longest examples first.
 
     ``example`` gives the number of each row's example. The last batch is filled up with copies,
     whose ``weights`` are 0 and whose ``example`` is -1.
     """
-    local = part.rows(batch_size)
+    local = batch_rows.rows(batch_size)
     which = _bucket_numbers(examples, buckets)
 
     def batches() -> Iterator[Row]:

@@ -43,7 +43,7 @@ class TextExample:
     text: str
     pair: str | None
     label: str | tuple[str, ...] | float | None
-    place: str
+    origin: str
 
     @property
     def content(self) -> str:
@@ -74,7 +74,7 @@ def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
             text=record.text(fields.text),
             pair=None if fields.pair is None else record.text(fields.pair),
             label=None if fields.label is None else _label(record, fields.label, fields),
-            place=record.place,
+            origin=record.origin,
         )
         for record in records
     ]
@@ -101,14 +101,14 @@ def label_array(
     examples: Sequence[TextExample], names: Sequence[str]
 ) -> Shaped[np.ndarray, "examples *labels"]:
     """int32 [examples] of classes, float32 [examples, labels] of labels, float32 [examples]."""
-    own, places = [e.label for e in examples], [e.place for e in examples]
+    own, origins = [e.label for e in examples], [e.origin for e in examples]
     match own[0]:
         case float():
             return np.array(own, np.float32)
         case tuple():
-            return labels.indicators_of([e.classes for e in examples], names, places)
+            return labels.indicators_of([e.classes for e in examples], names, origins)
         case _:
-            return labels.numbers_of([e.stratum for e in examples], names, places)
+            return labels.numbers_of([e.stratum for e in examples], names, origins)
 
 
 def encode(
@@ -141,7 +141,7 @@ def encode_contrastive(framer: Framer, examples: Sequence[TextExample]) -> Examp
     rows, sizes = [], []
     for texts in _ids(framer, examples):
         if len(texts) == 1:
-            raise InputError(f"{examples[0].place}: a pair of texts is needed; name its second")
+            raise InputError(f"{examples[0].origin}: a pair of texts is needed; name its second")
         tokens = [framer.frame(text).tokens for text in texts]
         lengths = [len(own) for own in tokens]
         rows.append(

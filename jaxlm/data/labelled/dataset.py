@@ -50,7 +50,7 @@ class LabelledConfig:
             raise InputError(f"data.few_shot={self.few_shot} is not above 0; None = all examples")
 
 
-class Parts(NamedTuple):
+class Splits(NamedTuple):
     """Examples to train on and to choose by."""
 
     train: list[Any]
@@ -59,7 +59,7 @@ class Parts(NamedTuple):
     fingerprint: str  # of what the examples were read from, and how they were split
 
 
-def read_parts(config: LabelledConfig, read: Callable[[Iterable[Record]], list[Any]]) -> Parts:
+def read_splits(config: LabelledConfig, read: Callable[[Iterable[Record]], list[Any]]) -> Splits:
     """The examples of a configuration; ``read`` makes them of records."""
     train = read(config.train.records())
     if not train:
@@ -73,7 +73,7 @@ def read_parts(config: LabelledConfig, read: Callable[[Iterable[Record]], list[A
     train, duplicates = splits.without_duplicates(train, validation)
     if config.few_shot is not None:
         train = splits.few_shot(train, config.few_shot, config.split_seed)
-    return Parts(train, validation, len(duplicates), fingerprint(config))
+    return Splits(train, validation, len(duplicates), fingerprint(config))
 
 
 def fingerprint(config: LabelledConfig) -> str:

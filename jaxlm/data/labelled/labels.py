@@ -16,10 +16,10 @@ def read_label(record: Record, name: str) -> str:
     """The label under a name, as text; numbers are written out, an empty one raises."""
     value = record.value(name)
     if isinstance(value, list | dict) or value is None or value != value:  # NaN: a missing number
-        raise InputError(f"{record.place}: {name} is {value!r:.40}, which is no single label")
-    label = tabular.check_text(str(value).strip(), name, record.place)
+        raise InputError(f"{record.origin}: {name} is {value!r:.40}, which is no single label")
+    label = tabular.check_text(str(value).strip(), name, record.origin)
     if not label:
-        raise InputError(f"{record.place}: {name} is empty; label the record, or remove it")
+        raise InputError(f"{record.origin}: {name} is empty; label the record, or remove it")
     return label
 
 
@@ -31,14 +31,14 @@ def read_labels(record: Record, name: str, separator: str) -> tuple[str, ...]:
             value = tabular.parse_json(value)
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{record.place}: {name} is {value!r:.40}, which is no JSON list ({error.msg})"
+                f"{record.origin}: {name} is {value!r:.40}, which is no JSON list ({error.msg})"
             ) from error
     items = value if isinstance(value, list) else str(value).split(separator)
     if value is None or any(item is None or isinstance(item, list | dict) for item in items):
         raise InputError(
-            f"{record.place}: {name} is {value!r:.40}, which is no list of labels; [] is none"
+            f"{record.origin}: {name} is {value!r:.40}, which is no list of labels; [] is none"
         )
-    labels = [tabular.check_text(str(item).strip(), name, record.place) for item in items]
+    labels = [tabular.check_text(str(item).strip(), name, record.origin) for item in items]
     return tuple(dict.fromkeys(label for label in labels if label))
 
 
@@ -51,7 +51,7 @@ def read_target(record: Record, name: str) -> float:
         target = math.nan
     if not abs(target) <= float(np.finfo(np.float32).max):
         raise InputError(
-            f"{record.place}: {name} is {value!r:.40}, which is no finite number of float32"
+            f"{record.origin}: {name} is {value!r:.40}, which is no finite number of float32"
         )
     return target
 
@@ -84,31 +84,31 @@ def discover_tags(tags: Iterable[str]) -> tuple[str, ...]:
     return discover(names)
 
 
-def number_of(label: str, names: Sequence[str], place: str) -> int:
+def number_of(label: str, names: Sequence[str], origin: str) -> int:
     """The number of a label; one that training did not have raises."""
     if label not in names:
         known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
         raise InputError(
-            f"{place}: label {label!r} is not among those of the training data ({known}); "
+            f"{origin}: label {label!r} is not among those of the training data ({known}); "
             "correct it, or add examples of it"
         )
     return names.index(label)
 
 
 def numbers_of(
-    labels: Sequence[str], names: Sequence[str], places: Sequence[str]
+    labels: Sequence[str], names: Sequence[str], origins: Sequence[str]
 ) -> Int32[np.ndarray, " examples"]:
     """The number of each example's label."""
-    pairs = zip(labels, places, strict=True)
-    return np.array([number_of(label, names, place) for label, place in pairs], np.int32)
+    pairs = zip(labels, origins, strict=True)
+    return np.array([number_of(label, names, origin) for label, origin in pairs], np.int32)
 
 
 def indicators_of(
-    labels: Sequence[tuple[str, ...]], names: Sequence[str], places: Sequence[str]
+    labels: Sequence[tuple[str, ...]], names: Sequence[str], origins: Sequence[str]
 ) -> Float32[np.ndarray, "examples labels"]:
     """1 for each label that an example has, and 0 for the others."""
     table = np.zeros((len(labels), len(names)), np.float32)
-    for row, (own, place) in enumerate(zip(labels, places, strict=True)):
+    for row, (own, origin) in enumerate(zip(labels, origins, strict=True)):
         for label in own:
-            table[row, number_of(label, names, place)] = 1
+            table[row, number_of(label, names, origin)] = 1
     return table

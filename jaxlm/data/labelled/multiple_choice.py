@@ -33,7 +33,7 @@ class Choice:
     context: str
     choices: tuple[str, ...]
     label: int | None
-    place: str
+    origin: str
 
     @property
     def content(self) -> str:
@@ -54,7 +54,7 @@ def read(records: Iterable[Record], fields: ChoiceFields) -> list[Choice]:
         expected = len(examples[0].choices) if examples else max(len(choices), 2)
         if len(choices) != expected:
             raise InputError(
-                f"{record.place}: {len(choices)} choices where {expected} are expected; "
+                f"{record.origin}: {len(choices)} choices where {expected} are expected; "
                 "give all records equally many, and at least two"
             )
         examples.append(
@@ -62,7 +62,7 @@ def read(records: Iterable[Record], fields: ChoiceFields) -> list[Choice]:
                 context=record.text(fields.context),
                 choices=choices,
                 label=None if fields.label is None else _label(record, fields.label, len(choices)),
-                place=record.place,
+                origin=record.origin,
             )
         )
     return examples
@@ -73,12 +73,12 @@ def _choices(record: Record, fields: ChoiceFields) -> tuple[str, ...]:
         (name,) = fields.choices
         if isinstance(record.value(name), str):
             raise InputError(
-                f"{record.place}: field {name!r} is text where a list of choices is expected; "
+                f"{record.origin}: field {name!r} is text where a list of choices is expected; "
                 "name one field for each choice"
             )
         choices = record.texts(name)
         if not all(choice.strip() for choice in choices):
-            raise InputError(f"{record.place}: an empty choice in field {name!r}")
+            raise InputError(f"{record.origin}: an empty choice in field {name!r}")
     else:
         choices = [record.text(name) for name in fields.choices]
     if fields.question is not None:
@@ -94,7 +94,7 @@ def _label(record: Record, name: str, count: int) -> int:
         if label in names:
             return names.index(label)
     raise InputError(
-        f"{record.place}: {name} is {label!r:.40}, which is none of the {count} choices; "
+        f"{record.origin}: {name} is {label!r:.40}, which is none of the {count} choices; "
         f"number them from 0, or from A"
     )
 

@@ -93,8 +93,8 @@ class PyDocsTopics:
             topic = topic_of.get(path.parts[0].removesuffix(".py"))
             for number, text in enumerate(texts if topic else (), start=1):
                 if len(text.split()) >= self.min_words:
-                    place = f"{path.as_posix()}, docstring {number}"
-                    yield Record(fields={"text": text, "topic": topic}, place=place)
+                    origin = f"{path.as_posix()}, docstring {number}"
+                    yield Record(fields={"text": text, "topic": topic}, origin=origin)
 
     def fingerprint(self) -> str:
         """Of the modules' contents."""

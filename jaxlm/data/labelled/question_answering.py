@@ -25,7 +25,7 @@ class SpanFields:
     starts: str | None = "answers/answer_start"
     """Where each answer begins in the context, in characters; None: where it first stands."""
     id: str | None = "id"
-    """What identifies the question; None: its place in the file."""
+    """What identifies the question; None: where it stands in the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Question:
     context: str
     answers: tuple[str, ...]
     starts: tuple[int, ...]
-    place: str
+    origin: str
 
     @property
     def content(self) -> str:
@@ -54,7 +54,7 @@ def read(records: Iterable[Record], fields: SpanFields) -> list[Question]:
     """The questions of all records; an answer that is not where it should be raises."""
     questions = []
     for record in records:
-        name = record.place if fields.id is None else str(record.value(fields.id))
+        name = record.origin if fields.id is None else str(record.value(fields.id))
         context = record.text(fields.context)
         answers = _answers(record, fields)
         if answers and fields.starts is not None:
@@ -65,8 +65,8 @@ def read(records: Iterable[Record], fields: SpanFields) -> list[Question]:
             if start < 0 or not answer.strip() or not context.startswith(answer, start):
                 where = "in its context" if fields.starts is None else f"at character {start}"
                 raise InputError(
-                    f"{record.place}: the answer {answer!r:.60} to question {name} is not {where}; "
-                    "correct it, or leave the question out"
+                    f"{record.origin}: the answer {answer!r:.60} to question {name} is not {where}"
+                    "; correct it, or leave the question out"
                 )
         questions.append(
             Question(
@@ -75,7 +75,7 @@ def read(records: Iterable[Record], fields: SpanFields) -> list[Question]:
                 context=context,
                 answers=tuple(answers),
                 starts=tuple(starts),
-                place=record.place,
+                origin=record.origin,
             )
         )
     return questions
@@ -96,10 +96,10 @@ def _starts(record: Record, name: str, count: int) -> list[int]:
         starts = [int(start) for start in (value if isinstance(value, list) else [value])]
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
-            f"{record.place}: {name} is {value!r:.40}, not where answers are"
+            f"{record.origin}: {name} is {value!r:.40}, not where answers are"
         ) from error
     if len(starts) != count:
-        raise InputError(f"{record.place}: {len(starts)} {name} for {count} answers")
+        raise InputError(f"{record.origin}: {len(starts)} {name} for {count} answers")
     return starts
 
 
@@ -146,17 +146,17 @@ def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Wi
         size = framer.room(2) - len(asked)
         if size <= doc_stride:
             raise InputError(
-                f"{question.place}: question {question.id} of {len(asked)} tokens leaves {size} of "
-                f"max_length={framer.max_length} to the context, not more than "
+                f"{question.origin}: question {question.id} of {len(asked)} tokens leaves {size} "
+                f"of max_length={framer.max_length} to the context, not more than "
                 f"doc_stride={doc_stride}; raise the one, or lower the other"
             )
         for begin in range(0, max(len(ids) - doc_stride, 1), size - doc_stride):
             part = slice(begin, begin + size)
             row, start = _row(framer, asked, ids[part], span, begin)
             rows.append(row)
-            place = np.full((len(row["tokens"]), 2), -1, np.int32)
-            place[start : start + len(offsets[part])] = offsets[part]
-            windows.append(Window(example=number, offsets=place))
+            spans = np.full((len(row["tokens"]), 2), -1, np.int32)
+            spans[start : start + len(offsets[part])] = offsets[part]
+            windows.append(Window(example=number, offsets=spans))
     examples = Examples(
         rows=rows,
         along_length=frozenset({"tokens", "token_type_ids", "allowed"}),
@@ -177,7 +177,7 @@ def _span(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:
     last = int(np.searchsorted(offsets[:, 0], end, side="left")) - 1
     if first > last:
         raise InputError(
-            f"{question.place}: the tokenizer drops all of the answer {answer!r:.60} to question "
+            f"{question.origin}: the tokenizer drops all of the answer {answer!r:.60} to question "
             f"{question.id}; leave the question out"
         )
     return first, last
@@ -192,7 +192,7 @@ def _row(
     allowed[[0, *range(start, start + len(ids))]] = True
     first = last = 0
     if span is not None and begin <= span[0] and span[1] < begin + len(ids):
-        first, last = (place - begin + start for place in span)
+        first, last = (token - begin + start for token in span)
     row = {
         "tokens": framed.tokens,
         "token_type_ids": framed.token_type_ids,

@@ -22,7 +22,7 @@ class Record:
     """The fields of one record, and the place it comes from, for errors."""
 
     fields: dict[str, Any]
-    place: str
+    origin: str
 
     def value(self, name: str) -> Any:
         """A field; one that is missing raises."""
@@ -32,16 +32,16 @@ class Record:
         if len(self.fields) == 1:
             (only,) = self.fields
             raise InputError(
-                f"{self.place}: no field {name!r}, but a single one, {only!r:.60}; {hint}"
+                f"{self.origin}: no field {name!r}, but a single one, {only!r:.60}; {hint}"
             )
         names = ", ".join(f"{field!r:.40}" for field in self.fields)
-        raise InputError(f"{self.place}: no field {name!r} among {names or 'none'}; {hint}")
+        raise InputError(f"{self.origin}: no field {name!r} among {names or 'none'}; {hint}")
 
     def text(self, name: str) -> str:
         """A field that holds text; one without a visible character raises."""
-        text = tabular.check_text(self.value(name), f"field {name!r}", self.place)
+        text = tabular.check_text(self.value(name), f"field {name!r}", self.origin)
         if not text.strip():
-            raise InputError(f"{self.place}: field {name!r} is empty; remove the record")
+            raise InputError(f"{self.origin}: field {name!r} is empty; remove the record")
         return text
 
     def texts(self, name: str) -> list[str]:
@@ -50,9 +50,9 @@ class Record:
         if isinstance(value, str):
             value = value.split()
         if not isinstance(value, list):
-            raise InputError(f"{self.place}: field {name!r} is {value!r:.40}, which is no list")
+            raise InputError(f"{self.origin}: field {name!r} is {value!r:.40}, which is no list")
         what = f"an entry of field {name!r}"
-        return [tabular.check_text(item, what, self.place) for item in value]
+        return [tabular.check_text(item, what, self.origin) for item in value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +82,15 @@ class Table:
         rows = tabular.read_table(path, delimiter, header=self.header)
         names = self.columns
         count = 0
-        for place, row in rows:
+        for origin, row in rows:
             if names is None and self.header:
                 names = tuple(row)
-                _check_names(names, place)
+                _check_names(names, origin)
                 continue
             names = names or tuple(map(str, range(len(row))))
             if len(names) != len(row):
-                raise InputError(f"{place}: {len(row)} fields for {len(names)} columns={names}")
-            yield Record(fields=dict(zip(names, row, strict=True)), place=place)
+                raise InputError(f"{origin}: {len(row)} fields for {len(names)} columns={names}")
+            yield Record(fields=dict(zip(names, row, strict=True)), origin=origin)
             count += 1
         _check_count(count, self.path)
 
@@ -111,8 +111,8 @@ class JsonLines:
     def records(self) -> Iterator[Record]:
         """One for each line; blank lines are skipped."""
         count = 0
-        for place, fields in tabular.read_json_lines(_file(self.path)):
-            yield json_record(fields, place)
+        for origin, fields in tabular.read_json_lines(_file(self.path)):
+            yield json_record(fields, origin)
             count += 1
         _check_count(count, self.path)
 
@@ -158,25 +158,25 @@ class Conll:
                 count += 1
         _check_count(count, self.path)
 
-    def _chosen(self, cells: list[str], place: str) -> list[str]:
+    def _chosen(self, cells: list[str], origin: str) -> list[str]:
         columns = [self.token_column, *([] if self.tag_column is None else [self.tag_column])]
         if any(not -len(cells) <= column < len(cells) for column in columns):
-            raise InputError(f"{place}: no column {max(columns)} among {len(cells)} (from 0)")
+            raise InputError(f"{origin}: no column {max(columns)} among {len(cells)} (from 0)")
         if len({column % len(cells) for column in columns}) < len(columns):
             raise InputError(
-                f"{place}: the word and its tag are both column {self.token_column}, because there "
-                f"are {len(cells)} columns; separate them by tabs or spaces"
+                f"{origin}: the word and its tag are both column {self.token_column}, because "
+                f"there are {len(cells)} columns; separate them by tabs or spaces"
             )
         chosen = [cells[column] for column in columns]
         if not all(chosen):
-            raise InputError(f"{place}: an empty word or tag in {cells!r:.60}")
+            raise InputError(f"{origin}: an empty word or tag in {cells!r:.60}")
         return chosen
 
-    def _record(self, sentence: list[list[str]], place: str) -> Record:
+    def _record(self, sentence: list[list[str]], origin: str) -> Record:
         names = ("tokens",) if self.tag_column is None else ("tokens", "tags")
         columns = zip(*sentence, strict=True)
         fields = {name: list(column) for name, column in zip(names, columns, strict=True)}
-        return Record(fields=fields, place=place)
+        return Record(fields=fields, origin=origin)
 
     def begins_with(self, tags: Collection[str]) -> bool:
         """Whether the first line is a word alone, or has one of ``tags``; ordinary text has not."""
@@ -256,12 +256,12 @@ class TfdsRecords:
         return Tfds(name=self.name, split=self.split, data_dir=self.data_dir)
 
 
-def json_record(fields: Mapping[str, Any], place: str) -> Record:
+def json_record(fields: Mapping[str, Any], origin: str) -> Record:
     """Of an object; the field 'b' of one under 'a' is named 'a/b'."""
     try:
-        return Record(fields=_flat(fields), place=place)
+        return Record(fields=_flat(fields), origin=origin)
     except RecursionError as error:
-        raise InputError(f"{place}: too many objects inside of each other") from error
+        raise InputError(f"{origin}: too many objects inside of each other") from error
 
 
 def _file(name: str) -> Path:
@@ -280,12 +280,12 @@ def _check_count(count: int, path: str) -> None:
         raise InputError(f"{path} holds no records; is it the right file?")
 
 
-def _check_names(names: tuple[str, ...], place: str) -> None:
+def _check_names(names: tuple[str, ...], origin: str) -> None:
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise InputError(
-            f"{place}: the header names {name!r} {times} times; rename one, or set header to False "
-            "if there is none"
+            f"{origin}: the header names {name!r} {times} times; rename one, or set header to "
+            "False if there is none"
         )
 
 
@@ -324,4 +324,4 @@ def _questions(article: Mapping[str, Any], path: Path) -> Iterator[Record]:
                 answers = [] if impossible else question["answers"]
                 for name in ("text", "answer_start"):
                     fields[f"answers/{name}"] = [answer[name] for answer in answers]
-            yield Record(fields=fields, place=f"{path}: question {question['id']!r}")
+            yield Record(fields=fields, origin=f"{path}: question {question['id']!r}")

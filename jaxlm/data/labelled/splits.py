@@ -1,4 +1,4 @@
-"""Parts of a data set: for validation, without duplicates, a few of each class."""
+"""Splits of a data set: for validation, without duplicates, a few of each class."""
 
 import hashlib
 import unicodedata

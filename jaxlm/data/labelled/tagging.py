@@ -29,7 +29,7 @@ class Sentence:
 
     words: list[str]
     tags: list[str] | None
-    place: str
+    origin: str
 
     @property
     def content(self) -> str:
@@ -46,15 +46,15 @@ def read(records: Iterable[Record], fields: TagFields) -> list[Sentence]:
     """The sentences of all records; tags that do not match the words raise."""
     sentences = []
     for record in records:
-        words, place = record.texts(fields.words), record.place
+        words, origin = record.texts(fields.words), record.origin
         if not words or not all(word.strip() for word in words):
-            raise InputError(f"{place}: {'an empty word' if words else 'no words'}; remove it")
+            raise InputError(f"{origin}: {'an empty word' if words else 'no words'}; remove it")
         tags = None if fields.tags is None else record.texts(fields.tags)
         if tags is not None and len(tags) != len(words):
             raise InputError(
-                f"{place}: {len(tags)} tags for {len(words)} words; give each word one tag"
+                f"{origin}: {len(tags)} tags for {len(words)} words; give each word one tag"
             )
-        sentences.append(Sentence(words=words, tags=tags, place=place))
+        sentences.append(Sentence(words=words, tags=tags, origin=origin))
     return sentences
 
 
@@ -96,7 +96,7 @@ def encode(framer: Framer, sentences: Sequence[Sentence], names: Sequence[str]) 
         }
         row["weights"][positions[kept]] = 1
         if sentence.tags is not None:
-            numbers = [labels.number_of(tag, names, sentence.place) for tag in sentence.tags]
+            numbers = [labels.number_of(tag, names, sentence.origin) for tag in sentence.tags]
             row["labels"] = np.zeros(length, np.int32)
             row["labels"][positions[kept]] = np.array(numbers, np.int32)[kept]
         rows.append(row)

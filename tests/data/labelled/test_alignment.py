@@ -13,7 +13,7 @@ NAMES = ("B-per", "I-per", "O")
 
 
 def sentence(words: str, tags: str | None = None) -> Sentence:
-    return Sentence(words=words.split(), tags=tags and tags.split(), place="a.conll:5")
+    return Sentence(words=words.split(), tags=tags and tags.split(), origin="a.conll:5")
 
 
 def test_tags_are_at_first_subwords(framer, words):
@@ -45,7 +45,7 @@ def test_byte_level_words_begin_with_a_space():
 
 
 def test_unknown_tags():
-    record = Record(fields={"tokens": ["a"], "tags": ["B-loc"]}, place="a.conll:5")
+    record = Record(fields={"tokens": ["a"], "tags": ["B-loc"]}, origin="a.conll:5")
     (read,) = tagging.read([record], TagFields())
     assert tagging.label_names([read]) == ("B-loc", "I-loc")
     with pytest.raises(InputError, match=r"a.conll:5: label 'B-loc' is not among .*B-per"):
@@ -62,10 +62,10 @@ def test_unknown_tags():
 )
 def test_bad_sentences(fields, message):
     with pytest.raises(InputError, match=message):
-        tagging.read([Record(fields=fields, place="x:1")], TagFields())
+        tagging.read([Record(fields=fields, origin="x:1")], TagFields())
 
 
 def test_words_in_a_cell():
-    record = Record(fields={"w": "a b", "t": "O  O"}, place="x:1")
+    record = Record(fields={"w": "a b", "t": "O  O"}, origin="x:1")
     (read,) = tagging.read([record], TagFields(words="w", tags="t"))
     assert (read.words, read.tags) == (["a", "b"], ["O", "O"])

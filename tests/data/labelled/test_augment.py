@@ -14,7 +14,7 @@ from jaxlm.errors import InputError
 @pytest.fixture(scope="module")
 def row(tokenizer):
     example = TextExample(
-        text="a b c d e f g h " * 20, pair="john smith " * 30, label=None, place=""
+        text="a b c d e f g h " * 20, pair="john smith " * 30, label=None, origin=""
     )
     return classification.encode(Framer(tokenizer, 512), [example]).rows[0]
 

@@ -7,7 +7,7 @@ import pytest
 from jaxlm.data.labelled.batches import eval_batches, make_buckets, train_batches
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.errors import InputError
-from jaxlm.runtime.batch_rows import Part
+from jaxlm.runtime.batch_rows import BatchRows
 
 PAD = 9
 
@@ -105,7 +105,7 @@ def test_the_index_numbers_the_rows_of_a_run():
 @pytest.mark.parametrize("num_parts", [2, 4])
 def test_any_number_of_processes_gives_the_same_global_batches(num_parts):
     for make in (take, evaluate):
-        parts = [make(30, part=Part((i,), num_parts)) for i in range(num_parts)]
+        parts = [make(30, batch_rows=BatchRows((i,), num_parts)) for i in range(num_parts)]
         joined = [
             {name: np.concatenate([part[name] for part in step]) for name in step[0]}
             for step in zip(*parts, strict=True)
@@ -186,7 +186,7 @@ def test_buckets_do_not_exceed_the_maximal_length():
 
 def test_bad_batches():
     with pytest.raises(InputError, match="batch_size=4 is not divisible by the 3 blocks"):
-        train_batches(EXAMPLES, 4, BUCKETS, seed=0, part=Part((0,), 3))
+        train_batches(EXAMPLES, 4, BUCKETS, seed=0, batch_rows=BatchRows((0,), 3))
     with pytest.raises(InputError, match="examples_seen=6 is not a multiple of batch_size=4"):
         train_batches(EXAMPLES, 4, BUCKETS, seed=0, examples_seen=6)
     with pytest.raises(InputError, match=r"an example of 39 tokens does not fit .* 16"):

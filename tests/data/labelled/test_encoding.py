@@ -14,11 +14,11 @@ from jaxlm.errors import InputError
 
 
 def example(text: str, pair: str | None = None, label=None) -> TextExample:
-    return TextExample(text=text, pair=pair, label=label, place="a.csv:1")
+    return TextExample(text=text, pair=pair, label=label, origin="a.csv:1")
 
 
 def records(*fields: dict) -> list[Record]:
-    return [Record(fields=f, place=f"a.csv:{i}") for i, f in enumerate(fields, start=2)]
+    return [Record(fields=f, origin=f"a.csv:{i}") for i, f in enumerate(fields, start=2)]
 
 
 @pytest.mark.parametrize("prefix", [True, False])
@@ -115,7 +115,7 @@ def test_reading_texts():
     data = records({"s": "one", "t": "two", "l": "1|2"})
     fields = TextFields(text="s", pair="t", label="l")
     (read,) = classification.read(data, fields)
-    assert (read.text, read.pair, read.label, read.place) == ("one", "two", "1|2", "a.csv:2")
+    assert (read.text, read.pair, read.label, read.origin) == ("one", "two", "1|2", "a.csv:2")
     (read,) = classification.read(data, TextFields(text="s", label="l", target="labels"))
     assert read.label == ("1", "2")
     (read,) = classification.read(data, TextFields(text="s", label=None))

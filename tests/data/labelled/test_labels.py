@@ -7,7 +7,7 @@ from jaxlm.errors import InputError
 
 
 def record(value) -> Record:
-    return Record(fields={"label": value}, place="a.csv:7")
+    return Record(fields={"label": value}, origin="a.csv:7")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_a_table_with_a_header(write):
         {"text": "one,\ntwo", "label": "1"},
         {"text": "three", "label": "0"},
     ]
-    assert [record.place.rsplit("/")[-1] for record in records] == ["a.csv:2", "a.csv:5"]
+    assert [record.origin.rsplit("/")[-1] for record in records] == ["a.csv:2", "a.csv:5"]
 
 
 def test_a_table_without_header(write):
@@ -88,7 +88,7 @@ def test_json_lines_flatten_objects(write):
     path = write("a.jsonl", '{"id": 1, "answers": {"text": ["x"]}}\n\n{"id": 2}\n')
     records = read(JsonLines(path=path))
     assert [record.fields for record in records] == [{"id": 1, "answers/text": ["x"]}, {"id": 2}]
-    assert records[1].place == f"{path}:3"
+    assert records[1].origin == f"{path}:3"
     fails(lambda: read(JsonLines(path=write("b.jsonl", "{}\n[]"))), r"b\.jsonl:2: a JSON list")
     nested = '{"a": ' * 2_000 + "1" + "}" * 2_000
     fails(lambda: read(JsonLines(path=write("c.jsonl", nested))), r"c\.jsonl:1: .*too many")
@@ -103,7 +103,7 @@ def test_conll(write, separator):
         {"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]},
         {"tokens": ["Peter"], "tags": ["B-PER"]},
     ]
-    assert [record.place for record in read(Conll(path=path))] == [f"{path}:3", f"{path}:6"]
+    assert [record.origin for record in read(Conll(path=path))] == [f"{path}:3", f"{path}:6"]
     assert fields(Conll(path=path, tag_column=1))[1]["tags"] == ["NNP"]
     assert fields(Conll(path=path, tag_column=None))[1] == {"tokens": ["Peter"]}
 
@@ -164,7 +164,7 @@ def test_squad(write):
         "is_impossible": False,
     }
     assert (records[1].fields["answers/text"], records[1].fields["is_impossible"]) == ([], True)
-    assert records[1].place.endswith("a.json: question '2'")
+    assert records[1].origin.endswith("a.json: question '2'")
     (asked,) = fields(Squad(path=write("b.json", squad({"id": "1", "question": "Where?"}))))
     assert asked.keys() == {"id", "question", "context", "is_impossible"}
 
@@ -231,5 +231,5 @@ def test_tfds_records_are_plain(tmp_path):
     expected = {name: value for name, value in record.items() if name != "answers"}
     expected |= {"label": "pos", "answers/text": ["Rome"], "answers/answer_start": [3]}
     assert [record.fields for record in records] == [expected | {"label": None}, expected]
-    assert {record.place for record in records} == {"my_own train:0", "my_own train:1"}
+    assert {record.origin for record in records} == {"my_own train:0", "my_own train:1"}
     assert len(source.fingerprint()) == 64

@@ -12,7 +12,7 @@ def examples(**counts: int) -> list[TextExample]:
 
 
 def text(content: str, label: str = "x") -> TextExample:
-    return TextExample(text=content, pair=None, label=label, place="a.csv:1")
+    return TextExample(text=content, pair=None, label=label, origin="a.csv:1")
 
 
 def count(part: list[TextExample]) -> Counter[str]:
@@ -74,5 +74,5 @@ def test_duplicates_leave_training():
 
 
 def test_pairs_are_duplicates_as_a_whole():
-    pair = TextExample(text="one", pair="two", label="x", place="")
+    pair = TextExample(text="one", pair="two", label="x", origin="")
     assert without_duplicates([pair], [text("one")])[1] == []

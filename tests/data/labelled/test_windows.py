@@ -14,7 +14,7 @@ def question(context: str, answer: str | None, asked: str = "who ?") -> Question
     found = () if answer is None else (answer,)
     starts = tuple(context.index(text) for text in found)
     return Question(
-        id="q1", question=asked, context=context, answers=found, starts=starts, place="a.json"
+        id="q1", question=asked, context=context, answers=found, starts=starts, origin="a.json"
     )
 
 
@@ -97,7 +97,7 @@ def record(**changes) -> Record:
         "answers/text": ["York", "in York"],
         "answers/answer_start": [14, 11],
     }
-    return Record(fields=fields | changes, place="a.jsonl:3")
+    return Record(fields=fields | changes, origin="a.jsonl:3")
 
 
 def test_reading_questions():
