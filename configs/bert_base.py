@@ -15,9 +15,9 @@ Expected: not yet measured.
 from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.models import bert
-from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.train.loop import TrainConfig
 
 STEPS = 1_000_000
@@ -26,7 +26,7 @@ config = PretrainConfig(
     name="bert_base",
     data=DataConfig(paths=("prepared/corpus_512",), batch_size=256),
     model=bert.BASE,
-    objective=MaskedLmConfig(masking=MaskingConfig(rate=0.15)),
+    task=MaskedLm(masking=MaskingConfig(rate=0.15)),
     optimizer=OptimizerConfig(
         peak_lr=1e-4, warmup_share=10_000 / STEPS, b1=0.9, b2=0.999, weight_decay=0.01
     ),

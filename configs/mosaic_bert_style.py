@@ -17,16 +17,16 @@ import dataclasses
 from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.models import bert
-from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.train.loop import TrainConfig
 
 config = PretrainConfig(
     name="mosaic_bert_style",
     data=DataConfig(paths=("prepared/corpus_128",), batch_size=4096),
     model=dataclasses.replace(bert.BASE, dropout_rate=0.0, attention_dropout_rate=0.0),
-    objective=MaskedLmConfig(masking=MaskingConfig(rate=0.30)),
+    task=MaskedLm(masking=MaskingConfig(rate=0.30)),
     optimizer=OptimizerConfig(
         peak_lr=5e-4,
         warmup_share=0.06,

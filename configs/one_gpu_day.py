@@ -17,9 +17,9 @@ import dataclasses
 from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.models import bert
-from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.train.loop import TrainConfig
 
 config = PretrainConfig(
@@ -28,7 +28,7 @@ config = PretrainConfig(
     model=dataclasses.replace(
         bert.BASE, dropout_rate=0.0, attention_dropout_rate=0.0, max_length=128
     ),
-    objective=MaskedLmConfig(masking=MaskingConfig(rate=0.25)),
+    task=MaskedLm(masking=MaskingConfig(rate=0.25)),
     optimizer=OptimizerConfig(
         peak_lr=1e-3, warmup_share=0.1, b2=0.98, weight_decay=0.01, clip_norm=0.5
     ),

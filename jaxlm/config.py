@@ -24,17 +24,23 @@ from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
-from jaxlm.objectives.masked_lm import MaskedLmConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
+
+# What a run's configuration may hold: another architecture or task is added here.
+Model = BertConfig | BilstmConfig
+PretrainingTask = MaskedLm
+LabelledTask = Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding
+UNKNOWN_BASE = BertConfig()  # what the compile check takes a base for that is not there
 
 
 def check_name(name: str) -> None:
@@ -56,6 +62,9 @@ class RunConfig:
     """Of the run's folder, below `runs`."""
     runs: Path = Path("runs")
     """Where run folders are; may be gs://bucket/folder."""
+    base: str | None = None
+    """The pretrained model to start from: a run folder, a folder in Hugging Face's layout, or a
+    name on the hub; None: `model` is trained from scratch."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -81,9 +90,18 @@ class PretrainConfig(RunConfig):
 
     data: DataConfig
     prepare: PrepareConfig | None = None
-    """How to make the first of `data.paths` where it is missing; None: it must be there."""
-    model: BertConfig = field(default_factory=BertConfig)
-    objective: MaskedLmConfig = field(default_factory=MaskedLmConfig)
+    """How to make the first of `data.paths` where it is missing (with the tokenizer of `base`, if
+    there is one); None: it must be there."""
+    model: Model | None = None
+    """The architecture, where it starts from scratch; None: as the base says."""
+    task: PretrainingTask = field(default_factory=MaskedLm)
+    """What is learned."""
+
+    def __post_init__(self) -> None:
+        if self.base is None and self.model is None:
+            raise InputError(
+                "base and model are None: name a pretrained model, or one to train from scratch"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +109,8 @@ class FinetuneConfig(RunConfig):
     """Fine-tuning: labelled data, a task, an encoder, and which of its parameters learn."""
 
     data: LabelledConfig
-    task: Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding = field(
-        default_factory=Classification
-    )
-    base: str | None = None
-    """The pretrained encoder: a run folder, a folder in Hugging Face's layout, or a name on the
-    hub; None: `model` is trained from scratch."""
-    model: BertConfig | BilstmConfig | None = None
+    task: LabelledTask = field(default_factory=Classification)
+    model: Model | None = None
     """The encoder, where it starts from scratch; None: as the base says."""
     tokenizer: TokenizerConfig | None = None
     """Where there is no base: what to train on the texts, or to load."""
@@ -195,17 +208,18 @@ def read_file(path: StoragePath) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """All fields; a dataclass that is one of several carries its name under ``type``."""
-
-    def encode(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return {"type": type(value).__name__, **fields}
-        if isinstance(value, tuple):
-            return [encode(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
+    """All fields, for :func:`from_json`."""
     return json.dumps(encode(config), indent=2) + "\n"
+
+
+def encode(value: Any) -> Any:
+    """A configuration, or a part of one, in JSON; dataclasses carry their names under ``type``."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [encode(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -224,13 +238,21 @@ def flatten(config: Config) -> dict[str, Any]:
 def from_json(text: str) -> Config:
     """The inverse of :func:`to_json`; unknown fields and wrong types raise."""
     try:
-        return _decode(Config, json.loads(text), "config")
+        return decode(Config, _renamed(json.loads(text)), "config")
     except json.JSONDecodeError as error:
         raise InputError(f"the config is not JSON: {error}") from error
 
 
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    """``value``, from JSON, as the type ``hint``."""
+def _renamed(fields: Any) -> Any:
+    """A config as runs before version 0.2 wrote it, in the names of today."""
+    match fields:
+        case {"objective": {"type": "MaskedLmConfig", **masking}, **others}:
+            return others | {"task": {"type": "MaskedLm", **masking}}
+    return fields
+
+
+def decode(hint: Any, value: Any, where: str) -> Any:
+    """The inverse of :func:`encode` for the type ``hint``; errors call the value ``where``."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
@@ -239,13 +261,13 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
                 fields = {k: v for k, v in value.items() if k != "type"}
                 if unknown := fields.keys() - hints.keys():
                     raise InputError(f"{where} has no field {sorted(unknown)[0]}")
-                parts = {k: _decode(hints[k], v, f"{where}.{k}") for k, v in fields.items()}
+                parts = {k: decode(hints[k], v, f"{where}.{k}") for k, v in fields.items()}
                 try:
                     return option(**parts)  # pyright: ignore[reportCallIssue]
                 except TypeError as error:
                     raise InputError(f"{where}: {error}") from error
         elif get_origin(option) is tuple and isinstance(value, list):
-            return tuple(_decode(get_args(option)[0], v, where) for v in value)
+            return tuple(decode(get_args(option)[0], v, where) for v in value)
         elif get_origin(option) is Literal and value in get_args(option):
             return value
         elif option is Path and isinstance(value, str):

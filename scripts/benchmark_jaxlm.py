@@ -15,7 +15,7 @@ import optax
 from benchmark_protocol import Work, read_work, serve
 
 from jaxlm.models.bert import BertConfig
-from jaxlm.models.heads import ClassificationHead, MaskedLm, MlmHead, WithHead
+from jaxlm.models.heads import ClassificationHead, MlmHead, WithHead, WithLmHead
 from jaxlm.objectives import classification, masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -81,7 +81,7 @@ def make_encoder(work: Work) -> BertConfig:
 
 def pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
     """BERT with its masked-language-model head."""
-    model = MaskedLm(make_encoder(work).make(), MlmHead(dtype=jnp.dtype(work.dtype)))
+    model = WithLmHead(make_encoder(work).make(), MlmHead(dtype=jnp.dtype(work.dtype)))
     masking = MaskingConfig(rate=work.mask_rate, budget=work.num_masked)
 
     def init(key: PRNGKey) -> TrainState:

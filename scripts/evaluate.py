@@ -10,16 +10,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import tyro
 from rich.console import Console
 
-from jaxlm.config import FinetuneConfig, RunConfig
+from jaxlm.config import FinetuneConfig
 from jaxlm.data import loader, prepared
 from jaxlm.data.labelled.dataset import like
 from jaxlm.errors import InputError, report_input_errors
-from jaxlm.evaluate import calibration, plots, report
-from jaxlm.runs import finetuned, run
+from jaxlm.evaluate import report
+from jaxlm.runs import finetuned, pretrained
+from jaxlm.runs.folder import TOKENIZER, read_any_config
 from jaxlm.runtime.storage import StoragePath, locate, mirrored
 from jaxlm.train import loop
 
@@ -53,7 +53,7 @@ def main(
     folder = locate(directory)
     try:
         with mirrored(folder) as out:
-            if isinstance(run.read_config(folder, RunConfig), FinetuneConfig):
+            if isinstance(read_any_config(folder), FinetuneConfig):
                 result = evaluate_tuned(folder, out, data, split, rows, step, base)
             else:
                 result = evaluate_pretrained(folder, data, split, rows, step)
@@ -72,12 +72,12 @@ def evaluate_pretrained(
     directory: StoragePath, data: Path | None, split: str, rows: int | None, step: int | None
 ) -> dict[str, Any]:
     """On rows of prepared data."""
-    loaded = run.open_run(directory, step)
+    loaded = pretrained.open_pretrained(directory, step)
     dataset = prepared.open_prepared(data or loaded.config.data.paths[0])
     if dataset.info.tokenizer_sha256 != loaded.cursor["tokenizer_sha256"]:
         raise InputError(
             f"{dataset.directory} was prepared with another tokenizer than the run's: prepare it "
-            f"again with --tokenizer.path {directory / run.TOKENIZER}"
+            f"again with --tokenizer.path {directory / TOKENIZER}"
         )
     batches = loader.eval_batches(
         dataset, loaded.config.data.batch_size, split=split, max_rows=rows
@@ -99,7 +99,7 @@ def evaluate_tuned(
     base: str | None,
 ) -> dict[str, Any]:
     """On labelled examples."""
-    loaded = finetuned.open_tuned(directory, step=step, base=base)
+    loaded = finetuned.open_finetuned(directory, step=step, base=base)
     task, labels = loaded.task, loaded.labels
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
@@ -118,15 +118,8 @@ def evaluate_tuned(
         Console().print(report.predictions_table(wrong[:10]))
         report.write_jsonl(wrong, out / "wrong.jsonl")
         print(f"  the {len(wrong)} most wrong are in {directory / 'wrong.jsonl'}")
-    if task.verb == "classify" and predictions:
-        names = {name: i for i, name in enumerate(labels)}
-        gold = np.array([names[p.gold] for p in predictions])
-        predicted = np.array([names[p.predicted] for p in predictions])
-        plots.plot_confusion(gold, predicted, labels, out / "confusion.png")
-        print(f"  who is taken for whom is in {directory / 'confusion.png'}")
-        reliable = calibration.reliability(gold, outputs["probabilities"])
-        plots.plot_reliability(reliable, out / "reliability.png")
-        print(f"  how far probabilities can be trusted is in {directory / 'reliability.png'}")
+    for name, content in task.plots(examples, labels, outputs, out).items():
+        print(f"  {content}: {directory / name}")
     return {"step": number, "data": where, "examples": len(examples), **metrics}
 
 

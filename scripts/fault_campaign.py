@@ -35,8 +35,7 @@ from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError, report_input_errors
-from jaxlm.models.bert import BertConfig
-from jaxlm.runs import run
+from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runtime import distributed
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.restore import list_steps
@@ -94,7 +93,7 @@ class Campaign:
 
     def checkpoints(self, name: str) -> Path:
         """Of a run."""
-        return self.folder / "runs" / name / run.CHECKPOINTS
+        return self.folder / "runs" / name / CHECKPOINTS
 
     def start(self, name: str, *options: str) -> list[subprocess.Popen[str]]:
         """The processes of a run."""
@@ -191,7 +190,12 @@ def write_config(folder: Path) -> None:
     words = ["red", "green", "blue", "cat", "dog"]
     lines = (" ".join(rng.choices(words, k=12)) for _ in range(400))
     (folder / "text.txt").write_text("\n".join(lines))
-    config = PretrainConfig(
+    config = configs.read_file(Path(__file__).parents[1] / "configs" / "quickstart.py")
+    assert isinstance(config, PretrainConfig)
+    assert config.model is not None
+    sizes = {"hidden_dim": 32, "mlp_dim": 64, "max_length": 16}
+    config = replace(
+        config,
         name="reference",
         runs=folder / "runs",
         data=DataConfig(paths=(str(folder / "prepared"),), batch_size=16),
@@ -201,7 +205,7 @@ def write_config(folder: Path) -> None:
             row_length=16,
             validation_fraction=0.1,
         ),
-        model=BertConfig(num_layers=2, hidden_dim=32, num_heads=2, mlp_dim=64, max_length=16),
+        model=replace(config.model, **sizes),
         train=TrainConfig(steps=STEPS, num_evals=2, save_every=SAVE_EVERY),
     )
     (folder / "config.json").write_text(configs.to_json(config))
@@ -332,7 +336,7 @@ def disk(campaign: Campaign, fault: str, script: str) -> Row:
     folder.mkdir()
     command = [sys.executable, str(PRETRAIN), str(campaign.folder / "config.json")]
     command += ["--name", name, "--runs", str(folder)]
-    script += f'"$@"; cat $D/$N/{run.CHECKPOINTS}/{STEPS}/meta/metadata'
+    script += f'"$@"; cat $D/$N/{CHECKPOINTS}/{STEPS}/meta/metadata'
     done = subprocess.run(
         [*OWN_DISKS, "sh", "-c", script, "sh", *command],
         env=os.environ | {"D": str(folder), "N": name},

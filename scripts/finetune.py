@@ -19,10 +19,9 @@ if __name__ == "__main__":
         wanted = config.load(config.FinetuneConfig)
         directory = finetuning.finetune(wanted)
         if jax.process_index() == 0:
-            what = {"answer": "QUESTION --pair CONTEXT", "choose": "--file FILE.jsonl"}
             print(
                 f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
                 f"  python scripts/evaluate.py {directory}\n"
                 f"  python scripts/predict.py {directory} {wanted.task.verb} "
-                f"{what.get(wanted.task.verb, 'TEXT')}"
+                f"{wanted.task.usage}"
             )

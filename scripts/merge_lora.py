@@ -18,8 +18,7 @@ import numpy as np
 import tyro
 
 from jaxlm.convert import huggingface
-from jaxlm.errors import InputError, report_input_errors
-from jaxlm.models.bert import BertConfig
+from jaxlm.errors import report_input_errors
 from jaxlm.runs import finetuned
 
 
@@ -38,12 +37,11 @@ def main(
         step: Which checkpoint; None = the best.
         base: Where the encoder of the adapter lies, if not where it was.
     """
-    loaded = finetuned.open_tuned(run, step=step, base=base)
+    loaded = finetuned.open_finetuned(run, step=step, base=base)
     params = jax.tree.map(np.asarray, loaded.merged())
     head = {name: leaf for name, leaf in params["head"].items() if name == "pooler"}
     model = loaded.config.model
-    if not isinstance(model, BertConfig):
-        raise InputError(f"{run} is of a {type(model).__name__}, which other libraries do not read")
+    assert model is not None  # resolved
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
     huggingface.save(out, kept, model, loaded.tokenizer)
     print(f"{run} at step {int(loaded.state.step)}, merged, is in {out}")

@@ -13,21 +13,21 @@ tune_process()
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
-from jaxlm.config import FinetuneConfig, RunConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
-from jaxlm.decode.fill_mask import MASK, FillMask
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.runs import finetuned
-from jaxlm.runs import run as runs
 from jaxlm.runs.finetuned import FinetunedRun
+from jaxlm.runs.folder import read_any_config
+from jaxlm.runs.pretrained import Pretrained, open_pretrained
 from jaxlm.runtime.storage import locate, on_disk, whole
 
 Answer = dict[str, Any]
@@ -35,9 +35,7 @@ Answer = dict[str, Any]
 
 def main(
     run: Annotated[Path, tyro.conf.Positional],
-    task: Annotated[
-        Literal["fill-mask", "classify", "tag", "answer", "choose", "embed"], tyro.conf.Positional
-    ],
+    task: Annotated[str, tyro.conf.Positional],
     text: Annotated[str | None, tyro.conf.Positional] = None,
     /,
     pair: str | None = None,
@@ -51,7 +49,7 @@ def main(
 
     Args:
         run: The run folder.
-        task: What to do.
+        task: What the run has learned: fill-mask, classify, tag, answer, choose or embed.
         text: What to do it with; or give --file.
         pair: The second text of a pair, or the context of a question.
         file: A text or a JSON object a line (fill-mask: with "text"), - for standard input; or, as
@@ -83,15 +81,16 @@ def main(
         )
     if out is not None and file is not None and out.resolve() == file.resolve():
         raise InputError(f"--out {out} is the file that is read: name another")
-    if task == "fill-mask":
-        fill_mask(run, text, file, out, top_k, step)
-        return
-    loaded = finetuned.open_tuned(run, step=step, base=base)
-    if loaded.task.verb != task:
+    config = read_any_config(locate(run))
+    if config.task.verb != task:
         raise InputError(
-            f"{run} was fine-tuned for {type(loaded.task).__name__}, whose head cannot "
-            f"{task}: use {loaded.task.verb}"
+            f"{run} was trained for {type(config.task).__name__}, whose head cannot {task}: use "
+            f"{config.task.verb}"
         )
+    if isinstance(config, PretrainConfig):
+        answer_texts(open_pretrained(run, step), text, file, out, top_k)
+        return
+    loaded = finetuned.open_finetuned(run, step=step, base=base)
     if file is not None:
         write(loaded.answer(read_records(loaded, file)), out)
         return
@@ -111,7 +110,7 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
     given = [text] if pair is None else [text, pair]
     if len(given) != len(names):
         wanted = "one text, no --pair" if len(names) == 1 else "a second text, which --pair gives"
-        if loaded.task.verb == "choose":
+        if loaded.task.usage.startswith("--file"):
             wanted = "JSON objects, which --file gives"
         elif len(names) > 1 and pair is None:
             wanted += ", or JSON objects in a file"
@@ -132,36 +131,18 @@ def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
     yield from read_lines(file, lambda line: record_of(loaded, line, None).fields)
 
 
-def fill_mask(
-    run: Path, text: str | None, file: Path | None, out: Path | None, top_k: int, step: int | None
+def answer_texts(
+    loaded: Pretrained, text: str | None, file: Path | None, out: Path | None, top_k: int
 ) -> None:
-    """The likeliest words for each [MASK]."""
-    if isinstance(runs.read_config(locate(run), RunConfig), FinetuneConfig):
-        raise InputError(f"{run} is fine-tuned, without the head that fills in masks")
-    records = [] if file is None else list(read_lines(file, lambda line: {"text": line}))
-    texts = [record.text("text") for record in records]
-    for record, line in zip(records, texts, strict=True):
-        if MASK not in line:
-            raise InputError(f"{record.origin} has no blank: write {MASK} where a word is missing")
-    loaded = runs.open_run(run, step)
-    fill = FillMask(
-        runs.make_model(loaded.config.model).apply,
-        loaded.variables,
-        loaded.tokenizer,
-        loaded.config.model.max_length,
-    )
-    if text is not None:
-        for blank in next(fill([text], top_k=top_k)):
-            for filling in blank:
-                print(f"{filling.probability:6.1%}  {filling.token:<15} {filling.text}")
+    """What a pretrained model does with texts, such as filling in their blanks."""
+    if file is None:
+        (answer,) = loaded.answer({"the text given": text or ""}, top_k=top_k)
+        for line in loaded.task.lines(answer):
+            print(line)
         return
-    write(
-        (
-            {"text": line, "blanks": [[asdict(filling) for filling in blank] for blank in blanks]}
-            for line, blanks in zip(texts, fill(texts, top_k=top_k), strict=True)
-        ),
-        out,
-    )
+    records = read_lines(file, lambda line: {"text": line})
+    texts = {record.origin: record.text("text") for record in records}
+    write(loaded.answer(texts, top_k=top_k), out)
 
 
 def write(answers: Iterable[Answer], out: Path | None) -> None:

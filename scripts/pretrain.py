@@ -16,10 +16,11 @@ from jaxlm.runtime.distributed import joined  # noqa: E402
 
 if __name__ == "__main__":
     with joined():
-        directory = pretraining.pretrain(config.load(config.PretrainConfig))
+        wanted = config.load(config.PretrainConfig)
+        directory = pretraining.pretrain(wanted)
         if jax.process_index() == 0:
             print(
                 f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
-                f'  python scripts/predict.py {directory} fill-mask "A text with a [MASK]."\n'
+                f"  python scripts/predict.py {directory} {wanted.task.verb} {wanted.task.usage}\n"
                 f"  python scripts/evaluate.py {directory}"
             )

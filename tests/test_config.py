@@ -11,13 +11,16 @@ from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig
 from jaxlm.data.sources import Csv, PyDocs
 from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
 from jaxlm.train.loop import TrainConfig
 
 FILE = """
 from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import DataConfig
+from jaxlm.models.bert import BertConfig
 from jaxlm.train.loop import TrainConfig
-config = PretrainConfig(name="a", data=DataConfig(paths=("b",)), train=TrainConfig({}))
+data = DataConfig(paths=("b",))
+config = PretrainConfig(name="a", data=data, model=BertConfig(), train=TrainConfig({}))
 """
 
 
@@ -84,6 +87,7 @@ def test_json_round_trip(source: object) -> None:
     config = PretrainConfig(
         name="a",
         data=DataConfig(paths=("b", "c"), weights=(1.0, 2.0)),
+        model=BertConfig(),
         prepare=PrepareConfig(source=source),  # pyright: ignore[reportArgumentType]
         train=TrainConfig(minutes=3.0),
     )
@@ -91,7 +95,12 @@ def test_json_round_trip(source: object) -> None:
 
 
 def test_json_with_unknown_field_or_wrong_type() -> None:
-    config = PretrainConfig(name="a", data=DataConfig(paths=("b",)), train=TrainConfig(steps=5))
+    config = PretrainConfig(
+        name="a",
+        data=DataConfig(paths=("b",)),
+        model=BertConfig(),
+        train=TrainConfig(steps=5),
+    )
     text = configs.to_json(config)
     with pytest.raises(InputError, match=r"config\.train has no field stepz"):
         configs.from_json(text.replace('"steps"', '"stepz"'))

@@ -12,7 +12,7 @@ from jaxlm import config as configs
 from jaxlm.config import PretrainConfig
 from jaxlm.models.bert import TINY
 from jaxlm.objectives.masking import Vocabulary
-from jaxlm.runs import finetuned, run
+from jaxlm.runs import finetuned, pretrained, steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.tagging import Tagging
 
@@ -67,7 +67,7 @@ def test_shards_at_full_size(path: Path, mesh: MeshConfig) -> None:
     model = replace(config.model, vocab_size=30_528)
     if mesh.tensor > 1 and model.num_heads % mesh.tensor:
         model = replace(model, num_heads=4)
-    placement = run.make_placement(replace(config, model=model, mesh=mesh), vocabulary())
+    placement = pretrained.make_placement(replace(config, model=model, mesh=mesh), vocabulary())
     table = placement.abstract_state.trainable["params"]["encoder"]["token_embed"]["embedding"]
     shard = table.sharding.shard_shape(table.shape)
     assert shard == (30_528 // mesh.tensor, model.hidden_dim // mesh.fsdp)
@@ -76,7 +76,7 @@ def test_shards_at_full_size(path: Path, mesh: MeshConfig) -> None:
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
 def test_takes_a_step(path: Path) -> None:
     config = tiny(configs.read_file(path))
-    placement = run.make_placement(config, vocabulary())
+    placement = pretrained.make_placement(config, vocabulary())
     state = placement.init(jax.random.key(0))
     rows = config.data.batch_size
     batch = {
@@ -113,7 +113,7 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
         "weights": np.ones(shape, np.float32),
         "index": np.arange(rows, dtype=np.int32),
     }
-    state = finetuned.put_state(state, placement)
+    state = steps.put_state(state, placement)
     state, sums = placement.train_step(state, placement.put_batch(batch), np.float32(0.5))
     assert int(state.step) == 1
     assert sums.means()["loss"] == pytest.approx(np.log(len(labels)), rel=0.3)

@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxlm import sharding, tree
 from jaxlm.models.bert import BertConfig
-from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.objectives.masked_lm import make_loss
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer
@@ -72,7 +72,7 @@ def make_functions(config, optimizer=SGD, *, axis_name=None, num_micro_batches=1
 
     With ``lost`` the sum over devices leaves a part out, though it is divided by all weights.
     """
-    model = MaskedLm(config.make(), MlmHead(initializer_std=0.2))
+    model = WithLmHead(config.make(), MlmHead(initializer_std=0.2))
     loss = make_loss(model.apply, VOCABULARY, MaskingConfig(rate=0.5), isolate_documents=True)
 
     def broken(variables, batch, *args, **options):

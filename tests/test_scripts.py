@@ -13,7 +13,7 @@ import pytest
 from xla_flags import xla_flags
 
 from jaxlm import tree
-from jaxlm.runs import run
+from jaxlm.runs import pretrained
 from jaxlm.train.metrics import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +117,7 @@ def test_from_text_to_predictions(folder: Path) -> None:
 
 
 def final(folder: Path) -> dict[str, np.ndarray]:
-    read = run.open_run(folder, STEPS)
+    read = pretrained.open_pretrained(folder, STEPS)
     return {path: np.asarray(leaf) for path, leaf in tree.leaves_with_path(read.variables)}
 
 
@@ -149,7 +149,7 @@ def test_resumed_on_fewer_devices_sees_the_same(folder: Path, devices: int) -> N
     assert "stopped at step" in out
     code, out, err = finish(start("pretrain.py", config, "--name", "moved", devices=devices))
     assert code == 0, err
-    assert "going on from step" in out
+    assert "resuming from step" in out
     a, b = final(folder / "whole"), final(folder / "moved")
     for path in a:
         np.testing.assert_allclose(a[path], b[path], atol=1e-5, err_msg=path)

@@ -11,7 +11,7 @@ from jaxlm import sharding, tree
 from jaxlm.errors import InputError
 from jaxlm.models import bert
 from jaxlm.models.bilstm import BilstmConfig
-from jaxlm.models.heads import ClassificationHead, MaskedLm, MlmHead, WithHead
+from jaxlm.models.heads import ClassificationHead, MlmHead, WithHead, WithLmHead
 from jaxlm.nn.intercept import Site
 from jaxlm.peft import lora
 from jaxlm.sharding import (
@@ -38,7 +38,7 @@ CUBE = MESHES[2]
 @cache
 def shapes_of(preset):
     config = replace(PRESETS[preset], vocab_size=30528)
-    model = MaskedLm(config.make(), MlmHead())
+    model = WithLmHead(config.make(), MlmHead())
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
 
 

@@ -28,7 +28,6 @@ from jaxlm.compile_check.chip import Coordinates, Topology
 from jaxlm.compile_check.step import Assumed, Step, make_step
 from jaxlm.config import Config
 from jaxlm.errors import InputError, report_input_errors
-from jaxlm.models.bert import BertConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +107,7 @@ def check(config: Config, assumed: Assumed, target: Topology) -> Report:
     target.require_compiler()
     job = {
         "config": configs.to_json(config),
-        "assumed": dataclasses.asdict(assumed),
+        "assumed": configs.encode(assumed),
         "topology": target.name,
         "num_slices": target.num_slices,
     }
@@ -268,8 +267,7 @@ def main() -> None:
     with report_input_errors():
         job = json.loads(sys.stdin.read())
         config = configs.from_json(job["config"])
-        encoder = BertConfig(**job["assumed"].pop("encoder"))
-        assumed = Assumed(**job["assumed"], encoder=encoder)
+        assumed = configs.decode(Assumed, job["assumed"], "assumed")
         target = topology.read(job["topology"], job["num_slices"])
         report = compile_here(config.name, config, assumed, target)
         Path(sys.argv[1]).write_text(to_json(report))

@@ -15,7 +15,7 @@ from jaxlm import config as configs
 from jaxlm.compile_check import report, scaling, search, topology
 from jaxlm.compile_check.check import Report, check, to_json
 from jaxlm.compile_check.step import Assumed, base_config
-from jaxlm.config import Config, FinetuneConfig
+from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.sharding import MeshConfig
 
@@ -75,7 +75,13 @@ def load(kind: type[A], argv: Sequence[str] | None = None) -> tuple[A, Config]:
     """What is asked, and the config with its own options."""
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = Path(sys.argv[0]).name
-    asked, changes = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True)
+    asked, changes = tyro.cli(
+        kind,
+        prog=prog,
+        args=argv,
+        return_unknown_args=True,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     read = configs.read_file(asked.config)
     return asked, configs.load(type(read), [str(asked.config), *changes])
 
@@ -144,7 +150,7 @@ def run_scaling(
 
 
 def _tell_assumed(config: Config, console: Console) -> None:
-    if isinstance(config, FinetuneConfig) and config.base and base_config(config.base) is None:
+    if config.base and base_config(config.base) is None:
         console.print(
             f"the base {config.base} is not here: its encoder is taken to be as --encoder says",
             soft_wrap=True,

@@ -9,8 +9,7 @@ from rich.text import Text
 
 from jaxlm.compile_check.check import Report
 from jaxlm.compile_check.chip import GIB
-from jaxlm.config import Config, PretrainConfig
-from jaxlm.models.bert import BASE, BertConfig
+from jaxlm.config import UNKNOWN_BASE, Config, PretrainConfig, flatten
 
 ESTIMATE = (
     "estimated step: the model's products at the peak of all chips, then all collectives at the "
@@ -36,11 +35,11 @@ def advice(report: Report, config: Config) -> str:
     state = report.memory["parameters"] + report.memory["moments"] + report.memory["frozen"]
     copies = report.num_devices // max(report.num_slices, 1) if "fsdp" in mesh else 1
     free = copies // math.prod(mesh.get(axis, 1) for axis in ("fsdp", "tensor", "sequence"))
-    width = config.model.hidden_dim if isinstance(config.model, BertConfig) else BASE.hidden_dim
+    width = (config.model or UNKNOWN_BASE).hidden_dim
     fsdp = math.gcd(mesh.get("fsdp", 1) * free, width)
     if fsdp > mesh.get("fsdp", 1) and state > report.hbm / 4:
         changes.append(f"--mesh.fsdp {fsdp}")
-    if isinstance(config, PretrainConfig) and config.model.remat is None:
+    if isinstance(config, PretrainConfig) and flatten(config).get("model.remat", "none") is None:
         changes.append("--model.remat full --model.unroll 1")
     split = mesh["data"] * mesh.get("fsdp", 1) * train.num_micro_batches
     # What is left of a device's rows must still be whole rows.

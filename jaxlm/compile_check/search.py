@@ -3,46 +3,64 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jaxtyping import PyTree
+
+from jaxlm import sharding
 from jaxlm.compile_check.check import Report
-from jaxlm.compile_check.step import Assumed, base_config
+from jaxlm.compile_check.step import Assumed, encoder_config
 from jaxlm.compile_check.topology import Topology
-from jaxlm.config import Config, FinetuneConfig
+from jaxlm.config import Config
 from jaxlm.errors import InputError
-from jaxlm.models.bert import BertConfig
 from jaxlm.sharding import MeshConfig
 
 
 def candidates(config: Config, assumed: Assumed, target: Topology) -> list[MeshConfig]:
     """Up to 8 tensor parts, and for each the parts 1, 4, 16 and so on, and as many as there can be,
-    of parameters; as far as they divide heads, channels and rows."""
-    model = config.model
-    if isinstance(config, FinetuneConfig) and config.base is not None:
-        model = base_config(config.base) or assumed.encoder
-    if not isinstance(model, BertConfig) or config.placement == "pmap":
-        raise InputError("--search varies the mesh of a BERT under placement=jit: leave it out")
+    of parameters; as far as they divide parameters and rows."""
+    if config.placement == "pmap":
+        raise InputError("--search varies the mesh, and placement=pmap has none: leave it out")
+    model = encoder_config(config, assumed)
+    model = dataclasses.replace(model, vocab_size=model.vocab_size or 64)  # any size is padded
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    shapes = jax.eval_shape(model.make().init, jax.random.key(0), tokens)
     in_slice = target.num_devices // target.num_slices
     meshes = []
     for tensor in (1, 2, 4, 8):
         left = in_slice // tensor
-        if in_slice % tensor or math.gcd(model.num_heads, model.mlp_dim) % tensor:
+        if in_slice % tensor:
             continue
         powers = [4**i for i in range(math.ceil(math.log(left + 1, 4))) if 4**i < left]
         for fsdp in [*powers, left]:
             rows = (target.num_devices // tensor) * config.train.num_micro_batches
-            fits = left % fsdp == 0 and model.hidden_dim % fsdp == 0
-            if fits and config.data.batch_size % rows == 0:
-                meshes.append(
-                    dataclasses.replace(
-                        config.mesh, data=None, fsdp=fsdp, tensor=tensor, sequence=1
-                    )
+            if left % fsdp or config.data.batch_size % rows:
+                continue
+            if _divides(shapes, {"data": left // fsdp, "fsdp": fsdp, "tensor": tensor}):
+                mesh = dataclasses.replace(
+                    config.mesh, data=None, fsdp=fsdp, tensor=tensor, sequence=1
                 )
+                meshes.append(mesh)
     if not meshes:
         raise InputError(
             f"no mesh of {target.num_devices} devices divides data.batch_size="
             f"{config.data.batch_size}: give a multiple of {target.num_devices}"
         )
     return meshes
+
+
+def _divides(shapes: PyTree, sizes: dict[str, int]) -> bool:
+    """Whether every parameter can be split over a mesh of these sizes."""
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
+    mesh: Any = AbstractMesh(shape, sharding.MESH_AXES)
+    try:
+        sharding.tree_shardings(shapes, mesh)
+    except InputError:
+        return False
+    return True
 
 
 def best(reports: Sequence[Report]) -> Report | None:

@@ -11,24 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.config import Config, FinetuneConfig, PretrainConfig
-from jaxlm.convert import bert, folder
+from jaxlm.config import UNKNOWN_BASE, Config, FinetuneConfig, Model, PretrainConfig
+from jaxlm.convert import huggingface
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.models.bert import BertConfig
+from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
-from jaxlm.runs import finetuned, run
-from jaxlm.tasks.classification import Classification
-from jaxlm.tasks.embedding import Embedding
-from jaxlm.tasks.multiple_choice import MultipleChoice
-from jaxlm.tasks.question_answering import QuestionAnswering
-from jaxlm.tasks.tagging import Tagging
-from jaxlm.tasks.task import Task
+from jaxlm.runs import finetuned, folder, pretrained, steps
+from jaxlm.tasks.task import shape
 from jaxlm.train.placement import AbstractBatch, Placement
 
 SPECIAL = SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
-NUM_CHOICES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +36,7 @@ class Assumed:
     """Of the tokenizer, where the model leaves it to the data."""
     labels: int = 2
     """That a task tells apart."""
-    encoder: BertConfig = dataclasses.field(default_factory=BertConfig)
+    encoder: Model = UNKNOWN_BASE
     """Of a base that cannot be read here."""
 
 
@@ -64,86 +58,63 @@ def make_step(config: Config, assumed: Assumed, devices: Sequence[Any]) -> Step:
 
 
 def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any]) -> Step:
+    model = encoder_config(config, assumed)
+    base: Any = None if config.base is None else model
     length = assumed.length or (
-        config.model.max_length if config.prepare is None else config.prepare.row_length
+        model.max_length if config.prepare is None else config.prepare.row_length
     )
+    if length is None:
+        raise InputError("neither the config nor the model says how long rows are: give --length")
     vocab_size = assumed.vocab_size
     if config.prepare is not None and config.prepare.tokenizer.path is None:
         vocab_size = config.prepare.tokenizer.vocab_size
-    if config.model.vocab_size is not None:
-        vocab_size = min(vocab_size, config.model.vocab_size)
+    if model.vocab_size is not None:
+        vocab_size = min(vocab_size, model.vocab_size)
+    elif base is not None:
+        base = dataclasses.replace(model, vocab_size=vocab_size)
     rows = config.data.batch_size
-    config = run.resolve(config, _no_data(length, vocab_size, rows), "tpu")
-    placement = run.make_placement(config, _vocabulary(vocab_size), devices)
+    config = pretrained.resolve(config, _no_data(length, vocab_size, rows), "tpu", base)
+    placement = pretrained.make_placement(config, _vocabulary(vocab_size), devices)
     batch = {
-        "tokens": _shape(jnp.uint16 if vocab_size <= 2**16 else jnp.int32, rows, length),
-        "lengths": _shape(jnp.int32, rows),
-        "index": _shape(jnp.int32, rows),
+        "tokens": shape(jnp.uint16 if vocab_size <= 2**16 else jnp.int32, rows, length),
+        "lengths": shape(jnp.int32, rows),
+        "index": shape(jnp.int32, rows),
     }
-    flops = run.flops_per_token(config, length) * rows * length
+    flops = pretrained.flops_per_token(config, length) * rows * length
     return Step(placement, placement.abstract_batch(batch), rows * length, length, flops)
 
 
 def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]) -> Step:
-    model: Any = config.model
-    if config.base is not None:
-        model = base_config(config.base) or assumed.encoder
-    size = run.padded_vocab_size(assumed.vocab_size, config.mesh)
+    model = encoder_config(config, assumed)
+    size = steps.padded_vocab_size(assumed.vocab_size, config.mesh)
     model = dataclasses.replace(model, vocab_size=model.vocab_size or size)
     if config.base is not None:
-        model = finetuned.base_encoder(model, config.mesh)
+        model = steps.base_model(model, config.mesh)
     config = finetuned.with_encoder(config, model, "tpu")
     labels = tuple(str(number) for number in range(assumed.labels))
     state = jax.eval_shape(partial(finetuned.make_state, config, labels, None))
     placement = finetuned.make_placement(config, labels, state, devices=devices)
     longest = min(config.data.max_length, model.max_length or config.data.max_length)
     length, rows = assumed.length or longest, config.data.batch_size
-    batch = _labelled_batch(config.task, rows, length, assumed.labels)
+    batch = config.task.abstract_batch(rows, length, assumed.labels)
     num_tokens = batch["tokens"].size
-    per_token = finetuned.flops_per_token(config, state.trainable, length)
-    flops = None if per_token is None else per_token * num_tokens
+    flops = finetuned.flops_per_token(config, state.trainable, length) * num_tokens
     return Step(placement, placement.abstract_batch(batch), num_tokens, length, flops)
 
 
-def base_config(base: str) -> BertConfig | None:
-    """Of a run folder, or a folder in Hugging Face's layout, without its weights; else None."""
+def encoder_config(config: Config, assumed: Assumed) -> Any:
+    """The model that a config names, or that of its base, as far as that can be read here."""
+    if config.base is None:
+        return config.model
+    return base_config(config.base) or assumed.encoder
+
+
+def base_config(base: str) -> ModelConfig | None:
+    """The model in a run folder, or a folder in Hugging Face's layout, without its weights."""
     directory = Path(base)
-    if run.is_run(directory):
-        return run.read_config(directory, PretrainConfig).model
-    if not directory.is_dir():
-        return None
-    return bert.read_config(folder.read_config(directory), str(directory / folder.CONFIG))[1]
-
-
-def _labelled_batch(task: Task, rows: int, length: int, num_labels: int) -> dict[str, Any]:
-    """Shapes of what the task's ``encode`` and the batches make of examples."""
-    one, along = _shape(jnp.int32, rows), _shape(jnp.int32, rows, length)
-    batch = {"tokens": along, "token_type_ids": along, "lengths": one, "index": one}
-    batch["weights"] = _shape(jnp.float32, rows)
-    match task:
-        case Classification():
-            kind = task.fields.target
-            many = _shape(jnp.float32, rows, num_labels)
-            number = _shape(jnp.float32, rows)
-            return batch | {"labels": {"class": one, "labels": many, "number": number}[kind]}
-        case Tagging():
-            return batch | {"labels": along, "weights": _shape(jnp.float32, rows, length)}
-        case QuestionAnswering():
-            return batch | {"starts": one, "ends": one, "allowed": _shape(bool, rows, length)}
-        case MultipleChoice():
-            many = _shape(jnp.int32, rows, NUM_CHOICES, length)
-            lengths = _shape(jnp.int32, rows, NUM_CHOICES)
-            more = {"tokens": many, "token_type_ids": many, "lengths": lengths, "labels": one}
-            return batch | more
-        case Embedding():
-            del batch["token_type_ids"]
-            pair = _shape(jnp.int32, rows, 2, length)
-            return batch | {"tokens": pair, "lengths": _shape(jnp.int32, rows, 2)}
-    raise InputError(f"the batches of {type(task).__name__} are not known to this check")
-
-
-def _shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, dtype)
+    if folder.is_run(directory):
+        return folder.read_config(directory, PretrainConfig).model
+    return huggingface.read_config(directory) if directory.is_dir() else None
 
 
 def _vocabulary(size: int) -> Vocabulary:

@@ -19,6 +19,7 @@ from jaxlm.convert.table import Tensors, Weights
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.models.model import ModelConfig
 from jaxlm.runtime.storage import on_disk
 
 
@@ -26,6 +27,8 @@ from jaxlm.runtime.storage import on_disk
 class Published:
     """A published model; all its weights are float32 and lie on the host."""
 
+    path: Path
+    """The folder it was read from."""
     config: BertConfig
     params: Weights
     """``{"encoder": …}``."""
@@ -59,6 +62,7 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
     tree = _read(architecture, config, folder.read_tensors(path), str(path))
     head = dict(tree.get("head", {}))
     return Published(
+        path=path,
         config=config,
         params={"encoder": tree["encoder"]},
         pooler=head.pop("pooler", None),
@@ -66,6 +70,11 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
         tokenizer=tokenizer,
         fingerprint=_fingerprint(config, tree),
     )
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The model that a folder in Hugging Face's layout describes, without its weights."""
+    return bert.read_config(folder.read_config(path), str(path / folder.CONFIG))[1]
 
 
 def to_huggingface(
@@ -83,11 +92,16 @@ def to_huggingface(
 def save(
     path: str | Path,
     params: PyTree[Float[Array | np.ndarray, "..."]],
-    config: BertConfig,
+    config: ModelConfig,
     tokenizer: Tokenizer,
 ) -> None:
     """A new folder that :func:`load`, and other libraries, read; it appears when it is complete."""
     path = on_disk(path)
+    if not isinstance(config, BertConfig):
+        raise InputError(
+            f"a {type(config).__name__} cannot be saved for other libraries, which have no such "
+            "model: use it from its run folder"
+        )
     if path.exists():
         raise InputError(f"{path} exists: name a new folder")
     special = asdict(tokenizers.SpecialTokens.of(tokenizer))

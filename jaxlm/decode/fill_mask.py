@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
 from jaxlm.errors import InputError
-from jaxlm.nn import masks
 from jaxlm.typing import Apply, Variables
 
 MASK = "[MASK]"  # how a blank is written, whatever the tokenizer calls it
@@ -31,7 +30,8 @@ class Filling:
 class FillMask:
     """Fills in the blanks of texts, a batch at a time.
 
-    ``apply(variables, tokens, predicted, *, mask)`` gives logits at the positions ``predicted``.
+    ``apply(variables, tokens, predicted, *, segment_ids)`` gives logits at the positions
+    ``predicted``; segment ids are 0 at real tokens and -1 at padding.
     Rows are padded to a multiple of 32 tokens, so that few shapes are compiled.
     """
 
@@ -49,8 +49,9 @@ class FillMask:
             lengths: Int[Array, "batch"],
             predicted: Int[Array, "batch masked"],
         ) -> Float[Array, "batch masked vocab"]:
-            mask = masks.padding(lengths, tokens.shape[1])
-            logits = apply(variables, tokens, predicted, mask=mask)
+            position = jnp.arange(tokens.shape[1])[None, :]
+            segment_ids = jnp.where(position < lengths[:, None], 0, -1)
+            logits = apply(variables, tokens, predicted, segment_ids=segment_ids)
             return jax.nn.softmax(logits[..., : self._vocab_size], axis=-1)
 
         self._probabilities = probabilities

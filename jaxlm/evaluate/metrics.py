@@ -10,6 +10,7 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
@@ -44,6 +45,9 @@ HIGHER_IS_BETTER = {
 }
 
 
+CORRELATIONS = ("pearson", "spearman")
+
+
 def higher_is_better(name: str) -> bool:
     """Which way a metric is to go; ``f1/person``, of one type of entity, goes as ``f1`` does."""
     base, slash, kind = name.partition("/")
@@ -52,6 +56,18 @@ def higher_is_better(name: str) -> bool:
             f"no metric is called {name!r}: it is one of {', '.join(HIGHER_IS_BETTER)}"
         )
     return HIGHER_IS_BETTER[base]
+
+
+def classification_names(
+    kind: Literal["class", "labels", "number"], num_labels: int
+) -> tuple[str, ...]:
+    """What is measured of texts with a class, with labels, or with a number."""
+    if kind == "labels":
+        return "micro_f1", "macro_f1", "exact_match"
+    if kind == "number":
+        return *CORRELATIONS, "mse"
+    binary = ("f1",) if num_labels == 2 else ()
+    return "accuracy", "macro_f1", "micro_f1", "mcc", *binary, "calibration_error"
 
 
 def classification(
@@ -222,6 +238,17 @@ def squad(
             if rows.any():
                 result |= {f"{part}_{name}": float(x[rows].mean()) for name, x in score.items()}
     return {name: float(values.mean()) for name, values in score.items()} | result
+
+
+def squad_names(has_answer: Sequence[bool], *, thresholds: bool) -> tuple[str, ...]:
+    """What :func:`squad` measures where some examples have answers, with null scores or without."""
+    names, scores = ["exact_match", "f1"], ("exact_match", "f1")
+    if thresholds:
+        names += [f"best_{name}{end}" for name in scores for end in ("", "_threshold")]
+    if not all(has_answer):
+        parts = ["has_answer"] * any(has_answer) + ["no_answer"]
+        names += [f"{part}_{name}" for part in parts for name in scores]
+    return tuple(names)
 
 
 def _best_threshold(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
+from jaxlm.models.heads import MlmHead
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
@@ -80,6 +81,19 @@ class BertConfig:
         layer = 2 * (4 * h * h + 2 * h * m) + 4 * length * h
         head = 2 * h * h + 2 * h * (self.vocab_size or 0)
         return float(length * self.num_layers * layer + num_predicted * head)
+
+    @property
+    def unrolls_layers(self) -> bool:
+        """Whether the blocks are computed without a loop."""
+        return self.unroll is None
+
+    def with_dropout(self, rate: float) -> "BertConfig":
+        """The same with that rate in both places."""
+        return replace(self, dropout_rate=rate, attention_dropout_rate=rate)
+
+    def make_lm_head(self) -> MlmHead:
+        """The head of masked language modelling (appendix A.2)."""
+        return MlmHead(self.epsilon, jnp.dtype(self.dtype or "float32"), self.initializer_std)
 
     def make(self) -> "Bert":
         """The encoder. ``vocab_size`` must be known by now."""

@@ -4,7 +4,7 @@ Called like :class:`jaxlm.models.bert.Bert`, so that heads and objectives are th
 have embeddings of their own, as there; positions need none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import flax.linen as nn
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
+from jaxlm.models.heads import MlmHead
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.recurrent import BiLstm
@@ -54,6 +55,31 @@ class BilstmConfig:
                 f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0.3 is usual, 0 is off"
             )
 
+    @property
+    def unrolls_layers(self) -> bool:
+        """Its layers are not stacked."""
+        return False
+
+    def forward_flops(self, length: int, num_predicted: int) -> float:
+        """Operations for one row: the maps of inputs and states, and the head's at some positions.
+
+        A multiply-add counts as two.
+        """
+        state = self.hidden_dim // 2
+        inputs = self.embed_dim + (self.num_layers - 1) * self.hidden_dim
+        cells = 2 * 2 * 4 * state * (inputs + self.num_layers * state)
+        head = 2 * self.hidden_dim * self.embed_dim + 2 * self.embed_dim * (self.vocab_size or 0)
+        return float(length * cells + num_predicted * head)
+
+    def with_dropout(self, rate: float) -> "BilstmConfig":
+        """The same with that rate."""
+        return replace(self, dropout_rate=rate)
+
+    def make_lm_head(self) -> MlmHead:
+        """BERT's, in the width of the token table."""
+        dtype = jnp.dtype(self.dtype or "float32")
+        return MlmHead(dtype=dtype, initializer_std=0.02, features=self.embed_dim)
+
     def make(self) -> "Bilstm":
         """The encoder. ``vocab_size`` must be known by now."""
         if self.vocab_size is None:
@@ -81,6 +107,7 @@ class Bilstm(nn.Module):
         tokens: Tokens,
         *,
         token_type_ids: Int[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
         deterministic: bool = True,
     ) -> Hidden:
@@ -89,6 +116,7 @@ class Bilstm(nn.Module):
         Args:
             tokens: ids below ``vocab_size``.
             token_type_ids: 0 for the first text of a pair, 1 for the second; ``None``, all 0.
+            positions: not used: a recurrence knows the order.
             segment_ids: both directions start afresh where the id changes, such as from the real
                 tokens to padding; ``None``, nowhere.
             deterministic: no dropout; otherwise pass ``rngs={"dropout": key}`` to ``apply``.

@@ -17,35 +17,42 @@ from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import gelu
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.norms import LayerNorm
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Dtype, Hidden, Tokens
 
 
 class MlmHead(nn.Module):
-    """``norm(gelu(x W + b)) Eᵀ + c`` with the encoder's token table E (Devlin et al. 2018, A.2)."""
+    """``norm(gelu(x W + b)) Eᵀ + c`` with the encoder's token table E (Devlin et al. 2018, A.2).
+
+    Attributes:
+        features: width of the table, where it is not that of the hidden states.
+    """
 
     epsilon: float = 1e-12
     dtype: Dtype = jnp.float32
     initializer_std: float = 0.02
+    features: int | None = None
 
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "*batch embed"], table: Embed
     ) -> Float[Array, "*batch vocab"]:
         init = nn.initializers.truncated_normal(self.initializer_std)
-        x = Linear(hidden.shape[-1], dtype=self.dtype, kernel_init=init, name="transform")(hidden)
+        width = self.features or hidden.shape[-1]
+        x = Linear(width, dtype=self.dtype, kernel_init=init, name="transform")(hidden)
         x = LayerNorm(self.epsilon, self.dtype, name="norm")(gelu(x))
         bias = self.param("bias", nn.initializers.zeros, (table.num_embeddings,), jnp.float32)
         return table.attend(x, bias)
 
 
-class MaskedLm(nn.Module):
-    """An encoder and an :class:`MlmHead` on its token table.
+class WithLmHead(nn.Module):
+    """An encoder and a head that scores the vocabulary, such as :class:`MlmHead`.
 
-    ``encoder`` is any module with a ``token_embed`` that maps tokens to hidden states.
+    ``encoder`` is any module with a ``token_embed`` that maps tokens to hidden states; ``head`` is
+    called as ``head(hidden, token_embed)``.
     """
 
     encoder: nn.Module
-    head: MlmHead
+    head: nn.Module
 
     def __call__(
         self,
@@ -54,7 +61,6 @@ class MaskedLm(nn.Module):
         *,
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        mask: Mask | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch predicted vocab"]:
         """Float32 logits at the positions ``predicted`` of each row, or at all of them.
@@ -66,7 +72,6 @@ class MaskedLm(nn.Module):
             tokens,
             positions=positions,
             segment_ids=segment_ids,
-            mask=mask,
             deterministic=deterministic,
         )
         if predicted is not None:

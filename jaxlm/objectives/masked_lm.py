@@ -1,7 +1,5 @@
 """Masked language modelling (Devlin et al. 2018, section 3.1): predict what is hidden from view."""
 
-from dataclasses import dataclass, field
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
@@ -10,17 +8,6 @@ from jaxlm.objectives.cross_entropy import cross_entropy
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
 from jaxlm.sums import Sums
 from jaxlm.typing import Apply, Batch, Loss, PRNGKey, Scalar, Tokens, Variables
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskedLmConfig:
-    """What is hidden in training and in evaluation, and whether documents see each other."""
-
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    eval_masking: MaskingConfig = field(default_factory=MaskingConfig)
-    """At a rate of 0.15 unless told otherwise, so that losses of different runs compare."""
-    isolate_documents: bool = False
-    """Documents that share a row do not attend to each other, and each counts positions from 0."""
 
 
 def segment_ids(

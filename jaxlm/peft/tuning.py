@@ -123,7 +123,7 @@ def plain(variables: PyTree) -> PyTree:
     return stack.join(dequantize(variables))
 
 
-def table(trainable: Params, frozen: Params, moments: int) -> Table:
+def table(trainable: PyTree, frozen: PyTree, moments: int) -> Table:
     """Sizes of what is trained and what is not, and of full tuning with the same optimizer.
 
     ``moments`` is the optimizer's number of values for each parameter.

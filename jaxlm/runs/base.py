@@ -1,4 +1,4 @@
-"""The encoder that fine-tuning starts from: of a run of ours, or published."""
+"""The pretrained model that a run starts from: of a run of ours, or published."""
 
 import hashlib
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from jaxlm.convert import huggingface
-from jaxlm.models.bert import BertConfig
-from jaxlm.runs import run
-from jaxlm.runtime.storage import locate
+from jaxlm.models.model import ModelConfig
+from jaxlm.runs import pretrained
+from jaxlm.runs.folder import TOKENIZER, is_run
+from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.train.checksum import checksums
 
 
@@ -18,14 +19,18 @@ class Base:
     """A pretrained encoder and its tokenizer."""
 
     name: str
-    config: BertConfig
+    config: ModelConfig
     encoder: dict[str, Any]
     """Its parameters."""
     pooler: dict[str, Any] | None
     """``kernel`` and ``bias`` of the layer on the first token's hidden state, where published."""
+    lm_head: dict[str, Any] | None
+    """Parameters of the head that scores the vocabulary, where there is one."""
     tokenizer: Tokenizer
+    tokenizer_path: StoragePath
+    """A file or a folder that holds the tokenizer."""
     fingerprint: str
-    """Of the parameters."""
+    """A hash of the encoder's parameters."""
 
 
 def load(name: str) -> Base:
@@ -33,20 +38,26 @@ def load(name: str) -> Base:
 
     Raises :class:`InputError` where it is none of them.
     """
-    if run.is_run(locate(name)):
-        loaded = run.open_run(name)
+    directory = locate(name)
+    if is_run(directory):
+        loaded = pretrained.open_pretrained(directory)
+        assert loaded.config.model is not None  # resolved
         config, tokenizer, pooler = loaded.config.model, loaded.tokenizer, None
-        encoder = loaded.variables["params"]["encoder"]
+        tokenizer_path = directory / TOKENIZER
+        encoder, head = (loaded.variables["params"].get(part) for part in ("encoder", "head"))
     else:
         published = huggingface.load(name)
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler
-        encoder = published.params["encoder"]
+        tokenizer_path = published.path
+        encoder, head = published.params["encoder"], published.mlm_head
     digest = hashlib.sha256(repr(sorted(checksums(encoder).items())).encode())
     return Base(
         name=name,
         config=config,
         encoder=encoder,
         pooler=pooler,
+        lm_head=head,
         tokenizer=tokenizer,
+        tokenizer_path=tokenizer_path,
         fingerprint=digest.hexdigest(),
     )

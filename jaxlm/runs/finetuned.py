@@ -1,6 +1,5 @@
-"""A fine-tuned model assembled from its configuration: what training and using it share."""
+"""A fine-tuned model put together from its configuration: what training and using it share."""
 
-import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
-from jaxlm import optim, sharding, tree
+from jaxlm import optim, tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.batches import eval_batches, make_buckets
 from jaxlm.data.labelled.dataset import Splits, read_splits
@@ -22,41 +21,29 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithHead
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import run
+from jaxlm.runs import steps
 from jaxlm.runs.base import Base
-from jaxlm.runtime.batch_rows import ALL_ROWS
+from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.storage import StoragePath, locate
-from jaxlm.sharding import MeshConfig
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.task import Labels, Outputs, Task
 from jaxlm.train import restore
-from jaxlm.train.placement import Placement, jit_placement, pmap_placement
+from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor, Monitor
 from jaxlm.train.state import TrainState
-from jaxlm.train.step import make_predict_step, make_train_step
-from jaxlm.typing import Apply, Batch, Params, PRNGKey, Variables
+from jaxlm.train.step import EvalStep, make_predict_step
+from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
 
 
-def base_encoder(published: BertConfig, mesh: MeshConfig) -> BertConfig:
-    """A base's encoder for this mesh: its token table is filled up as pretraining would."""
-    assert published.vocab_size is not None
-    rows = run.padded_vocab_size(published.vocab_size, mesh)
-    return replace(published, dtype=None, vocab_size=rows)
-
-
 def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneConfig:
     """The config with that encoder, which gets the run's dropout rate and dtype."""
-    rates = {"dropout_rate": config.dropout_rate}
-    if isinstance(model, BertConfig):
-        rates["attention_dropout_rate"] = config.dropout_rate
-    dtype = config.dtype or model.dtype or run.default_dtype(platform)
-    model = replace(model, dtype=dtype, **rates)
+    dtype = config.dtype or model.dtype or steps.default_dtype(platform)
+    model = replace(model.with_dropout(config.dropout_rate), dtype=dtype)
     return replace(config, model=model, monitor=monitor(config).name)
 
 
@@ -74,6 +61,7 @@ def adapted_apply(config: FinetuneConfig, labels: Labels) -> Apply:
 def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> TrainState:
     """Step 0: the base's parameters, and a new head and adapters, on the host's first device."""
     model = make_model(config, labels)
+    assert config.model is not None  # resolved
     key, adapter_key = jax.random.split(jax.random.key(config.train.seed))
 
     def init(key: PRNGKey) -> Params:
@@ -84,7 +72,7 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
 
     params = jax.jit(init)(key)
     if base is not None:
-        params = params | {"encoder": _with_rows(base.encoder, config.model)}
+        params = params | {"encoder": steps.with_rows(base.encoder, config.model)}
         if base.pooler is not None and "pooler" in params.get("head", {}):
             params["head"] = params["head"] | {"pooler": base.pooler}
     params = jax.tree.map(jnp.asarray, params)
@@ -94,7 +82,7 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
         params,
         lambda variables: model.apply(variables, _tokens()),
         config.frozen_dtype,
-        split_layers=getattr(config.model, "unroll", 1) is None,
+        split_layers=config.model.unrolls_layers,
     )
     if not trainable:
         raise InputError(
@@ -107,15 +95,6 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
 def _tokens() -> jax.Array:
     """To initialise and to trace with."""
     return jnp.zeros((1, 8), jnp.int32)
-
-
-def _with_rows(encoder: dict[str, Any], model: Any) -> dict[str, Any]:
-    """The same, its token table filled up with zeros to the model's ``vocab_size``."""
-    table = np.asarray(encoder["token_embed"]["embedding"])
-    more = model.vocab_size - len(table)
-    if not more:
-        return encoder
-    return encoder | {"token_embed": {"embedding": np.pad(table, ((0, more), (0, 0)))}}
 
 
 def make_optimizer(config: FinetuneConfig) -> Any:
@@ -133,57 +112,40 @@ def make_placement(
 ) -> Placement:
     """The run's steps on all devices, or on ``devices``; of ``state`` the shapes alone are used.
 
-    ``eval_step`` gives sums, of labelled data, and outputs. :func:`put_state` puts the state there.
+    ``eval_step`` gives sums, of labelled data, and outputs. ``steps.put_state`` puts a state there.
     """
     apply = adapted_apply(config, labels)
-    axis_name = "data" if config.placement == "pmap" else None
-    train_step = make_train_step(
-        config.task.make_loss(apply),
-        make_optimizer(config),
-        optim.make_schedule(config.optimizer),
-        seed=config.train.seed,
-        num_micro_batches=config.train.num_micro_batches,
-        axis_name=axis_name,
-    )
     task = config.task.for_evaluation()
     predict = task.make_predict(apply)
-    predict_step = make_predict_step(
-        task.make_loss(apply) if labelled else None,
-        lambda variables, batch: {**predict(variables, batch), "example": batch["example"]},
-        seed=run.EVAL_SEED,
-        axis_name=axis_name,
-    )
+
+    def predict_step(axis_name: str | None) -> EvalStep:
+        return make_predict_step(
+            task.make_loss(apply) if labelled else None,
+            lambda variables, batch: {**predict(variables, batch), "example": batch["example"]},
+            seed=steps.EVAL_SEED,
+            axis_name=axis_name,
+        )
 
     def init(_: PRNGKey) -> TrainState:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
 
-    mesh = sharding.make_mesh(config.mesh, devices)
-    run.check_batch(config.data.batch_size, config.train.num_micro_batches, mesh)
-    if axis_name is None:
-        return jit_placement(init, train_step, predict_step, mesh)
-    run.check_pmap(mesh)
-    return pmap_placement(init, train_step, predict_step, axis_name, devices)
+    loss, lr_factor = config.task.make_loss(apply), tuning.lr_factor(config.tuning)
+    return steps.make_placement(
+        config, init, loss, predict_step, lr_factor=lr_factor, devices=devices
+    )
 
 
-def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) -> float | None:
-    """Floating-point operations of a training step per token; None for encoders but BERT's.
+def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) -> float:
+    """Floating-point operations of a training step per token.
 
     The products of the encoder forward; again for the gradients of activations, where anything
     below the head learns, and of kernels, where those do; and six for every number in an adapter.
     Heads, norms and biases are left out: below 1 % for a BERT-base.
     """
-    if not isinstance(config.model, BertConfig):
-        return None
+    assert config.model is not None  # resolved
     forward = config.model.forward_flops(row_length, 0) / row_length
     passes = {tuning.Full: 3, tuning.HeadOnly: 1}.get(type(config.tuning), 2)
     return passes * forward + 6.0 * tree.num_params(trainable.get("lora", {}))
-
-
-def put_state(state: TrainState, placement: Placement) -> TrainState:
-    """The state on the devices of its placement."""
-    return jax.tree.map(
-        lambda x, abstract: jax.device_put(x, abstract.sharding), state, placement.abstract_state
-    )
 
 
 def predict(
@@ -213,43 +175,9 @@ def predict(
     }
 
 
-def check_monitor(
-    config: FinetuneConfig,
-    labels: Labels,
-    placement: Placement,
-    state: TrainState,
-    examples: Sequence[Any],
-    encoded: Examples,
-    buckets: Sequence[int],
-) -> None:
-    """Raise where the task does not measure what decides which checkpoint is best.
-
-    The metrics are taken of made up outputs, which choose the first of all classes, then the last:
-    what only one of them brings may not be there in an evaluation. Nothing is compiled.
-    """
-    name = monitor(config).name
-    if name in ("loss", config.task.monitor):
-        return
-    step = jax.jit(config.task.make_predict(adapted_apply(config, labels)))
-
-    def made_up(sign: int, state: TrainState, batch: Batch) -> tuple[None, Outputs]:
-        shapes = jax.eval_shape(step, state.variables, batch)
-        outputs = {
-            name: np.broadcast_to((sign * np.arange(x.shape[-1])).astype(x.dtype), x.shape)
-            for name, x in shapes.items()
-        }
-        kept = {*outputs, "example"}  # some are of the batch, such as whose a window is
-        return None, outputs | {name: x for name, x in batch.items() if name in kept}
-
-    found: list[Iterable[str]] = []
-    for sign in (-1, 1):
-        eval_step = functools.partial(made_up, sign)
-        on_host = placement._replace(
-            eval_step=eval_step, put_batch=lambda x: x, batch_rows=ALL_ROWS
-        )
-        _, outputs = predict(on_host, state, encoded, config.data.batch_size, buckets)
-        found.append(config.task.metrics(examples, labels, outputs))
-    check_measured(name, [metric for metric in found[0] if metric in found[1]])
+def check_monitor(config: FinetuneConfig, labels: Labels, examples: Sequence[Any]) -> None:
+    """Raise where the task does not measure what decides which checkpoint is best."""
+    check_measured(monitor(config).name, config.task.metric_names(examples, labels))
 
 
 def check_measured(name: str, metrics: Iterable[str]) -> None:
@@ -340,7 +268,7 @@ def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
     return Framer(tokenizer, min(config.data.max_length, longest))
 
 
-def open_tuned(
+def open_finetuned(
     directory: StoragePath | str, *, base: Base | str | None = None, step: int | None = None
 ) -> FinetunedRun:
     """Read a fine-tuned run: its best checkpoint, or that of ``step``.
@@ -350,11 +278,11 @@ def open_tuned(
     :class:`InputError` where it is another than the adapters' own.
     """
     directory = locate(directory)
-    config = run.read_config(directory, FinetuneConfig)
-    tokenizer = run.read_tokenizer(directory)
-    checkpoints = directory / run.CHECKPOINTS
+    config = read_config(directory, FinetuneConfig)
+    tokenizer = read_tokenizer(directory)
+    checkpoints = directory / CHECKPOINTS
     cursor = restore.peek(checkpoints)
-    run.check_tokenizer(directory, cursor, tokenizer)
+    check_tokenizer(directory, cursor, tokenizer)
     try:
         labels = tuple(json.loads((directory / LABELS).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -373,7 +301,7 @@ def open_tuned(
                 f"adapters of {directory} were trained on ({cursor['base_sha256'][:12]}): give "
                 "that one with --base"
             )
-    config = run.for_evaluation(config)
+    config = steps.for_evaluation(config)
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
     unlabelled = make_placement(config, labels, state, labelled=False)
@@ -384,7 +312,7 @@ def open_tuned(
         if step is None
         else step,
     )
-    state = put_state(
+    state = steps.put_state(
         TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )

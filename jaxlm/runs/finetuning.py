@@ -1,10 +1,11 @@
 """Fine-tuning from a configuration: the whole way from labelled records to a run folder."""
 
-import dataclasses
 import json
 import math
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,129 +25,98 @@ from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import finetuned, pretraining, run
+from jaxlm.runs import finetuned, resume, steps
 from jaxlm.runs.base import Base
+from jaxlm.runs.folder import CHECKPOINTS
+from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
-from jaxlm.runtime.storage import StoragePath, mirrored, write_whole
-from jaxlm.train.checkpoint import Checkpointer
-from jaxlm.train.loop import fit
-from jaxlm.train.metrics import Throughput
-from jaxlm.train.progress import Progress
-from jaxlm.train.restore import best_step, list_steps
+from jaxlm.runtime.storage import StoragePath
+from jaxlm.train.restore import best_step
 from jaxlm.train.state import TrainState
-from jaxlm.train.view import RECORDS, View
+from jaxlm.typing import HostBatch
 
 
 def finetune(config: FinetuneConfig, *, console: Console | None = None) -> StoragePath:
     """Train, and leave a self-contained run folder; returns it.
 
-    Where the folder holds an unfinished run, that run goes on.
+    Where the folder holds an unfinished run, it resumes.
     """
-    main_process = jax.process_index() == 0
-    console = console or Console(quiet=not main_process, highlight=False)
-    directory, task = config.directory, config.task
-    run.check_processes(config, directory / run.CHECKPOINTS)
+    console = console or Console(quiet=jax.process_index() > 0, highlight=False)
+    task = config.task
+    resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
         splits = read_splits(config.data, task.read)
     base = None if config.base is None else bases.load(config.base)
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
     config = resolve(config, base, tokenizer, jax.default_backend())
     labels = task.labels(splits.train)
+    finetuned.check_monitor(config, labels, splits.validation)
     framer = finetuned.make_framer(config, tokenizer)
-    train, validation = (task.encode(framer, part, labels) for part in splits[:2])
-    steps = config.train.with_steps(len(train), config.data.batch_size)
-    config = dataclasses.replace(config, train=steps)
+    examples, validation = (task.encode(framer, part, labels) for part in splits[:2])
+    config = replace(config, train=config.train.with_steps(len(examples), config.data.batch_size))
     described = {
-        "training": describe(train, task.classes(splits.train), duplicates=splits.duplicates),
+        "training": describe(examples, task.classes(splits.train), duplicates=splits.duplicates),
         "validation": describe(validation, task.classes(splits.validation)),
     }
     console.print(render(described))
-    lengths = np.concatenate([train.lengths, validation.lengths])
+    lengths = np.concatenate([examples.lengths, validation.lengths])
     buckets = make_buckets(lengths, config.data.num_buckets, max_length=framer.max_length)
 
-    state = finetuned.make_state(config, labels, base)
-    placement = finetuned.make_placement(config, labels, state)
-    finetuned.check_monitor(
-        config, labels, placement, state, splits.validation, validation, buckets
+    make_state = partial(finetuned.make_state, config, labels, base)
+    shapes = jax.eval_shape(make_state)
+    placement = finetuned.make_placement(config, labels, shapes)
+    moments = round(tree.num_params(shapes.opt_state) / max(tree.num_params(shapes.trainable), 1))
+    console.print(tuning.table(shapes.trainable, shapes.frozen, moments))
+
+    def init() -> TrainState:
+        return steps.put_state(make_state(), placement)
+
+    def batches(examples_seen: int) -> Iterator[HostBatch]:
+        augment = config.data.augment
+        special = SpecialTokens.of(tokenizer)
+        return train_batches(
+            examples,
+            config.data.batch_size,
+            buckets,
+            seed=config.train.seed,
+            examples_seen=examples_seen,
+            augment=augment and make_augment(augment, special, config.train.seed),
+            batch_rows=placement.batch_rows,
+        )
+
+    monitor = finetuned.monitor(config)
+
+    def evaluation(state: TrainState) -> dict[str, float]:
+        batch_size = config.data.batch_size
+        sums, outputs = finetuned.predict(placement, state, validation, batch_size, buckets)
+        assert sums is not None  # the validation data are labelled
+        metrics = {"loss": sums.means()["loss"]}
+        metrics |= task.metrics(splits.validation, labels, outputs)
+        finetuned.check_measured(monitor.name, metrics)
+        return metrics
+
+    cursor = resume.make_cursor(
+        config,
+        data=[splits.fingerprint],
+        tokenizer_sha256=tokenizers.fingerprint(tokenizer),
+        base_sha256=base and base.fingerprint,
+        monitor=monitor.name,
     )
-    moments = round(tree.num_params(state.opt_state) / max(tree.num_params(state.trainable), 1))
-    console.print(tuning.table(state.trainable, state.frozen, moments))
-    resuming = bool(list_steps(directory / run.CHECKPOINTS))
-    if resuming and not config.resume:
-        raise InputError(f"{directory} holds a run: give another --name, or leave out --no-resume")
-
-    with (
-        Progress(config.train.steps, visible=main_process, console=console) as progress,
-        Checkpointer(
-            directory / run.CHECKPOINTS,
-            keep=config.train.keep,
-            monitor=finetuned.monitor(config),
-            report=progress.warn,
-        ) as checkpointer,
-    ):
-        own = tokenizers.fingerprint(tokenizer)
-        cursor = run.make_cursor(config.train.seed, [splits.fingerprint], own)
-        cursor |= {"labels": list(labels), "base_sha256": base and base.fingerprint}
-        distributed.check_same("data", cursor)
-        # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. the base.
-        if resuming:
-            run.check_config(directory, config)
-            abstract = placement.abstract_state
-            restored = checkpointer.restore(abstract.learned)
-            cursor = run.resume_cursor(config, restored.cursor, cursor)
-            state = dataclasses.replace(restored.state, frozen=state.frozen)
-            progress.print(f"going on from step {restored.step} of {directory}")
-        state = finetuned.put_state(state, placement)
-        if main_process:
-            run.write_folder(directory, config, tokenizer)
-            write_whole(directory / finetuned.LABELS, json.dumps(labels))
-
-        def evaluation(state: TrainState) -> dict[str, float]:
-            sums, outputs = finetuned.predict(
-                placement, state, validation, config.data.batch_size, buckets
-            )
-            assert sums is not None  # the validation data are labelled
-            metrics = {"loss": sums.means()["loss"]}
-            metrics |= task.metrics(splits.validation, labels, outputs)
-            finetuned.check_measured(checkpointer.monitor.name, metrics)
-            return metrics
-
-        with (
-            mirrored(directory, *RECORDS) if main_process else nullcontext() as records,
-            View(
-                records,
-                progress,
-                Throughput(None, jax.devices()[0].device_kind, jax.device_count()),
-                step=int(state.step),
-                tokens_seen=cursor["tokens_seen"],
-                log_every=config.train.log_every,
-                reference=_reference(task.classes(splits.validation), len(splits.validation)),
-                more_writers=pretraining.writers(config) if main_process else (),
-            ) as view,
-        ):
-            special = SpecialTokens.of(tokenizer)
-            augment = config.data.augment
-            fit(
-                config.train,
-                placement,
-                state,
-                train_batches(
-                    train,
-                    config.data.batch_size,
-                    buckets,
-                    seed=config.train.seed,
-                    examples_seen=cursor["examples_seen"],
-                    augment=augment and make_augment(augment, special, config.train.seed),
-                    batch_rows=placement.batch_rows,
-                ),
-                evaluation,
-                checkpointer,
-                cursor,
-                view,
-                batch_size=config.data.batch_size,
-            )
-    best = best_step(directory / run.CHECKPOINTS, checkpointer.monitor)
-    console.print(f"the best checkpoint by {checkpointer.monitor.name} is that of step {best}")
+    job = Job(
+        config=config,
+        tokenizer=tokenizer,
+        placement=placement,
+        init=init,
+        cursor=cursor | {"labels": list(labels)},
+        batches=batches,
+        evaluate=evaluation,
+        monitor=monitor,
+        reference=_reference(task.classes(splits.validation), len(splits.validation)),
+        files={finetuned.LABELS: json.dumps(labels)},
+    )
+    directory = train(job, console)
+    best = best_step(directory / CHECKPOINTS, monitor)
+    console.print(f"the best checkpoint by {monitor.name} is that of step {best}")
     return directory
 
 
@@ -160,12 +130,12 @@ def resolve(
     if base is not None:
         if config.model is not None:
             raise InputError(f"model is given, and also base={base.name!r}, which has its own")
-        model: Any = finetuned.base_encoder(base.config, config.mesh)
+        model: Any = steps.base_model(base.config, config.mesh)
     else:
         assert config.model is not None
         given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
-        vocab_size = run.resolve_vocab_size(given, size, config.mesh)
-        model = dataclasses.replace(config.model, vocab_size=vocab_size)
+        vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
+        model = replace(config.model, vocab_size=vocab_size)
     return finetuned.with_encoder(config, model, platform)
 
 
@@ -179,7 +149,7 @@ def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
 
 
 def _reference(classes: list[str], num_examples: int) -> dict[str, float]:
-    """The loss of one who knows how frequent each class is, where each example has one."""
+    """Class entropy: the loss of a constant predictor, where each example has one class."""
     if len(classes) != num_examples:
         return {}
     counts = Counter(classes)

@@ -1,139 +1,137 @@
 """Pretraining from a configuration: the whole way from text to a run folder."""
 
-import dataclasses
-from contextlib import nullcontext
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import jax
 from rich.console import Console
 
 from jaxlm import tree
-from jaxlm.config import Config, PretrainConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.loader import eval_batches, train_batches
-from jaxlm.data.prepare import prepare
+from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
-from jaxlm.runs import run
+from jaxlm.runs import base as bases
+from jaxlm.runs import pretrained, resume, steps
+from jaxlm.runs.base import Base
+from jaxlm.runs.folder import CHECKPOINTS
+from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
-from jaxlm.runtime.storage import StoragePath, locate, mirrored, on_disk
-from jaxlm.train.checkpoint import Checkpointer
-from jaxlm.train.loop import evaluate, fit
-from jaxlm.train.metrics import Throughput, WandbWriter, Writer
-from jaxlm.train.progress import Progress
-from jaxlm.train.restore import list_steps
+from jaxlm.runtime.storage import StoragePath, locate
+from jaxlm.tasks.vocabulary import make_vocabulary
+from jaxlm.train.loop import evaluate
+from jaxlm.train.placement import Placement
+from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
-from jaxlm.train.view import RECORDS, View
+from jaxlm.typing import HostBatch, Params
 
 
-def pretrain(config: PretrainConfig) -> StoragePath:
+def pretrain(config: PretrainConfig, *, console: Console | None = None) -> StoragePath:
     """Prepare what is missing, train, and leave a self-contained run folder; returns it.
 
-    Where the folder holds an unfinished run, that run goes on.
+    Where the folder holds an unfinished run, it resumes.
     """
-    main_process = jax.process_index() == 0
-    console = Console(quiet=not main_process, highlight=False)
-    run.check_processes(config, config.directory / run.CHECKPOINTS)
-    datasets = open_data(config, console)
+    console = console or Console(quiet=jax.process_index() > 0, highlight=False)
+    resume.check_processes(config, config.directory / CHECKPOINTS)
+    base = None if config.base is None else bases.load(config.base)
+    datasets = open_data(config, base, console)
     info = datasets[0].info
-    config = run.resolve(config, info, jax.default_backend())
+    config = pretrained.resolve(config, info, jax.default_backend(), base and base.config)
     tokenizer = tokenizers.load(datasets[0].tokenizer_path)
-    vocabulary = run.make_vocabulary(tokenizer)
-    placement = run.make_placement(config, vocabulary)
-    directory = config.directory
-    resuming = bool(list_steps(directory / run.CHECKPOINTS))
-    if resuming and not config.resume:
-        raise InputError(f"{directory} holds a run: give another --name, or leave out --no-resume")
+    placement = pretrained.make_placement(config, make_vocabulary(tokenizer))
+    given = {} if base is None else base_params(config, placement, base, console)
     console.print(
         f"{config.name}: {tree.num_params(placement.abstract_state.trainable):,} parameters, "
         f"{sum(d.info.tokens['train'] for d in datasets) / 1e6:.2f} M tokens in rows "
         f"of {info.row_length}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
-    throughput = Throughput(
-        run.flops_per_token(config, info.row_length),
-        jax.devices()[0].device_kind,
-        jax.device_count(),
+    def init() -> TrainState:
+        return placement.init(jax.random.key(config.train.seed), given)
+
+    def batches(examples_seen: int) -> Iterator[HostBatch]:
+        return train_batches(
+            datasets,
+            config.data,
+            seed=config.train.seed,
+            examples_seen=examples_seen,
+            batch_rows=placement.batch_rows,
+        )
+
+    def evaluation(state: TrainState) -> dict[str, float]:
+        rows = eval_batches(
+            datasets[0],
+            config.data.batch_size,
+            max_rows=config.train.eval_rows,
+            batch_rows=placement.batch_rows,
+        )
+        return evaluate(placement, state, rows)
+
+    monitor = Monitor()
+    job = Job(
+        config=config,
+        tokenizer=tokenizer,
+        placement=placement,
+        init=init,
+        cursor=resume.make_cursor(
+            config,
+            data=[dataset.info.fingerprint for dataset in datasets],
+            tokenizer_sha256=info.tokenizer_sha256,
+            base_sha256=base and base.fingerprint,
+            monitor=monitor.name,
+        ),
+        batches=batches,
+        evaluate=evaluation,
+        monitor=monitor,
+        reference={"unigram entropy": info.unigram_entropy},
+        flops_per_token=pretrained.flops_per_token(config, info.row_length),
+        files={},
     )
-    checkpoints = directory / run.CHECKPOINTS
-    with (
-        Progress(config.train.steps, visible=main_process, console=console) as progress,
-        Checkpointer(checkpoints, keep=config.train.keep, report=progress.warn) as checkpointer,
-    ):
-        fingerprints = [dataset.info.fingerprint for dataset in datasets]
-        start = run.make_cursor(config.train.seed, fingerprints, info.tokenizer_sha256)
-        # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. from scratch.
-        if resuming:
-            # Before the checkpoint: with another vocabulary its shapes would not fit either.
-            own = {"tokenizer_sha256": tokenizers.fingerprint(run.read_tokenizer(directory))}
-            run.check_same(directory, start | own, start)
-            run.check_config(directory, config)
-            restored = checkpointer.restore(placement.abstract_state.learned)
-            state, cursor = restored.state, run.resume_cursor(config, restored.cursor, start)
-            progress.print(f"going on from step {restored.step} of {directory}")
-        else:
-            state, cursor = placement.init(jax.random.key(config.train.seed)), start
-        if main_process:
-            run.write_folder(directory, config, tokenizer)
-
-        def evaluation(state: TrainState) -> dict[str, float]:
-            batches = eval_batches(
-                datasets[0],
-                config.data.batch_size,
-                max_rows=config.train.eval_rows,
-                batch_rows=placement.batch_rows,
-            )
-            return evaluate(placement, state, batches)
-
-        with (
-            mirrored(directory, *RECORDS) if main_process else nullcontext() as records,
-            View(
-                records,
-                progress,
-                throughput,
-                step=int(state.step),
-                tokens_seen=cursor["tokens_seen"],
-                log_every=config.train.log_every,
-                reference={"unigram entropy": info.unigram_entropy},
-                more_writers=writers(config) if main_process else (),
-            ) as view,
-        ):
-            fit(
-                config.train,
-                placement,
-                state,
-                train_batches(
-                    datasets,
-                    config.data,
-                    seed=config.train.seed,
-                    examples_seen=cursor["examples_seen"],
-                    batch_rows=placement.batch_rows,
-                ),
-                evaluation,
-                checkpointer,
-                cursor,
-                view,
-                batch_size=config.data.batch_size,
-            )
-    return directory
+    return train(job, console)
 
 
-def open_data(config: PretrainConfig, console: Console) -> list[Prepared]:
-    """All prepared data of a run; the first is made where it is missing and the config says how."""
-    first = locate(config.data.paths[0])
-    if config.prepare is not None:
-        with distributed.first("prepare"):  # the others find it, or make it on a disk of their own
-            prepare(config.prepare, first, console=console)
+def open_data(config: PretrainConfig, base: Base | None, console: Console) -> list[Prepared]:
+    """All prepared data of a run; the first is made where it is missing and the config says how.
+
+    With a base, its tokenizer is the one that cuts the text.
+    """
+    first, wanted = locate(config.data.paths[0]), config.prepare
+    if wanted is not None:
+        if base is not None:
+            own = TokenizerConfig(path=base.tokenizer_path)  # pyright: ignore[reportArgumentType]
+            wanted = replace(wanted, tokenizer=own)
+        with distributed.first("prepare"):  # the others find it, or make it on their own disks
+            prepare(wanted, first, console=console)
     datasets = [open_prepared(path) for path in config.data.paths]
     found = {str(d.directory): [d.info.fingerprint, d.info.tokenizer_sha256] for d in datasets}
-    distributed.check_same(
-        "data", {f"the content of {path}": value for path, value in found.items()}
-    )
+    distributed.check_same("data", {f"the content of {path}": x for path, x in found.items()})
+    if base is not None and datasets[0].info.tokenizer_sha256 != tokenizers.fingerprint(
+        base.tokenizer
+    ):
+        raise InputError(
+            f"{first} was prepared with another tokenizer than that of base={base.name}: prepare "
+            f"it again, into another folder, with --tokenizer.path {base.tokenizer_path}"
+        )
     return datasets
 
 
-def writers(config: Config) -> tuple[Writer, ...]:
-    """Weights & Biases, where the config asks for it."""
-    if config.wandb is None:
-        return ()
-    settings = dataclasses.asdict(config)
-    return (WandbWriter(on_disk(config.directory), project=config.wandb, config=settings),)
+def base_params(
+    config: PretrainConfig, placement: Placement, base: Base, console: Console
+) -> dict[str, Params]:
+    """The base's encoder, and its head where that is the task's; says which of them is new."""
+    assert config.model is not None  # resolved
+    given: dict[str, Any] = {"encoder": steps.with_rows(base.encoder, config.model)}
+    head = base.lm_head and steps.with_bias(base.lm_head, config.model)
+    wanted = placement.abstract_state.trainable["params"].get("head", {})
+    if head and _shapes(head) == _shapes(wanted):
+        given["head"] = head
+    what = "encoder and head" if "head" in given else "encoder; its head is new"
+    console.print(f"from {base.name}: {what}")
+    return given
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(leaf.shape) for path, leaf in tree.leaves_with_path(params)}

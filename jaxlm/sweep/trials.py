@@ -28,7 +28,7 @@ from jaxlm.config import Config, FinetuneConfig
 from jaxlm.data.labelled.dataset import fingerprint
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.runs import run
+from jaxlm.runs import folder
 from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label
@@ -213,9 +213,11 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
             write_whole(directory / TRIAL, configs.to_json(config))
             run_trial(config)
         evaluations = _evaluations(directory)
-        name = getattr(config, "base", None)
+        name = config.base
         kept = (
-            before if name is None or "base_sha256" in before else peek(directory / run.CHECKPOINTS)
+            before
+            if name is None or "base_sha256" in before
+            else peek(directory / folder.CHECKPOINTS)
         )
     except Exception as error:  # whatever a trial may die of, the sweep goes on
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
@@ -277,7 +279,7 @@ def _evaluations(directory: Path) -> dict[int, dict[str, float]]:
         if metrics:
             evaluations[int(line["step"])] = metrics
     # A run ends with an evaluation; one that a signal stops saves without any.
-    newest = max(list_steps(directory / run.CHECKPOINTS), default=0)
+    newest = max(list_steps(directory / folder.CHECKPOINTS), default=0)
     if newest == 0 or newest not in evaluations:
         raise InputError(f"it was stopped at step {newest}: the same command goes on from there")
     return evaluations
@@ -286,7 +288,7 @@ def _evaluations(directory: Path) -> dict[int, dict[str, float]]:
 def _check_same(directory: Path, config: Config) -> None:
     """A folder that holds checkpoints goes on as what it was begun as, or not at all."""
     path = directory / TRIAL
-    if not path.is_file() or not list_steps(directory / run.CHECKPOINTS):
+    if not path.is_file() or not list_steps(directory / folder.CHECKPOINTS):
         return
     saved, now = configs.flatten(configs.read_file(path)), configs.flatten(config)
     # Types first: where they differ, so do the fields.

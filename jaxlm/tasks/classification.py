@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.labelled import classification as data
@@ -16,12 +18,12 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
-from jaxlm.evaluate import metrics, report
+from jaxlm.evaluate import calibration, metrics, plots, report
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import ClassificationHead, bert_pooler, mean_pool
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
 from jaxlm.typing import Apply, Loss
 
 OBJECTIVES = {"class": classification, "labels": multi_label, "number": regression}
@@ -56,6 +58,11 @@ class Classification:
     def verb(self) -> str:
         """For texts."""
         return "classify"
+
+    @property
+    def usage(self) -> str:
+        """A text, or two."""
+        return "TEXT" if self.fields.pair is None else "TEXT --pair TEXT"
 
     @property
     def text_fields(self) -> tuple[str, ...]:
@@ -94,6 +101,15 @@ class Classification:
         known = examples[0].label is not None
         return data.encode(framer, examples, data.label_array(examples, labels) if known else None)
 
+    def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
+        """Labels are classes, columns of ones and zeros, or numbers."""
+        labels = {
+            "class": shape(jnp.int32, rows),
+            "labels": shape(jnp.float32, rows, num_labels),
+            "number": shape(jnp.float32, rows),
+        }
+        return rows_of_tokens(rows, length) | {"labels": labels[self.fields.target]}
+
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each label, or for the number."""
         return ClassificationHead(max(len(labels), 1), dropout_rate, POOLS[self.pooling])
@@ -110,6 +126,10 @@ class Classification:
     def make_predict(self, apply: Apply) -> Predict:
         """``probabilities``, or ``values`` for numbers."""
         return self._objective.make_predict(apply)
+
+    def metric_names(self, examples: Sequence[TextExample], labels: Labels) -> tuple[str, ...]:
+        """By the kind of label."""
+        return metrics.classification_names(self.fields.target, len(labels))
 
     def metrics(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
@@ -137,6 +157,22 @@ class Classification:
             labels,
             [example.origin for example in examples],
         )
+
+    def plots(
+        self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs, folder: Path
+    ) -> dict[str, str]:
+        """Of classes: which are confused, and how far probabilities can be trusted."""
+        if self.fields.target != "class":
+            return {}
+        gold = np.asarray(data.label_array(examples, labels))
+        predicted = np.asarray(outputs["probabilities"]).argmax(-1)
+        plots.plot_confusion(gold, predicted, labels, folder / "confusion.png")
+        reliable = calibration.reliability(gold, outputs["probabilities"])
+        plots.plot_reliability(reliable, folder / "reliability.png")
+        return {
+            "confusion.png": "confusion matrix",
+            "reliability.png": "how far probabilities can be trusted",
+        }
 
     def answers(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs

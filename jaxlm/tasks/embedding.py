@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 from tokenizers import Tokenizer
@@ -22,7 +24,7 @@ from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import EmbeddingHead, WithHead
 from jaxlm.objectives import contrastive, supervised
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
 from jaxlm.typing import Apply, Loss, Params
 
 Embed = Callable[[Sequence[str]], Float32[np.ndarray, "texts embed"]]
@@ -62,6 +64,11 @@ class Embedding:
     def verb(self) -> str:
         """For texts."""
         return "embed"
+
+    @property
+    def usage(self) -> str:
+        """A text."""
+        return "TEXT"
 
     @property
     def text_fields(self) -> tuple[str, ...]:
@@ -107,6 +114,13 @@ class Embedding:
         assert isinstance(example.label, float)
         return example.label >= self.min_similarity
 
+    def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
+        """Pairs of token rows, which have one token type."""
+        batch = rows_of_tokens(rows, length)
+        del batch["token_type_ids"]
+        tokens, lengths = shape(jnp.int32, rows, 2, length), shape(jnp.int32, rows, 2)
+        return batch | {"tokens": tokens, "lengths": lengths}
+
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """The mean of hidden states, of length 1; it has no parameters."""
         return EmbeddingHead()
@@ -122,6 +136,10 @@ class Embedding:
         return lambda variables, batch: (single if batch["tokens"].ndim == 2 else pairs)(
             variables, batch
         )
+
+    def metric_names(self, examples: Sequence[TextExample], labels: Labels) -> tuple[str, ...]:
+        """By what is known of the pairs."""
+        return ("accuracy",) if self.fields.label is None else metrics.CORRELATIONS
 
     def metrics(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
@@ -141,6 +159,12 @@ class Embedding:
     ) -> list[Prediction]:
         """None."""
         return []
+
+    def plots(
+        self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs, folder: Path
+    ) -> dict[str, str]:
+        """None."""
+        return {}
 
     def answers(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.labelled import multiple_choice as data
@@ -18,7 +20,7 @@ from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import ClassificationHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
 from jaxlm.typing import Apply, Loss
 
 
@@ -39,6 +41,11 @@ class MultipleChoice:
     def verb(self) -> str:
         """For choices."""
         return "choose"
+
+    @property
+    def usage(self) -> str:
+        """JSON objects: a context has several choices."""
+        return "--file FILE.jsonl"
 
     @property
     def text_fields(self) -> tuple[str, ...]:
@@ -73,6 +80,13 @@ class MultipleChoice:
         """Rows of as many token rows as there are choices."""
         return data.encode(framer, examples)
 
+    def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
+        """Four choices an example, as most data sets have."""
+        tokens = shape(jnp.int32, rows, 4, length)
+        lengths = shape(jnp.int32, rows, 4)
+        more = {"tokens": tokens, "token_type_ids": tokens, "lengths": lengths}
+        return rows_of_tokens(rows, length) | more | {"labels": shape(jnp.int32, rows)}
+
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """One number for a choice."""
         return ClassificationHead(1, dropout_rate)
@@ -85,6 +99,10 @@ class MultipleChoice:
     def make_predict(self, apply: Apply) -> Predict:
         """``probabilities`` of the choices."""
         return classification.make_predict(classification.choices(apply))
+
+    def metric_names(self, examples: Sequence[Choice], labels: Labels) -> tuple[str, ...]:
+        """One."""
+        return ("accuracy",)
 
     def metrics(
         self, examples: Sequence[Choice], labels: Labels, outputs: Outputs
@@ -112,6 +130,12 @@ class MultipleChoice:
                 )
             )
         return found
+
+    def plots(
+        self, examples: Sequence[Choice], labels: Labels, outputs: Outputs, folder: Path
+    ) -> dict[str, str]:
+        """None."""
+        return {}
 
     def answers(
         self, examples: Sequence[Choice], labels: Labels, outputs: Outputs

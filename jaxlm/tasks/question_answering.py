@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.labelled import question_answering as data
@@ -20,7 +22,7 @@ from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import TokenHead
 from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
 from jaxlm.typing import Apply, Loss
 
 
@@ -54,6 +56,11 @@ class QuestionAnswering:
     def verb(self) -> str:
         """For questions."""
         return "answer"
+
+    @property
+    def usage(self) -> str:
+        """A question and its context."""
+        return "QUESTION --pair CONTEXT"
 
     @property
     def text_fields(self) -> tuple[str, ...]:
@@ -96,6 +103,11 @@ class QuestionAnswering:
         along_length = encoded.examples.along_length | {"offsets"}
         return replace(encoded.examples, along_length=along_length)
 
+    def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
+        """First and last tokens of answers, and where answers may be."""
+        one, allowed = shape(jnp.int32, rows), shape(bool, rows, length)
+        return rows_of_tokens(rows, length) | {"starts": one, "ends": one, "allowed": allowed}
+
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """Two outputs at each position: the answer starts here, it ends here."""
         return TokenHead(2, dropout_rate)
@@ -111,6 +123,11 @@ class QuestionAnswering:
             **predict(variables, batch),
             **{name: batch[name] for name in ("question", "offsets", "allowed")},
         }
+
+    def metric_names(self, examples: Sequence[Question], labels: Labels) -> tuple[str, ...]:
+        """As SQuAD counts them."""
+        given = [bool(example.answers) for example in examples]
+        return metrics.squad_names(given, thresholds=self.null_threshold is not None)
 
     def metrics(
         self, examples: Sequence[Question], labels: Labels, outputs: Outputs
@@ -148,6 +165,12 @@ class QuestionAnswering:
                 )
             )
         return found
+
+    def plots(
+        self, examples: Sequence[Question], labels: Labels, outputs: Outputs, folder: Path
+    ) -> dict[str, str]:
+        """None."""
+        return {}
 
     def answers(
         self, examples: Sequence[Question], labels: Labels, outputs: Outputs

@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.data.labelled import tagging as data
@@ -20,7 +22,7 @@ from jaxlm.evaluate.tagging import find_mentions, read_entities
 from jaxlm.models.heads import TokenHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import Labels, Outputs
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
 from jaxlm.typing import Apply, Loss
 
 
@@ -40,6 +42,11 @@ class Tagging:
     def verb(self) -> str:
         """For words."""
         return "tag"
+
+    @property
+    def usage(self) -> str:
+        """A sentence."""
+        return "TEXT"
 
     @property
     def text_fields(self) -> tuple[str, ...]:
@@ -87,6 +94,12 @@ class Tagging:
         along_length = tagged.examples.along_length | {"words"}
         return replace(tagged.examples, along_length=along_length)
 
+    def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
+        """Labels and weights at every position."""
+        weights = shape(jnp.float32, rows, length)
+        labels = shape(jnp.int32, rows, length)
+        return rows_of_tokens(rows, length) | {"labels": labels, "weights": weights}
+
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each tag, at each position."""
         return TokenHead(len(labels), dropout_rate)
@@ -102,6 +115,15 @@ class Tagging:
             "probabilities": predict(variables, batch)["probabilities"],
             "words": batch["words"],
         }
+
+    def metric_names(self, examples: Sequence[Sentence], labels: Labels) -> tuple[str, ...]:
+        """In all, and of each type of entity among the examples."""
+        if not self.entities:
+            return ("accuracy",)
+        tags = [example.tags or () for example in examples]
+        types = sorted({entity.type for own in tags for entity in read_entities(own)})
+        names = ("precision", "recall", "f1")
+        return *names, *(f"{name}/{type}" for type in types for name in names), "accuracy"
 
     def metrics(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
@@ -139,6 +161,12 @@ class Tagging:
                 )
             )
         return found
+
+    def plots(
+        self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs, folder: Path
+    ) -> dict[str, str]:
+        """None."""
+        return {}
 
     def answers(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs

@@ -1,33 +1,97 @@
-"""What a task is to the rest of fine-tuning."""
+"""What a task is to the one driver: of pretraining, on rows of tokens, or of labelled examples."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from tokenizers import Tokenizer
 
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.evaluate.report import Prediction
+from jaxlm.models.model import ModelConfig
+from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.supervised import Predict
-from jaxlm.typing import Apply, Loss
+from jaxlm.typing import Apply, Loss, Variables
 
 # Of all rows of a data set, in its order: arrays, or lists of them where lengths differ. A row is
 # an example, unless the task's rows say whose they are.
 Outputs = Mapping[str, Any]
 Labels = tuple[str, ...]
+AbstractBatch = dict[str, jax.ShapeDtypeStruct]
+
+
+@runtime_checkable
+class PretrainTask(Protocol):
+    """A pretraining objective, its model and its use: a frozen dataclass with these methods.
+
+    Its batches are rows of tokens: ``tokens`` [batch, length], ``lengths`` [batch], ``index``
+    [batch]; whatever is hidden, permuted or cut out is made inside the step.
+    """
+
+    @property
+    def verb(self) -> str:
+        """What scripts/predict.py calls its use."""
+        ...
+
+    @property
+    def usage(self) -> str:
+        """What follows the verb there."""
+        ...
+
+    def for_evaluation(self) -> "PretrainTask":
+        """The same as it is evaluated."""
+        ...
+
+    def num_predicted(self, length: int) -> int:
+        """Positions of a row of ``length`` tokens that reach the head in training."""
+        ...
+
+    def make_model(self, config: ModelConfig) -> nn.Module:
+        """The encoder and its head, as parameters ``encoder`` and ``head``."""
+        ...
+
+    def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
+        """What is minimised in training."""
+        ...
+
+    def answers(
+        self,
+        apply: Apply,
+        variables: Variables,
+        tokenizer: Tokenizer,
+        texts: Mapping[str, str],
+        *,
+        max_length: int,
+        top_k: int,
+    ) -> Iterator[dict[str, Any]]:
+        """What the pretrained model says of each of ``texts``, keyed by where they are from."""
+        ...
+
+    def lines(self, answer: dict[str, Any]) -> Iterator[str]:
+        """An answer as a person reads it."""
+        ...
 
 
 @runtime_checkable
 class Task(Protocol):
-    """The configuration of a task is the task: a frozen dataclass with these methods.
+    """A task on labelled examples: a frozen dataclass with these methods.
 
-    Examples are of the task's own kind; they have a ``stratum``, a ``content`` and a ``origin``.
+    Examples are of the task's own kind; they have a ``stratum``, a ``content`` and an ``origin``.
     """
 
     @property
     def verb(self) -> str:
         """What scripts/predict.py calls it."""
+        ...
+
+    @property
+    def usage(self) -> str:
+        """What follows the verb there."""
         ...
 
     @property
@@ -60,6 +124,10 @@ class Task(Protocol):
         """Rows of arrays, in the order of the examples; with labels where those have them."""
         ...
 
+    def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
+        """Shapes of what :meth:`encode` and the batches make of labelled examples."""
+        ...
+
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """The head that goes on the encoder."""
         ...
@@ -70,6 +138,10 @@ class Task(Protocol):
 
     def make_predict(self, apply: Apply) -> Predict:
         """The outputs for a batch."""
+        ...
+
+    def metric_names(self, examples: Sequence[Any], labels: Labels) -> tuple[str, ...]:
+        """What :meth:`metrics` always measures on these examples, whatever the outputs."""
         ...
 
     def metrics(
@@ -84,8 +156,26 @@ class Task(Protocol):
         """Each example with its loss, for a list of the most wrong ones; may be empty."""
         ...
 
+    def plots(
+        self, examples: Sequence[Any], labels: Labels, outputs: Outputs, folder: Path
+    ) -> dict[str, str]:
+        """Pictures of the outputs, drawn into ``folder``: names of files, and what each shows."""
+        ...
+
     def answers(
         self, examples: Sequence[Any], labels: Labels, outputs: Outputs
     ) -> list[dict[str, Any]]:
-        """What is told a user about each example, in JSON."""
+        """What a user is told about each example, in JSON."""
         ...
+
+
+def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
+    """An array that is not there."""
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def rows_of_tokens(rows: int, length: int) -> AbstractBatch:
+    """What every batch of labelled examples holds but its labels, with a weight for each row."""
+    one, along = shape(jnp.int32, rows), shape(jnp.int32, rows, length)
+    batch = {"tokens": along, "token_type_ids": along, "lengths": one, "index": one}
+    return batch | {"weights": shape(jnp.float32, rows)}

@@ -13,9 +13,9 @@ from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import BatchRows
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
-from jaxlm.typing import Batch, HostBatch, PRNGKey
+from jaxlm.typing import Batch, HostBatch
 
-Init = Callable[[PRNGKey], TrainState]
+Init = Callable[..., TrainState]  # (key, …) -> the state at step 0
 AbstractBatch = Mapping[str, jax.ShapeDtypeStruct]
 
 

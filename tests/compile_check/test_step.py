@@ -18,7 +18,7 @@ from jaxlm.models.bert import TINY
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
-from jaxlm.runs import run
+from jaxlm.runs import pretrained
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
@@ -44,7 +44,7 @@ def test_pretraining_is_the_step_of_training(config):
     table = step.placement.abstract_state.trainable["params"]["encoder"]["token_embed"]
     assert table["embedding"].shape == (128, 128)  # 100 tokens, padded
     model = replace(TINY, vocab_size=128)
-    assert step.flops == run.flops_per_token(replace(config, model=model), 32) * 256 * 32
+    assert step.flops == pretrained.flops_per_token(replace(config, model=model), 32) * 256 * 32
     assert "bf16" in lowered(step).as_text()  # as on a TPU, not as on the CPUs here
 
 

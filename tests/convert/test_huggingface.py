@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 
 from jaxlm.convert import bert, huggingface, table
 from jaxlm.errors import InputError
-from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.tree import leaves_with_path
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -57,7 +57,7 @@ def run(config, params, tokens, token_type_ids, segment_ids):
         hidden = model.encoder(tokens, token_type_ids=token_type_ids, segment_ids=segment_ids)
         return hidden, model.head(hidden, model.encoder.token_embed)
 
-    model = MaskedLm(config.make(), MlmHead(config.epsilon))
+    model = WithLmHead(config.make(), MlmHead(config.epsilon))
     return model.apply({"params": params}, method=both)
 
 
@@ -96,7 +96,7 @@ def test_equals_transformers(golden, tmp_path):
 @pytest.mark.parametrize("golden", [BERT, ROBERTA], ids=["bert", "roberta"])
 def test_the_tree_is_the_models(golden, tmp_path):
     published = huggingface.load(write(tmp_path / "model", golden.config, golden.weights))
-    model = MaskedLm(published.config.make(), MlmHead())
+    model = WithLmHead(published.config.make(), MlmHead())
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     ours = published.params | {"head": published.mlm_head}
     assert [(path, leaf.shape) for path, leaf in leaves_with_path(ours)] == [

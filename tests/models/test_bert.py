@@ -12,7 +12,7 @@ from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.models import bert
 from jaxlm.models.bert import BertBlock, BertConfig
-from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.nn import masks
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bert_tiny.npz"
@@ -92,7 +92,7 @@ def test_number_of_parameters(config, vocab_size, published):
 
 
 def test_number_of_parameters_with_the_head():
-    model = MaskedLm(replace(bert.BASE, vocab_size=30522).make(), MlmHead())
+    model = WithLmHead(replace(bert.BASE, vocab_size=30522).make(), MlmHead())
     assert tree.num_params(shapes_of(model, jnp.zeros((1, 8), jnp.int32))) == 109_514_298
 
 
@@ -107,7 +107,7 @@ def golden():
     return arrays
 
 
-GOLDEN_MODEL = MaskedLm(
+GOLDEN_MODEL = WithLmHead(
     BertConfig(
         vocab_size=60,
         num_layers=2,
@@ -237,7 +237,7 @@ def test_bfloat16_stays_near():
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_every_product_is_bfloat16_in_and_float32_out(platform):
     config = replace(CONFIG, dtype="bfloat16")
-    model = MaskedLm(config.make(), MlmHead(dtype=jnp.bfloat16))
+    model = WithLmHead(config.make(), MlmHead(dtype=jnp.bfloat16))
     tokens = jnp.asarray(TOKENS, jnp.int32)
 
     def products(model):
@@ -248,7 +248,7 @@ def test_every_product_is_bfloat16_in_and_float32_out(platform):
         return {tuple(re.sub(r"tensor<[\dx]*x|>.*", "", t) for t in types_) for types_ in types}
 
     assert products(model) == {("bf16", "bf16", "f32")}
-    assert products(MaskedLm(CONFIG.make(), MlmHead())) == {("f32", "f32", "f32")}  # the control
+    assert products(WithLmHead(CONFIG.make(), MlmHead())) == {("f32", "f32", "f32")}  # the control
 
 
 @pytest.mark.parametrize("rate", ["dropout_rate", "attention_dropout_rate", None])
@@ -307,7 +307,7 @@ def test_flops_are_those_of_the_compiled_products():
     config = replace(
         CONFIG, hidden_dim=256, mlp_dim=1024, vocab_size=512, max_length=32, unroll=None
     )
-    model = MaskedLm(config.make(), MlmHead())
+    model = WithLmHead(config.make(), MlmHead())
     tokens = jnp.zeros((1, 32), jnp.int32)
     args = shapes_of(model, tokens), tokens, jnp.zeros((1, 8), jnp.int32)
     counted = jax.jit(model.apply).lower(*args).cost_analysis()["flops"]

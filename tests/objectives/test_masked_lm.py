@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxlm.models.bert import BertConfig
-from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.objectives.masked_lm import make_loss, positions_within, segment_ids
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
 
@@ -17,7 +17,7 @@ VOCABULARY = Vocabulary(
     word_starts=jnp.arange(SIZE) >= 0,
 )
 MASKING = MaskingConfig(rate=0.4)
-MODEL = MaskedLm(
+MODEL = WithLmHead(
     BertConfig(
         vocab_size=SIZE,
         num_layers=1,

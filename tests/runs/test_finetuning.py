@@ -29,8 +29,9 @@ from jaxlm.peft import tuning
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
-from jaxlm.runs import base, finetuned, run
+from jaxlm.runs import base, finetuned
 from jaxlm.runs.finetuning import finetune, resolve
+from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.train.loop import TrainConfig
@@ -94,7 +95,7 @@ def directory(config: FinetuneConfig) -> Path:
 
 
 def learned(config: FinetuneConfig) -> dict[str, np.ndarray]:
-    state = finetuned.open_tuned(config.directory, step=STEPS).state
+    state = finetuned.open_finetuned(config.directory, step=STEPS).state
     return {path: np.asarray(leaf) for path, leaf in tree.leaves_with_path(state.trainable)}
 
 
@@ -110,7 +111,7 @@ def test_learns_and_leaves_a_folder_that_answers(directory: Path, folder: Path) 
     ]
     assert len(scores) == 3
     assert scores[-1] > 0.9
-    loaded = finetuned.open_tuned(directory)
+    loaded = finetuned.open_finetuned(directory)
     answers = list(loaded.answer([record("j k l j"), record("a b"), record("l k l")]))
     assert [answer["label"] for answer in answers] == ["0", "1", "0"]
     assert [answer["text"] for answer in answers] == ["j k l j", "a b", "l k l"]
@@ -120,7 +121,7 @@ def test_learns_and_leaves_a_folder_that_answers(directory: Path, folder: Path) 
 def test_a_checkpoint_holds_adapters_and_head_alone(
     directory: Path, config: FinetuneConfig
 ) -> None:
-    loaded = finetuned.open_tuned(directory)
+    loaded = finetuned.open_finetuned(directory)
     paths = {path for path, _ in tree.leaves_with_path(loaded.state.trainable)}
     assert paths == {
         *(
@@ -144,7 +145,7 @@ def test_a_checkpoint_holds_adapters_and_head_alone(
 
 
 def test_merged_parameters_compute_the_same(directory: Path, config: FinetuneConfig) -> None:
-    loaded = finetuned.open_tuned(directory)
+    loaded = finetuned.open_finetuned(directory)
     model = finetuned.make_model(loaded.config, loaded.labels)
     tokens = np.array([[2, 7, 8, 9, 3]], np.int32)
     plain = jax.jit(model.apply)({"params": loaded.merged()}, tokens)
@@ -157,7 +158,7 @@ def test_merged_parameters_compute_the_same(directory: Path, config: FinetuneCon
 
 
 def test_merged_and_saved_is_a_base(directory: Path, tmp_path: Path) -> None:
-    loaded = finetuned.open_tuned(directory)
+    loaded = finetuned.open_finetuned(directory)
     merged = jax.tree.map(np.asarray, loaded.merged())
     done = script("merge_lora.py", directory, str(tmp_path / "merged"))
     assert b", merged, is in " in done.stdout, done.stderr
@@ -189,7 +190,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
     with monkeypatch.context() as patch:
         patch.setattr(View, "add", add_and_stop)
         finetune(broken)
-    assert max(list_steps(broken.directory / run.CHECKPOINTS)) < STEPS
+    assert max(list_steps(broken.directory / CHECKPOINTS)) < STEPS
     finetune(replace(broken, mesh=mesh))
     whole, resumed = learned(config), learned(broken)
     for path in whole:
@@ -204,7 +205,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
 )
 def test_every_tuning_trains_what_it_says(config: FinetuneConfig, tuning, tmp_path: Path) -> None:
     short = replace(config, runs=tmp_path, tuning=tuning, train=TrainConfig(steps=1, num_evals=1))
-    loaded = finetuned.open_tuned(finetune(short))
+    loaded = finetuned.open_finetuned(finetune(short))
     paths = {path for path, _ in tree.leaves_with_path(loaded.state.trainable)}
     encoder = {path for path in paths if not path.startswith("params/head/")}
     match tuning:
@@ -223,7 +224,7 @@ def test_every_tuning_trains_what_it_says(config: FinetuneConfig, tuning, tmp_pa
 @pytest.mark.parametrize(("kept", "dtype"), [("bfloat16", "bfloat16"), ("int8", None)])
 def test_a_frozen_base_may_be_small(config: FinetuneConfig, kept, dtype, tmp_path: Path) -> None:
     small = replace(config, runs=tmp_path, frozen_dtype=kept, dtype=dtype)
-    loaded = finetuned.open_tuned(finetune(small))
+    loaded = finetuned.open_finetuned(finetune(small))
     assert loaded.config.model.dtype == (dtype or "float32")
     whole = 4 * tree.num_params(loaded.variables["params"]["encoder"])
     assert tree.num_bytes(loaded.state.frozen) < 0.7 * whole  # norms, and with int8 tables, stay
@@ -259,7 +260,7 @@ def test_stops_when_nothing_gets_better(config: FinetuneConfig, tmp_path: Path) 
         train=TrainConfig(steps=100, num_evals=50, patience=2, log_every=1),
     )
     directory = finetune(lazy)
-    assert max(list_steps(directory / run.CHECKPOINTS)) == 4  # the first two evaluations after 0
+    assert max(list_steps(directory / CHECKPOINTS)) == 4  # the first two evaluations after 0
 
 
 def test_a_bilstm_learns_from_the_same_data(config: FinetuneConfig, tmp_path: Path) -> None:
@@ -276,7 +277,7 @@ def test_a_bilstm_learns_from_the_same_data(config: FinetuneConfig, tmp_path: Pa
     small = replace(scratch, model=replace(scratch.model, vocab_size=10))
     with pytest.raises(InputError, match=r"model\.vocab_size=10 is smaller than the tokenizer's"):
         finetune(small)
-    loaded = finetuned.open_tuned(finetune(scratch))
+    loaded = finetuned.open_finetuned(finetune(scratch))
     assert [a["label"] for a in loaded.answer([record("a b"), record("k j")])] == ["1", "0"]
 
 
@@ -286,14 +287,14 @@ def test_more_devices_than_micro_batches_leave_rows_for(directory: Path, tmp_pat
     micro = saved.replace('"num_micro_batches": 1', '"num_micro_batches": 16')
     assert micro != saved
     (tmp_path / "copy" / "config.json").write_text(micro)
-    assert finetuned.open_tuned(tmp_path / "copy").labels == ("0", "1")
+    assert finetuned.open_finetuned(tmp_path / "copy").labels == ("0", "1")
 
 
 # Bad input.
 
 
 def test_data_that_have_changed_are_not_split_anew(directory: Path) -> None:
-    loaded = finetuned.open_tuned(directory)
+    loaded = finetuned.open_finetuned(directory)
     assert len(loaded.splits().validation) == 32
     other = replace(loaded.config.data, validation=None)
     changed = replace(loaded, config=replace(loaded.config, data=other))
@@ -341,7 +342,7 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     weights[name] = weights[name] + 1
     save_file(weights, other / "model.safetensors")
     with pytest.raises(InputError, match="is not the encoder that"):
-        finetuned.open_tuned(directory, base=str(other))
+        finetuned.open_finetuned(directory, base=str(other))
     longer = json.loads((other / "config.json").read_text())  # of another shape
     name = next(name for name in weights if name.endswith("position_embeddings.weight"))
     weights[name] = np.concatenate([weights[name]] * 2)
@@ -349,10 +350,10 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     longer["max_position_embeddings"] = len(weights[name])
     (other / "config.json").write_text(json.dumps(longer))
     with pytest.raises(InputError, match="is not the encoder that"):
-        finetuned.open_tuned(directory, base=str(other))
+        finetuned.open_finetuned(directory, base=str(other))
     moved = tmp_path / "moved"
     shutil.copytree(folder / "model", moved)
-    assert finetuned.open_tuned(directory, base=base.load(str(moved))).labels == ("0", "1")
+    assert finetuned.open_finetuned(directory, base=base.load(str(moved))).labels == ("0", "1")
 
 
 def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
@@ -360,10 +361,10 @@ def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:
     shutil.copytree(directory, tmp_path / "copy")
     (tmp_path / "copy" / finetuned.LABELS).write_text('["1", "0"]')
     with pytest.raises(InputError, match=r'trained with: write \["0", "1"\] there'):
-        finetuned.open_tuned(tmp_path / "copy")
+        finetuned.open_finetuned(tmp_path / "copy")
     (tmp_path / "copy" / finetuned.LABELS).unlink()
     with pytest.raises(InputError, match=r"labels\.json cannot be read"):
-        finetuned.open_tuned(tmp_path / "copy")
+        finetuned.open_finetuned(tmp_path / "copy")
 
 
 def script(name: str, run: Path, *options: str, given: bytes = b"") -> subprocess.CompletedProcess:

@@ -20,7 +20,8 @@ from jaxlm.data.prepared import open_prepared
 from jaxlm.decode.fill_mask import FillMask
 from jaxlm.errors import InputError
 from jaxlm.optim import OptimizerConfig
-from jaxlm.runs import run
+from jaxlm.runs import pretrained
+from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.train.loop import evaluate
@@ -43,7 +44,7 @@ def whole(config: PretrainConfig) -> Path:
 
 
 def final_state(config: PretrainConfig) -> dict[str, np.ndarray]:
-    read = run.open_run(config.directory, STEPS)
+    read = pretrained.open_pretrained(config.directory, STEPS)
     return {path: np.asarray(leaf) for path, leaf in tree.leaves_with_path(read.variables)}
 
 
@@ -134,9 +135,9 @@ def test_resume_with_other_data_or_seed_is_refused(config: PretrainConfig, whole
     path = str(Path(config.data.paths[0]).with_name("other"))
     with pytest.raises(InputError, match="tokenizer_sha256"):
         pretrain(replace(config, prepare=other, data=replace(config.data, paths=(path,))))
-    longer = replace(config, train=replace(config.train, seed=1, steps=2 * STEPS))
-    with pytest.raises(InputError, match=r"train\.seed=0 there and 1 here; train\.steps=6 there"):
-        pretrain(longer)
+    other_seed = replace(config, train=replace(config.train, seed=1, log_every=2))
+    with pytest.raises(InputError, match=r"settings: train\.seed=0 there and 1 here; change"):
+        pretrain(other_seed)
     assert (whole / "config.json").read_text() == saved
 
 
@@ -146,8 +147,8 @@ def test_changes_are_accepted_when_asked_for(
     shutil.copytree(whole, tmp_path / whole.name)
     longer = replace(config, runs=tmp_path, train=replace(config.train, seed=1, steps=STEPS + 1))
     pretrain(replace(longer, accept_changes=True))
-    assert f"going on from step {STEPS}" in capsys.readouterr().out
-    assert max(list_steps(tmp_path / whole.name / run.CHECKPOINTS)) == STEPS + 1
+    assert f"extending the finished run from step {STEPS}" in capsys.readouterr().out
+    assert max(list_steps(tmp_path / whole.name / CHECKPOINTS)) == STEPS + 1
     pretrain(longer)  # the run has the new settings now
     assert "complete" in capsys.readouterr().out
 
@@ -159,13 +160,13 @@ def test_resume_with_another_model_names_the_shapes(config: PretrainConfig, whol
 
 
 def test_evaluate_and_fill_mask(config: PretrainConfig, whole: Path) -> None:
-    read = run.open_run(whole)
+    read = pretrained.open_pretrained(whole)
     data = open_prepared(config.data.paths[0])
     metrics = evaluate(read.placement, read.state, eval_batches(data, read.config.data.batch_size))
     recorded = [line for line in read_jsonl(whole / "metrics.jsonl") if "eval/loss" in line]
     assert metrics["loss"] == pytest.approx(min(line["eval/loss"] for line in recorded), abs=1e-5)
 
-    fill = FillMask(run.make_model(read.config.model).apply, read.variables, read.tokenizer, 32)
+    fill = FillMask(read.model.apply, read.variables, read.tokenizer, 32)
     (blanks, single) = fill(["red [MASK] blue [MASK]", "a [MASK]"], top_k=3)
     assert [len(blank) for blank in blanks] == [3, 3]
     assert "[MASK]" not in blanks[0][0].text
@@ -188,12 +189,12 @@ def test_another_tokenizer_in_the_run_folder(
     prepare(replace(config.prepare, tokenizer=tokenizer), tmp_path / "other")
     shutil.copyfile(tmp_path / "other" / "tokenizer.json", folder / "tokenizer.json")
     with pytest.raises(InputError, match="is not the tokenizer that the checkpoint was trained"):
-        run.open_run(folder)
+        pretrained.open_pretrained(folder)
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no config\.json"):
-        run.open_run(tmp_path)
+        pretrained.open_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

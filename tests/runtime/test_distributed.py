@@ -24,8 +24,8 @@ from jaxlm.data.labelled.records import Table
 from jaxlm.data.prepare import prepare
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.runs import run
 from jaxlm.runs.finetuning import finetune
+from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.runtime import distributed
 from jaxlm.train.loop import TrainConfig
@@ -105,7 +105,7 @@ def losses(directory: Path) -> dict[tuple[int, str], float]:
 
 def leaves(directory: Path) -> dict[str, int]:
     """The checksum of every array of the last checkpoint."""
-    meta = directory / run.CHECKPOINTS / str(STEPS) / "meta" / "metadata"
+    meta = directory / CHECKPOINTS / str(STEPS) / "meta" / "metadata"
     return {path: leaf["checksum"] for path, leaf in json.loads(meta.read_text())["leaves"].items()}
 
 
@@ -120,7 +120,7 @@ def test_sigterm_to_one_stops_all_at_one_step(config: PretrainConfig, whole: Pat
     assert codes == [0, 0], outputs
     directory = config.runs / "stopped"
     (step,) = re.findall(r"stopped at step (\d+) and saved", outputs[0])
-    assert list_steps(directory / run.CHECKPOINTS)[-1] == int(step) < STEPS
+    assert list_steps(directory / CHECKPOINTS)[-1] == int(step) < STEPS
     assert start(config, "--name", "stopped")[0] == [0, 0]
     assert losses(directory) == losses(whole)  # equal to the last bit
     assert leaves(directory) == leaves(whole)
@@ -264,7 +264,7 @@ def test_lora_in_two_processes(config: PretrainConfig, whole: Path) -> None:
     assert codes == [0, 0], outputs
     codes, outputs = start(lora)
     assert codes == [0, 0], outputs
-    assert "going on from step" in outputs[0]
+    assert "resuming from step" in outputs[0]
     finetune(replace(lora, name="alone"))
     same_numbers(lora.directory, config.runs / "alone")
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm import tree
 from jaxlm.models.bert import BertConfig
-from jaxlm.models.heads import MaskedLm, MlmHead
+from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.nn.intercept import find_sites
 from jaxlm.peft.lora import LoraConfig, adapt, init
 
@@ -76,9 +76,9 @@ class Case(NamedTuple):
 
 CASES = {
     "bert": Case(
-        MaskedLm(replace(BERT, unroll=1, remat="full").make(), MlmHead()), IDS, EVERYTHING
+        WithLmHead(replace(BERT, unroll=1, remat="full").make(), MlmHead()), IDS, EVERYTHING
     ),
-    "bert without a loop": Case(MaskedLm(BERT.make(), MlmHead()), IDS, EVERYTHING),
+    "bert without a loop": Case(WithLmHead(BERT.make(), MlmHead()), IDS, EVERYTHING),
     "attention": Case(AttentionBlocks(), FLOATS, (LINEAR,)),
     "mixer": Case(Mixer(), IDS, EVERYTHING),
 }

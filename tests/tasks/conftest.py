@@ -112,7 +112,7 @@ def train(
         with pytest.raises(InputError, match="monitor=f1/x is not measured here") as refused:
             finetune(replace(config, monitor="f1/x"), console=quiet)
         assert not config.directory.exists()
-        run = finetuned.open_tuned(finetune(config, console=quiet))
+        run = finetuned.open_finetuned(finetune(config, console=quiet))
         assert str(refused.value).endswith(f"; there are {', '.join(eval_metrics())}")
         return run
 

@@ -1,6 +1,7 @@
 """Embeddings of texts."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,9 @@ def test_a_published_pooler_is_left_out(tiny, write, tokenizer):
         config=model,
         encoder=encoder,
         pooler={"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)},
+        lm_head=None,
         tokenizer=tokenizer,
+        tokenizer_path=Path("tokenizer.json"),
         fingerprint="",
     )
     config = dataclasses.replace(tiny(Embedding(), write([])), model=model)

@@ -1,0 +1,64 @@
+"""What the rest of the library may ask of an architecture: its configuration, and how it is called.
+
+An architecture is one file with a frozen dataclass, a block and a model. The dataclass satisfies
+:class:`ModelConfig`; nothing outside ``models`` and ``convert`` asks which one it is.
+"""
+
+from typing import Literal, Protocol, runtime_checkable
+
+import flax.linen as nn
+
+
+@runtime_checkable
+class ModelConfig(Protocol):
+    """The configuration of an encoder, a frozen dataclass; ``dataclasses.replace`` changes it.
+
+    The module that :meth:`make` returns has a ``token_embed`` and is called as ``encoder(tokens, *,
+    token_type_ids, positions, segment_ids, deterministic)``, all but the tokens optional. It
+    returns hidden states ``[batch, length, hidden_dim]``. Positions with a segment id below 0 are
+    padding, and only equal ids see each other.
+    """
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the token table; None until the tokenizer is known."""
+        ...
+
+    @property
+    def hidden_dim(self) -> int:
+        """Channels of the hidden states."""
+        ...
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest row of tokens; None = any."""
+        ...
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"] | None:
+        """Of matrix products and activations; None = decided by the platform."""
+        ...
+
+    @property
+    def unrolls_layers(self) -> bool:
+        """Whether stacked layers are computed without a loop (:mod:`jaxlm.nn.stack`)."""
+        ...
+
+    def make(self) -> nn.Module:
+        """The encoder."""
+        ...
+
+    def make_lm_head(self) -> nn.Module:
+        """From hidden states to logits over the vocabulary: ``head(hidden, token_embed)``."""
+        ...
+
+    def forward_flops(self, length: int, num_predicted: int) -> float:
+        """Operations for a row of ``length`` tokens, ``num_predicted`` through the head.
+
+        A multiply-add counts as two; only matrix products count.
+        """
+        ...
+
+    def with_dropout(self, rate: float) -> "ModelConfig":
+        """The same with that rate wherever the model drops out."""
+        ...

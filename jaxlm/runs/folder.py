@@ -1,0 +1,74 @@
+"""A run folder: its configuration, tokenizer and checkpoints."""
+
+from collections.abc import Mapping
+
+from tokenizers import Tokenizer
+
+from jaxlm import config as configs
+from jaxlm.config import C, Config
+from jaxlm.data import tokenizers
+from jaxlm.errors import InputError
+from jaxlm.runtime.storage import StoragePath, whole, write_whole
+from jaxlm.train.restore import Cursor
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+
+
+def is_run(directory: StoragePath) -> bool:
+    """Whether it is a run folder of ours: other frameworks, too, write a ``config.json``."""
+    path = directory / CONFIG
+    return path.is_file() and '"type":' in path.read_bytes()[:40].decode(errors="replace")
+
+
+def read_any_config(directory: StoragePath) -> Config:
+    """The config in a run folder, of pretraining or of fine-tuning."""
+    if not (directory / CONFIG).is_file():
+        raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
+    if not is_run(directory):
+        raise InputError(
+            f"{directory} is no run folder: its {CONFIG} is of another kind; a published or merged "
+            "model is something to fine-tune from, with --base"
+        )
+    return configs.read_file(directory / CONFIG)
+
+
+def read_config(directory: StoragePath, kind: type[C]) -> C:
+    """The config in a run folder of that kind."""
+    config = read_any_config(directory)
+    if not isinstance(config, kind):
+        raise InputError(
+            f"{directory} holds the run of a {type(config).__name__}, where one of a "
+            f"{kind.__name__} is expected"
+        )
+    return config
+
+
+def read_tokenizer(directory: StoragePath) -> Tokenizer:
+    """The run folder's own."""
+    if not (directory / TOKENIZER).is_file():
+        raise InputError(f"{directory} is no run folder: it holds no {TOKENIZER}")
+    return tokenizers.load(directory / TOKENIZER)
+
+
+def check_tokenizer(directory: StoragePath, saved: Cursor, tokenizer: Tokenizer) -> None:
+    """The run folder's tokenizer must be the one it was trained with."""
+    found, trained = tokenizers.fingerprint(tokenizer), saved["tokenizer_sha256"]
+    if found != trained:
+        raise InputError(
+            f"{directory / TOKENIZER} (sha256 {found[:12]}) is not the tokenizer that the "
+            f"checkpoint was trained with ({trained[:12]}): restore it"
+        )
+
+
+def write_folder(
+    directory: StoragePath, config: Config, tokenizer: Tokenizer, files: Mapping[str, str]
+) -> None:
+    """Start a run folder: the resolved config, the tokenizer, and other files with their texts."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in {CONFIG: configs.to_json(config), **files}.items():
+            write_whole(directory / name, text)
+        with whole(directory / TOKENIZER) as unfinished:
+            tokenizers.save(tokenizer, unfinished)
+    except OSError as error:
+        raise InputError(f"the run folder {directory} cannot be written: {error}") from error

@@ -1,0 +1,158 @@
+"""A pretrained model put together from its configuration: what training and using it share."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from tokenizers import Tokenizer
+
+from jaxlm import optim
+from jaxlm.config import PretrainConfig
+from jaxlm.data.prepared import PreparedInfo
+from jaxlm.errors import InputError
+from jaxlm.models.model import ModelConfig
+from jaxlm.objectives.masking import Vocabulary
+from jaxlm.runs import steps
+from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
+from jaxlm.runtime.storage import StoragePath, locate
+from jaxlm.tasks.task import PretrainTask
+from jaxlm.tasks.vocabulary import make_vocabulary
+from jaxlm.train import restore
+from jaxlm.train.placement import Placement
+from jaxlm.train.restore import Cursor
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import make_eval_step
+from jaxlm.typing import Params, PRNGKey, Variables
+
+
+def resolve(
+    config: PretrainConfig, info: PreparedInfo, platform: str, base: ModelConfig | None = None
+) -> PretrainConfig:
+    """Fill in what the config leaves to the base, the data and the platform; raise on a clash."""
+    if base is not None and config.model is not None:
+        raise InputError(
+            f"model is given, and also base={config.base!r}, which has its own: leave out one of "
+            "them (--model None)"
+        )
+    model: Any = config.model if base is None else steps.base_model(base, config.mesh)
+    model = steps.replace_fields(
+        model,
+        vocab_size=steps.resolve_vocab_size(model.vocab_size, info.vocab_size, config.mesh),
+        dtype=model.dtype or steps.default_dtype(platform),
+    )
+    if model.max_length is not None and info.row_length > model.max_length:
+        raise InputError(
+            f"the data's rows of {info.row_length} tokens are longer than the model's "
+            f"max_length={model.max_length}: raise it, or prepare shorter rows"
+        )
+    train = config.train.with_steps(info.rows["train"], config.data.batch_size)
+    return replace(config, model=model, train=train)
+
+
+def make_model(config: PretrainConfig) -> nn.Module:
+    """The resolved config's encoder with its task's head."""
+    assert config.model is not None  # resolved
+    return config.task.make_model(config.model)
+
+
+def init_params(model: nn.Module, key: PRNGKey, given: Mapping[str, Params]) -> Params:
+    """Parameters of the model: ``encoder`` and ``head``, those ``given`` as they are."""
+    drawn = dict(model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])
+    return drawn | dict(given)  # what is not returned is not computed
+
+
+def make_placement(
+    config: PretrainConfig, vocabulary: Vocabulary, devices: Sequence[Any] | None = None
+) -> Placement:
+    """The run's steps on all devices, or on ``devices``; ``init`` takes a key."""
+    model = make_model(config)
+    optimizer = optim.make_optimizer(config.optimizer)
+
+    def init(key: PRNGKey, given: Mapping[str, Params] | None = None) -> TrainState:
+        variables = {"params": init_params(model, key, given or {})}
+        return TrainState.create(variables, {}, optimizer)
+
+    eval_loss = config.task.for_evaluation().make_loss(model.apply, vocabulary)
+    return steps.make_placement(
+        config,
+        init,
+        config.task.make_loss(model.apply, vocabulary),
+        lambda axis_name: make_eval_step(eval_loss, seed=steps.EVAL_SEED, axis_name=axis_name),
+        devices=devices,
+    )
+
+
+def flops_per_token(config: PretrainConfig, row_length: int) -> float:
+    """Floating-point operations of one training step per token read (forward and backward)."""
+    assert config.model is not None  # resolved
+    num_predicted = config.task.num_predicted(row_length)
+    return 3 * config.model.forward_flops(row_length, num_predicted) / row_length
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pretrained run, read from its folder."""
+
+    config: PretrainConfig
+    tokenizer: Tokenizer
+    step: int
+    variables: Variables
+    cursor: Cursor
+    placement: Placement
+
+    @property
+    def task(self) -> PretrainTask:
+        """What it learned."""
+        return self.config.task
+
+    @property
+    def model(self) -> nn.Module:
+        """The encoder with its head; ``model.apply(variables, tokens)`` gives logits."""
+        return make_model(self.config)
+
+    @property
+    def state(self) -> TrainState:
+        """What ``placement.eval_step`` takes."""
+        return TrainState(jnp.asarray(self.step), self.variables, {}, ())
+
+    def answer(
+        self, texts: Sequence[str] | Mapping[str, str], *, top_k: int = 5
+    ) -> Iterator[dict[str, Any]]:
+        """What the model says of each text, in JSON, such as the fillings of its blanks.
+
+        A mapping says where each text is from, which errors name.
+        """
+        assert self.config.model is not None  # resolved
+        if not isinstance(texts, Mapping):
+            texts = {f"text {number}": text for number, text in enumerate(texts, start=1)}
+        return self.task.answers(
+            self.model.apply,
+            self.variables,
+            self.tokenizer,
+            texts,
+            max_length=self.config.model.max_length or 512,
+            top_k=top_k,
+        )
+
+
+def open_pretrained(directory: StoragePath | str, step: int | None = None) -> Pretrained:
+    """Read a run folder: its best checkpoint, or that of ``step``.
+
+    Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
+    """
+    directory = locate(directory)
+    config = steps.for_evaluation(read_config(directory, PretrainConfig))
+    tokenizer = read_tokenizer(directory)
+    placement = make_placement(config, make_vocabulary(tokenizer))
+    checkpoints = directory / CHECKPOINTS
+    restored = restore.restore_part(
+        checkpoints,
+        {"trainable": placement.abstract_state.trainable},
+        restore.best_step(checkpoints, report=restore.warn) if step is None else step,
+    )
+    check_tokenizer(directory, restored.cursor, tokenizer)
+    return Pretrained(
+        config, tokenizer, restored.step, restored.state["trainable"], restored.cursor, placement
+    )

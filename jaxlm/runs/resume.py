@@ -1,0 +1,149 @@
+"""What a run stands on, and whether and how it resumes with the settings of today."""
+
+import itertools
+import re
+from collections.abc import Sequence
+
+import jax
+
+from jaxlm import config as configs
+from jaxlm.config import Config
+from jaxlm.errors import InputError
+from jaxlm.runs.folder import read_config
+from jaxlm.runtime import distributed
+from jaxlm.runtime.storage import StoragePath
+from jaxlm.train import restore
+from jaxlm.train.loop import TrainConfig
+from jaxlm.train.restore import Cursor
+
+# Fields that may change when a run resumes: where things lie (contents have fingerprints), how they
+# are computed, and what is kept and shown.
+_FREE = (
+    r"name|runs|resume|accept_changes|wandb|placement|base|mesh\..*|prepare(\..*)?|data\.paths"
+    r"|data\.(train|validation)\.(path|data_dir)|model\.(remat|unroll)"
+    r"|train\.(num_micro_batches|save_every|keep|log_every|max_skipped)"
+)
+# And of a finished run, which is extended: its length.
+_LENGTH = r"train\.(steps|epochs|minutes|num_evals)"
+
+
+def make_cursor(
+    config: Config,
+    *,
+    data: Sequence[str],
+    tokenizer_sha256: str,
+    base_sha256: str | None,
+    monitor: str,
+) -> Cursor:
+    """Where a run stands at its start, and what it stands on: fingerprints of ``data``."""
+    return {
+        "examples_seen": 0,
+        "tokens_seen": 0.0,
+        "elapsed_s": 0.0,
+        "share": 0.0,
+        "seed": config.train.seed,
+        "length": _length(config.train),
+        "monitor": monitor,
+        "data": list(data),
+        "tokenizer_sha256": tokenizer_sha256,
+        "base_sha256": base_sha256,
+    }
+
+
+def check_processes(config: Config, checkpoints: StoragePath) -> None:
+    """All processes of a run must be about to do the same, and see the same checkpoints."""
+    if jax.process_count() == 1:
+        return
+    distributed.check_same(
+        "program",
+        {
+            "the version of jax": jax.__version__,
+            "the source code": distributed.code_hash(),
+            "the number of devices": jax.local_device_count(),
+            "the list of checkpoints": restore.list_steps(checkpoints),
+            **configs.flatten(config),
+        },
+    )
+
+
+def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
+    """A run resumes with the settings that it began with, as far as they decide what is learned.
+
+    A finished one may be made longer.
+    """
+    before, now = configs.flatten(read_config(directory, type(config))), configs.flatten(config)
+    free = f"{_FREE}|{_LENGTH}" if saved["share"] >= 1 else _FREE
+    changed = [
+        f"{path}={before.get(path)} there and {now.get(path)} here"
+        for path in sorted({*before, *now})
+        if before.get(path) != now.get(path) and not re.fullmatch(free, path)
+    ]
+    if changed and not config.accept_changes:
+        raise InputError(
+            f"{directory} holds a run that began with other settings: {'; '.join(changed)}; change "
+            "them back, add --accept-changes, or give the run another --name"
+        )
+
+
+def check_same(
+    directory: StoragePath, saved: Cursor, now: Cursor, *, accept_changes: bool = False
+) -> None:
+    """A run resumes with the tokenizer, data, seed, labels and base that it began with.
+
+    With ``accept_changes`` data and seed may be others.
+    """
+    for name in ("tokenizer_sha256", "data", "seed", "labels", "base_sha256"):
+        if accept_changes and name in ("data", "seed"):
+            continue
+        if saved.get(name) != now.get(name):
+            way = ", add --accept-changes," if name in ("data", "seed") else ","
+            difference = _difference(saved.get(name), now.get(name))
+            raise InputError(
+                f"the run in {directory} was trained with {name} {difference}: restore it{way} or "
+                "give the run another --name"
+            )
+
+
+def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
+    """Where a run resumes that was ``saved`` and would now ``start`` with these data.
+
+    What belongs to other settings is dropped: of another length the share that is done, the
+    evaluations that were counted and the patience; of another ``monitor`` the best value.
+    """
+    check_same(config.directory, saved, start, accept_changes=config.accept_changes)
+    cursor = saved | {name: start[name] for name in ("data", "seed", "length", "monitor")}
+    if saved.get("length", start["length"]) != start["length"]:
+        minutes = config.train.minutes
+        done = saved["elapsed_s"] / (60 * minutes) if minutes else 0.0
+        cursor |= {"share": min(done, 1.0), "since_best": 0}
+        cursor.pop("evals_done", None)
+    if saved.get("monitor", start["monitor"]) != start["monitor"]:
+        for name in ("best", "since_best"):
+            cursor.pop(name, None)
+    return cursor
+
+
+def with_length(directory: StoragePath, config: Config, saved: Cursor) -> Cursor:
+    """A cursor with what older versions did not save in it but in the run's config alone."""
+    before = read_config(directory, type(config))
+    monitor = configs.flatten(before).get("monitor") or "loss"
+    return {"length": _length(before.train), "monitor": monitor} | saved
+
+
+def _length(train: TrainConfig) -> list[int | float | None]:
+    return [train.steps, train.minutes, train.num_evals]
+
+
+def _difference(before: object, after: object) -> str:
+    """What is not the same, and where in a list."""
+    if isinstance(before, list) and isinstance(after, list):
+        pairs = itertools.zip_longest(before, after)
+        number = next(i for i, (a, b) in enumerate(pairs) if a != b)
+        one, other = (_short(x[number]) if number < len(x) else "none" for x in (before, after))
+        return f"whose number {number + 1} was {one}, and would resume with {other}"
+    return f"{_short(before)} and would resume with {_short(after)}"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else f"{text[:16]}…"

@@ -1,0 +1,144 @@
+"""A run's steps on its devices, and what its configuration leaves to data and platform."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm import optim, sharding
+from jaxlm.config import Config, FinetuneConfig, PretrainConfig
+from jaxlm.errors import InputError
+from jaxlm.models.model import ModelConfig
+from jaxlm.sharding import MeshConfig
+from jaxlm.train.placement import Init, Placement, jit_placement, pmap_placement
+from jaxlm.train.state import TrainState
+from jaxlm.train.step import EvalStep, make_train_step
+from jaxlm.typing import Loss
+
+Known = TypeVar("Known", PretrainConfig, FinetuneConfig)
+EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
+
+
+def make_placement(
+    config: Config,
+    init: Init,
+    loss: Loss,
+    make_eval_step: Callable[[str | None], EvalStep],
+    *,
+    lr_factor: Callable[[str], float] | None = None,
+    devices: Sequence[Any] | None = None,
+) -> Placement:
+    """The steps under jit or pmap on all devices, or on ``devices``.
+
+    ``make_eval_step`` is given the name of pmap's axis, None under jit.
+    """
+    axis_name = "data" if config.placement == "pmap" else None
+    train_step = make_train_step(
+        loss,
+        optim.make_optimizer(config.optimizer, lr_factor),
+        optim.make_schedule(config.optimizer),
+        seed=config.train.seed,
+        num_micro_batches=config.train.num_micro_batches,
+        axis_name=axis_name,
+    )
+    mesh = sharding.make_mesh(config.mesh, devices)
+    check_batch(config.data.batch_size, config.train.num_micro_batches, mesh)
+    if axis_name is None:
+        return jit_placement(init, train_step, make_eval_step(None), mesh)
+    if mesh.shape["data"] != mesh.size:
+        raise InputError(
+            "placement=pmap is data parallel only: leave the mesh as it is, or use jit"
+        )
+    return pmap_placement(init, train_step, make_eval_step(axis_name), axis_name, devices)
+
+
+def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
+    """The batch must split evenly over micro-batches, and each of those over devices."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    pieces = devices * num_micro_batches
+    if batch_size % pieces:
+        raise InputError(
+            f"data.batch_size={batch_size} is not divisible by {devices} devices (data * fsdp) "
+            f"times train.num_micro_batches={num_micro_batches}: the next that is, is "
+            f"{(batch_size // pieces + 1) * pieces}"
+        )
+
+
+def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:
+    """Of matrix products and activations."""
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
+def resolve_vocab_size(given: int | None, tokenizer_size: int, mesh: MeshConfig) -> int:
+    """The model's: as given, else padded. Raises where some token would have no row."""
+    vocab_size = given or padded_vocab_size(tokenizer_size, mesh)
+    if vocab_size < tokenizer_size:  # lookups would clip ids, without a word
+        raise InputError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of "
+            f"{tokenizer_size}: leave it None, or set it to that or more"
+        )
+    return vocab_size
+
+
+def padded_vocab_size(size: int, mesh: MeshConfig) -> int:
+    """Rounded up to a multiple of 64, for speed, and of the shards that the mesh makes of it."""
+    multiple = math.lcm(64, max(mesh.tensor, 1))
+    return math.ceil(size / multiple) * multiple
+
+
+def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
+    """A base's encoder for this mesh: its token table is filled up as pretraining would."""
+    assert published.vocab_size is not None
+    rows = padded_vocab_size(published.vocab_size, mesh)
+    return replace_fields(published, dtype=None, vocab_size=rows)
+
+
+def replace_fields(model: Any, *, vocab_size: int, dtype: str | None) -> Any:
+    """``dataclasses.replace`` of a model's config, whose class is not known here."""
+    return dataclasses.replace(model, vocab_size=vocab_size, dtype=dtype)
+
+
+def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """A base's parameters with the token table filled up with zeros to the model's vocabulary."""
+    table = np.asarray(encoder["token_embed"]["embedding"])
+    more = _missing(len(table), model)
+    if not more:
+        return encoder
+    return encoder | {"token_embed": {"embedding": np.pad(table, ((0, more), (0, 0)))}}
+
+
+def with_bias(head: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """A base's head for that many rows; those that stand for no token are never likely."""
+    bias = np.asarray(head.get("bias", ()))
+    if not bias.size:
+        return head
+    return head | {"bias": np.pad(bias, (0, _missing(len(bias), model)), constant_values=-100.0)}
+
+
+def _missing(rows: int, model: ModelConfig) -> int:
+    assert model.vocab_size is not None  # resolved
+    return model.vocab_size - rows
+
+
+def put_state(state: TrainState, placement: Placement) -> TrainState:
+    """The state on the devices of its placement."""
+    return jax.tree.map(
+        lambda x, abstract: jax.device_put(x, abstract.sharding), state, placement.abstract_state
+    )
+
+
+def for_evaluation(config: Known) -> Known:
+    """On all devices that are here, whatever the run was trained on."""
+    devices = jax.device_count()
+    rows = math.ceil(config.data.batch_size / devices) * devices
+    return dataclasses.replace(
+        config,
+        mesh=MeshConfig(),
+        placement="jit",
+        data=dataclasses.replace(config.data, batch_size=rows),
+        train=dataclasses.replace(config.train, num_micro_batches=1),
+    )
