@@ -1,6 +1,7 @@
-"""The documentation that every Python interpreter carries, as a small corpus of English prose."""
+"""The documentation that comes with Python and its packages, as small corpora of English prose."""
 
 import ast
+import importlib.util
 import re
 import sysconfig
 import warnings
@@ -29,41 +30,55 @@ class PyDocs:
     About 2 MB of English, with nothing to download. It differs between versions of Python.
     """
 
+    package: str | None = None
+    """An installed package, such as scipy, whose docstrings are read instead; None = Python's."""
+
     def documents(self, on_read: OnRead = ignore) -> Iterator[str]:
         """Sections of the reference, then docstrings module by module; prose only, unwrapped."""
-        for path, texts in _collect():
+        for path, texts in _collect(self.package):
             yield from texts
             on_read(path.stat().st_size)
 
     def size(self) -> int:
         """Bytes of the modules read."""
-        return files.size(modules())
+        return files.size(modules(self.package))
 
     def fingerprint(self) -> str:
         """Of the modules' contents."""
-        return files.sha256(modules(), "pydocs")
+        return files.sha256(modules(self.package), "pydocs")
 
 
-def by_module() -> Iterator[tuple[Path, tuple[str, ...]]]:
-    """The texts of each module, whose path is relative to the library."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path, texts in _collect():
-        yield path.relative_to(root), texts
+def by_module(package: str | None = None) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The texts of each module, whose path is relative to the library or the package."""
+    for path, texts in _collect(package):
+        yield path.relative_to(_root(package)), texts
 
 
 @cache  # parsing takes seconds, the result two megabytes
-def _collect() -> tuple[tuple[Path, tuple[str, ...]], ...]:
+def _collect(package: str | None) -> tuple[tuple[Path, tuple[str, ...]], ...]:
     found = []
-    for path in modules():
+    for path in modules(package):
         texts = _topics(path) if path.parent.name == "pydoc_data" else _docstrings(path)
         found.append((path, tuple(text for text in map(_prose, texts) if text)))
     return tuple(found)
 
 
+def _root(package: str | None) -> Path:
+    if package is None:
+        return Path(sysconfig.get_path("stdlib"))
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"package={package!r} is no installed package with modules: pip install it, or name "
+            "another, such as scipy"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
 @cache
-def modules() -> list[Path]:
-    """The files read: of the library, without tests and what was installed later."""
-    root = Path(sysconfig.get_path("stdlib"))
+def modules(package: str | None = None) -> list[Path]:
+    """The files read: of the library or the package, without tests and what was installed later."""
+    root = _root(package)
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     modules = [
         root / name
@@ -72,7 +87,7 @@ def modules() -> list[Path]:
         and not name.startswith(("config-", "_sysconfigdata", "pydoc_data/__init__"))
     ]
     if not modules:
-        raise InputError(f"the interpreter's library {root} holds no Python source to read")
+        raise InputError(f"{root} holds no Python source to read")
     return sorted(modules, key=lambda path: path.parent.name != "pydoc_data")
 
 

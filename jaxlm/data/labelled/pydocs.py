@@ -1,4 +1,4 @@
-"""The interpreter's own documentation as a labelled data set: which topic a text is about."""
+"""The documentation of Python or a package as a labelled data set: which topic a text is about."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,12 +85,19 @@ class PyDocsTopics:
     """
 
     min_words: int = 6
+    package: str | None = None
+    """An installed package, such as scipy, whose docstrings are read instead; their topics are its
+    subpackages. None = Python's own."""
 
     def records(self) -> Iterator[Record]:
         """One for each docstring of a module that belongs to a topic."""
         topic_of = {name: topic for topic, names in TOPICS.items() for name in names}
-        for path, texts in pydocs.by_module():
-            topic = topic_of.get(path.parts[0].removesuffix(".py"))
+        for path, texts in pydocs.by_module(self.package):
+            first = path.parts[0].removesuffix(".py")
+            if self.package is None:
+                topic = topic_of.get(first)
+            else:
+                topic = None if len(path.parts) < 2 or first.startswith("_") else first
             for number, text in enumerate(texts if topic else (), start=1):
                 if len(text.split()) >= self.min_words:
                     origin = f"{path.as_posix()}, docstring {number}"
@@ -98,4 +105,5 @@ class PyDocsTopics:
 
     def fingerprint(self) -> str:
         """Of the modules' contents."""
-        return files.sha256(pydocs.modules(), "topics", str(self.min_words), repr(TOPICS))
+        modules = pydocs.modules(self.package)
+        return files.sha256(modules, "topics", str(self.min_words), repr(TOPICS))
