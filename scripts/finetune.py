@@ -10,13 +10,13 @@ tune_process()
 
 import jax  # noqa: E402  (the allocator is settled before JAX starts)
 
-from jaxlm import config  # noqa: E402
-from jaxlm.runs import finetuning  # noqa: E402
+from jaxlm.config import FinetuneConfig  # noqa: E402
+from jaxlm.runs import command_line, finetuning  # noqa: E402
 from jaxlm.runtime.distributed import joined  # noqa: E402
 
 if __name__ == "__main__":
     with joined():
-        wanted = config.load(config.FinetuneConfig)
+        wanted = command_line.load(FinetuneConfig)
         directory = finetuning.finetune(wanted)
         if jax.process_index() == 0:
             what = {"answer": "QUESTION --pair CONTEXT", "choose": "--file FILE.jsonl"}

@@ -10,13 +10,13 @@ tune_process()
 
 import jax  # noqa: E402  (the allocator is settled before JAX starts)
 
-from jaxlm import config  # noqa: E402
-from jaxlm.runs import pretraining  # noqa: E402
+from jaxlm.config import PretrainConfig  # noqa: E402
+from jaxlm.runs import command_line, pretraining  # noqa: E402
 from jaxlm.runtime.distributed import joined  # noqa: E402
 
 if __name__ == "__main__":
     with joined():
-        directory = pretraining.pretrain(config.load(config.PretrainConfig))
+        directory = pretraining.pretrain(command_line.load(PretrainConfig))
         if jax.process_index() == 0:
             print(
                 f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"

@@ -11,12 +11,12 @@ from typing import Annotated, TypeVar
 import tyro
 from rich.console import Console
 
-from jaxlm import config as configs
 from jaxlm.compile_check import report, scaling, search, topology
 from jaxlm.compile_check.check import Report, check, to_json
 from jaxlm.compile_check.step import Assumed, base_config
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
+from jaxlm.runs import command_line
 from jaxlm.sharding import MeshConfig
 
 Check = Callable[[Config, Assumed, topology.Topology], Report]
@@ -76,8 +76,8 @@ def load(kind: type[A], argv: Sequence[str] | None = None) -> tuple[A, Config]:
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = Path(sys.argv[0]).name
     asked, changes = tyro.cli(kind, prog=prog, args=argv, return_unknown_args=True)
-    read = configs.read_file(asked.config)
-    return asked, configs.load(type(read), [str(asked.config), *changes])
+    config = command_line.read(asked.config)
+    return asked, command_line.changed(config, changes, prog=f"{prog} {asked.config}")
 
 
 def run_check(

@@ -133,8 +133,8 @@ def check_same(where: StoragePath, found: dict[str, Any], wanted: dict[str, Any]
     ]
     if differences:
         raise InputError(
-            f"{where} was prepared otherwise ({'; '.join(differences)}); give another place, or "
-            "replace it with scripts/prepare.py --overwrite"
+            f"{where} was prepared otherwise ({'; '.join(differences)}); name a new folder to "
+            "prepare, or train on this one as it is, with --prepare None"
         )
 
 
