@@ -28,9 +28,9 @@ from jaxlm.config import C, Config, FinetuneConfig, PretrainConfig, RunConfig
 from jaxlm.errors import InputError
 
 SYNTAX = (
-    "{path} is one of several classes: --{path} {other} puts that one in, with its defaults, and "
-    "--{path}.FIELD VALUE changes what it holds, in any order; so for every other option with "
-    "classes in braces. For the fields of another class: --{path} {other} --help."
+    "An option with classes in braces takes the name of one: --{path} {other} puts it in the place "
+    "of what is there, with its defaults, and --{path}.FIELD VALUE changes its fields, before or "
+    "behind. To see them: --{path} {other} --help."
 )
 FOLDER = Path(__file__).resolve().parents[2] / "configs"  # not there where only jaxlm is installed
 
@@ -109,7 +109,7 @@ def changed(config: C, argv: Sequence[str], *, prog: str) -> C:
         first = [_flag(option.name), chosen[option.name]] if is_class else option.tokens
         tokens += [*first, *option.words[1:]] if is_class else first
     path, hint, _ = max(choices(draft), key=lambda choice: len(classes(choice[1])))
-    other = next(name for name in classes(hint) if name != chosen[path])
+    other = next((name for name in classes(hint) if name != chosen[path]), "None")
     settled: Any = dataclasses.make_dataclass("Choices", fields)
     plain = tyro.conf.arg(name="")
     parts = [("config", Annotated[type(config), plain]), ("choices", Annotated[settled, plain])]

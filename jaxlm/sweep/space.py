@@ -182,7 +182,12 @@ def _find(config: Config, name: str) -> tuple[Any, Any]:
     hint: Any = None
     for head in name.split("."):
         if not dataclasses.is_dataclass(part):
-            raise InputError(f"--set {name}: {where} is {part!r}, which has no fields")
+            kinds = command_line.classes(hint)
+            others = " or ".join(f"-- --{name.partition(f'.{head}')[0]} {kind}" for kind in kinds)
+            raise InputError(
+                f"--set {name}: {where} is {part!r}, which has no fields"
+                + (f"; put {others} behind all options" if kinds else "")
+            )
         known = [field.name for field in dataclasses.fields(part)]
         if head not in known:
             raise InputError(

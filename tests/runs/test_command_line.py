@@ -313,7 +313,10 @@ def test_help_shows_the_classes_and_how_to_choose(capsys: pytest.CaptureFixture[
     for path, hint, _ in command_line.choices(replace(CSV, tuning=HeadOnly())):
         assert f"--{path} {{{','.join(command_line.classes(hint))}" in text
     assert "--tuning.outputs" in text
-    assert "--data.train JsonLines puts that one in" in text
+    with pytest.raises(SystemExit):
+        changed(CSV, "--data.train TfdsRecords --help")
+    assert "--data.train.name STR" in capsys.readouterr().out
+    assert "--data.train JsonLines puts it in the place" in text
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
