@@ -9,14 +9,11 @@ its parent's and uses ``dataclasses.replace``. Each part lives beside what it co
 import dataclasses
 import json
 import runpy
-import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import tyro
 
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.loader import DataConfig
@@ -162,30 +159,6 @@ class FinetuneConfig(RunConfig):
 
 Config = PretrainConfig | FinetuneConfig
 C = TypeVar("C", bound=RunConfig)
-
-
-def load(kind: type[C], argv: list[str] | None = None) -> C:
-    """The config file that the first argument names, with the other arguments' changes.
-
-    Exits, with a list of what there is, on ``--help`` and on an option that does not exist.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0].startswith("-"):
-        raise InputError(
-            "the first argument is a config file, such as configs/quickstart.py; "
-            "put --help behind it to see what can be changed"
-        )
-    config = read_file(Path(argv[0]))
-    if not isinstance(config, kind):
-        script = "finetune" if isinstance(config, FinetuneConfig) else "pretrain"
-        raise InputError(f"{argv[0]} holds a {type(config).__name__}: use scripts/{script}.py")
-    return tyro.cli(
-        kind,
-        prog=f"{Path(sys.argv[0]).name} {argv[0]}",
-        default=config,
-        args=argv[1:],
-        config=(tyro.conf.AvoidSubcommands,),
-    )
 
 
 def read_file(path: StoragePath) -> Config:

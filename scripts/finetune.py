@@ -1,7 +1,8 @@
 """Fine-tune an encoder on labelled data: ``python scripts/finetune.py configs/quickstart_lora.py``.
 
-Every field of the config can be changed behind it, such as ``--tuning.rank 16``; put ``--help``
-there for all of them. The same command goes on where an interrupted run was saved.
+Every field of the config can be changed behind it, such as ``--tuning.rank 16`` or ``--tuning
+Full``; put ``--help`` there for all of them. The same command goes on where an interrupted run was
+saved.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -10,13 +11,13 @@ tune_process()
 
 import jax  # noqa: E402  (the allocator is settled before JAX starts)
 
-from jaxlm import config  # noqa: E402
-from jaxlm.runs import finetuning  # noqa: E402
+from jaxlm.config import FinetuneConfig  # noqa: E402
+from jaxlm.runs import command_line, finetuning  # noqa: E402
 from jaxlm.runtime.distributed import joined  # noqa: E402
 
 if __name__ == "__main__":
     with joined():
-        wanted = config.load(config.FinetuneConfig)
+        wanted = command_line.load(FinetuneConfig)
         directory = finetuning.finetune(wanted)
         if jax.process_index() == 0:
             print(

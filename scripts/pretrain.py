@@ -10,13 +10,13 @@ tune_process()
 
 import jax  # noqa: E402  (the allocator is settled before JAX starts)
 
-from jaxlm import config  # noqa: E402
-from jaxlm.runs import pretraining  # noqa: E402
+from jaxlm.config import PretrainConfig  # noqa: E402
+from jaxlm.runs import command_line, pretraining  # noqa: E402
 from jaxlm.runtime.distributed import joined  # noqa: E402
 
 if __name__ == "__main__":
     with joined():
-        wanted = config.load(config.PretrainConfig)
+        wanted = command_line.load(PretrainConfig)
         directory = pretraining.pretrain(wanted)
         if jax.process_index() == 0:
             print(

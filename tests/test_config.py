@@ -1,4 +1,4 @@
-"""Configurations: files, the command line, and the JSON of a run folder."""
+"""Configurations: files, and the JSON of a run folder."""
 
 import dataclasses
 from pathlib import Path
@@ -30,56 +30,15 @@ def write(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_command_line_changes_nested_fields(tmp_path: Path) -> None:
-    path = write(tmp_path, FILE.format("steps=5"))
-    config = configs.load(
-        configs.PretrainConfig, [path, "--optimizer.peak-lr", "3e-4", "--model.num-layers", "3"]
-    )
-    assert config.optimizer.peak_lr == 3e-4
-    assert config.model.num_layers == 3
-    assert config.train.steps == 5
-    assert configs.load(configs.PretrainConfig, [path, "--no-resume"]).resume is False
-
-
-def test_misspelt_option_says_what_was_meant(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = write(tmp_path, FILE.format("steps=5"))
-    with pytest.raises(SystemExit) as stop:
-        configs.load(configs.PretrainConfig, [path, "--optimizer.peak-l", "3e-4"])
-    assert stop.value.code == 2
-    assert "--optimizer.peak-lr" in capsys.readouterr().err
-
-
-def test_wrong_type_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path, FILE.format("steps=5"))
-    with pytest.raises(SystemExit):
-        configs.load(configs.PretrainConfig, [path, "--train.steps", "many"])
-    assert "many" in capsys.readouterr().err
-
-
 def test_misspelt_field_in_a_file_is_one_sentence(tmp_path: Path) -> None:
     path = write(tmp_path, FILE.format("step=5"))
     with pytest.raises(InputError, match=r"c\.py.*unexpected keyword argument 'step'"):
-        configs.load(configs.PretrainConfig, [path])
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["nowhere.py"], "no config file nowhere.py"),
-        ([], "first argument is a config file"),
-        (["--help"], "first argument is a config file"),
-    ],
-)
-def test_no_config_file(argv: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        configs.load(configs.PretrainConfig, argv)
+        configs.read_file(Path(path))
 
 
 def test_file_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not end in"):
-        configs.load(configs.PretrainConfig, [write(tmp_path, "config = 3")])
+        configs.read_file(Path(write(tmp_path, "config = 3")))
 
 
 @pytest.mark.parametrize("source", [PyDocs(), Csv(glob="*.csv", column="text", delimiter=";")])

@@ -11,12 +11,12 @@ from typing import Annotated, TypeVar
 import tyro
 from rich.console import Console
 
-from jaxlm import config as configs
 from jaxlm.compile_check import report, scaling, search, topology
 from jaxlm.compile_check.check import Report, check, to_json
 from jaxlm.compile_check.step import Assumed, base_config
 from jaxlm.config import Config
 from jaxlm.errors import InputError
+from jaxlm.runs import command_line
 from jaxlm.sharding import MeshConfig
 
 Check = Callable[[Config, Assumed, topology.Topology], Report]
@@ -82,8 +82,8 @@ def load(kind: type[A], argv: Sequence[str] | None = None) -> tuple[A, Config]:
         return_unknown_args=True,
         config=(tyro.conf.AvoidSubcommands,),
     )
-    read = configs.read_file(asked.config)
-    return asked, configs.load(type(read), [str(asked.config), *changes])
+    config = command_line.read(asked.config)
+    return asked, command_line.changed(config, changes, prog=f"{prog} {asked.config}")
 
 
 def run_check(

@@ -82,7 +82,8 @@ def prepare(
     check_place(directory)
     if (directory / INFO).exists() and not overwrite:
         info = read_info(directory)
-        check_same(directory, info.recipe, recipe)
+        way_out = "name a new folder, or train on this one as it is, with --prepare None"
+        check_same(directory, info.recipe, recipe, way_out)
         say(console, f"{directory} is already prepared")
         return info
     with building(directory, INFO) as scratch:
@@ -124,7 +125,12 @@ def make_recipe(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
-def check_same(where: StoragePath, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def check_same(
+    where: StoragePath,
+    found: dict[str, Any],
+    wanted: dict[str, Any],
+    way_out: str = "name a new folder",
+) -> None:
     """:class:`InputError`, with the differences, unless two recipes are equal."""
     differences = [
         f"{name} {found.get(name)} there and {wanted.get(name)} here"
@@ -132,10 +138,7 @@ def check_same(where: StoragePath, found: dict[str, Any], wanted: dict[str, Any]
         if found.get(name) != wanted.get(name)
     ]
     if differences:
-        raise InputError(
-            f"{where} was prepared otherwise ({'; '.join(differences)}); give another place, or "
-            "replace it with scripts/prepare.py --overwrite"
-        )
+        raise InputError(f"{where} was prepared otherwise ({'; '.join(differences)}); {way_out}")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxlm import config as configs
 from jaxlm.config import FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
+from jaxlm.runs import command_line
 from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.sweep import alone, parse
@@ -67,7 +68,7 @@ def load(argv: Sequence[str] | None = None) -> tuple[CurveConfig, list[Plan]]:
 
 
 def _plans(asked: CurveConfig, path: Path, changes: list[str]) -> list[Plan]:
-    config = configs.load(FinetuneConfig, [str(path), *changes])
+    config = command_line.load(FinetuneConfig, [str(path), *changes])
     configs.check_name(config.name)
     if asked.base is not None and config.base is not None:
         config = dataclasses.replace(config, base=asked.base)

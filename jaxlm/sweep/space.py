@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import numpy as np
 import tyro
 
 from jaxlm.config import Config
 from jaxlm.errors import InputError
+from jaxlm.runs import command_line
 
 Settings = dict[str, Any]  # dotted field -> value
 
@@ -76,7 +77,7 @@ def read_space(config: Config, texts: Sequence[str]) -> Space:
             raise InputError(f"{name} cannot be swept: {NOT_SWEPT[name]}")
         if name in space:
             raise InputError(f"--set {name} is given twice: put all values into one")
-        space[name] = _read_values(name, _hint_in_any(variants, name), values)
+        space[name] = _read_values(name, *_find_in_any(variants, name), values)
         choices = space[name]
         if isinstance(choices, tuple) and any(map(dataclasses.is_dataclass, choices)):
             variants = [
@@ -165,23 +166,28 @@ def short_label(settings: Settings) -> list[str]:
     return parts
 
 
-def _hint_in_any(variants: Sequence[Config], name: str) -> Any:
-    """The type of a field in the first variant that has it."""
+def _find_in_any(variants: Sequence[Config], name: str) -> tuple[Any, Any]:
+    """The type of a field, and its value, in the first variant that has it."""
     errors = []
     for variant in variants:
         try:
-            return _hint(variant, name)
+            return _find(variant, name)
         except InputError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _hint(config: Config, name: str) -> Any:
+def _find(config: Config, name: str) -> tuple[Any, Any]:
     part, where = config, "the config"
     hint: Any = None
     for head in name.split("."):
         if not dataclasses.is_dataclass(part):
-            raise InputError(f"--set {name}: {where} is {part!r}, which has no fields")
+            kinds = command_line.classes(hint)
+            others = " or ".join(f"-- --{name.partition(f'.{head}')[0]} {kind}" for kind in kinds)
+            raise InputError(
+                f"--set {name}: {where} is {part!r}, which has no fields"
+                + (f"; put {others} behind all options" if kinds else "")
+            )
         known = [field.name for field in dataclasses.fields(part)]
         if head not in known:
             raise InputError(
@@ -189,20 +195,18 @@ def _hint(config: Config, name: str) -> Any:
             )
         hint = get_type_hints(type(part))[head]
         part, where = vars(part)[head], head
-    return hint
+    return hint, part
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def _read_values(name: str, hint: Any, text: str) -> tuple[Any, ...] | Range:
+def _read_values(name: str, hint: Any, now: Any, text: str) -> tuple[Any, ...] | Range:
     """Choices, or a range where the field is a number."""
-    options = _options(hint)
+    options = command_line.alternatives(hint)
     ends = re.fullmatch(r"(.+?)\.\.(.+?)(:log)?", text)
     if ends and {int, float} & set(options):
         is_whole = float not in options
-        low, high = (_read_value(name, int if is_whole else float, end) for end in ends.group(1, 2))
+        low, high = (
+            _read_value(name, int if is_whole else float, now, end) for end in ends.group(1, 2)
+        )
         finite = all(abs(end) < 1e300 for end in (low, high))  # their difference is, too
         if not low < high or not finite or (ends[3] and low <= 0):
             above = ", above 0" if ends[3] else ""
@@ -210,26 +214,27 @@ def _read_values(name: str, hint: Any, text: str) -> tuple[Any, ...] | Range:
                 f"--set {name}={text} is no range: its ends are finite, and rise{above}"
             )
         return Range(float(low), float(high), bool(ends[3]), is_whole)
-    return tuple(dict.fromkeys(_read_value(name, hint, part.strip()) for part in text.split(",")))
+    return tuple(
+        dict.fromkeys(_read_value(name, hint, now, part.strip()) for part in text.split(","))
+    )
 
 
-def _read_value(name: str, hint: Any, text: str) -> Any:
-    """One value by the field's type; a dataclass by its name, with that class's defaults."""
-    options = _options(hint)
-    classes: dict[str, Any] = {
-        option.__name__: option
-        for option in options
-        if isinstance(option, type) and dataclasses.is_dataclass(option)
-    }
+def _read_value(name: str, hint: Any, now: Any, text: str) -> Any:
+    """One value by the field's type; a dataclass by its name, as on the command line."""
+    options = command_line.alternatives(hint)
     if text == "None" and types.NoneType in options:
         return None
-    if classes:
-        with contextlib.suppress(KeyError, TypeError):  # TypeError: it has no defaults
-            return classes[text]()
-        raise InputError(
-            f"--set {name}={text} is not one of {', '.join(classes)} that needs no more than its "
-            f"name; fields of the present one are set like {name}.FIELD=VALUE"
-        )
+    if command_line.classes(hint):
+        kind = command_line.find_class(f"--set {name}=", hint, text)
+        if kind is types.NoneType or kind is type(now):
+            return None if kind is types.NoneType else now
+        made = command_line.fresh(kind, now)
+        if tyro.MISSING in vars(made).values():
+            raise InputError(
+                f"--set {name}={text}: {kind.__name__} needs more than its name; put "
+                f"-- --{name} {kind.__name__} behind all options, with the fields that it needs"
+            )
+        return dataclasses.replace(made)  # now its class checks it
     is_tuple = any(get_origin(option) is tuple for option in options)
     try:
         words = shlex.split(text) if is_tuple else [text.capitalize() if bool in options else text]
@@ -247,7 +252,7 @@ def _fitting(config: Config, settings: Settings) -> Settings:
     for name, value in sorted(settings.items(), key=lambda item: item[0].count(".")):
         variant = _attempt(config, kept)
         with contextlib.suppress(InputError):
-            _hint(variant or config, name)
+            _find(variant or config, name)
             kept[name] = value
     return {name: value for name, value in settings.items() if name in kept}
 

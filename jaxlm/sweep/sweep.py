@@ -18,6 +18,7 @@ from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
+from jaxlm.runs import command_line
 from jaxlm.runtime.storage import write_whole
 from jaxlm.sweep import space
 from jaxlm.sweep.process import RunTrial
@@ -43,7 +44,8 @@ class SweepConfig:
     ] = ()
     """A field and its values, once for each field: optimizer.peak_lr=1e-3,3e-3; with --random also
     1e-5..1e-3:log (evenly in the logarithm) or 0.0..0.3 (evenly). Spaces separate what is inside
-    one value of many parts; tuning=LoraConfig,Full names classes with their defaults."""
+    one value of many parts; tuning=LoraConfig,Full names classes: the config's own as it is, others
+    with their defaults."""
     seeds: int = 1
     """Runs of each candidate, with train.seed, train.seed + 1 and so on."""
     random: int | None = None
@@ -71,9 +73,9 @@ class SweepConfig:
 def load(argv: Sequence[str] | None = None) -> Plan:
     """What the command line asks for; exits on ``--help`` and on an option that does not exist."""
     asked, changes = parse(SweepConfig, argv)
-    config = configs.read_file(asked.config)
-    config = configs.load(type(config), [str(asked.config), *changes])
-    return make_plan(asked, config)
+    config = command_line.read(asked.config)
+    prog = f"{Path(sys.argv[0]).name} {asked.config} --"
+    return make_plan(asked, command_line.changed(config, changes, prog=prog))
 
 
 def parse(kind: type[T], argv: Sequence[str] | None) -> tuple[T, list[str]]:

@@ -225,7 +225,9 @@ def test_another_configuration_is_refused_unless_overwritten(tmp_path):
     config = make(tmp_path, "a b\n" * 3 + "c d\n", validation_fraction=0.0)
     prepare(config, tmp_path / "out")
     other = dataclasses.replace(config, row_length=8)
-    with pytest.raises(InputError, match=r"otherwise \(row_length 128 there and 8 here\)"):
+    with pytest.raises(
+        InputError, match=r"otherwise \(row_length 128 there and 8 here\); .*--prepare None$"
+    ):
         prepare(other, tmp_path / "out")
     assert prepare(other, tmp_path / "out", overwrite=True).row_length == 8
     (tmp_path / "in.txt").write_text("something else\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm import config
-from jaxlm.runs import finetuning, pretraining
+from jaxlm.runs import command_line, finetuning, pretraining
 from jaxlm.runtime import distributed
 from jaxlm.train.view import View
 
@@ -27,6 +27,6 @@ if __name__ == "__main__":
     View.add = add_and_fail
     with distributed.joined():
         if isinstance(config.read_file(Path(sys.argv[1])), config.FinetuneConfig):
-            finetuning.finetune(config.load(config.FinetuneConfig))
+            finetuning.finetune(command_line.load(config.FinetuneConfig))
         else:
-            pretraining.pretrain(config.load(config.PretrainConfig))
+            pretraining.pretrain(command_line.load(config.PretrainConfig))

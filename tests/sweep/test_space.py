@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from jaxlm.config import FinetuneConfig
+from jaxlm.data.labelled.records import JsonLines
 from jaxlm.errors import InputError
+from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.peft.tuning import Full
+from jaxlm.peft.tuning import Full, HeadOnly
+from jaxlm.runs import command_line
 from jaxlm.sweep.space import Range, candidates, label, read_space, replaced
 
 LR = "optimizer.peak_lr"
@@ -47,7 +50,8 @@ def test_values_have_the_types_of_their_fields(config: FinetuneConfig) -> None:
     [
         ("optimizer.lr=1", r"optimizer has no field lr; it has name, peak_lr, schedule"),
         ("optimiser.peak_lr=1", r"the config has no field optimiser; it has .*optimizer"),
-        ("model.num_layers=1", r"model is None, which has no fields"),
+        ("model.num_layers=1", r"model is None, which has no fields; put -- --model BertConfig or"),
+        ("data.train=TfdsRecords", r"TfdsRecords needs more .* put -- --data.train TfdsRecords"),
         (f"{LR}.x=1", r"peak_lr is 0\.0005, which has no fields"),
         (f"{LR}=1e-3,fast", r"'fast' is not of type float"),
         ("tuning.rank=1.5", r"'1\.5' is not of type int"),
@@ -114,6 +118,20 @@ def test_fields_without_a_place_are_left_out(config: FinetuneConfig) -> None:
         "tuning.rank=4, tuning=LoraConfig",
         "tuning.rank=8, tuning=LoraConfig",
     ]
+
+
+def test_classes_are_named_as_on_the_command_line(config: FinetuneConfig) -> None:
+    space = read_space(config, ["tuning=head-only,LoraConfig,ia3config", "data.train=JsonLines"])
+    path = config.data.train.path  # pyright: ignore[reportAttributeAccessIssue]
+    assert space == {
+        "tuning": (HeadOnly(), LoraConfig(rank=4), Ia3Config()),  # the config's rank, not 8
+        "data.train": (JsonLines(path=path),),
+    }
+    for tuning in ("HeadOnly", "LoraConfig", "Ia3Config"):
+        options = ["--tuning", tuning, "--data.train", "JsonLines"]
+        changed = command_line.changed(config, options, prog="test")
+        assert changed.tuning in space["tuning"]  # pyright: ignore
+        assert changed.data.train in space["data.train"]  # pyright: ignore
 
 
 def test_random_draws(config: FinetuneConfig) -> None:
