@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import PyTree
 from tokenizers import Tokenizer
 
 from jaxlm import optim
@@ -57,7 +58,7 @@ def make_model(config: PretrainConfig) -> nn.Module:
     return config.task.make_model(config.model)
 
 
-def init_params(model: nn.Module, key: PRNGKey, given: Mapping[str, Params]) -> Params:
+def init_params(model: nn.Module, key: PRNGKey, given: Mapping[str, PyTree]) -> Params:
     """Parameters of the model: ``encoder`` and ``head``, those ``given`` as they are."""
     drawn = dict(model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])
     return drawn | dict(given)  # what is not returned is not computed
@@ -70,7 +71,7 @@ def make_placement(
     model = make_model(config)
     optimizer = optim.make_optimizer(config.optimizer)
 
-    def init(key: PRNGKey, given: Mapping[str, Params] | None = None) -> TrainState:
+    def init(key: PRNGKey, given: Mapping[str, PyTree] | None = None) -> TrainState:
         variables = {"params": init_params(model, key, given or {})}
         return TrainState.create(variables, {}, optimizer)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 from rich.console import Console
 
 from jaxlm import tree
@@ -26,7 +27,7 @@ from jaxlm.train.loop import evaluate
 from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
-from jaxlm.typing import HostBatch, Params
+from jaxlm.typing import HostBatch
 
 
 def pretrain(config: PretrainConfig, *, console: Console | None = None) -> StoragePath:
@@ -120,7 +121,7 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
 
 def base_params(
     config: PretrainConfig, placement: Placement, base: Base, console: Console
-) -> dict[str, Params]:
+) -> dict[str, PyTree]:
     """The base's encoder, and its head where that is the task's; says which of them is new."""
     assert config.model is not None  # resolved
     given: dict[str, Any] = {"encoder": steps.with_rows(base.encoder, config.model)}
@@ -129,9 +130,9 @@ def base_params(
     if head and _shapes(head) == _shapes(wanted):
         given["head"] = head
     what = "encoder and head" if "head" in given else "encoder; its head is new"
-    console.print(f"from {base.name}: {what}")
+    console.print(f"from {base.name}: {what}", soft_wrap=True)
     return given
 
 
-def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in tree.leaves_with_path(params)}

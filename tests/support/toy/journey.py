@@ -57,7 +57,7 @@ if __name__ == "__main__":
         task=Classification(pooling="mean"),  # the first token sees no other
         tuning=LoraConfig(targets=("blend/kernel",), rank=2),
         optimizer=OptimizerConfig(peak_lr=3e-2),
-        train=TrainConfig(steps=40, num_evals=1),
+        train=TrainConfig(steps=150, num_evals=1),
     )
     tuned = finetune(tuning)
     result = {"pretraining": losses(pretrained), "fine-tuning": losses(tuned)}

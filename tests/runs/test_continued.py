@@ -1,0 +1,210 @@
+"""Pretraining that starts from a run, or from a published model; and a finished run made longer."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tiny_runs import make_config
+
+from jaxlm.config import PretrainConfig
+from jaxlm.convert import huggingface
+from jaxlm.data.loader import eval_batches
+from jaxlm.data.prepare import TokenizerConfig, prepare
+from jaxlm.data.prepared import open_prepared
+from jaxlm.data.sources import TextFiles
+from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
+from jaxlm.models.heads import WithLmHead
+from jaxlm.runs import pretrained, resume
+from jaxlm.runs.pretraining import pretrain
+from jaxlm.train.loop import evaluate
+from jaxlm.train.metrics import read_jsonl
+from jaxlm.train.restore import list_steps
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "published_bert.safetensors"
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
+    return make_config(tmp_path_factory.mktemp("continued"), steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def whole(config: PretrainConfig) -> Path:
+    return pretrain(config)
+
+
+@pytest.fixture(scope="module")
+def other(config: PretrainConfig, whole: Path) -> PretrainConfig:
+    """From the run, on another text, with nothing prepared."""
+    assert config.prepare is not None
+    folder = config.runs.parent
+    words = np.random.default_rng(1).choice(["dog", "cat", "red", "fox"], (300, 12))
+    (folder / "other.txt").write_text("\n".join(" ".join(line) for line in words))
+    source = TextFiles(glob=str(folder / "other.txt"), document="line")
+    return replace(
+        config,
+        name="adapted",
+        base=str(whole),
+        model=None,
+        data=replace(config.data, paths=(str(folder / "other"),)),
+        prepare=replace(config.prepare, source=source),
+    )
+
+
+def losses(directory: Path) -> dict[int, float]:
+    lines = read_jsonl(directory / "metrics.jsonl")
+    return {line["step"]: line["eval/loss"] for line in lines if "eval/loss" in line}
+
+
+def test_continues_from_a_run_on_another_text(
+    other: PretrainConfig, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted = pretrain(other)
+    assert f"from {whole}: encoder and head" in capsys.readouterr().out
+    base = pretrained.open_pretrained(whole)
+    data = open_prepared(other.data.paths[0])  # cut by the base's tokenizer
+    rows = eval_batches(data, base.config.data.batch_size)
+    assert losses(adapted)[0] == pytest.approx(
+        evaluate(base.placement, base.state, rows)["loss"], abs=1e-5
+    )
+    assert losses(adapted)[STEPS] < losses(adapted)[0]
+    read = pretrained.open_pretrained(adapted)
+    assert read.tokenizer.to_str() == base.tokenizer.to_str()
+    assert replace(read.config.model, dtype=None) == replace(base.config.model, dtype=None)
+    pretrain(other)  # and is complete
+    assert "complete" in capsys.readouterr().out
+
+
+def test_a_head_that_does_not_fit_is_new(
+    other: PretrainConfig, config: PretrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's encoder alone, as published by one that has no such head."""
+    folder = config.runs.parent / "published"
+    read = pretrained.open_pretrained(config.directory)
+    params = {"encoder": jax.tree.map(np.asarray, read.variables["params"]["encoder"])}
+    assert isinstance(read.config.model, BertConfig)
+    huggingface.save(folder, params, read.config.model, read.tokenizer)
+    pretrain(replace(other, name="headless", base=str(folder)))
+    assert f"from {folder}: encoder; its head is new" in capsys.readouterr().out
+
+
+def test_continues_from_a_published_model_with_its_head(
+    config: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    with safe_open(GOLDEN, framework="np") as file:
+        (model / "config.json").write_text(file.metadata()["config"])
+    arrays, prefix = load_file(GOLDEN), "weights/"
+    weights = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    save_file(weights, model / "model.safetensors")
+    words = ["red", "green", "blue", "cat", "dog", *"abcdefghijklmn"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (model / "vocab.txt").write_text("\n".join([*special, *words]) + "\n")
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    assert size % 64  # so that rows are added, which must not be likely
+    assert config.prepare is not None
+    adapted = replace(
+        config,
+        name="published",
+        base=str(model),
+        model=None,
+        prepare=replace(config.prepare, row_length=8),
+        data=replace(config.data, paths=(str(tmp_path / "prepared"),)),
+        train=replace(config.train, steps=1, num_evals=1),
+    )
+    directory = pretrain(adapted)
+    assert "encoder and head" in capsys.readouterr().out
+    published = huggingface.load(model)
+    assert published.mlm_head is not None
+    read = pretrained.open_pretrained(directory)
+    assert read.config.model is not None
+    params = {**published.params, "head": published.mlm_head}
+    plain = WithLmHead(published.config.make(), published.config.make_lm_head())
+    rows = next(eval_batches(open_prepared(adapted.data.paths[0]), 16))
+    tokens = jnp.asarray(rows["tokens"], jnp.int32)
+    segments = jnp.where(jnp.arange(tokens.shape[1])[None] < rows["lengths"][:, None], 0, -1)
+    wanted = plain.apply({"params": params}, tokens, segment_ids=segments)
+    restored = pretrained.open_pretrained(directory, 0)
+    found = restored.model.apply(restored.variables, tokens, segment_ids=segments)
+    assert found.shape[-1] == 64 * -(-size // 64)
+    np.testing.assert_allclose(
+        jax.nn.log_softmax(found)[..., :size], jax.nn.log_softmax(wanted), atol=1e-4
+    )
+
+
+def test_text_of_another_tokenizer_is_refused(
+    other: PretrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    assert other.prepare is not None
+    foreign = replace(other.prepare, tokenizer=TokenizerConfig(vocab_size=50))
+    prepare(foreign, tmp_path / "foreign")
+    paths = replace(other.data, paths=(str(tmp_path / "foreign"),))
+    with pytest.raises(InputError, match="with another tokenizer than that of base=") as refused:
+        pretrain(replace(other, name="never", data=paths, prepare=None))
+    way_out = str(refused.value).rpartition("--tokenizer.path ")[2]
+    again = replace(other.prepare, tokenizer=TokenizerConfig(path=Path(way_out)))
+    prepare(again, tmp_path / "again")
+    paths = replace(other.data, paths=(str(tmp_path / "again"),))
+    pretrain(replace(other, name="again", data=paths, prepare=None))
+
+
+def test_a_model_beside_a_base_is_refused(other: PretrainConfig, config: PretrainConfig) -> None:
+    with pytest.raises(InputError, match=r"model is given, and also base=.*--model None"):
+        pretrain(replace(other, name="never", model=config.model))
+    with pytest.raises(InputError, match="base and model are None"):
+        replace(other, base=None)
+
+
+def test_a_finished_run_is_made_longer(
+    config: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is evaluated and saved on the way, as often as one that was as long from the start."""
+    shutil.copytree(whole, tmp_path / whole.name)
+    train = replace(config.train, steps=3 * STEPS, num_evals=6, patience=20)
+    longer = replace(config, runs=tmp_path, train=replace(train, patience=None))
+    directory = pretrain(longer)
+    assert f"extending the finished run from step {STEPS}" in capsys.readouterr().out
+    assert list(losses(directory)) == [0, 2, 4, 6, 8, 10, 12]
+    assert max(list_steps(directory / "checkpoints")) == 3 * STEPS
+    pretrain(longer)
+    assert "complete" in capsys.readouterr().out
+
+
+def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
+    """What is done is counted anew: the share of the new minutes, not of the old."""
+    minutes = replace(config, train=replace(config.train, steps=None, minutes=1.0))
+    facts = {"data": ["a"], "tokenizer_sha256": "b", "base_sha256": None, "monitor": "loss"}
+    start = resume.make_cursor(minutes, **facts)
+    done = {"share": 1.0, "elapsed_s": 60.0, "evals_done": 2, "best": 3.0, "since_best": 1}
+    longer = replace(minutes, train=replace(minutes.train, minutes=4.0))
+    cursor = resume.resume_cursor(longer, start | done, resume.make_cursor(longer, **facts))
+    assert (cursor["share"], cursor["since_best"], cursor["best"]) == (0.25, 0, 3.0)
+    assert "evals_done" not in cursor
+    same = resume.resume_cursor(minutes, start | done, start)
+    assert same == start | done
+    other = resume.make_cursor(minutes, **facts | {"monitor": "accuracy"})
+    changed = resume.resume_cursor(minutes, start | done, other)
+    assert not {"best", "since_best"} & changed.keys()  # of another metric
+    assert changed["share"] == 1.0
+
+
+def test_an_unfinished_run_keeps_its_length(
+    config: PretrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    """Its learning rate follows the length from the first step on."""
+    shutil.copytree(whole, tmp_path / whole.name)
+    shutil.rmtree(tmp_path / whole.name / "checkpoints" / str(STEPS))
+    longer = replace(config, runs=tmp_path, train=replace(config.train, steps=3 * STEPS))
+    with pytest.raises(InputError, match=r"train\.steps=4 there and 12 here"):
+        pretrain(longer)
+    pretrain(replace(longer, accept_changes=True))
