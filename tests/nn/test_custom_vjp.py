@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import adapted_models
@@ -183,12 +183,25 @@ def gradient_by_shard(case):
     return jax.jit(jax.grad(total, argnums=floats(case.operands)))(*case.operands)
 
 
+@cache
+def erf_can_be_differentiated():
+    """Inside shard_map, by JAX itself, which 0.12 refuses: equations with an erf cannot be then."""
+    rows = PartitionSpec("data")
+    slope = jax.grad(lambda x: jax.lax.erf(x).sum())
+    try:
+        jax.shard_map(slope, mesh=mesh_of_all(), in_specs=rows, out_specs=rows)(jnp.ones(DEVICES))
+    except ValueError as error:
+        return "Primitive polynomial" not in str(error)
+    return True
+
+
 @every_case
 def test_inside_shard_map(name):
     case = CASES[name]
     expected = gradient_by_shard(case)
-    for function in (case.function, case.function.plain):
-        assert_close(sharded_gradient(case, function), expected)
+    assert_close(sharded_gradient(case, case.function), expected)
+    if name != "gelu" or erf_can_be_differentiated():
+        assert_close(sharded_gradient(case, case.function.plain), expected)
     if None in case.axes:
         # The control: without the sum over devices, shared operands get a part of their gradient.
         with pytest.raises(AssertionError, match="Not equal"):
@@ -292,8 +305,9 @@ def test_a_model_inside_shard_map(name):
         return jax.jit(run)(model.variables, TOKENS, SEGMENTS)
 
     assert_close(sharded(True), expected, 1e-5)
-    with custom_vjp.plain():
-        assert_close(sharded(True), expected, 1e-5)
+    if name != "bert" or erf_can_be_differentiated():
+        with custom_vjp.plain():
+            assert_close(sharded(True), expected, 1e-5)
     with pytest.raises(AssertionError, match="Not equal"):  # the control
         assert_close(sharded(False), expected, 1e-5)
 
