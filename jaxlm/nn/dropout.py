@@ -2,6 +2,7 @@
 
 A counter-based hash instead of the key's own generator: a step costs 1 % more instead of 13 to
 25 % on CPUs, and the mask depends on the global position alone, so it is the same on any mesh.
+Inside ``jax.shard_map`` positions are those of a device: fold its ``axis_index`` into the key.
 """
 
 import flax.linen as nn
