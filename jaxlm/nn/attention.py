@@ -1,26 +1,21 @@
 """Scaled dot-product attention and its multi-head module (Vaswani et al. 2017, section 3.2)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.nn import masks
+from jaxlm.nn import custom_vjp, masks
 from jaxlm.nn.dropout import dropout
-from jaxlm.nn.linear import Linear, product, product_gradients
+from jaxlm.nn.linear import Linear
+from jaxlm.nn.products import product
 from jaxlm.sharding import constrain
 from jaxlm.typing import Bias, Dtype, Hidden, Mask, PRNGKey
 
-# Finite, so that a row that may attend to nothing gives the mean of the values and no NaN.
-NEGATIVE = -1e30
 
-SCORES, MIX = "bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"
-
-
+@custom_vjp.attention(dropout)
 def dot_product_attention(
     query: Float[Array, "batch q_length heads head_dim"],
     key: Float[Array, "batch kv_length heads head_dim"],
@@ -33,63 +28,18 @@ def dot_product_attention(
 ) -> Float[Array, "batch q_length heads head_dim"]:
     """``softmax(q kᵀ / sqrt(head_dim) + bias) v`` (equation 1); softmax in float32.
 
-    ``dropout_key`` draws which attention weights are dropped; without it none are. Of arrays of
-    the scores' size the gradient keeps one, in the precision of ``value``.
+    ``dropout_key`` draws which attention weights are dropped; without it none are. Hand-written
+    gradient: forward mode only inside :func:`custom_vjp.plain`.
     """
-    return _attention(query, key, value, mask, bias, dropout_key, dropout_rate)
-
-
-def _forward(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Mask | None,
-    bias: Bias | None,
-    dropout_key: PRNGKey | None,
-    rate: float,
-) -> tuple[Array, tuple[Any, ...]]:
-    scores = product(SCORES, query, key) * query.shape[-1] ** -0.5
+    scores = product("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
     if bias is not None:
         scores += bias
     if mask is not None:
-        scores = jnp.where(mask, scores, NEGATIVE)
-    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = weights.sum(-1)  # divided by after the product, which is smaller
-    weights = weights.astype(value.dtype)
-    out = product(MIX, _drop(weights, rate, dropout_key), value) / _per_query(total)
-    return out.astype(query.dtype), (query, key, value, mask, bias, dropout_key, weights, total)
-
-
-def _backward(rate: float, residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    # The barrier keeps XLA from keeping more instead: float32 scores, and what was dropped.
-    residuals, g = lax.optimization_barrier((residuals, g))
-    query, key, value, mask, bias, dropout_key, weights, total = residuals
-    dropped = _drop(weights, rate, dropout_key)
-    dweights, dvalue = product_gradients(MIX, dropped, value, g / _per_query(total))
-    dweights = _drop(dweights, rate, dropout_key).astype(jnp.float32)
-    weights = weights.astype(jnp.float32)
-    mean = (weights * dweights).sum(-1) / total
-    dscores = weights * (dweights - mean[..., None])
-    if mask is not None:
-        dscores = jnp.where(mask, dscores, 0)
-    dbias = None
-    if bias is not None:
-        widen = lambda b: jnp.broadcast_to(b.astype(jnp.float32), dscores.shape)
-        (dbias,) = jax.vjp(widen, bias)[1](dscores)
-    dquery, dkey = product_gradients(SCORES, query, key, dscores * query.shape[-1] ** -0.5)
-    return dquery, dkey, dvalue, None, dbias, None
-
-
-_attention = jax.custom_vjp(lambda *operands: _forward(*operands)[0], nondiff_argnums=(6,))
-_attention.defvjp(_forward, _backward)
-
-
-def _drop(weights: Array, rate: float, key: PRNGKey | None) -> Array:
-    return dropout(weights, rate, key) if key is not None and rate > 0 else weights
-
-
-def _per_query(total: Array) -> Array:
-    return jnp.swapaxes(total, 1, 2)[..., None]
+        scores = jnp.where(mask, scores, masks.NEGATIVE)
+    weights = jax.nn.softmax(scores).astype(value.dtype)
+    if dropout_key is not None and dropout_rate > 0:
+        weights = dropout(weights, dropout_rate, dropout_key)
+    return product("bhqk,bkhd->bqhd", weights, value).astype(query.dtype)
 
 
 class MultiHeadAttention(nn.Module):
@@ -98,6 +48,10 @@ class MultiHeadAttention(nn.Module):
     What may be attended to enters as data: ``mask`` (True = may), ``bias`` (added to the scores),
     ``segment_ids`` (equal ids see each other). Returns the projection of all heads, ``[batch,
     length, embed]``.
+
+    Attributes:
+        attend: how the heads attend: :func:`dot_product_attention`, or another equation with its
+            arguments, whose gradient JAX finds.
     """
 
     num_heads: int
@@ -106,6 +60,7 @@ class MultiHeadAttention(nn.Module):
     use_bias: bool = True
     dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    attend: Callable[..., Float[Array, "..."]] = dot_product_attention
 
     @nn.compact
     def __call__(
@@ -136,7 +91,7 @@ class MultiHeadAttention(nn.Module):
             same = masks.segments(segment_ids, segment_ids)
             mask = same if mask is None else mask & same
         drops = not deterministic and self.dropout_rate > 0
-        out = dot_product_attention(
+        out = self.attend(
             query,
             key,
             value,

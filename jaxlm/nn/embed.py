@@ -6,9 +6,23 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlm.nn.linear import attend
+from jaxlm.nn import custom_vjp
+from jaxlm.nn.products import add_bias, product
 from jaxlm.sharding import constrain
 from jaxlm.typing import Dtype
+
+
+@custom_vjp.attend
+def attend(
+    x: Float[Array, "*batch embed"],
+    table: Float[Array, "vocab embed"],
+    bias: Float[Array, "vocab"],
+) -> Float[Array, "*batch vocab"]:
+    """``x @ tableᵀ + bias``, in float32: logits from a tied embedding.
+
+    Hand-written gradient: forward mode only inside :func:`custom_vjp.plain`.
+    """
+    return add_bias(product("...e,ve->...v", x, table), bias)
 
 
 class Embed(nn.Module):

@@ -3,6 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+# The score of what is masked: finite, so that a row that may attend to nothing gives the mean of
+# the values and no NaN.
+NEGATIVE = -1e30
+
 
 def segments(
     q_segment_ids: Int[Array, "batch q_length"], kv_segment_ids: Int[Array, "batch kv_length"]

@@ -1,7 +1,5 @@
 """Long short-term memory, in one direction and in both."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,11 +7,28 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.nn import custom_vjp
 from jaxlm.nn.linear import Linear, linear
 from jaxlm.typing import Dtype, Hidden
 
 
-def _scan(gates: Array, kernel: Array, continues: Array) -> Array:
+@custom_vjp.lstm
+def lstm(
+    gates: Float[Array, "length batch 4 state"],
+    kernel: Float[Array, "state 4 state"],
+    continues: Bool[Array, "length batch"],
+) -> Float[Array, "length batch state"]:
+    """Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000), in float32.
+
+    ``i, f, g, o = gates + h K``; ``c = σ(f + 1) c + σ(i) tanh(g)``; ``h = σ(o) tanh(c)``. The 1
+    lets an untrained cell remember. Hand-written gradient: forward mode only inside
+    :func:`custom_vjp.plain`.
+
+    Args:
+        gates: what the inputs add to the gates, biases included.
+        kernel: recurrent weights K.
+        continues: False where the state starts from zero again.
+    """
     keep = continues.astype(jnp.float32)[..., None]
     matrix = kernel.reshape(kernel.shape[0], -1)
 
@@ -27,46 +42,9 @@ def _scan(gates: Array, kernel: Array, continues: Array) -> Array:
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return (h, c), h
 
-    zero = jnp.zeros((gates.shape[1], gates.shape[3]), jnp.float32)
+    # Like the gates, so that inside shard_map it varies as they do.
+    zero = jnp.zeros_like(gates, jnp.float32, shape=(gates.shape[1], gates.shape[3]))
     return lax.scan(body, (zero, zero), (gates, keep))[1]
-
-
-@jax.custom_vjp
-def lstm(
-    gates: Float[Array, "length batch 4 state"],
-    kernel: Float[Array, "state 4 state"],
-    continues: Bool[Array, "length batch"],
-) -> Float[Array, "length batch state"]:
-    """Hochreiter and Schmidhuber (1997) with the forget gate of Gers et al. (2000), in float32.
-
-    ``i, f, g, o = gates + h K``; ``c = σ(f + 1) c + σ(i) tanh(g)``; ``h = σ(o) tanh(c)``. The 1
-    lets an untrained cell remember. The weight gradient is one product over all steps at the end
-    instead of one a step added up (forwards and backwards on a CPU: 0.8 times as long).
-
-    Args:
-        gates: what the inputs add to the gates, biases included.
-        kernel: recurrent weights K.
-        continues: False where the state starts from zero again.
-    """
-    return _scan(gates, kernel, continues)
-
-
-def _forward(gates: Array, kernel: Array, continues: Array) -> tuple:
-    h, pull = jax.vjp(lambda gates: _scan(gates, kernel, continues), gates)
-    return h, (h, kernel, continues, pull)
-
-
-def _backward(residuals: tuple, g: Array) -> tuple[Array, Array, None]:
-    h, kernel, continues, pull = residuals
-    (dgates,) = pull(g)  # inputs and recurrence are added: it is the gradient of either
-    before = jnp.concatenate([jnp.zeros_like(h[:1]), h[:-1]]) * continues[..., None]
-    matrix = kernel.reshape(kernel.shape[0], -1)
-    _, pull_kernel = jax.vjp(partial(linear, before.astype(kernel.dtype)), matrix)
-    (dkernel,) = pull_kernel(rearrange(dgates, "length batch g state -> length batch (g state)"))
-    return dgates, dkernel.reshape(kernel.shape), None
-
-
-lstm.defvjp(_forward, _backward)
 
 
 class Lstm(nn.Module):

@@ -22,6 +22,7 @@ from jaxtyping import Array, Int, PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
+from jaxlm.nn import custom_vjp
 from jaxlm.nn.intercept import (
     ADAPTABLE,
     Call,
@@ -352,12 +353,6 @@ def _contract(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) 
     return lax.dot_general(x, y, ((x_axes, y_axes), ((), ())), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _low_rank(x: Array, a: Array, b: Array) -> Array:
-    """``(x a) b``, [..., outputs], in float32; its gradient's products, too, keep x's precision."""
-    return _low_rank_forward(x, a, b)[0]
-
-
 def _low_rank_forward(x: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
     h = _dot(x, a).astype(x.dtype)
     return _dot(h, b), (x, a, b, h)
@@ -375,4 +370,7 @@ def _low_rank_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, A
     return dx, da.astype(a.dtype), db.astype(b.dtype)
 
 
-_low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+@custom_vjp.gradient(_low_rank_forward, _low_rank_backward)
+def _low_rank(x: Array, a: Array, b: Array) -> Array:
+    """``(x a) b``, [..., outputs], in float32; its gradient's products, too, keep x's precision."""
+    return _dot(_dot(x, a).astype(x.dtype), b)

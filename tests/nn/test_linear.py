@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlm.nn import linear as module
-from jaxlm.nn.linear import Linear, attend, linear, product, product_gradients
+from jaxlm.nn import custom_vjp
+from jaxlm.nn.embed import attend
+from jaxlm.nn.linear import Linear, linear
+from jaxlm.nn.products import product, product_gradients
 
 TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 3e-2}
 
@@ -16,15 +18,6 @@ def normal(*shape, seed=0, dtype=jnp.float32):
     # From numpy, which compiles nothing; rounded to bfloat16, so that both dtypes start equal.
     values = np.random.default_rng(seed).normal(size=shape) / np.sqrt(shape[-1])
     return jnp.asarray(values.astype(jnp.bfloat16).astype(dtype))
-
-
-def plain_linear(x, kernel, bias=0.0):
-    y = jnp.einsum("...i,io->...o", x, kernel)
-    return y + jnp.broadcast_to(bias, y.shape)
-
-
-def plain_attend(x, table, bias):
-    return plain_linear(x, table.T, bias)
 
 
 def value_and_gradients(function, *args):
@@ -75,7 +68,6 @@ SHAPES = [((4,), 6), ((5, 4), 24), ((2, 3, 24), 4), ((2, 2, 3, 5), 5)]
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("ours", [linear, attend])
 def test_products_equal_plain_ones(ours, dtype, platform):
-    plain = plain_linear if ours is linear else plain_attend
     cases = []
     for shape, width in SHAPES:
         weight = (shape[-1], width) if ours is linear else (width, shape[-1])
@@ -84,7 +76,7 @@ def test_products_equal_plain_ones(ours, dtype, platform):
     # In bfloat16 too products add up in float32; `attend` rounds its bias on CPUs, `linear` the
     # product elsewhere.
     rounds = (ours is attend) == (platform == "cpu")
-    for (value, gradients), exact in compare(ours, plain, cases):
+    for (value, gradients), exact in compare(ours, ours.plain, cases):
         assert value.dtype == jnp.float32
         assert [g.dtype for g in gradients] == [dtype, dtype, jnp.float32]
         assert_close(value, exact[0], TOLERANCE[dtype] if rounds else 1e-5)
@@ -120,7 +112,7 @@ def test_products_of_activations_equal_einsum(spec, platform):
 
 def test_linear_without_bias():
     x, kernel = normal(2, 3), normal(3, 4, seed=1)
-    np.testing.assert_allclose(linear(x, kernel), plain_linear(x, kernel), atol=1e-6)
+    np.testing.assert_allclose(linear(x, kernel), x @ kernel, atol=1e-6)
 
 
 @pytest.mark.parametrize("ours", [linear, attend])
@@ -164,7 +156,7 @@ def test_reverse_over_reverse(platform):
         return jax.jit(jax.grad(norm, argnums=(0, 1, 2)))(*args)
 
     ours = curvature(linear, attend, product)
-    plain = curvature(plain_linear, plain_attend, jnp.einsum)
+    plain = curvature(linear.plain, attend.plain, jnp.einsum)
     assert_close(ours, plain, 1e-5)
     assert all(float(jnp.abs(g).max()) > 1e-3 for g in plain)
 
@@ -218,12 +210,12 @@ def test_initial_variance_follows_the_number_of_inputs():
 def test_a_wrong_gradient_would_be_seen(monkeypatch, broken):
     # The control: the comparison above must notice a gradient that is off.
     x, kernel, bias = normal(2, 4), normal(4, 6, seed=1), normal(6, seed=2)
-    name = {"kernel": "_outer", "bias": "_sum_rows"}[broken]
-    right = module._outer if broken == "kernel" else module._sum_rows
-    monkeypatch.setattr(module, name, lambda *args: right(*args) * 1.001)
+    name = {"kernel": "outer", "bias": "sum_rows"}[broken]
+    right = custom_vjp.outer if broken == "kernel" else custom_vjp.sum_rows
+    monkeypatch.setattr(custom_vjp, name, lambda *args: right(*args) * 1.001)
     ((ours, exact),) = compare(
         linear,
-        plain_linear,
+        linear.plain,
         [(x, kernel, bias)],
     )
     with pytest.raises(AssertionError, match="Not equal"):
