@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from tiny_models import BERT
 
 from jaxlm import sharding, tree
-from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.objectives.masked_lm import make_loss
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
@@ -21,17 +21,7 @@ from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
 
 ROWS, LENGTH, START, MASK, FIRST, SIZE = 16, 16, 1, 3, 4, 64
-CONFIG = BertConfig(
-    vocab_size=SIZE,
-    num_layers=2,
-    hidden_dim=32,
-    num_heads=2,
-    mlp_dim=32,
-    max_length=LENGTH,
-    dropout_rate=0.0,
-    attention_dropout_rate=0.0,
-    unroll=1,
-)
+CONFIG = replace(BERT, vocab_size=SIZE, hidden_dim=32, mlp_dim=32, max_length=LENGTH, unroll=1)
 DROPS = replace(CONFIG, dropout_rate=0.3, attention_dropout_rate=0.3)
 VOCABULARY = Vocabulary(
     mask_id=MASK,

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -48,11 +46,12 @@ config = PretrainConfig(
 """
 
 
-def start(name: str, *args: str, devices: int = 1) -> subprocess.Popen[str]:
+def start(name: str, *args: str, devices: int = 1, fault: str = "") -> subprocess.Popen[str]:
     env = os.environ | {
         "XLA_FLAGS": xla_flags(devices),
         "GLIBC_TUNABLES": "",  # no restart, so that a kill meets the process that trains
         "PYTHONPATH": str(ROOT),
+        "FAULT": fault,
     }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / name), *args],
@@ -140,13 +139,11 @@ def test_faults_lose_nothing(processes: int) -> None:
 def test_resumed_on_fewer_devices_sees_the_same(folder: Path, devices: int) -> None:
     config = str(folder / "config.py")
     assert finish(start("pretrain.py", config, "--name", "whole", devices=8))[0] == 0
-    first = start("pretrain.py", config, "--name", "moved", devices=8)
-    while len(list((folder / "moved" / "checkpoints").glob("[0-9]*"))) < 2:
-        time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
-    code, out, _ = finish(first)
-    assert code == 0
-    assert "stopped at step" in out
+    faulty = "../tests/support/faulty_run.py"
+    first = start(faulty, config, "--name", "moved", devices=8, fault="SIGTERM:5")
+    code, out, err = finish(first)
+    assert code == 0, err
+    assert "stopped at step 6" in out
     code, out, err = finish(start("pretrain.py", config, "--name", "moved", devices=devices))
     assert code == 0, err
     assert "resuming from step" in out

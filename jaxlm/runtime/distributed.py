@@ -29,7 +29,8 @@ _JOIN_S = 300
 _POLL_S = 2.0
 _SILENT_S = 45.0
 _FOREVER_MS = 7 * 24 * 3600 * 1000  # a process that fails meanwhile ends all
-_FAILED, _ALIVE = "jaxlm/failed", "jaxlm/alive"
+_LEAVE_S = 10.0
+_FAILED, _ALIVE, _LEFT = "jaxlm/failed", "jaxlm/alive", "jaxlm/left"
 
 
 @contextlib.contextmanager
@@ -241,9 +242,13 @@ def _end_all(error: BaseException) -> None:
 
 
 def _go(code: int) -> None:
-    """Exit, process 0 only when the others have had the time to read there why."""
-    if _index() == 0:
-        time.sleep(2 * _POLL_S)
+    """Exit; process 0, where it stands why, when all others that live have read it."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        _client().key_value_set(f"{_LEFT}/{_index()}", "", allow_overwrite=True)
+        last = time.monotonic() + _LEAVE_S * (_index() == 0)
+        count = distributed.global_state.num_processes
+        while time.monotonic() < last and len(_client().key_value_dir_get(_LEFT)) < count:
+            time.sleep(0.1)
     os._exit(code)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from tiny_models import BERT
 
 from jaxlm import tree
 from jaxlm.errors import InputError
@@ -16,8 +17,13 @@ from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.nn import masks
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bert_tiny.npz"
-CONFIG = BertConfig(
-    vocab_size=40, num_layers=2, hidden_dim=16, num_heads=2, mlp_dim=24, max_length=12, unroll=1
+CONFIG = replace(
+    BERT,
+    vocab_size=40,
+    max_length=12,
+    dropout_rate=0.1,
+    attention_dropout_rate=0.1,
+    unroll=1,
 )
 MODEL = CONFIG.make()
 
@@ -108,15 +114,7 @@ def golden():
 
 
 GOLDEN_MODEL = WithLmHead(
-    BertConfig(
-        vocab_size=60,
-        num_layers=2,
-        hidden_dim=32,
-        num_heads=2,
-        mlp_dim=48,
-        max_length=16,
-        unroll=1,
-    ).make(),
+    replace(BERT, vocab_size=60, hidden_dim=32, mlp_dim=48, max_length=16, unroll=1).make(),
     MlmHead(),
 )
 

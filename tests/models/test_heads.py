@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -5,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from tiny_models import BERT
 
 from jaxlm import tree
-from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import (
     ClassificationHead,
     EmbeddingHead,
@@ -19,14 +20,7 @@ from jaxlm.models.heads import (
 from jaxlm.sharding import axes_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "classifier_tiny.npz"
-BERT = BertConfig(
-    vocab_size=20,
-    num_layers=1,
-    hidden_dim=16,
-    num_heads=2,
-    mlp_dim=24,
-    max_length=10,
-)
+ENCODER = replace(BERT, vocab_size=20, num_layers=1, max_length=10)
 HIDDEN = np.float32(np.random.default_rng(0).normal(size=(3, 5, 4)))
 LENGTHS = np.array([5, 2, 0])
 SEGMENTS = np.where(np.arange(5)[None] < LENGTHS[:, None], 0, -1)
@@ -46,7 +40,7 @@ def test_equals_hugging_face():
     golden = dict(np.load(GOLDEN))
     params = {path[7:]: leaf for path, leaf in golden.items() if path.startswith("params/")}
     variables = {"params": unflatten_dict({k: jnp.asarray(v) for k, v in params.items()}, sep="/")}
-    model = WithHead(BERT.make(), ClassificationHead(3))
+    model = WithHead(ENCODER.make(), ClassificationHead(3))
     tokens, types = jnp.asarray(golden["tokens"]), jnp.asarray(golden["token_type_ids"])
     place = np.arange(tokens.shape[1])[None]
     segments = np.where(place < golden["lengths"][:, None], 0, -1)

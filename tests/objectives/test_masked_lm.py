@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import BERT
 
-from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.objectives.masked_lm import make_loss, positions_within, segment_ids
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
@@ -18,16 +20,7 @@ VOCABULARY = Vocabulary(
 )
 MASKING = MaskingConfig(rate=0.4)
 MODEL = WithLmHead(
-    BertConfig(
-        vocab_size=SIZE,
-        num_layers=1,
-        hidden_dim=16,
-        num_heads=2,
-        mlp_dim=16,
-        max_length=LENGTH,
-        dropout_rate=0.0,
-        attention_dropout_rate=0.0,
-    ).make(),
+    replace(BERT, vocab_size=SIZE, num_layers=1, mlp_dim=16, max_length=LENGTH).make(),
     MlmHead(),
 )
 

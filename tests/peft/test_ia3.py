@@ -1,28 +1,20 @@
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models
 from adapted_models import filled
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.models.bert import BertConfig
 from jaxlm.nn.intercept import find_sites
 from jaxlm.peft.ia3 import Ia3Config, adapt, init, merge
 from jaxlm.sharding import axes_of
 
-BERT = BertConfig(
-    vocab_size=32,
-    num_layers=2,
-    hidden_dim=16,
-    num_heads=2,
-    mlp_dim=24,
-    max_length=8,
-    dropout_rate=0.0,
-    attention_dropout_rate=0.0,
-    unroll=1,
-).make()
+BERT = replace(tiny_models.BERT, unroll=1).make()
 IDS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (4, 8)), jnp.int32)
 
 

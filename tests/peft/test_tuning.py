@@ -1,22 +1,22 @@
 """Frozen layers as arrays of their own."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny_models import BERT
 
 from jaxlm import sharding, tree
-from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import ClassificationHead, WithHead
 from jaxlm.peft import tuning
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import FrozenDtype
 
 LORA = LoraConfig(rank=2)
-ENCODER = BertConfig(
-    vocab_size=16, num_layers=4, hidden_dim=32, num_heads=2, mlp_dim=128, max_length=8
-)
+ENCODER = replace(BERT, vocab_size=16, num_layers=4, hidden_dim=32, mlp_dim=128)
 MODEL = WithHead(ENCODER.make(), ClassificationHead(2))
 TOKENS = jnp.arange(8)[None]
 

@@ -185,7 +185,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
     def add_and_stop(view: View, now: int, *rest: object) -> None:
         add(view, now, *rest)
         if now == 9:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
         patch.setattr(View, "add", add_and_stop)

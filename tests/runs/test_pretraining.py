@@ -1,6 +1,5 @@
 """Whole runs, tiny: from text to a run folder, interrupted and resumed, evaluated and used."""
 
-import os
 import shutil
 import signal
 from dataclasses import replace
@@ -54,7 +53,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def add_and_stop(view: View, now: int, *rest: Any) -> None:
         add(view, now, *rest)
         if now == step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(View, "add", add_and_stop)
 

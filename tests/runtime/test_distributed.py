@@ -1,13 +1,13 @@
 """Runs of several real processes, each with fake devices: joined, stopped, killed, resumed."""
 
+import contextlib
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from jaxlm.train.restore import list_steps
 
 SCRIPT = Path(__file__).parents[1] / "support" / "faulty_run.py"
 STEPS = 6
+HANG_S = 900  # far more than a slow machine takes
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +45,35 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
     return made
 
 
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
+@contextlib.contextmanager
+def free_address() -> Iterator[str]:
+    """Process 0 may listen there, and no other program gets the port meanwhile."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("localhost", 0))
+        yield f"localhost:{held.getsockname()[1]}"
+
+
+def start_all(
+    commands: dict[int, list[str]], processes: int, environment: dict[int, dict[str, str]]
+) -> tuple[list[int], list[str]]:
+    """Exit codes and outputs of commands, by the number of the process."""
+    running = []
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with free_address() as address:
+        for index, command in commands.items():
+            joins = {
+                "JAX_PLATFORMS": "cpu",
+                distributed.ADDRESS: address,
+                distributed.COUNT: str(processes),
+                distributed.INDEX: str(index),
+            }
+            env = os.environ | joins | environment.get(index, {})
+            running.append(
+                subprocess.Popen([sys.executable, *command], env=env, text=True, **pipes)
+            )
+        outputs = [process.communicate(timeout=HANG_S)[0] for process in running]
+    return [process.returncode for process in running], outputs
 
 
 def start(
@@ -63,25 +89,15 @@ def start(
 
     ``differing`` options are those of process 1 alone.
     """
-    address = free_address()
     file = config.runs.parent / f"{config.name}.json"
     file.write_text(configs.to_json(config))
-    running = []
+    commands, environments = {}, {}
     for index in range(processes) if indices is None else indices:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": xla_flags(devices),
-            distributed.ADDRESS: address,
-            distributed.COUNT: str(processes),
-            distributed.INDEX: str(index),
-            "FAULT": (faults or {}).get(index, ""),
-        }
-        command = [sys.executable, str(SCRIPT), str(file), *options]
-        command += differing if index == 1 else ()
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
-    outputs = [process.communicate(timeout=300)[0] for process in running]
-    return [process.returncode for process in running], outputs
+        more = differing if index == 1 else ()
+        commands[index] = [str(SCRIPT), str(file), *options, *more]
+        fault = (faults or {}).get(index, "")
+        environments[index] = {"XLA_FLAGS": xla_flags(devices), "FAULT": fault}
+    return start_all(commands, processes, environments)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +106,7 @@ def whole(config: PretrainConfig) -> Path:
     codes, outputs = start(config)
     assert codes == [0, 0], outputs
     assert "step 6/6" in outputs[0]
-    assert "step" not in re.sub("train step", "", outputs[1])  # one progress bar
+    assert not re.search(r"step \d", outputs[1])  # one progress bar
     return config.directory
 
 
@@ -136,14 +152,13 @@ def test_killed_and_resumed_in_one_process(config: PretrainConfig, whole: Path) 
 
 @pytest.mark.slow
 def test_an_error_in_one_ends_all(config: PretrainConfig, whole: Path) -> None:
-    begun = time.monotonic()
     codes, outputs = start(config, "--name", "failed", faults={1: "error:4"})
     assert codes == [1, 1]
+    # Which says that it was told, and did not wait until JAX missed the other, after 100 s.
     assert "error: process 1 of 2" in outputs[0]
     assert "made to fail" in outputs[0]
     assert "Traceback" in outputs[1]
     assert "Traceback" not in outputs[0]
-    assert time.monotonic() - begun < 200
 
 
 @pytest.mark.parametrize(
@@ -154,7 +169,6 @@ def test_an_error_in_one_ends_all(config: PretrainConfig, whole: Path) -> None:
     ],
 )
 def test_all_of_three_say_who_failed(failure: str, code: int, said: str) -> None:
-    address = free_address()
     source = f"""
 import os, time
 from jaxlm.runtime import distributed
@@ -162,21 +176,10 @@ from jaxlm.errors import InputError
 with distributed.joined():
     if os.environ["{distributed.INDEX}"] == "1":
         raise {failure}
-    time.sleep(120)
+    time.sleep({HANG_S})
 """
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    running = []
-    for index in range(3):
-        joins = {
-            distributed.ADDRESS: address,
-            distributed.COUNT: "3",
-            distributed.INDEX: str(index),
-        }
-        environment = os.environ | joins | {"JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", source]
-        running.append(subprocess.Popen(command, env=environment, text=True, **pipes))
-    outputs = [process.communicate(timeout=100)[0] for process in running]
-    assert [process.returncode for process in running] == [1, code, 1], outputs
+    codes, outputs = start_all({index: ["-c", source] for index in range(3)}, 3, {})
+    assert codes == [1, code, 1], outputs
     for output in (outputs[0], outputs[2]):
         assert re.search(rf"error: process 1 of 3 .*{said}", output), outputs
 
@@ -260,7 +263,7 @@ def test_lora_in_two_processes(config: PretrainConfig, whole: Path) -> None:
         optimizer=OptimizerConfig(peak_lr=1e-2),
         train=TrainConfig(steps=STEPS, num_evals=2, log_every=1),
     )
-    codes, outputs = start(lora, faults={1: "SIGTERM:3"})
+    codes, outputs = start(lora, faults={1: "SIGTERM:2"})
     assert codes == [0, 0], outputs
     codes, outputs = start(lora)
     assert codes == [0, 0], outputs

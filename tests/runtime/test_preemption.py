@@ -1,4 +1,3 @@
-import os
 import signal
 
 import pytest
@@ -13,10 +12,10 @@ def test_first_signal_stops_and_the_second_acts_as_before(number: signal.Signals
     signal.signal(number, lambda *_: seen.append(number))
     try:
         with stop_on_signal() as stop:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             assert stop.is_set()
             assert not seen
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             assert seen == [number]
     finally:
         signal.signal(number, before)
@@ -25,5 +24,5 @@ def test_first_signal_stops_and_the_second_acts_as_before(number: signal.Signals
 def test_alone_a_run_stops_before_the_next_step() -> None:
     with stop_together() as must_stop:
         assert not must_stop(3)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert must_stop(4)

@@ -1,10 +1,14 @@
-"""One process of a run that fails on purpose, for test_distributed.py: FAULT is ``kind:step``."""
+"""One process of a run that fails or is stopped on purpose: FAULT is ``kind:step``."""
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import jax
+from jax._src import distributed as jax_distributed
 
 from jaxlm import config
 from jaxlm.runs import command_line, finetuning, pretraining
@@ -20,7 +24,22 @@ def add_and_fail(view: View, step: int, *rest: Any) -> None:
     if kind and step == int(at):
         if kind == "error":
             raise RuntimeError("made to fail")
-        os.kill(os.getpid(), getattr(signal, kind))
+        signal.raise_signal(getattr(signal, kind))
+        if kind == "SIGTERM" and jax.process_count() > 1:
+            wait_for_agreement()
+
+
+def wait_for_agreement() -> None:
+    """Until JAX has begun to agree on a step to stop at.
+
+    It looks for signals once a second, and these steps take milliseconds: without this the run
+    would often be over before. The other processes cannot run ahead, for they need this one.
+    """
+    client = jax_distributed.global_state.client
+    assert client is not None
+    mine = f"PREEMPTION_CURRENT_COUNTER/{jax.process_index()}"  # a name inside XLA
+    while mine not in dict(client.key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")):
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

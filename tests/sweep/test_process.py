@@ -39,7 +39,8 @@ def test_ctrl_c_lets_the_trial_save(config: FinetuneConfig, tmp_path: Path) -> N
     write_script(
         tmp_path,
         "def save(*_):\n    time.sleep(0.3); print('saved'); sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, save); print('ready', flush=True); time.sleep(60)",
+        "signal.signal(signal.SIGTERM, save); print('ready', flush=True)\n"
+        "while True: signal.pause()",
     )
     config.directory.mkdir(parents=True)
     log = config.directory / "log.txt"
@@ -49,7 +50,7 @@ def test_ctrl_c_lets_the_trial_save(config: FinetuneConfig, tmp_path: Path) -> N
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=press)
+    thread = threading.Thread(target=press, daemon=True)
     thread.start()
     with processes(tmp_path) as run_trial, pytest.raises(KeyboardInterrupt):
         run_trial(config)

@@ -1,16 +1,16 @@
 """Embeddings of texts."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import BERT
 
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
-from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.peft.tuning import HeadOnly
 from jaxlm.runs import finetuned
@@ -66,9 +66,7 @@ def test_retrieval_counts_equal_partners_as_right_and_collapse_as_wrong(records)
 
 
 def test_an_encoder_embeds_as_it_is(tokenizer):
-    config = BertConfig(
-        vocab_size=64, num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=16, max_length=32
-    )
+    config = replace(BERT, vocab_size=64, num_layers=1, mlp_dim=16, max_length=32)
     encoder = config.make()
     params = encoder.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     embed = make_embed(encoder, params, tokenizer, max_length=32, batch_size=4)
@@ -87,7 +85,7 @@ def test_an_encoder_embeds_as_it_is(tokenizer):
 
 
 def test_a_published_pooler_is_left_out(tiny, write, tokenizer):
-    model = BertConfig(vocab_size=64, num_layers=1, hidden_dim=8, num_heads=1, mlp_dim=8)
+    model = replace(BERT, vocab_size=64, num_layers=1, hidden_dim=8, num_heads=1, max_length=512)
     encoder = model.make().init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32))["params"]
     base = Base(
         name="base",
@@ -99,7 +97,7 @@ def test_a_published_pooler_is_left_out(tiny, write, tokenizer):
         tokenizer_path=Path("tokenizer.json"),
         fingerprint="",
     )
-    config = dataclasses.replace(tiny(Embedding(), write([])), model=model)
+    config = replace(tiny(Embedding(), write([])), model=model)
     state = finetuned.make_state(config, (), base)
     assert state.trainable["params"].keys() == {"encoder"}
     jax.tree.map(np.testing.assert_array_equal, state.trainable["params"]["encoder"], encoder)
@@ -122,7 +120,7 @@ def test_bad_input(tiny, write, records):
         Embedding(fields=fields, temperature=0.0)
     with pytest.raises(InputError, match=r"x\.jsonl:1: no field 'pair'"):
         Embedding().read(records({"text": "a"}))
-    config = dataclasses.replace(
+    config = replace(
         tiny(Embedding(), write([])),
         base="runs/base",
         tokenizer=None,
