@@ -123,10 +123,10 @@ def evaluate_tuned(
         gold = np.array([names[p.gold] for p in predictions])
         predicted = np.array([names[p.predicted] for p in predictions])
         plots.plot_confusion(gold, predicted, labels, out / "confusion.png")
-        print(f"  who is taken for whom is in {directory / 'confusion.png'}")
+        print(f"  confusion matrix: {directory / 'confusion.png'}")
         reliable = calibration.reliability(gold, outputs["probabilities"])
         plots.plot_reliability(reliable, out / "reliability.png")
-        print(f"  how far probabilities can be trusted is in {directory / 'reliability.png'}")
+        print(f"  reliability diagram: {directory / 'reliability.png'}")
     return {"step": number, "data": where, "examples": len(examples), **metrics}
 
 

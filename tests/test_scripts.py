@@ -80,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
     ("command", "message"),
     [
         (("pretrain.py", "nowhere.py"), "error: there is no config file nowhere.py\n"),
-        (("evaluate.py", "nowhere"), "error: nowhere is no run folder: it holds no config.json\n"),
+        (("evaluate.py", "nowhere"), "error: nowhere is not a run folder: it has no config.json\n"),
         (("predict.py", "nowhere", "fill-mask"), "error: give either a text"),
         (
             ("predict.py", "nowhere", "classify", "\udce9"),
@@ -149,7 +149,7 @@ def test_resumed_on_fewer_devices_sees_the_same(folder: Path, devices: int) -> N
     assert "stopped at step" in out
     code, out, err = finish(start("pretrain.py", config, "--name", "moved", devices=devices))
     assert code == 0, err
-    assert "going on from step" in out
+    assert "resuming from step" in out
     a, b = final(folder / "whole"), final(folder / "moved")
     for path in a:
         np.testing.assert_allclose(a[path], b[path], atol=1e-5, err_msg=path)

@@ -33,17 +33,17 @@ NUM_CHOICES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Assumed:
-    """What a run learns from its data and its base, and a check must be told."""
+    """What a run reads from its data and base, and a check has to be told."""
 
     length: int | None = None
-    """Tokens in a row; None = as the config prepares or cuts them, else the longest that the model
-    reads."""
+    """Tokens per row; None: as the config prepares or truncates them, else the longest input of
+    the model."""
     vocab_size: int = 30_522
-    """Of the tokenizer, where the model leaves it to the data."""
+    """Size of the tokenizer's vocabulary, if the model leaves it to the data."""
     labels: int = 2
-    """That a task tells apart."""
+    """Number of labels of a task."""
     encoder: BertConfig = dataclasses.field(default_factory=BertConfig)
-    """Of a base that cannot be read here."""
+    """Sizes of a base that cannot be read on this machine."""
 
 
 class Step(NamedTuple):
@@ -106,7 +106,7 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
 
 
 def base_config(base: str) -> BertConfig | None:
-    """Of a run folder, or a folder in Hugging Face's layout, without its weights; else None."""
+    """Config of a run folder or a folder in Hugging Face's layout, weightless; else None."""
     directory = Path(base)
     if run.is_run(directory):
         return run.read_config(directory, PretrainConfig).model

@@ -21,7 +21,7 @@ class Tpu(Chip):
     """A chip in a torus."""
 
     num_axes: int
-    """Of the torus."""
+    """Axes of the torus."""
     wraps_from: int
     """An axis of a slice whose size is a multiple of this is a ring; others are lines. Slices in
     three dimensions are rings only where they are made of whole cubes."""

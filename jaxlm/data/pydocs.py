@@ -40,7 +40,7 @@ class PyDocs:
         return files.size(modules())
 
     def fingerprint(self) -> str:
-        """Of the modules' contents."""
+        """A sha256 of the modules' contents."""
         return files.sha256(modules(), "pydocs")
 
 

@@ -25,7 +25,7 @@ class Base:
     """``kernel`` and ``bias`` of the layer on the first token's hidden state, where published."""
     tokenizer: Tokenizer
     fingerprint: str
-    """Of the parameters."""
+    """Hash of the parameters."""
 
 
 def load(name: str) -> Base:

@@ -40,7 +40,7 @@ from jaxlm.train.view import RECORDS, View
 def finetune(config: FinetuneConfig, *, console: Console | None = None) -> StoragePath:
     """Train, and leave a self-contained run folder; returns it.
 
-    Where the folder holds an unfinished run, that run goes on.
+    An unfinished run in the folder is resumed.
     """
     main_process = jax.process_index() == 0
     console = console or Console(quiet=not main_process, highlight=False)
@@ -95,7 +95,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
             restored = checkpointer.restore(abstract.learned)
             cursor = run.resume_cursor(config, restored.cursor, cursor)
             state = dataclasses.replace(restored.state, frozen=state.frozen)
-            progress.print(f"going on from step {restored.step} of {directory}")
+            progress.print(f"resuming from step {restored.step} of {directory}")
         state = finetuned.put_state(state, placement)
         if main_process:
             run.write_folder(directory, config, tokenizer)
@@ -179,7 +179,7 @@ def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
 
 
 def _reference(classes: list[str], num_examples: int) -> dict[str, float]:
-    """The loss of one who knows how frequent each class is, where each example has one."""
+    """Class entropy: the loss of a constant predictor, if each example has one class."""
     if len(classes) != num_examples:
         return {}
     counts = Counter(classes)

@@ -28,7 +28,7 @@ from jaxlm.train.view import RECORDS, View
 def pretrain(config: PretrainConfig) -> StoragePath:
     """Prepare what is missing, train, and leave a self-contained run folder; returns it.
 
-    Where the folder holds an unfinished run, that run goes on.
+    An unfinished run in the folder is resumed.
     """
     main_process = jax.process_index() == 0
     console = Console(quiet=not main_process, highlight=False)
@@ -69,7 +69,7 @@ def pretrain(config: PretrainConfig) -> StoragePath:
             run.check_config(directory, config)
             restored = checkpointer.restore(placement.abstract_state.learned)
             state, cursor = restored.state, run.resume_cursor(config, restored.cursor, start)
-            progress.print(f"going on from step {restored.step} of {directory}")
+            progress.print(f"resuming from step {restored.step} of {directory}")
         else:
             state, cursor = placement.init(jax.random.key(config.train.seed)), start
         if main_process:

@@ -35,7 +35,7 @@ from jaxlm.train.step import make_eval_step, make_train_step
 from jaxlm.typing import Loss, PRNGKey, Variables
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
-# Fields that may change when a run goes on: where things lie (contents have fingerprints), how they
+# Fields that may change when a run resumes: where things lie (contents have fingerprints), how they
 # are computed, and what is kept and shown.
 _FREE = (
     r"name|runs|resume|accept_changes|wandb|placement|base|mesh\..*|prepare(\..*)?|data\.paths"
@@ -61,7 +61,7 @@ def resolve(config: PretrainConfig, info: PreparedInfo, platform: str) -> Pretra
 
 
 def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:
-    """Of matrix products and activations."""
+    """Dtype of matrix products and activations on a platform."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 
@@ -216,11 +216,11 @@ def is_run(directory: StoragePath) -> bool:
 def read_config(directory: StoragePath, kind: type[C]) -> C:
     """The config in a run folder of that kind."""
     if not (directory / CONFIG).is_file():
-        raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
+        raise InputError(f"{directory} is not a run folder: it has no {CONFIG}")
     if not is_run(directory):
         raise InputError(
-            f"{directory} is no run folder: its {CONFIG} is of another kind; a published or merged "
-            "model is something to fine-tune from, with --base"
+            f"{directory} is not a run folder: its {CONFIG} is of another kind; a published or "
+            "merged model is something to fine-tune from, with --base"
         )
     config = configs.read_file(directory / CONFIG)
     if not isinstance(config, kind):
@@ -247,7 +247,7 @@ def for_evaluation(config: Known) -> Known:
 def read_tokenizer(directory: StoragePath) -> Tokenizer:
     """The run folder's own."""
     if not (directory / TOKENIZER).is_file():
-        raise InputError(f"{directory} is no run folder: it holds no {TOKENIZER}")
+        raise InputError(f"{directory} is not a run folder: it has no {TOKENIZER}")
     return tokenizers.load(directory / TOKENIZER)
 
 
@@ -302,7 +302,7 @@ def check_processes(config: Config, checkpoints: StoragePath) -> None:
 
 
 def check_config(directory: StoragePath, config: Config) -> None:
-    """A run goes on with the settings that it began with, as far as they decide what is learned."""
+    """A resumed run has the settings that it began with, as far as they decide what is learned."""
     saved, now = configs.flatten(read_config(directory, type(config))), configs.flatten(config)
     changed = [
         f"{path}={saved.get(path)} there and {now.get(path)} here"
@@ -319,7 +319,7 @@ def check_config(directory: StoragePath, config: Config) -> None:
 def check_same(
     directory: StoragePath, saved: Cursor, now: Cursor, *, accept_changes: bool = False
 ) -> None:
-    """A run goes on with the tokenizer, data, seed, labels and base that it began with.
+    """A resumed run has the tokenizer, data, seed, labels and base that it began with.
 
     With ``accept_changes`` data and seed may be others.
     """
@@ -336,7 +336,7 @@ def check_same(
 
 
 def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
-    """Where a run goes on that was ``saved`` and would now ``start`` with these data."""
+    """Where a run resumes that was ``saved`` and would now ``start`` with these data."""
     check_same(config.directory, saved, start, accept_changes=config.accept_changes)
     return saved | {name: start[name] for name in ("data", "seed")}
 
@@ -347,8 +347,8 @@ def _difference(before: object, after: object) -> str:
         pairs = itertools.zip_longest(before, after)
         number = next(i for i, (a, b) in enumerate(pairs) if a != b)
         one, other = (_short(x[number]) if number < len(x) else "none" for x in (before, after))
-        return f"whose number {number + 1} was {one}, and would go on with {other}"
-    return f"{_short(before)} and would go on with {_short(after)}"
+        return f"whose number {number + 1} was {one}, and would now be {other}"
+    return f"{_short(before)} and would now be {_short(after)}"
 
 
 def _short(value: object) -> str:

@@ -27,7 +27,7 @@ class Task(Protocol):
 
     @property
     def verb(self) -> str:
-        """What scripts/predict.py calls it."""
+        """The subcommand of scripts/predict.py."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class Task(Protocol):
         ...
 
     def for_evaluation(self) -> "Task":
-        """The same without what regularises training alone."""
+        """The task without what only regularises training."""
         ...
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Any]:
@@ -61,7 +61,7 @@ class Task(Protocol):
         ...
 
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
-        """The head that goes on the encoder."""
+        """The head on top of the encoder."""
         ...
 
     def make_loss(self, apply: Apply) -> Loss:
@@ -87,5 +87,5 @@ class Task(Protocol):
     def answers(
         self, examples: Sequence[Any], labels: Labels, outputs: Outputs
     ) -> list[dict[str, Any]]:
-        """What is told a user about each example, in JSON."""
+        """The answer to each example as scripts/predict.py prints it, in JSON."""
         ...

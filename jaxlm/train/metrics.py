@@ -82,7 +82,7 @@ def read_jsonl(path: Path) -> list[dict[str, float | int]]:
             record["step"] = int(record["step"])
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f"{path}:{number} is not a line of metrics: remove it to go on"
+                f"{path}:{number} is not a line of metrics: remove it to resume"
             ) from None
         records.append({name: math.nan if x is None else x for name, x in record.items()})
     return records

@@ -146,7 +146,7 @@ def test_changes_are_accepted_when_asked_for(
     shutil.copytree(whole, tmp_path / whole.name)
     longer = replace(config, runs=tmp_path, train=replace(config.train, seed=1, steps=STEPS + 1))
     pretrain(replace(longer, accept_changes=True))
-    assert f"going on from step {STEPS}" in capsys.readouterr().out
+    assert f"resuming from step {STEPS}" in capsys.readouterr().out
     assert max(list_steps(tmp_path / whole.name / run.CHECKPOINTS)) == STEPS + 1
     pretrain(longer)  # the run has the new settings now
     assert "complete" in capsys.readouterr().out

@@ -264,7 +264,7 @@ def test_lora_in_two_processes(config: PretrainConfig, whole: Path) -> None:
     assert codes == [0, 0], outputs
     codes, outputs = start(lora)
     assert codes == [0, 0], outputs
-    assert "going on from step" in outputs[0]
+    assert "resuming from step" in outputs[0]
     finetune(replace(lora, name="alone"))
     same_numbers(lora.directory, config.runs / "alone")
 
@@ -307,7 +307,7 @@ def test_an_absent_process(config: PretrainConfig, monkeypatch: pytest.MonkeyPat
                 distributed.ADDRESS: "here:1",
                 distributed.JOIN_TIMEOUT: "soon",
             },
-            "JAXLM_JOIN_TIMEOUT=soon is no whole number",
+            "JAXLM_JOIN_TIMEOUT=soon is not a whole number",
         ),
     ],
     ids=str,

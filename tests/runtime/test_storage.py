@@ -237,7 +237,7 @@ def test_a_run_in_a_bucket_goes_on_and_is_used(bucket, tmp_path):
     train = (script("pretrain.py"), "config.py")
     run(bucket, tmp_path, *train)
     out = run(bucket, tmp_path, *train, "--train.steps", "8", "--accept-changes")
-    assert "going on from step 4 of gs://bucket/runs/run" in out
+    assert "resuming from step 4 of gs://bucket/runs/run" in out
     folder = "gs://bucket/runs/run"
     assert "accuracy" in run(bucket, tmp_path, script("evaluate.py"), folder)
     assert "red" in run(bucket, tmp_path, script("predict.py"), folder, "fill-mask", "red [MASK]")

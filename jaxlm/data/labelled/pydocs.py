@@ -97,5 +97,5 @@ class PyDocsTopics:
                     yield Record(fields={"text": text, "topic": topic}, origin=origin)
 
     def fingerprint(self) -> str:
-        """Of the modules' contents."""
+        """A sha256 of the modules' contents."""
         return files.sha256(pydocs.modules(), "topics", str(self.min_words), repr(TOPICS))
