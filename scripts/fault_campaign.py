@@ -84,7 +84,7 @@ class Row:
 
 @dataclass
 class Campaign:
-    """Where runs lie, and what is known of the reference."""
+    """The folder of the runs, and what is known of the reference."""
 
     folder: Path
     processes: int

@@ -10,10 +10,10 @@
 #   scripts/tpu_pod.sh collect /mnt/jaxlm/runs/bert_base runs  # from host 0 into a folder here
 #   scripts/tpu_pod.sh delete
 #
-# The same launch resumes a run that was stopped or preempted; a slice that had to be created anew
+# The same launch resumes a run that was stopped or preempted; a slice that had to be created again
 # needs install first. All hosts must see one run folder: on more than one host give install
 # NFS=SERVER:/SHARE, such as a Filestore's, which it mounts at /mnt/jaxlm, now and after a reboot,
-# and launch with --runs /mnt/jaxlm/runs. Data may lie there, too, or on every host.
+# and launch with --runs /mnt/jaxlm/runs. Data may be there, too, or on every host.
 set -euo pipefail
 
 case ${1:-help} in

@@ -1,7 +1,7 @@
 """One compile: ``python -m jaxlm.compile_check.check OUT`` reads a :class:`Job` in JSON, writes its
 :class:`Report` to OUT.
 
-In a process of its own, since the compiler may crash and take its process along.
+In a separate process, since the compiler may crash and take its process along.
 """
 
 import dataclasses
@@ -104,7 +104,7 @@ def from_json(text: str) -> Report:
 
 
 def check(config: Config, assumed: Assumed, target: Topology) -> Report:
-    """Compile in a process of its own. Raises where that ends without a report."""
+    """Compile in a separate process. Raises if that ends without a report."""
     target.require_compiler()
     job = {
         "config": configs.to_json(config),
@@ -208,7 +208,7 @@ def compile_here(name: str, config: Config, assumed: Assumed, target: Topology) 
 
 
 def _memory(step: Step) -> dict[str, float]:
-    """What enters the step, as it lies on one device; padding of small arrays is not in it."""
+    """Bytes of the step's arguments on one device, without the padding of small arrays."""
 
     def size(tree: Any) -> float:
         return float(

@@ -1,4 +1,4 @@
-"""TPUs that are not here.
+"""TPUs one does not have.
 
 Sources: Google's system architecture pages (FLOP/s, memory and its rate) and Austin et al. 2025,
 How to Scale Your Model, chapter 2 (links, one on each side of a chip along each axis of its torus,

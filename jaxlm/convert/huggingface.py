@@ -24,7 +24,7 @@ from jaxlm.runtime.storage import on_disk
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published model; all its weights are float32 and lie on the host."""
+    """A published model; all its weights are float32 arrays on the host."""
 
     config: BertConfig
     params: Weights

@@ -60,7 +60,7 @@ def train_batches(
     int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Blocks, put together in
     their order, are the same global batch however many there are. Row k of a run is the same row
     for every batch size, so ``examples_seen`` is all there is to save. Each data set is shuffled
-    anew for every epoch.
+    again for every epoch.
     """
     _check_alike(datasets)
     local = batch_rows.rows(config.batch_size)

@@ -1,4 +1,4 @@
-"""Prepared data: what is known of it, and opening it."""
+"""Prepared data: its metadata, and opening it."""
 
 import json
 import os

@@ -232,7 +232,7 @@ def read_config(directory: StoragePath, kind: type[C]) -> C:
 
 
 def for_evaluation(config: Known) -> Known:
-    """On all devices that are here, whatever the run was trained on."""
+    """Shardings on all local devices, whatever the run was trained on."""
     devices = jax.device_count()
     rows = math.ceil(config.data.batch_size / devices) * devices
     return dataclasses.replace(

@@ -52,7 +52,7 @@ class SweepConfig:
     """Seed of --random; a longer draw begins with the candidates of a shorter one."""
     halving: int | None = None
     """Successive halving: start all on a small share of the epochs or steps, and give the best 1/N
-    of them N times as much, up to the whole; each starts anew, since its learning rate decays over
+    of them N times as much, up to the whole; each starts afresh, as its learning rate decays over
     its own length. 3 is usual. None = all get the whole."""
     metric: str | None = None
     """Decides which checkpoint and which trial is best; None = the config's, or the task's own."""

@@ -2,7 +2,7 @@
 
 Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates get a
 small share of the budget, the best 1/eta of them a share eta times as large, up to the whole. A
-trial of the next rung starts anew: the learning rate decays over the length of a run, so one that
+trial of the next rung starts afresh: the learning rate decays over the length of a run, so one that
 resumed from a shorter run, decayed already, would not be the full run that it stands for. All rungs
 have about the same cost, and the last one's trials are those of a sweep without halving.
 """

@@ -68,7 +68,7 @@ class Embedding:
 
     @property
     def monitor(self) -> str:
-        """By what is known of the pairs; a text is always nearest to itself."""
+        """Depends on what the pairs have: unsupervised, a text is always nearest to itself."""
         if self.fields.label is not None:
             return "spearman"
         return "loss" if self.fields.pair == self.fields.text else "accuracy"

@@ -49,7 +49,7 @@ class Task(Protocol):
         ...
 
     def labels(self, examples: Sequence[Any]) -> Labels:
-        """What the head tells apart, from the training examples; empty for numbers."""
+        """The labels of the training examples, that the head distinguishes; empty for numbers."""
         ...
 
     def classes(self, examples: Sequence[Any]) -> list[str]:

@@ -247,7 +247,7 @@ def amend(step: StoragePath, cursor: Cursor, metrics: Mapping[str, float]) -> No
 def read_costs(
     directory: StoragePath, monitor: Monitor, report: Report | None = None
 ) -> dict[int, float]:
-    """The monitored cost of each step that has one; ``report`` hears of damaged steps."""
+    """The monitored cost of each step that has one; damaged steps are passed to ``report``."""
     costs = {}
     for step in list_steps(directory):
         try:
