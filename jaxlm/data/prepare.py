@@ -133,7 +133,7 @@ def check_same(where: StoragePath, found: dict[str, Any], wanted: dict[str, Any]
     ]
     if differences:
         raise InputError(
-            f"{where} was prepared otherwise ({'; '.join(differences)}); give another folder, or "
+            f"{where} was prepared otherwise ({'; '.join(differences)}); give another place, or "
             "replace it with scripts/prepare.py --overwrite"
         )
 
