@@ -5,7 +5,7 @@
     python scripts/pretrain.py configs/bert_base.py --mesh.fsdp 8
 
 A million steps of 256 rows, 15 % of the tokens masked, AdamW at 1e-4 with 10,000 steps of
-warm-up, then down to 0 on a line. The paper trains nine tenths of the steps on rows of 128 tokens;
+warm-up, then linear decay to 0. The paper trains nine tenths of the steps on rows of 128 tokens;
 here all rows have the length they were prepared with.
 
 Hardware and time: not yet measured (the paper: 16 TPU v2 chips, four days).

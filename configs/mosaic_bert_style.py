@@ -5,7 +5,7 @@
     python scripts/pretrain.py configs/mosaic_bert_style.py
 
 30 % of the tokens masked, no dropout, AdamW with beta 0.9 / 0.98 and epsilon 1e-6, a warm-up over
-6 % of the run, then down to 2 % of the peak on a line; 70,000 steps of 4,096 rows of 128 tokens.
+6 % of the run, then linear decay to 2 % of the peak; 70,000 steps of 4,096 rows of 128 tokens.
 The network is BERT's own: ALiBi and gated units are not part of it.
 
 Hardware and time: not yet measured (the paper: 8 A100-80GB, about 1.1 hours to BERT's score).

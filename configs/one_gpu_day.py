@@ -1,12 +1,12 @@
 """BERT-base for a day on one GPU, in the spirit of Cramming (Geiping and Goldstein 2022,
-arXiv:2212.14034): whatever the hardware, the run ends after 24 hours, having decayed.
+arXiv:2212.14034): on any hardware the run ends after 24 hours, its learning rate decayed.
 
     python scripts/prepare.py --out prepared/corpus_128_32k --row-length 128 \\
         --tokenizer.vocab-size 32768 text --glob 'corpus/*.txt'
     python scripts/pretrain.py configs/one_gpu_day.py
 
 Packed rows of 128 tokens, no dropout, 25 % masked, a one-cycle learning rate tied to the clock,
-gradients of 4,096 rows added up from micro-batches of 512, clipped at 0.5.
+gradients of 4,096 rows accumulated over micro-batches of 512, clipped at 0.5.
 
 Hardware and time: one GPU, 24 hours.
 Expected: not yet measured.

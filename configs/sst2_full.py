@@ -1,4 +1,4 @@
-"""All parameters of MiniLM, for the sentiment of film reviews: what sst2_lora.py compares with.
+"""All parameters of MiniLM, for the sentiment of film reviews: the reference for sst2_lora.py.
 
     python scripts/finetune.py configs/sst2_full.py
 

@@ -3,7 +3,7 @@
     python scripts/finetune.py configs/sst2_lora.py
 
 Reads data/sst2/train.tsv and dev.tsv: a sentence, a tab, 0 or 1; no header; the 6,920 and 872 whole
-sentences that are not neutral, without GLUE's 67,349 phrases of them. Other places:
+sentences that are not neutral, without GLUE's 67,349 phrases of them. Other paths:
 --data.train.path, --data.validation.path, and --base for the encoder.
 Source: Socher et al. 2013; the encoder: sentence-transformers/all-MiniLM-L6-v2.
 Hardware and time: one CPU core, 11 minutes.

@@ -1,4 +1,4 @@
-"""All parameters of MiniLM, for named entities in tweets: what wnut17_lora.py compares with.
+"""All parameters of MiniLM, for named entities in tweets: the reference for wnut17_lora.py.
 
     python scripts/finetune.py configs/wnut17_full.py
 

@@ -2,7 +2,7 @@
 
     python scripts/finetune.py configs/wnut17_lora.py
 
-Reads data/wnut17/wnut17train.conll and emerging.dev.conll: a word, a tab, a tag. Other places:
+Reads data/wnut17/wnut17train.conll and emerging.dev.conll: a word, a tab, a tag. Other paths:
 --data.train.path, --data.validation.path, and --base for the encoder.
 Source: Derczynski et al. 2017; the encoder: sentence-transformers/all-MiniLM-L6-v2.
 Hardware and time: one CPU core, 14 minutes.

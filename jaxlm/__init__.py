@@ -1,3 +1,3 @@
-"""Language models pretrained by filling in text, then adapted cheaply, in plain JAX."""
+"""BERT-style encoders in pure JAX: masked language modelling, LoRA and full fine-tuning."""
 
 __version__ = "0.1.0"

@@ -41,24 +41,24 @@ UNKNOWN_BASE = BertConfig()  # what the compile check takes a base for that is n
 
 
 def check_name(name: str) -> None:
-    """It becomes that of a folder."""
+    """Raise if it cannot be the name of a folder."""
     if not name.strip():
-        raise InputError(f"the run's name is {name!r}: its folder needs one")
+        raise InputError(f"name={name!r}: the run folder needs a name")
     if ":/" in name:
-        raise InputError(f"the run's name {name!r} is a place: give that as --runs, which keeps it")
+        raise InputError(f"name={name!r} is a path or URL: put the folder in --runs")
     length = max(len(part.encode(errors="replace")) for part in name.split("/"))
     if length > 255:
-        raise InputError(f"the run's name {name!r:.40} has {length} bytes: a folder's may have 255")
+        raise InputError(f"name={name!r:.40} has {length} bytes: a folder's name has at most 255")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What pretraining and fine-tuning share: where the run is kept, and how it learns."""
+    """What pretraining and fine-tuning share: the run folder, the optimizer and the devices."""
 
     name: str
-    """Of the run's folder, below `runs`."""
+    """Name of the run folder inside `runs`."""
     runs: Path = Path("runs")
-    """Where run folders are; may be gs://bucket/folder."""
+    """Folder of all run folders; may be gs://bucket/folder."""
     base: str | None = None
     """The pretrained model to start from: a run folder, a folder in Hugging Face's layout, or a
     name on the hub; None: `model` is trained from scratch."""
@@ -66,13 +66,13 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     placement: Literal["jit", "pmap"] = "jit"
-    """pmap is data parallel only, for code that still needs it."""
+    """jit shards over the whole mesh; pmap is data parallel only, for code that still needs it."""
     resume: bool = True
-    """Go on where the run folder's newest checkpoint ends; --no-resume refuses a used folder."""
+    """Resume from the run folder's newest checkpoint; --no-resume refuses a used folder."""
     accept_changes: bool = False
-    """Go on with other settings, data or seed than the run began with."""
+    """Allow a resumed run to have other settings, data or seed than it began with."""
     wandb: str | None = None
-    """A Weights & Biases project to report to as well."""
+    """Weights & Biases project to log to as well; None: none."""
 
     @property
     def directory(self) -> StoragePath:
@@ -87,10 +87,10 @@ class PretrainConfig(RunConfig):
 
     data: DataConfig
     prepare: PrepareConfig | None = None
-    """How to make the first of `data.paths` where it is missing (with the tokenizer of `base`, if
-    there is one); None: it must be there."""
+    """How to prepare the first of `data.paths` if it is missing (with the tokenizer of `base`, if
+    there is one); None: it must exist."""
     model: Model | None = None
-    """The architecture, where it starts from scratch; None: as the base says."""
+    """The architecture to train from scratch; None: that of the base."""
     task: PretrainingTask = field(default_factory=MaskedLm)
     """What is learned."""
 
@@ -108,20 +108,20 @@ class FinetuneConfig(RunConfig):
     data: LabelledConfig
     task: LabelledTask = field(default_factory=Classification)
     model: Model | None = None
-    """The encoder, where it starts from scratch; None: as the base says."""
+    """The encoder to train from scratch; None: that of the base."""
     tokenizer: TokenizerConfig | None = None
-    """Where there is no base: what to train on the texts, or to load."""
+    """Tokenizer to train on the texts, or to load, if there is no base."""
     tuning: Tuning = field(default_factory=Full)
-    """Which parameters learn."""
+    """Which parameters are trained, such as adapters, biases, the head, or all."""
     frozen_dtype: FrozenDtype = "float32"
-    """How the parameters that do not learn are kept; int8 rounds kernels to 8 bits a weight."""
+    """Dtype of frozen parameters in memory; int8 quantizes kernels to 8 bits per weight."""
     dropout_rate: float = 0.1
-    """Of the encoder and the head, whatever pretraining used."""
+    """Dropout rate of encoder and head in fine-tuning, whatever pretraining used."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of matrix products and activations; None = as `model` says, else bfloat16 where there is an
-    accelerator, float32 on CPUs. CPUs with AVX-512 BF16 or AMX are faster in bfloat16."""
+    """Dtype of matrix products and activations; None: as `model` says, else bfloat16 on GPUs and
+    TPUs and float32 on CPUs. CPUs with AVX-512 BF16 or AMX are faster in bfloat16."""
     monitor: str | None = None
-    """The metric that decides which checkpoint is best; None = the task's own."""
+    """Metric that decides which checkpoint is best; None: the task's own."""
 
     def __post_init__(self) -> None:
         if self.base is None and self.model is None:
@@ -130,7 +130,7 @@ class FinetuneConfig(RunConfig):
             )
         if self.base is None and not isinstance(self.tuning, Full):
             raise InputError(
-                f"tuning={type(self.tuning).__name__} leaves an encoder from scratch as it is: "
+                f"tuning={type(self.tuning).__name__} would freeze an untrained encoder: "
                 "name a base, or use Full"
             )
         if self.base is not None and self.tokenizer is not None:
@@ -139,8 +139,8 @@ class FinetuneConfig(RunConfig):
             )
         if isinstance(self.tuning, Full) and self.frozen_dtype != "float32":
             raise InputError(
-                f"frozen_dtype={self.frozen_dtype} is of parameters that do not learn, and with "
-                "tuning=Full all learn: leave it out"
+                f"frozen_dtype={self.frozen_dtype} is for frozen parameters, and "
+                "tuning=Full freezes none: leave it out"
             )
         if isinstance(self.task, Embedding) and (
             self.train.num_micro_batches > 1 or self.placement == "pmap"
@@ -151,7 +151,7 @@ class FinetuneConfig(RunConfig):
             )
         if self.data.augment is not None and not isinstance(self.task, Classification):
             raise InputError(
-                "data.augment moves words, and with them tags and answers: it is for Classification"
+                "data.augment would shift tags and answers: it is for Classification alone"
             )
         if not 0 <= self.dropout_rate < 1:
             raise InputError(f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0 is off")

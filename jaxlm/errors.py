@@ -1,4 +1,4 @@
-"""What a person can mend: one sentence that names the value, the place, and the way out."""
+"""Errors a user can fix: one sentence that names the value, where it is, and the way out."""
 
 import errno
 import os
@@ -16,8 +16,8 @@ class InputError(Exception):
 def report_input_errors() -> Iterator[None]:
     """Around a script: bad input ends it with one line and exit code 2, Ctrl-C with 130.
 
-    Where nobody reads on, as behind ``| head``, it ends without a word. File names that are too
-    long, and an output that cannot be written, are bad input as well.
+    If nothing reads its output any more, as after ``| head``, it ends silently. File names that are
+    too long, and an output that cannot be written, are bad input as well.
     """
     try:
         yield

@@ -53,7 +53,7 @@ NAMES = {
     "full": ("HF", "HF tuned"),
     "lora": ("peft", "peft tuned"),
 }
-"""Of torch's variants by task: as shipped, and made fast."""
+"""Variants of torch by task: as shipped, and made fast."""
 
 
 @dataclass(frozen=True, kw_only=True)

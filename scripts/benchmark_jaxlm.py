@@ -31,7 +31,7 @@ from jaxlm.typing import HostBatch, Loss, PRNGKey
 
 DUMMY = jnp.zeros((1, 8), jnp.int32)  # tokens to initialise with
 NUM_SPECIAL, START_ID, MASK_ID = 1000, 101, 103
-"""Of BERT's vocabulary: below 1000 are special and unused tokens."""
+"""Ids of BERT's vocabulary: those below 1000 are special and unused tokens."""
 
 
 def make_batch(work: Work) -> HostBatch:

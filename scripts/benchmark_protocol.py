@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 WARM_UP_STEPS = 3
 PREFIX = "benchmark: "
-"""Of every line of the protocol: libraries print to standard output too."""
+"""Start of every line of the protocol: libraries print to standard output too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Work:
     recipe: Literal["shipped", "tuned", "compiled"]
     """For torch, how much is done for speed. jaxlm has one way, "tuned"."""
     dtype: Literal["float32", "bfloat16"]
-    """Of matrix products, and unless as shipped of frozen matrices; what learns is float32."""
+    """Dtype of products and, unless as shipped, of frozen matrices; what learns is float32."""
     device: Literal["cpu", "cuda"]
     num_layers: int
     hidden_dim: int

@@ -1,4 +1,4 @@
-"""Compile a train step for chips that are not here: ``python scripts/compile_check.py CONFIG ...``.
+"""Compile a train step for chips you do not have: ``python scripts/compile_check.py CONFIG ...``.
 
     pip install "jaxlm[tpu]"  # or, for GPUs, "jax[cuda12-local]"
     python scripts/compile_check.py configs/bert_base.py --topology v5e:16x16 \\

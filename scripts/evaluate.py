@@ -46,7 +46,7 @@ def main(
         split: Which part of the run's own data, or of prepared data.
         rows: How many rows or examples; None = all.
         step: Which checkpoint; None = the best.
-        base: Where the encoder of an adapter lies, if not where it was.
+        base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")

@@ -53,9 +53,9 @@ class Options:
     damages: int = 10
     """Newest checkpoints that are damaged, of each kind."""
     processes: int = 1
-    """Of each run; with several, a random one of them is killed."""
+    """Processes of each run; with several, a random one of them is killed."""
     seed: int = 0
-    """Of the moments and of what is damaged."""
+    """Seed of the moments and of what is damaged."""
 
     def __post_init__(self) -> None:
         for name in ("kills", "damages"):
@@ -76,14 +76,14 @@ class Row:
     wrong: int = 0
     """Finished checkpoints, or ends of runs, that were not the reference's."""
     lost: int = 0
-    """Runs that could not go on."""
+    """Runs that could not be resumed."""
     refused: int = 0
     """Damaged checkpoints that were found out, or faults that ended a run with one sentence."""
 
 
 @dataclass
 class Campaign:
-    """Where runs lie, and what is known of the reference."""
+    """The folder of the runs, and what is known of the reference."""
 
     folder: Path
     processes: int
@@ -92,7 +92,7 @@ class Campaign:
     """The checksum of every array, in each of the reference's checkpoints."""
 
     def checkpoints(self, name: str) -> Path:
-        """Of a run."""
+        """The folder of a run's checkpoints."""
         return self.folder / "runs" / name / CHECKPOINTS
 
     def start(self, name: str, *options: str) -> list[subprocess.Popen[str]]:
@@ -154,7 +154,7 @@ class Campaign:
 
 
 def checksums_in(meta: str) -> dict[str, int]:
-    """Of every array, by path, as a checkpoint's metadata give them."""
+    """Checksum of every array, by path, from a checkpoint's metadata."""
     return {path: leaf["checksum"] for path, leaf in json.loads(meta)["leaves"].items()}
 
 
@@ -228,7 +228,7 @@ def kills(campaign: Campaign, times: int, console: Console) -> Row:
                 for process in started:
                     process.communicate()
                 campaign.check(name, row)
-                if not alive:  # it came to its end, or can go on no more: finish() tells
+                if not alive:  # it ended, or cannot be resumed: finish() tells
                     break
             campaign.finish(name, row)
     return row
@@ -304,7 +304,7 @@ def damages(
     times: int,
     console: Console,
 ) -> Row:
-    """Damage a file of the newest checkpoint of a run that was killed, then let it go on."""
+    """Damage a file of the newest checkpoint of a run that was killed, then resume it."""
     row = Row(fault)
     with console.status("") as status:
         while row.times < times:

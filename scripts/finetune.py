@@ -1,8 +1,8 @@
 """Fine-tune an encoder on labelled data: ``python scripts/finetune.py configs/quickstart_lora.py``.
 
 Every field of the config can be changed behind it, such as ``--tuning.rank 16`` or ``--tuning
-Full``; put ``--help`` there for all of them. The same command goes on where an interrupted run was
-saved.
+Full``; put ``--help`` there for all of them. The same command resumes an
+interrupted run.
 """
 
 from jaxlm.runtime.allocator import tune_process

@@ -3,7 +3,7 @@
     python scripts/learning_curve.py configs/sst2_bilstm.py configs/sst2_lora.py \\
         configs/sst2_full.py --sizes 8 32 128 512 1000 --seeds 3
 
-The same command goes on where it was stopped; put --help behind it for all options.
+The same command resumes where it was stopped; put --help behind it for all options.
 """
 
 from pathlib import Path

@@ -35,7 +35,7 @@ def main(
         run: The folder of a fine-tuned run.
         out: The new folder.
         step: Which checkpoint; None = the best.
-        base: Where the encoder of the adapter lies, if not where it was.
+        base: The encoder of the adapter, if it has moved: a run folder, a folder or a hub name.
     """
     loaded = finetuned.open_finetuned(run, step=step, base=base)
     params = jax.tree.map(np.asarray, loaded.merged())

@@ -58,7 +58,7 @@ def main(
         out: Where the JSON lines go; None = standard output.
         top_k: Candidates for each blank, or classes to show.
         step: Which checkpoint; None = the best.
-        base: Where the encoder of an adapter lies, if not where it was.
+        base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
     """
     if (text is None) == (file is None):
         raise InputError('give either a text, such as "A [MASK] of strings.", or --file')

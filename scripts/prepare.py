@@ -47,7 +47,7 @@ class Arguments(PrepareConfig):
     overwrite: bool = False
     """Replace what is there."""
     shard: str | None = None
-    """Prepare only the part i of N, given as i/N with i from 0."""
+    """Prepare only shard i of N, given as i/N with i from 0."""
     merge: bool = False
     """Join the finished shards; the source and all settings are taken from them."""
 

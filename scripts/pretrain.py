@@ -1,7 +1,7 @@
 """Pretrain by filling in text: ``python scripts/pretrain.py configs/quickstart.py``.
 
 Every field of the config can be changed behind it, such as ``--optimizer.peak-lr 3e-4``; put
-``--help`` there for all of them. The same command goes on where an interrupted run was saved.
+``--help`` there for all of them. The same command resumes an interrupted run.
 """
 
 from jaxlm.runtime.allocator import tune_process

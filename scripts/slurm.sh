@@ -4,7 +4,7 @@
 #   sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 \
 #     scripts/slurm.sh scripts/pretrain.py configs/bert_base.py --mesh.fsdp 8
 #
-# Submit the same again to go on. Two minutes before its time is over all processes save at one step
+# Submit the same again to resume. Two minutes before its time is over all processes save at one step
 # and exit, and the job is put into the queue again. The run folder must be on a disk that all
 # nodes share; VENV says where jaxlm is installed.
 #SBATCH --job-name jaxlm
@@ -19,7 +19,7 @@ set -euo pipefail
 source "${VENV:-.venv}/bin/activate"
 export PYTHONUNBUFFERED=1
 srun python "$@"
-# A run that ended early was stopped by the signal: go on when there is room.
+# A run that ended early was stopped by the signal: resume when there is room.
 for _ in 1 2 3 4 5; do # the controller may be busy
   left=$(squeue --noheader --job "$SLURM_JOB_ID" --format %L) && break
   sleep 5

@@ -5,7 +5,7 @@
     python scripts/sweep.py configs/quickstart_lora.py \\
         --set optimizer.peak_lr=1e-4..1e-2:log --set tuning.rank=2..32:log --random 20 --halving 3
 
-Every trial is a run folder. The same command goes on where it was stopped.
+Every trial is a run folder. The same command resumes where it was stopped.
 """
 
 from pathlib import Path

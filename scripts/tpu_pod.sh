@@ -10,10 +10,10 @@
 #   scripts/tpu_pod.sh collect /mnt/jaxlm/runs/bert_base runs  # from host 0 into a folder here
 #   scripts/tpu_pod.sh delete
 #
-# The same launch goes on where a run was stopped or preempted; a slice that had to be created anew
+# The same launch resumes a run that was stopped or preempted; a slice that had to be created again
 # needs install first. All hosts must see one run folder: on more than one host give install
 # NFS=SERVER:/SHARE, such as a Filestore's, which it mounts at /mnt/jaxlm, now and after a reboot,
-# and launch with --runs /mnt/jaxlm/runs. Data may lie there, too, or on every host.
+# and launch with --runs /mnt/jaxlm/runs. Data may be there, too, or on every host.
 set -euo pipefail
 
 case ${1:-help} in
@@ -54,7 +54,7 @@ case $action in
   launch)
     [ $# -gt 0 ] || { echo "error: launch what? such as: launch scripts/pretrain.py CONFIG" >&2; exit 2; }
     everywhere "cd jaxlm && if pkill -0 -F run.pid python 2> /dev/null; then \
-        echo error: a run is going on: stop it first >&2; exit 1; fi; \
+        echo error: a run is in progress: stop it first >&2; exit 1; fi; \
       { nohup .venv/bin/python $(quoted "$@")>> run.log 2>&1 < /dev/null & echo \$! > run.pid; }"
     ;;
   follow) tpu ssh "$NAME" --worker=0 --command "tail -n 100 -F jaxlm/run.log" ;;

@@ -79,7 +79,7 @@ def folder(tmp_path: Path) -> Path:
     ("command", "message"),
     [
         (("pretrain.py", "nowhere.py"), "error: there is no config file nowhere.py\n"),
-        (("evaluate.py", "nowhere"), "error: nowhere is no run folder: it holds no config.json\n"),
+        (("evaluate.py", "nowhere"), "error: nowhere is not a run folder: it has no config.json\n"),
         (("predict.py", "nowhere", "fill-mask"), "error: give either a text"),
         (
             ("predict.py", "nowhere", "classify", "\udce9"),

@@ -1,1 +1,1 @@
-"""Compiling a train step for machines that are not here: does it fit, and what does it cost?"""
+"""Compiling a train step for machines one does not have: does it fit, and what does it cost?"""

@@ -1,7 +1,7 @@
 """One compile: ``python -m jaxlm.compile_check.check OUT`` reads a :class:`Job` in JSON, writes its
 :class:`Report` to OUT.
 
-In a process of its own, since the compiler may crash and take its process along.
+In a separate process, since the compiler may crash and take its process along.
 """
 
 import dataclasses
@@ -38,16 +38,16 @@ class Traffic:
     over_slices: bool
     count: int
     overlapping: int
-    """Of these, those that run beside computation."""
+    """How many of them overlap with computation."""
     bytes: float
-    """That one device sends."""
+    """Bytes that one device sends in a step."""
     seconds: float
-    """At the published speed of the links, one after the other."""
+    """Time at the published speed of the links, without overlap."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What compiling told. Bytes are those of one device."""
+    """The result of compiling. Bytes are those of one device."""
 
     config: str
     topology: str
@@ -59,32 +59,32 @@ class Report:
     row_length: int
     num_parameters: int
     hbm: float
-    """That the compiler may use."""
+    """Bytes that the compiler may use."""
     fits: bool
-    """Into the memory of every device."""
+    """Whether the step fits into the memory of every device."""
     needed: float | None
-    """In all; None where it does not fit, and the compiler does not say by how much."""
+    """All memory needed; None if it does not fit and the compiler does not say by how much."""
     memory: dict[str, float]
-    """By kind; what only the compiler knows is missing where it did not fit."""
+    """Bytes by kind; what only the compiler knows is missing if the step did not fit."""
     flops: float | None
-    """Of a step on all devices: products of the model alone, nothing computed twice."""
+    """FLOPs of a step over all devices: the model's products alone, without recomputation."""
     compute_s: float | None
-    """Of these, with all devices at their peak."""
+    """Time of these FLOPs with all devices at their peak."""
     update_s: float
     """Reading parameters and moments and writing them again, at the published rate of the HBM."""
     traffic: tuple[Traffic, ...]
     unknown_loops: int
-    """Whose collectives are counted once, for want of a number."""
+    """Loops of unknown length, whose collectives are counted once."""
     compile_s: float
 
     @property
     def communication_s(self) -> float:
-        """Of all collectives, one after the other."""
+        """Time of all collectives, without overlap."""
         return sum((each.seconds for each in self.traffic), start=0.0)
 
     @property
     def step_s(self) -> float:
-        """Computing, communicating and updating one after the other, each at its full rate."""
+        """Compute, communication and update without overlap, each at its full rate."""
         return (self.compute_s or 0.0) + self.communication_s + self.update_s
 
 
@@ -103,7 +103,7 @@ def from_json(text: str) -> Report:
 
 
 def check(config: Config, assumed: Assumed, target: Topology) -> Report:
-    """Compile in a process of its own. Raises where that ends without a report."""
+    """Compile in a separate process. Raises if that ends without a report."""
     target.require_compiler()
     job = {
         "config": configs.to_json(config),
@@ -207,7 +207,7 @@ def compile_here(name: str, config: Config, assumed: Assumed, target: Topology) 
 
 
 def _memory(step: Step) -> dict[str, float]:
-    """What enters the step, as it lies on one device; padding of small arrays is not in it."""
+    """Bytes of the step's arguments on one device, without the padding of small arrays."""
 
     def size(tree: Any) -> float:
         return float(

@@ -18,14 +18,14 @@ class Chip:
 
     name: str
     flops: float
-    """Dense, in bfloat16, each second."""
+    """Dense FLOP/s in bfloat16."""
     hbm: float
     """Bytes that a program may use."""
     hbm_rate: float
     link: float
-    """Of one link to its neighbours."""
+    """Rate of one link to a neighbour."""
     network: float
-    """To other slices of TPUs; from a GPU to other hosts."""
+    """Rate to other slices of TPUs; from a GPU to other hosts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +34,16 @@ class Topology(abc.ABC):
 
     chip: Chip
     shape: tuple[int, ...]
-    """Of one slice."""
+    """Shape of one slice."""
     num_slices: int = 1
     compiler: ClassVar[str]
-    """Its name, as a person knows it."""
+    """Name of the compiler, for messages."""
     compiler_refuses: ClassVar[bool]
-    """Whether it fails where the memory does not suffice."""
+    """Whether it fails if the memory does not suffice."""
 
     @property
     def name(self) -> str:
-        """Of one slice, as it is asked for, such as ``v5e:4x4``."""
+        """Name of one slice as given on the command line, such as ``v5e:4x4``."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -54,15 +54,15 @@ class Topology(abc.ABC):
     @property
     @abc.abstractmethod
     def environment(self) -> Mapping[str, str]:
-        """That must be set before JAX is imported."""
+        """Environment variables to set before JAX is imported."""
 
     @abc.abstractmethod
     def require_compiler(self) -> None:
-        """Raise where it is not installed."""
+        """Raise if the compiler is not installed."""
 
     @abc.abstractmethod
     def devices(self) -> Sequence[Any]:
-        """To compile for, each with ``coords``."""
+        """Devices to compile for, each with ``coords``."""
 
     @abc.abstractmethod
     def bandwidth(self, kind: Kind, members: Sequence[Coordinates]) -> float:

@@ -24,7 +24,7 @@ Check = Callable[[Config, Assumed, topology.Topology], Report]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Compile a config's train step for chips that are not here; see whether and how it fits.
+    """Compile a config's train step for chips that you do not have, and see whether it fits.
 
     All options of the config itself can follow, such as --mesh.fsdp 8; its script's --help lists
     them. No data, no weights and no TPU or GPU are needed.
@@ -39,7 +39,7 @@ class CheckConfig:
     search: bool = False
     """Try the meshes that make sense, and mark the best; the config's own mesh is not used."""
     json: Path | None = None
-    """Append a line for each compile to this file."""
+    """Append a JSON line for each compile to this file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,14 @@ class ScalingConfig:
         "v5p:8x8x16",
         "v5p:16x16x16",
     )
-    """One after the other; v5e:16x16*4 are four slices."""
+    """Topologies to compile for, in turn; v5e:16x16*4 is four slices."""
     rows: int = 32
-    """Of the batch, for each device."""
+    """Rows of the batch for each device."""
     assumed: Annotated[Assumed, tyro.conf.arg(name="")] = field(default_factory=Assumed)
     json: Path | None = None
-    """Append a line for each compile to this file."""
+    """Append a JSON line for each compile to this file."""
     plot: Path = Path("weak_scaling.png")
-    """The picture; the table is written beside it, in Markdown."""
+    """File for the plot; the table is written beside it, in Markdown."""
 
 
 A = TypeVar("A", CheckConfig, ScalingConfig)
@@ -152,7 +152,7 @@ def run_scaling(
 def _tell_assumed(config: Config, console: Console) -> None:
     if config.base and base_config(config.base) is None:
         console.print(
-            f"the base {config.base} is not here: its encoder is taken to be as --encoder says",
+            f"the base {config.base} cannot be read here: assuming the encoder of --encoder",
             soft_wrap=True,
         )
 

@@ -13,7 +13,7 @@ from jaxlm.compile_check.hlo import Collective
 
 
 def sent_bytes(collective: Collective, num_slices: int) -> float:
-    """By one device, each time it runs."""
+    """Bytes that one device sends each time it runs."""
     n = num_slices if collective.over_slices else len(collective.group)
     operand = float(collective.operand_bytes)
     match collective.kind:
@@ -29,8 +29,8 @@ def sent_bytes(collective: Collective, num_slices: int) -> float:
 def seconds(
     collective: Collective, topology: Topology, coordinates: Sequence[Coordinates]
 ) -> float:
-    """Of a step, all times it runs together; ``coordinates`` are those of each partition of a
-    slice."""
+    """Time in a step, over all times that it runs; ``coordinates`` are those of each partition of
+    a slice."""
     sent = sent_bytes(collective, topology.num_slices) * collective.count
     if collective.over_slices:
         return sent / topology.chip.network

@@ -1,4 +1,4 @@
-"""GPUs that are not here: hosts of up to eight, joined by NVLink inside and InfiniBand outside.
+"""GPUs one does not have: hosts of up to eight, with NVLink inside and InfiniBand between them.
 
 Sources: NVIDIA's datasheets (FLOP/s, links: half of NVLink's two-way figure) and reference systems
 (network: DGX A100, H100, H200 and B200, one adapter for each GPU); the rest is what the driver
@@ -145,7 +145,7 @@ class GpuHosts(Topology):
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """A GPU that is here is left alone."""
+        """Variables that keep a local GPU from being used."""
         return {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
 
     def require_compiler(self) -> None:

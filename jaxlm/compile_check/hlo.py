@@ -2,7 +2,7 @@
 
 Three things hide there. A loop's body stands once, however often it runs: the number is read from
 the loop's condition. What the TPU compiler runs beside computation is written three times, in the
-fusions where it starts, goes on and ends: it counts where it starts. And to it a reduce-scatter is
+fusions where it starts, runs and ends: it counts where it starts. And to it a reduce-scatter is
 an all-reduce in a fusion of that name, whose other results are dropped.
 """
 
@@ -65,7 +65,7 @@ Computations = dict[str, dict[str, _Instruction]]
 
 
 def parse(text: str) -> Program:
-    """Of ``compiled.as_text()``."""
+    """Read ``compiled.as_text()``."""
     computations, entry = _read(text)
     counts = re.findall(r"\b(?:replica_count|num_partitions)=(\d+)", text.partition("\n\n")[0])
     everyone = tuple(range(max(map(int, counts), default=1)))
@@ -194,7 +194,7 @@ def _collective(
 
 
 def num_bytes(shape: str) -> int:
-    """Of an array or a tuple of them, as HLO writes its type; padding is left out."""
+    """Bytes of an array or a tuple of them, from its type as HLO writes it; without padding."""
     total = 0
     for dtype, sizes in _ARRAY.findall(shape):
         bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])

@@ -1,4 +1,4 @@
-"""What a person reads after compiling: does it fit, what it sends, and what would help."""
+"""What a user reads after compiling: whether it fits, what it sends, and what would help."""
 
 import math
 from collections.abc import Sequence

@@ -27,17 +27,17 @@ SPECIAL = SpecialTokens(pad=0, unk=1, cls=2, sep=3, mask=4)
 
 @dataclass(frozen=True, kw_only=True)
 class Assumed:
-    """What a run learns from its data and its base, and a check must be told."""
+    """What a run reads from its data and base, and a check has to be told."""
 
     length: int | None = None
-    """Tokens in a row; None = as the config prepares or cuts them, else the longest that the model
-    reads."""
+    """Tokens per row; None: as the config prepares or truncates them, else the longest input of
+    the model."""
     vocab_size: int = 30_522
-    """Of the tokenizer, where the model leaves it to the data."""
+    """Size of the tokenizer's vocabulary, if the model leaves it to the data."""
     labels: int = 2
-    """That a task tells apart."""
+    """Number of labels of a task."""
     encoder: Model = UNKNOWN_BASE
-    """Of a base that cannot be read here."""
+    """Sizes of a base that cannot be read on this machine."""
 
 
 class Step(NamedTuple):

@@ -1,4 +1,4 @@
-"""TPUs that are not here.
+"""TPUs one does not have.
 
 Sources: Google's system architecture pages (FLOP/s, memory and its rate) and Austin et al. 2025,
 How to Scale Your Model, chapter 2 (links, one on each side of a chip along each axis of its torus,
@@ -21,7 +21,7 @@ class Tpu(Chip):
     """A chip in a torus."""
 
     num_axes: int
-    """Of the torus."""
+    """Axes of the torus."""
     wraps_from: int
     """An axis of a slice whose size is a multiple of this is a ring; others are lines. Slices in
     three dimensions are rings only where they are made of whole cubes."""

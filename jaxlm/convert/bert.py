@@ -17,7 +17,7 @@ class Architecture:
     """How one kind of model is written."""
 
     prefix: str
-    """Of the encoder's and the pooler's names; files of a bare encoder go without."""
+    """Prefix of the encoder's and the pooler's names; files of a bare encoder lack it."""
     encoder: tuple[Row, ...]
     """Always there."""
     heads: tuple[tuple[Row, ...], ...]
@@ -105,7 +105,7 @@ ROBERTA = Architecture(
 
 
 def sizes(config: BertConfig) -> Sizes:
-    """Of the axes that the tables name."""
+    """Size of each axis that the tables name."""
     assert config.vocab_size is not None
     return {
         "layers": config.num_layers,

@@ -47,7 +47,7 @@ def read_tensors(folder: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
             raise InputError(f"{path} cannot be read: {error}") from error
         except SafetensorError as error:
             raise InputError(
-                f"{path} is not a whole safetensors file ({error}); fetch it again"
+                f"{path} is not a complete safetensors file ({error}); download it again"
             ) from error
     return tensors
 

@@ -53,13 +53,13 @@ def _download(name: str, cache: str | Path | None) -> Path:
         failure = failure or error
         if isinstance(failure, HFValidationError | RepositoryNotFoundError):
             raise InputError(
-                f"{name!r} is neither a folder nor a model that the Hugging Face hub shows you: "
+                f"{name!r} is neither a folder nor a model that you can read on the hub: "
                 "check the name"
             ) from error
         reason = str(failure).partition("\n")[0].rstrip(".") or type(failure).__name__
         raise InputError(
             f"{name!r} is neither a folder nor in the cache, and cannot be downloaded ({reason}): "
             f"fetch it on a machine with a network, with 'hf download {name}', and give the "
-            "folder; a run of your own must be trained first, or named by --base where it lies"
+            "folder; a run of your own must be trained first, or --base must give its path"
         ) from error
     return Path(folder)

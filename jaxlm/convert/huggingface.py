@@ -25,7 +25,7 @@ from jaxlm.runtime.storage import on_disk
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published model; all its weights are float32 and lie on the host."""
+    """A published model; all its weights are float32 arrays on the host."""
 
     path: Path
     """The folder it was read from."""
@@ -35,7 +35,7 @@ class Published:
     pooler: Weights | None
     """``{"kernel", "bias"}`` of ``tanh(W hidden[:, 0] + b)``, if the file has it."""
     mlm_head: Weights | None
-    """Of ``models.heads.MlmHead`` with the config's epsilon, if the file has it."""
+    """Weights of a ``models.heads.MlmHead`` with the config's epsilon, if the file has them."""
     tokenizer: Tokenizer
     fingerprint: str
     """A sha256 of all that was read and decides what is computed; the file's layout does not."""
@@ -158,7 +158,7 @@ def _read(architecture: Architecture, config: BertConfig, raw: Tensors, source: 
     unknown = tensors.keys() - {name for row in rows for name in row.names(sizes)}
     if unknown:
         raise InputError(
-            f"{source}: the tensor {names[min(unknown)]} has no place in this architecture of "
+            f"{source}: the tensor {names[min(unknown)]} does not belong to this architecture of "
             f"{config.num_layers} layers (heads of tasks are not read)"
         )
     return table.read(rows, tensors, sizes, source)

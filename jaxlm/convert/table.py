@@ -34,12 +34,12 @@ class Row:
     """Leading entries of the first axis that theirs has and ours has not."""
 
     def names(self, sizes: Sizes) -> list[str]:
-        """Of all tensors that make up the parameter."""
+        """Names of all tensors that make up the parameter."""
         layers = range(sizes["layers"]) if "{layer}" in self.theirs else [0]
         return [self.theirs.format(layer=layer) for layer in layers]
 
     def read(self, tensors: Tensors, sizes: Sizes, source: str) -> Float32[np.ndarray, "..."]:
-        """Ours, from theirs; ``source`` is what errors call the place they come from."""
+        """Ours, from theirs; ``source`` names their origin in errors."""
         there, _ = self.layout.split(" -> ")
         first, *rest = _shape(there, sizes)
         shape = (first + self.unused, *rest)

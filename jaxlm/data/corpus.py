@@ -23,7 +23,7 @@ _UINT64 = 2.0**64
 
 
 class Shard(NamedTuple):
-    """The part of all documents that one of several machines prepares."""
+    """The shard of all documents that one of several machines prepares."""
 
     index: int
     count: int

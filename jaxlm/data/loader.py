@@ -20,15 +20,15 @@ class DataConfig:
     """What a run reads."""
 
     paths: tuple[str, ...]
-    """Folders of prepared data, all with one tokenizer and row length."""
+    """Folders of prepared data, all with the same tokenizer and row length."""
     weights: tuple[float, ...] | None = None
-    """How often rows come from each, in proportion; None means in proportion to their sizes."""
+    """Weight of each folder in the mixture of rows; None: in proportion to their sizes."""
     batch_size: int = 256
     """Rows in a global batch, over all processes."""
     num_threads: int = 1
-    """Threads that read batches ahead; more help only where storage is slow."""
+    """Threads that prefetch batches; more of them help only if storage is slow."""
     prefetch: int = 4
-    """Batches to read ahead."""
+    """Number of batches to prefetch."""
 
     def __post_init__(self) -> None:
         if not self.paths:
@@ -54,13 +54,13 @@ def train_batches(
     examples_seen: int = 0,
     batch_rows: BatchRows = ALL_ROWS,
 ) -> Iterator[HostBatch]:
-    """A part, such as a process holds, of every global batch, without end, read ahead by threads.
+    """The rows that one process holds of every global batch, without end, prefetched by threads.
 
     A batch is ``{"tokens": [local_batch, row_length], "lengths": int32 [local_batch], "index":
     int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Blocks, put together in
     their order, are the same global batch however many there are. Row k of a run is the same row
     for every batch size, so ``examples_seen`` is all there is to save. Each data set is shuffled
-    anew for every epoch.
+    again for every epoch.
     """
     _check_alike(datasets)
     local = batch_rows.rows(config.batch_size)
@@ -82,7 +82,7 @@ def eval_batches(
     batch_rows: BatchRows = ALL_ROWS,
     max_rows: int | None = None,
 ) -> Iterator[HostBatch]:
-    """A part of every batch of one pass in fixed order, as for :func:`train_batches`.
+    """A process's rows of each batch of one pass in fixed order, as for :func:`train_batches`.
 
     The last global batch is filled up with rows of length 0 (all padding), so that every process
     has the same number of full batches. ``max_rows`` takes only the first so many rows.

@@ -51,13 +51,13 @@ class PrepareConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """What cuts it into tokens."""
     row_length: int = 128
-    """Tokens in a row. Documents share rows, and one that does not fit goes on in the next row."""
+    """Tokens per row. Documents share rows; one that does not fit continues in the next row."""
     validation_fraction: float = 0.05
     """Share of the documents to hold out, chosen by a hash of their text."""
 
     def __post_init__(self) -> None:
         if self.row_length < 3:
-            raise InputError(f"row_length={self.row_length} has no place for text; use 3 or more")
+            raise InputError(f"row_length={self.row_length} has no room for text; use 3 or more")
         if not 0 <= self.validation_fraction < 1:
             raise InputError(
                 f"validation_fraction={self.validation_fraction} is not in [0, 1); try 0.05"

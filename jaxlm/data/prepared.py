@@ -1,4 +1,4 @@
-"""Prepared data: what is known of it, and opening it."""
+"""Prepared data: its metadata, and opening it."""
 
 import json
 import os
@@ -40,13 +40,13 @@ class PreparedInfo:
     """Share of each split's positions that are not padding."""
     unigram_entropy: float
     """Nats per token of the validation split (of train, where there is none), special tokens left
-    out: the loss of a model that knows how frequent each token is, and nothing else."""
+    out: the loss of a model that knows each token's frequency, and nothing else."""
     fingerprint: str
     """sha256 of all that decides the rows: row length, tokenizer, and the tokens of each split."""
     tokenizer_sha256: str
-    """Of the tokenizer, as :func:`jaxlm.data.tokenizers.fingerprint` gives it."""
+    """Hash of the tokenizer, as :func:`jaxlm.data.tokenizers.fingerprint` gives it."""
     source_fingerprint: str
-    """Of what the documents were read from."""
+    """Hash of what the documents were read from."""
     recipe: dict[str, Any]
     """All settings that decide the content, in a form that can be compared."""
 
@@ -79,7 +79,7 @@ def read_info(directory: StoragePath) -> PreparedInfo:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Prepared data that was found whole."""
+    """Prepared data that was found complete."""
 
     directory: StoragePath
     info: PreparedInfo
@@ -109,7 +109,7 @@ def open_prepared(directory: StoragePath | str) -> Prepared:
             f"({info.tokenizer_sha256:.12}); restore it, or prepare the data again"
         )
     if damage := _damage(directory, info):
-        raise InputError(f"{directory} is not whole ({damage}); prepare the data again")
+        raise InputError(f"{directory} is incomplete or damaged ({damage}); prepare the data again")
     return Prepared(directory, info)
 
 

@@ -44,7 +44,7 @@ class PyDocs:
         return files.size(modules(self.package))
 
     def fingerprint(self) -> str:
-        """Of the modules' contents."""
+        """A sha256 of the modules' contents."""
         return files.sha256(modules(self.package), "pydocs")
 
 

@@ -1,4 +1,4 @@
-"""Preparing on several machines: each tokenises a part of the documents, one joins the parts."""
+"""Preparing on several machines: each tokenises a shard of the documents, one merges them."""
 
 import json
 import shutil
@@ -33,9 +33,9 @@ def prepare_shard(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Path:
-    """Tokenise the part ``i/N`` of all documents, for :func:`merge` to join.
+    """Tokenise the shard ``i/N`` of all documents, for :func:`merge` to join.
 
-    Every machine reads the whole source and tokenises its own part, into a folder beside
+    Every machine reads the whole source and tokenises its own shard, into a folder beside
     ``directory``. All must have one tokenizer, so ``config.tokenizer.path`` is needed.
     """
     directory = on_disk(directory)
@@ -74,7 +74,7 @@ def merge(
     directory = on_disk(directory)
     check_place(directory)
     if (directory / INFO).exists() and not overwrite:
-        raise InputError(f"{directory} exists; overwrite it, or choose another place")
+        raise InputError(f"{directory} exists; overwrite it, or choose another folder")
     folder = _folder(directory)
     shards = sorted(folder.glob("*-of-*"))
     if not shards:

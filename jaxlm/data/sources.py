@@ -39,11 +39,11 @@ class TextFiles:
                     yield from _paragraphs(lines)
 
     def size(self) -> int:
-        """Bytes."""
+        """Total size of the files, in bytes."""
         return files.size(files.find(self.glob))
 
     def fingerprint(self) -> str:
-        """Of contents and settings; the files' names do not count."""
+        """A sha256 of contents and settings, but not of the files' names."""
         return files.sha256(files.find(self.glob), "text", self.document)
 
 
@@ -64,7 +64,7 @@ class Jsonl:
     """One JSON object a line; one of its fields is the document."""
 
     glob: str
-    """Which files."""
+    """Which files to read, such as 'dumps/*'."""
     field: str = "text"
     """The field that holds the text."""
 
@@ -75,11 +75,11 @@ class Jsonl:
                 yield tabular.text_field(record, self.field, origin)
 
     def size(self) -> int:
-        """Bytes."""
+        """Total size of the files, in bytes."""
         return files.size(files.find(self.glob))
 
     def fingerprint(self) -> str:
-        """Of contents and settings; the files' names do not count."""
+        """A sha256 of contents and settings, but not of the files' names."""
         return files.sha256(files.find(self.glob), "jsonl", self.field)
 
 
@@ -88,7 +88,7 @@ class Csv:
     """A table with a header; one of its columns is the document."""
 
     glob: str
-    """Which files."""
+    """Which files to read, such as 'dumps/*'."""
     column: str
     """The column that holds the text, as the header spells it."""
     delimiter: str | None = None
@@ -116,11 +116,11 @@ class Csv:
         return tabular.delimiter_of(path, self.delimiter)
 
     def size(self) -> int:
-        """Bytes."""
+        """Total size of the files, in bytes."""
         return files.size(files.find(self.glob))
 
     def fingerprint(self) -> str:
-        """Of contents and settings; the files' names do not count."""
+        """A sha256 of contents and settings, but not of the files' names."""
         paths = files.find(self.glob)
         delimiters = [self._delimiter(path) for path in paths]
         return files.sha256(paths, "csv", self.column, *delimiters)

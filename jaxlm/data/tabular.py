@@ -112,6 +112,6 @@ def check_text(value: Any, what: str, origin: str) -> str:
     except UnicodeEncodeError as error:
         raise InputError(
             f"{origin}: {what} holds half of a surrogate pair "
-            f"(\\u{ord(value[error.start]):04x}), which is no character; remove it"
+            f"(\\u{ord(value[error.start]):04x}), which is not a character; remove it"
         ) from error
     return value

@@ -25,13 +25,13 @@ class Tfds:
     """A data set of TensorFlow Datasets, by name; downloaded and prepared if it is not yet."""
 
     name: str
-    """Such as 'imdb_reviews' or 'wikipedia/20230601.simple'."""
+    """Name of the data set, such as 'imdb_reviews' or 'wikipedia/20230601.simple'."""
     split: str = "train"
     """A split, or a slice of one: 'train[:10%]', 'train+test'."""
     field: str = "text"
     """The text feature that is the document."""
     data_dir: str | None = None
-    """Where data sets lie; None means the usual place, ~/tensorflow_datasets."""
+    """Folder of data sets; None: the default, ~/tensorflow_datasets."""
     beam: tuple[str, ...] = ()
     """Options of Apache Beam, for data sets that are prepared with it, such as runner=FlinkRunner;
     none means that one process of this machine prepares them."""
@@ -60,7 +60,7 @@ class Tfds:
         return len(self._data_source())
 
     def fingerprint(self) -> str:
-        """Of the data set's own description (name, version, sizes of splits) and the settings."""
+        """A sha256 of the data set's description (name, version, split sizes) and the settings."""
         info = self._builder().info
         description = repr((info.full_name, self.split, self.field)) + info.as_json
         return hashlib.sha256(description.encode()).hexdigest()

@@ -136,7 +136,7 @@ def _train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """SentencePiece's unigram model (Kudo 2018).
 
     The trainer finds the same pieces every time, but sums their probabilities in the order of a
-    hash map. So the pieces are kept, and the probabilities estimated anew by a few rounds of
+    hash map. So the pieces are kept, and the probabilities estimated again by a few rounds of
     Viterbi EM from a uniform start; measured on 12 MB, the text is as short as before to 1e-5.
     """
     tokenizer = _sentencepiece(models.Unigram())

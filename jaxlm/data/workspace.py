@@ -1,4 +1,4 @@
-"""Building a folder that appears only when complete, and showing how far it got."""
+"""Building a folder that appears only when complete, with a progress bar."""
 
 import shutil
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def building(target: StoragePath, last: str) -> Iterator[Path]:
         scratch.rename(target)
     except OSError as error:
         raise InputError(
-            f"{target} cannot be written ({error}); make room there, or choose another place"
+            f"{target} cannot be written ({error}); make room there, or choose another folder"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

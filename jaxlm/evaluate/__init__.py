@@ -1,1 +1,1 @@
-"""How good a tuned model is, and where it fails: metrics, decoding of tags and spans, pictures."""
+"""How good a fine-tuned model is, and where it fails: metrics, tags and spans, plots."""

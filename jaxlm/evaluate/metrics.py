@@ -75,7 +75,7 @@ def classification(
     probabilities: Float[np.ndarray, "predictions labels"],
     num_labels: int,
 ) -> dict[str, float]:
-    """Of one label for each text; ``f1`` is that of label 1, where there are two.
+    """Metrics for one label per text; ``f1`` is that of label 1, where there are two.
 
     The mean of ``macro_f1`` is over the labels that are given or predicted. ``mcc`` is Matthews'
     correlation, ``calibration_error`` the expected one (Guo et al., 2017).
@@ -109,7 +109,7 @@ def multilabel(
     *,
     threshold: float = 0.5,
 ) -> dict[str, float]:
-    """Of any number of labels for each text: those of a probability above the threshold.
+    """Metrics for any number of labels per text: those with a probability above the threshold.
 
     ``exact_match`` is the share of texts with every label right.
     """
@@ -275,7 +275,7 @@ def _normalize(answer: str) -> str:
 
 
 def _token_f1(guess: str, right: str) -> float:
-    """Of the words two normalized answers share; no answer agrees with no answer alone."""
+    """F1 of the words that two normalized answers share; no answer matches only no answer."""
     if not guess or not right:
         return float(guess == right)
     guessed, given = Counter(guess.split()), Counter(right.split())

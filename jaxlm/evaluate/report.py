@@ -1,4 +1,4 @@
-"""What a person reads after an evaluation: the most wrong examples, and scores over seeds."""
+"""What a user reads after an evaluation: the most wrong examples, and scores over seeds."""
 
 import dataclasses
 import heapq
@@ -28,7 +28,7 @@ class Prediction:
     gold: str
     predicted: str
     probability: float
-    """Of what was predicted."""
+    """What the model gives to its prediction."""
     text: str
     origin: str
     """Where the example stands, such as ``dev.tsv:12``."""

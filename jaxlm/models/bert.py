@@ -32,28 +32,28 @@ class BertConfig:
     """Sizes are BERT-base's (section 3)."""
 
     vocab_size: int | None = None
-    """Entries of the token table; None = those of the tokenizer, rounded up to a multiple of 64,
-    and of the parts into which the mesh splits the table."""
+    """Rows of the token table; None: the tokenizer's size, rounded up to a multiple of 64 and of
+    the shards into which the mesh splits the table."""
     num_layers: int = 12
     hidden_dim: int = 768
     num_heads: int = 12
     mlp_dim: int = 3072
     max_length: int = 512
-    """Rows of the position table: the longest input."""
+    """Rows of the position table, and so the longest input, in tokens."""
     num_token_types: int = 2
     dropout_rate: float = 0.1
-    """Of embeddings and of what each sub-layer adds."""
+    """Dropout rate of embeddings and of what each sub-layer adds."""
     attention_dropout_rate: float = 0.1
     epsilon: float = 1e-12
     """Added to the variance by layer normalisation."""
     initializer_std: float = 0.02
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of matrix products and activations; None = float32, and in a training run bfloat16 where
-    there is an accelerator."""
+    """Dtype of matrix products and activations; None: float32, and in a training run bfloat16 on
+    GPUs and TPUs."""
     unroll: int | None = None
     """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
     remat: Remat | None = None
-    """What the backward pass computes again: "full", "dots" (all but products), None: nothing."""
+    """What the backward pass recomputes: full, dots (all but matrix products), or None: nothing."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_heads", "hidden_dim", "mlp_dim", "max_length"):
@@ -72,7 +72,7 @@ class BertConfig:
                 raise InputError(f"{name}={rate} is not inside [0, 1); 0.1 is usual, 0 is off")
 
     def forward_flops(self, length: int, num_predicted: int) -> float:
-        """Of one row through encoder and masked-language-model head, multiply-adds as two.
+        """FLOPs of one row through encoder and masked-language-model head, a multiply-add as two.
 
         The products alone: projections, attention over ``length`` positions, and the vocabulary at
         ``num_predicted`` of them. A training step is three times that.

@@ -25,8 +25,8 @@ class BilstmConfig:
     """One layer, as in most published baselines."""
 
     vocab_size: int | None = None
-    """Entries of the token table; None = those of the tokenizer, rounded up to a multiple of 64,
-    and of the parts into which the mesh splits the table."""
+    """Rows of the token table; None: the tokenizer's size, rounded up to a multiple of 64 and of
+    the shards into which the mesh splits the table."""
     embed_dim: int = 256
     num_layers: int = 1
     hidden_dim: int = 512
@@ -35,12 +35,12 @@ class BilstmConfig:
     """The longest input; None = no limit."""
     num_token_types: int = 2
     dropout_rate: float = 0.3
-    """Of embeddings and between layers."""
+    """Dropout rate of embeddings and between layers."""
     initializer_std: float = 0.1
-    """Of the embeddings: no normalisation follows, so 0.02 would hardly be heard."""
+    """Standard deviation of initial embeddings: with no norm behind them, 0.02 is too small."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of matrix products and activations; None = float32, and in a training run bfloat16 where
-    there is an accelerator."""
+    """Dtype of matrix products and activations; None: float32, and in a training run bfloat16 on
+    GPUs and TPUs."""
 
     def __post_init__(self) -> None:
         for name in ("embed_dim", "num_layers", "hidden_dim", "num_token_types"):

@@ -72,7 +72,7 @@ def merge(params: Params, ia3: Params, sites: Sites) -> Params:
         parent, slash, name = path.rpartition("/")
         kernel, bias = f"{parent}{slash}kernel", f"{parent}{slash}bias"
         if kernel not in sites or kernel not in merged:
-            raise InputError(f"(IA)³ scales {kernel}, which is no linear map of this model")
+            raise InputError(f"(IA)³ scales {kernel}, which is not a linear map of this model")
         first, ndim = sites[kernel].num_stack, merged[kernel].ndim
         split = first + sites[kernel].num_inputs
         others = range(first, split) if name == "output" else range(split, ndim)

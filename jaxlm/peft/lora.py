@@ -52,7 +52,7 @@ class LoraConfig:
     scaling: Literal["lora", "rslora"] = "lora"
     """s = alpha / rank, or alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732)."""
     dropout_rate: float = 0.0
-    """Of the inputs of adapters of linear maps."""
+    """Dropout rate of the inputs of adapters of linear maps."""
     init: Literal["zero", "pissa"] = "zero"
     """zero: adapters start without effect; pissa: as the principal part of the kernel, which must
     then be taken out of the base by `unmerge` (Meng et al. 2024, arXiv:2404.02948)."""

@@ -273,7 +273,7 @@ def open_finetuned(
 ) -> FinetunedRun:
     """Read a fine-tuned run: its best checkpoint, or that of ``step``.
 
-    ``base`` says where the encoder lies now, if not where the config says, or is that encoder, read
+    ``base`` is the encoder's path, if it is no longer the config's, or is that encoder, read
     once for several adapters; it is not needed if all parameters were tuned. Raises
     :class:`InputError` where it is another than the adapters' own.
     """

@@ -23,11 +23,11 @@ def is_run(directory: StoragePath) -> bool:
 def read_any_config(directory: StoragePath) -> Config:
     """The config in a run folder, of pretraining or of fine-tuning."""
     if not (directory / CONFIG).is_file():
-        raise InputError(f"{directory} is no run folder: it holds no {CONFIG}")
+        raise InputError(f"{directory} is not a run folder: it has no {CONFIG}")
     if not is_run(directory):
         raise InputError(
-            f"{directory} is no run folder: its {CONFIG} is of another kind; a published or merged "
-            "model is something to fine-tune from, with --base"
+            f"{directory} is not a run folder: its {CONFIG} is of another kind; a published or "
+            "merged model is something to fine-tune from, with --base"
         )
     return configs.read_file(directory / CONFIG)
 
@@ -46,7 +46,7 @@ def read_config(directory: StoragePath, kind: type[C]) -> C:
 def read_tokenizer(directory: StoragePath) -> Tokenizer:
     """The run folder's own."""
     if not (directory / TOKENIZER).is_file():
-        raise InputError(f"{directory} is no run folder: it holds no {TOKENIZER}")
+        raise InputError(f"{directory} is not a run folder: it has no {TOKENIZER}")
     return tokenizers.load(directory / TOKENIZER)
 
 

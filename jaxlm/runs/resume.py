@@ -67,7 +67,7 @@ def check_processes(config: Config, checkpoints: StoragePath) -> None:
 
 
 def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
-    """A run resumes with the settings that it began with, as far as they decide what is learned.
+    """A resumed run has the settings that it began with, as far as they decide what is learned.
 
     A finished one may be made longer.
     """
@@ -88,7 +88,7 @@ def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
 def check_same(
     directory: StoragePath, saved: Cursor, now: Cursor, *, accept_changes: bool = False
 ) -> None:
-    """A run resumes with the tokenizer, data, seed, labels and base that it began with.
+    """A resumed run has the tokenizer, data, seed, labels and base that it began with.
 
     With ``accept_changes`` data and seed may be others.
     """
@@ -140,8 +140,8 @@ def _difference(before: object, after: object) -> str:
         pairs = itertools.zip_longest(before, after)
         number = next(i for i, (a, b) in enumerate(pairs) if a != b)
         one, other = (_short(x[number]) if number < len(x) else "none" for x in (before, after))
-        return f"whose number {number + 1} was {one}, and would resume with {other}"
-    return f"{_short(before)} and would resume with {_short(after)}"
+        return f"whose number {number + 1} was {one}, and would now be {other}"
+    return f"{_short(before)} and would now be {_short(after)}"
 
 
 def _short(value: object) -> str:

@@ -69,7 +69,7 @@ def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
 
 
 def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:
-    """Of matrix products and activations."""
+    """Dtype of matrix products and activations on a platform."""
     return "float32" if platform == "cpu" else "bfloat16"
 
 

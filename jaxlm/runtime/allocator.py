@@ -1,4 +1,4 @@
-"""What must be settled before JAX is imported."""
+"""Settings that must be made before JAX is imported."""
 
 import os
 import sys
@@ -13,10 +13,10 @@ SYNCHRONOUS = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}
 def tune_process() -> None:
     """Keep what is compiled for an accelerator; on Linux CPUs, start again with an allocator.
 
-    A GPU's or TPU's steps take minutes to compile, so a run that goes on finds them in
-    ``~/.cache/jaxlm``, unless ``JAX_COMPILATION_CACHE_DIR`` names another place, or none.
+    A GPU's or TPU's steps take minutes to compile, so a resumed run finds them in
+    ``~/.cache/jaxlm``, unless ``JAX_COMPILATION_CACHE_DIR`` names another folder, or is empty.
 
-    XLA:CPU allocates its temporary buffers anew at every step, and glibc gives the pages back each
+    XLA:CPU allocates its temporary buffers again at every step, and glibc frees the pages each
     time: a quarter of the time goes into page faults (a step 1.38 times as long for a BERT-mini).
     The :func:`allocator` keeps them. Nothing is started again where an accelerator is asked for or
     found, or either variable is set already; ``GLIBC_TUNABLES= python scripts/...`` turns it off.

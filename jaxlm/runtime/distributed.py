@@ -108,7 +108,7 @@ def first(topic: str) -> Iterator[None]:
 
 
 def code_hash() -> str:
-    """Of this package's source."""
+    """A sha256 of this package's source."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -121,7 +121,7 @@ def _join() -> None:
         return
     given = os.environ.get(JOIN_TIMEOUT, str(_JOIN_S))
     if not given.isdigit():
-        raise InputError(f"{JOIN_TIMEOUT}={given} is no whole number of seconds")
+        raise InputError(f"{JOIN_TIMEOUT}={given} is not a whole number of seconds")
     seconds = int(given)
     count = settings.get("num_processes", "the")
     where = settings.get("coordinator_address", "the address that the launcher gives")

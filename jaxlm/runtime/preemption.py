@@ -37,7 +37,7 @@ def stop_together() -> Iterator[Callable[[int], bool]]:
     """A function of the step, to be asked before every step: whether to stop there.
 
     All processes of a run stop before the same step, whichever of them gets the signal: JAX's
-    preemption service has the handler of SIGTERM and tells the others, so SIGINT becomes that.
+    preemption service handles SIGTERM and notifies the others, so SIGINT becomes that.
     """
     if jax.process_count() == 1:
         with stop_on_signal() as stop:

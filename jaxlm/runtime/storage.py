@@ -1,4 +1,4 @@
-"""Folders on a disk, or in a bucket of Google Cloud Storage."""
+"""Storage paths: on a disk, or in a bucket of Google Cloud Storage."""
 
 import contextlib
 import importlib.util
@@ -38,13 +38,13 @@ def locate(path: StoragePath | str) -> StoragePath:
 
 
 def absolute(path: StoragePath) -> StoragePath:
-    """The same place from any working directory."""
+    """The same path from any working directory."""
     return path.absolute() if isinstance(path, Path) else path
 
 
 @contextlib.contextmanager
 def whole(path: StoragePath) -> Iterator[Any]:
-    """Write to what this gives: a file that takes the place of ``path`` when it is complete.
+    """Write to the file that this yields: it replaces ``path`` once it is complete.
 
     In a bucket a file appears no earlier anyway, and a pipe is written to as it is.
     """
@@ -62,13 +62,13 @@ def whole(path: StoragePath) -> Iterator[Any]:
 
 
 def write_whole(path: StoragePath, text: str) -> None:
-    """Write a file that is never seen half-written."""
+    """Write a file atomically."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def in_bucket(path: StoragePath) -> bool:
-    """Whether it is no path on a disk."""
+    """Whether it is in a bucket and not on a disk."""
     return not isinstance(path, Path)
 
 
@@ -84,7 +84,7 @@ def on_disk(path: StoragePath | str) -> Path:
 
 
 def size_of(file: StoragePath) -> int:
-    """Bytes."""
+    """Size of a file, in bytes."""
     return file.stat().st_size if isinstance(file, Path) else file.stat().length
 
 

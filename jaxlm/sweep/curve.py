@@ -27,7 +27,7 @@ class CurveConfig:
     """Train fine-tuning configs on a few examples of each class, then on more, and draw the scores.
 
     Behind -- come changes that hold for all runs, such as -- --data.batch-size 16. Each run is a
-    run folder in runs/NAME/CONFIG. The same command goes on where it was stopped.
+    run folder in runs/NAME/CONFIG. The same command resumes where it was stopped.
     """
 
     configs: tyro.conf.Positional[tuple[Path, ...]]
@@ -37,11 +37,11 @@ class CurveConfig:
     seeds: int = 3
     """Runs of each config and size; every seed draws other examples, too."""
     steps: int = 300
-    """Of every run: by epochs, a few examples would hardly be trained on."""
+    """Steps of every run: in epochs, a few examples would hardly be trained on."""
     base: str | None = None
     """The encoder of the configs that have one; None = as they say."""
     name: str = "learning_curve"
-    """Of the folder of all runs."""
+    """Name of the folder of all runs."""
 
     def __post_init__(self) -> None:
         if not self.configs or not self.sizes:
@@ -125,7 +125,7 @@ def curve(
                 console.print(f"{plan.config.name}, seed {plan.config.train.seed}")
                 run_all(plan, run_trial, console, record, bases)
         except KeyboardInterrupt:
-            console.print("stopped: the same command goes on from here")
+            console.print("stopped: the same command resumes from here")
             raise
         finally:
             if any(scores.values()):

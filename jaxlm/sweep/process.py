@@ -1,8 +1,8 @@
-"""A trial in a process of its own.
+"""A trial in a separate process.
 
 Running trials one after another in one process saves little: learning rate and seed are constants
 of a compiled step, so each trial compiles its own. A tiny trial takes 6.0 s of CPU there, 7.5 s in
-a fresh process, which imports anew, and 5.1 s where those share a compile cache, since evaluation
+a fresh process, which imports again, and 5.1 s where those share a compile cache, since evaluation
 and the like are the same in all. And what runs out of memory, or crashes, takes only itself along.
 """
 

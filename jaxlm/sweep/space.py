@@ -28,7 +28,7 @@ NOT_SWEPT = {
     "name": "--name is that of the sweep, and trials are named by their settings",
     "monitor": "--metric sets it, for all trials alike",
     "runs": "all trials are in one folder",
-    "resume": "an unfinished trial always goes on",
+    "resume": "an unfinished trial is always resumed",
     "accept_changes": "a trial has the settings that its name says",
 }
 
@@ -102,7 +102,7 @@ def candidates(
         for name, values in space.items():
             if isinstance(values, Range):
                 raise InputError(
-                    f"{name} is a range, and a grid has no end in it: add --random 20, or list "
+                    f"{name} is a range, which a grid cannot cover: add --random 20, or list "
                     "its values"
                 )
             choices.append(values)
@@ -143,7 +143,7 @@ def replaced(part: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def shown(value: Any) -> str | int | float | bool | None:
-    """A value as a person and JSON take it: a dataclass by its name."""
+    """A value for messages and JSON: a dataclass by its name."""
     if dataclasses.is_dataclass(value):
         return type(value).__name__
     if isinstance(value, tuple):
@@ -211,7 +211,7 @@ def _read_values(name: str, hint: Any, now: Any, text: str) -> tuple[Any, ...] |
         if not low < high or not finite or (ends[3] and low <= 0):
             above = ", above 0" if ends[3] else ""
             raise InputError(
-                f"--set {name}={text} is no range: its ends are finite, and rise{above}"
+                f"--set {name}={text} is not a range: its ends must be finite and ascending{above}"
             )
         return Range(float(low), float(high), bool(ends[3]), is_whole)
     return tuple(

@@ -33,7 +33,7 @@ class SweepConfig:
     """Train one config over values of its fields, times seeds, and compare the scores.
 
     Behind -- come changes that hold for all trials, such as -- --train.epochs 3. Each trial is a
-    run folder in runs/NAME. The same command goes on where it was stopped, tries again what failed,
+    run folder in runs/NAME. The same command resumes where it was stopped, retries what failed,
     and, with further values, adds trials.
     """
 
@@ -49,17 +49,17 @@ class SweepConfig:
     seeds: int = 1
     """Runs of each candidate, with train.seed, train.seed + 1 and so on."""
     random: int | None = None
-    """So many random combinations; None = all of them, a grid."""
+    """Number of random combinations to draw; None: all of them, a grid."""
     draw_seed: int = 0
-    """Of --random; the first N of a longer draw are those of a shorter."""
+    """Seed of --random; a longer draw begins with the candidates of a shorter one."""
     halving: int | None = None
     """Successive halving: start all on a small share of the epochs or steps, and give the best 1/N
-    of them N times as much, up to the whole; each starts anew, since its learning rate decays over
+    of them N times as much, up to the whole; each starts afresh, as its learning rate decays over
     its own length. 3 is usual. None = all get the whole."""
     metric: str | None = None
     """Decides which checkpoint and which trial is best; None = the config's, or the task's own."""
     name: str | None = None
-    """Of the sweep's folder; None = that of the config, with _sweep behind."""
+    """Name of the sweep's folder; None: the config's name with _sweep appended."""
 
     def __post_init__(self) -> None:
         for name, least in (("seeds", 1), ("random", 1), ("halving", 2)):
@@ -118,7 +118,7 @@ def sweep(plan: Plan, run_trial: RunTrial, console: Console | None = None) -> Pa
         try:
             run_all(plan, run_trial, console, record)
         except KeyboardInterrupt:
-            console.print("stopped: the same command goes on from here")
+            console.print("stopped: the same command resumes from here")
             raise
         finally:
             if latest:
@@ -216,7 +216,7 @@ def alone(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"another sweep is at work in {directory}: wait for it, or take another --name"
+                f"another sweep is running in {directory}: wait for it, or give another --name"
             ) from None
         os.set_inheritable(file.fileno(), True)
         yield

@@ -2,8 +2,8 @@
 
 Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943): all candidates get a
 small share of the budget, the best 1/eta of them a share eta times as large, up to the whole. A
-trial of the next rung starts anew: the learning rate decays over the length of a run, so one that
-went on from a shorter run, decayed already, would not be the full run that it stands for. All rungs
+trial of the next rung starts afresh: the learning rate decays over the length of a run, so one that
+resumed from a shorter run, decayed already, would not be the full run that it stands for. All rungs
 have about the same cost, and the last one's trials are those of a sweep without halving.
 """
 
@@ -37,7 +37,7 @@ from jaxlm.train.restore import Monitor, list_steps, peek
 from jaxlm.train.view import METRICS
 
 RESULT = "result.json"  # in the folder of a trial that is finished
-# What may change between two parts of a sweep: where it runs, and who is told.
+# What may change when a sweep is resumed: where it runs, and who is told.
 FREE = ("name", "runs", "resume", "wandb", "mesh", "placement")
 
 
@@ -77,7 +77,7 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its folder: ``peak_lr=0.001_rank=4_seed=0``."""
+        """Name of the trial's folder: ``peak_lr=0.001_rank=4_seed=0``."""
         parts = short_label(self.settings)
         if self.share < 1:
             parts.append(f"budget={self.share.numerator}of{self.share.denominator}")
@@ -171,7 +171,7 @@ def run_all(
                 console.print(f"{number}/{total} {_line(result, plan)}{left}", soft_wrap=True)
         alive = ranked(plan, [r for r in results if r.trial.share == share])
     if not any(result.error is None for result in results):
-        raise InputError(f"all {len(results)} trials failed, the first so: {results[0].error}")
+        raise InputError(f"all {len(results)} trials failed, the first with: {results[0].error}")
 
 
 def ranked(plan: Plan, results: Sequence[Result]) -> list[Settings]:
@@ -219,7 +219,7 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
             if name is None or "base_sha256" in before
             else peek(directory / folder.CHECKPOINTS)
         )
-    except Exception as error:  # whatever a trial may die of, the sweep goes on
+    except Exception as error:  # whatever a trial may die of, the sweep continues
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         return Result(trial=trial, seconds=time.monotonic() - began, error=reason)
     known = {name for metrics in evaluations.values() for name in metrics}
@@ -252,7 +252,7 @@ def _read_result(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is damaged ({type(error).__name__}: {error}): delete it, and the same command "
-            "writes it anew"
+            "writes it again"
         ) from error
 
 
@@ -281,12 +281,12 @@ def _evaluations(directory: Path) -> dict[int, dict[str, float]]:
     # A run ends with an evaluation; one that a signal stops saves without any.
     newest = max(list_steps(directory / folder.CHECKPOINTS), default=0)
     if newest == 0 or newest not in evaluations:
-        raise InputError(f"it was stopped at step {newest}: the same command goes on from there")
+        raise InputError(f"it was stopped at step {newest}: the same command resumes from there")
     return evaluations
 
 
 def _check_same(directory: Path, config: Config) -> None:
-    """A folder that holds checkpoints goes on as what it was begun as, or not at all."""
+    """A folder that holds checkpoints is resumed as what it was begun as, or not at all."""
     path = directory / TRIAL
     if not path.is_file() or not list_steps(directory / folder.CHECKPOINTS):
         return

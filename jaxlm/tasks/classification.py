@@ -56,7 +56,6 @@ class Classification:
 
     @property
     def verb(self) -> str:
-        """For texts."""
         return "classify"
 
     @property
@@ -66,13 +65,11 @@ class Classification:
 
     @property
     def text_fields(self) -> tuple[str, ...]:
-        """A text, or two."""
         fields = self.fields
         return (fields.text,) if fields.pair is None else (fields.text, fields.pair)
 
     @property
     def monitor(self) -> str:
-        """By the kind of label."""
         return {"class": "accuracy", "labels": "micro_f1", "number": "spearman"}[self.fields.target]
 
     @property
@@ -84,7 +81,6 @@ class Classification:
         return dataclasses.replace(self, label_smoothing=0.0, r_drop=0.0)
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
-        """One example a record."""
         label = self.fields.label if labelled else None
         return data.read(records, dataclasses.replace(self.fields, label=label))
 
@@ -93,7 +89,6 @@ class Classification:
         return data.label_names(examples)
 
     def classes(self, examples: Sequence[TextExample]) -> list[str]:
-        """Each example's."""
         return [name for example in examples for name in example.classes]
 
     def encode(self, framer: Framer, examples: Sequence[TextExample], labels: Labels) -> Examples:
@@ -134,7 +129,7 @@ class Classification:
     def metrics(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
-        """Of classes, of sets of labels, or of numbers."""
+        """Metrics for classes, for sets of labels, or for numbers."""
         gold: Any = data.label_array(examples, labels)
         match self.fields.target:
             case "class":
@@ -147,7 +142,7 @@ class Classification:
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> list[Prediction]:
-        """Of classes alone."""
+        """Only for classes."""
         if self.fields.target != "class":
             return []
         return report.classified(
@@ -171,7 +166,7 @@ class Classification:
         plots.plot_reliability(reliable, folder / "reliability.png")
         return {
             "confusion.png": "confusion matrix",
-            "reliability.png": "how far probabilities can be trusted",
+            "reliability.png": "reliability diagram",
         }
 
     def answers(

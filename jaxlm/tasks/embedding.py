@@ -49,8 +49,8 @@ class Embedding:
             raise InputError("task.fields.pair is None: embeddings are learnt from pairs; name one")
         if fields.label is not None and fields.target != "number":
             raise InputError(
-                f"task.fields.target={fields.target} is no similarity: set it to number, or label "
-                "to None"
+                f"task.fields.target={fields.target} is not a similarity: set it to number, or "
+                "label to None"
             )
         if (fields.label is None) != (self.min_similarity is None):
             raise InputError(
@@ -62,7 +62,6 @@ class Embedding:
 
     @property
     def verb(self) -> str:
-        """For texts."""
         return "embed"
 
     @property
@@ -72,18 +71,16 @@ class Embedding:
 
     @property
     def text_fields(self) -> tuple[str, ...]:
-        """A text."""
         return (self.fields.text,)
 
     @property
     def monitor(self) -> str:
-        """By what is known of the pairs; a text is always nearest to itself."""
+        """Depends on what the pairs have: unsupervised, a text is always nearest to itself."""
         if self.fields.label is not None:
             return "spearman"
         return "loss" if self.fields.pair == self.fields.text else "accuracy"
 
     def for_evaluation(self) -> "Embedding":
-        """The same: there is nothing of training alone."""
         return self
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
@@ -92,11 +89,9 @@ class Embedding:
         return data.read(records, fields)
 
     def labels(self, examples: Sequence[TextExample]) -> Labels:
-        """None."""
         return ()
 
     def classes(self, examples: Sequence[TextExample]) -> list[str]:
-        """None."""
         return []
 
     def encode(self, framer: Framer, examples: Sequence[TextExample], labels: Labels) -> Examples:
@@ -157,7 +152,6 @@ class Embedding:
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> list[Prediction]:
-        """None."""
         return []
 
     def plots(

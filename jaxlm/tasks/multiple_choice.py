@@ -39,7 +39,6 @@ class MultipleChoice:
 
     @property
     def verb(self) -> str:
-        """For choices."""
         return "choose"
 
     @property
@@ -49,7 +48,6 @@ class MultipleChoice:
 
     @property
     def text_fields(self) -> tuple[str, ...]:
-        """A context and its choices."""
         fields = self.fields
         question = () if fields.question is None else (fields.question,)
         return fields.context, *question, *fields.choices
@@ -64,7 +62,6 @@ class MultipleChoice:
         return replace(self, label_smoothing=0.0)
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Choice]:
-        """One example a record."""
         label = self.fields.label if labelled else None
         return data.read(records, replace(self.fields, label=label))
 
@@ -73,7 +70,7 @@ class MultipleChoice:
         return ()
 
     def classes(self, examples: Sequence[Choice]) -> list[str]:
-        """The places of right choices, which ought to be equally frequent."""
+        """The positions of right choices, which ought to be equally frequent."""
         return [str(example.label) for example in examples if example.label is not None]
 
     def encode(self, framer: Framer, examples: Sequence[Choice], labels: Labels) -> Examples:

@@ -54,7 +54,6 @@ class QuestionAnswering:
 
     @property
     def verb(self) -> str:
-        """For questions."""
         return "answer"
 
     @property
@@ -64,29 +63,24 @@ class QuestionAnswering:
 
     @property
     def text_fields(self) -> tuple[str, ...]:
-        """A question and its context."""
         return self.fields.question, self.fields.context
 
     @property
     def monitor(self) -> str:
-        """Of the words that answers share with right ones."""
+        """The F1 of words shared with a right answer."""
         return "f1"
 
     def for_evaluation(self) -> "QuestionAnswering":
-        """The same: there is nothing of training alone."""
         return self
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Question]:
-        """One question a record."""
         fields = self.fields if labelled else replace(self.fields, answers=None, id=None)
         return data.read(records, fields)
 
     def labels(self, examples: Sequence[Question]) -> Labels:
-        """None."""
         return ()
 
     def classes(self, examples: Sequence[Question]) -> list[str]:
-        """None."""
         return []
 
     def encode(self, framer: Framer, examples: Sequence[Question], labels: Labels) -> Examples:

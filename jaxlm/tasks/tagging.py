@@ -40,7 +40,6 @@ class Tagging:
 
     @property
     def verb(self) -> str:
-        """For words."""
         return "tag"
 
     @property
@@ -50,7 +49,6 @@ class Tagging:
 
     @property
     def text_fields(self) -> tuple[str, ...]:
-        """Words with white space between them."""
         return (self.fields.words,)
 
     @property
@@ -63,12 +61,10 @@ class Tagging:
         return replace(self, label_smoothing=0.0)
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Sentence]:
-        """One sentence a record."""
         tags = self.fields.tags if labelled else None
         return data.read(records, replace(self.fields, tags=tags))
 
     def labels(self, examples: Sequence[Sentence]) -> Labels:
-        """The tags."""
         names = data.label_names(examples)
         if self.entities:
             try:
@@ -81,7 +77,6 @@ class Tagging:
         return names
 
     def classes(self, examples: Sequence[Sentence]) -> list[str]:
-        """Each word's."""
         return [tag for example in examples for tag in example.tags or ()]
 
     def encode(self, framer: Framer, examples: Sequence[Sentence], labels: Labels) -> Examples:
@@ -128,7 +123,7 @@ class Tagging:
     def metrics(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
-        """Of entities and of words; words that were cut off count as O, or as wrong."""
+        """Metrics for entities and for words; words that were cut off count as O, or as wrong."""
         gold = [example.tags or [] for example in examples]
         predicted = [tags for tags, _ in _tags(examples, labels, outputs)]
         words = zip(chain.from_iterable(gold), chain.from_iterable(predicted), strict=True)

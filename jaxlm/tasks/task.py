@@ -86,7 +86,7 @@ class Task(Protocol):
 
     @property
     def verb(self) -> str:
-        """What scripts/predict.py calls it."""
+        """The subcommand of scripts/predict.py."""
         ...
 
     @property
@@ -105,7 +105,7 @@ class Task(Protocol):
         ...
 
     def for_evaluation(self) -> "Task":
-        """The same without what regularises training alone."""
+        """The task without what only regularises training."""
         ...
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Any]:
@@ -113,7 +113,7 @@ class Task(Protocol):
         ...
 
     def labels(self, examples: Sequence[Any]) -> Labels:
-        """What the head tells apart, from the training examples; empty for numbers."""
+        """The labels of the training examples, that the head distinguishes; empty for numbers."""
         ...
 
     def classes(self, examples: Sequence[Any]) -> list[str]:
@@ -129,7 +129,7 @@ class Task(Protocol):
         ...
 
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
-        """The head that goes on the encoder."""
+        """The head on top of the encoder."""
         ...
 
     def make_loss(self, apply: Apply) -> Loss:

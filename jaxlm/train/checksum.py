@@ -1,4 +1,4 @@
-"""One number per leaf that changes when any element changes, computed where the leaf lies."""
+"""One number per leaf that changes when any element changes, computed on the leaf's devices."""
 
 import math
 

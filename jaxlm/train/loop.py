@@ -26,35 +26,35 @@ _AGREE_EVERY = 10  # steps between two times that processes compare their clocks
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long, and how often one looks."""
+    """Run length, evaluation and logging intervals."""
 
     steps: int | None = None
-    """Length of the run; None = `epochs` or `minutes` decide."""
+    """Length of the run in steps; None: `epochs` or `minutes` decide."""
     epochs: float | None = None
-    """Length of the run, in passes over the training data."""
+    """Length of the run in passes over the training data; None: `steps` or `minutes` decide."""
     minutes: float | None = None
-    """Wall-clock budget, evaluations and compilation included: the run stops then, having decayed
-    its learning rate. None = no limit; with others, whatever comes first."""
+    """Wall-clock budget, evaluations and compilation included; the learning rate decays over it.
+    None: no limit. With `steps` or `epochs`, whichever comes first ends the run."""
     num_micro_batches: int = 1
-    """Splits of a batch whose gradients are computed one after the other, to save memory."""
+    """Micro-batches that a batch is split into, their gradients accumulated, to save memory."""
     num_evals: int = 10
     """Evaluations, each followed by a checkpoint, spread evenly over the run."""
     eval_rows: int | None = 2048
     """Rows of the validation split that pretraining evaluates on; None = all. Fine-tuning takes all
     of its examples."""
     save_every: int | None = None
-    """Steps between checkpoints besides those that follow evaluations."""
+    """Steps between checkpoints, besides those after evaluations; None: only after evaluations."""
     patience: int | None = None
-    """Evaluations in a row without a better one, by the monitored metric, after which the run ends;
-    None = it goes on to its end."""
+    """Evaluations in a row that do not improve the monitored metric before the run stops early;
+    None: no early stopping."""
     keep: int = 2
-    """Newest checkpoints to keep; the best is kept as well."""
+    """Number of newest checkpoints to keep; the best is kept as well."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     max_skipped: int = 20
-    """Updates in a row that may be skipped, for gradients that are not finite."""
+    """Updates in a row that may be skipped, because gradients are not finite."""
     seed: int = 0
-    """Of initialisation, order of rows, masks and dropout."""
+    """Seed of initialisation, order of rows, masks and dropout."""
 
     def __post_init__(self) -> None:
         if self.steps is None and self.epochs is None and self.minutes is None:
@@ -125,7 +125,7 @@ def fit(
         if skipped >= config.max_skipped:
             raise InputError(
                 f"gradients were not finite in {skipped} steps in a row, up to step {step}: lower "
-                "optimizer.peak_lr; the same command goes on from the newest checkpoint"
+                "optimizer.peak_lr; the same command resumes from the newest checkpoint"
             )
 
     def save(metrics: dict[str, float]) -> None:
@@ -181,7 +181,7 @@ def fit(
             batch = next(stream)
         if stop:
             save({})
-            view.print(f"stopped at step {step} and saved: the same command goes on from there")
+            view.print(f"stopped at step {step} and saved: the same command resumes from there")
         elif is_stale():
             view.print(
                 f"stopped at step {step}: {checkpointer.monitor.name} was no better in "
@@ -199,7 +199,7 @@ class Clock:
     then it is seen from the middle of a step, so that neither the first nor the last learning rate
     is 0. With minutes, the time before :meth:`start` counts against the budget and not as progress,
     so that compiling does not eat the warm-up. Of several processes, process 0's clock rules: the
-    others hear of it at every tenth step, because all wait for that, and between go on at its pace.
+    others read it at every tenth step, because all wait for that, and extrapolate in between.
     """
 
     def __init__(self, config: TrainConfig, cursor: Cursor):
@@ -208,7 +208,7 @@ class Clock:
         self._share = cursor["share"]
         self._started = time.monotonic()
         self._heard: tuple[int, float, float] | None = None  # step, share, and share of a step
-        self.paused = False  # since others were heard: the time from then on is no pace to go on at
+        self.paused = False  # since others were heard: that time tells nothing of the pace
 
     def start(self) -> None:
         """Progress begins now."""
@@ -216,7 +216,7 @@ class Clock:
         self._heard = None
 
     def elapsed_s(self) -> float:
-        """Seconds of this run, over all its parts."""
+        """Training time of this run in seconds, over all times it was resumed."""
         return time.monotonic() - self._zero
 
     def share(self, step: int) -> float:

@@ -82,7 +82,7 @@ def read_jsonl(path: Path) -> list[dict[str, float | int]]:
             record["step"] = int(record["step"])
         except (ValueError, KeyError, TypeError):
             raise InputError(
-                f"{path}:{number} is not a line of metrics: remove it to go on"
+                f"{path}:{number} is not a line of metrics: remove it to resume"
             ) from None
         records.append({name: math.nan if x is None else x for name, x in record.items()})
     return records
@@ -188,7 +188,7 @@ class Throughput:
             self._since += self._clock() - began
 
     def read(self) -> dict[str, float]:
-        """``tokens_per_s``, and ``mfu`` where the peak is known, since the last reading."""
+        """``tokens_per_s``, and ``mfu`` if the peak is known, since the last reading."""
         rate = self._tokens / max(self._clock() - self._since, 1e-9)
         self._start()
         mfu = {} if self._mfu_per_rate is None else {"mfu": rate * self._mfu_per_rate}

@@ -108,7 +108,7 @@ def pmap_placement(
     )
 
     def joined(*args: Any) -> Any:
-        """Of several processes: the state, of which pmap gives each its own, as one again."""
+        """The state of several processes, of which pmap gives each its own, as one again."""
         state, sums = pmapped(*args)
         return jax.tree.map(_as_one, state, shardings), sums
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+"""What a user sees while a run trains: a bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator, Mapping

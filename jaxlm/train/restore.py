@@ -85,7 +85,7 @@ def best_step(
 
 
 def peek(directory: StoragePath) -> Cursor:
-    """Of the newest checkpoint whose metadata are whole: what holds for all steps of a run."""
+    """Cursor of the newest checkpoint whose metadata are whole: it holds for all steps of a run."""
     reason = "it holds none"
     for step in reversed(list_steps(directory)):
         try:
@@ -159,7 +159,7 @@ def _raise_if_unreadable(step: StoragePath, error: Exception) -> None:
     found = os_error(error)
     if found is not None and found.errno not in (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         raise InputError(
-            f"{step} cannot be read now ({found.strerror}): try again, or move it away to go on "
+            f"{step} cannot be read now ({found.strerror}): try again, or move it away to resume "
             "from the checkpoint before"
         ) from error
 
@@ -247,7 +247,7 @@ def amend(step: StoragePath, cursor: Cursor, metrics: Mapping[str, float]) -> No
 def read_costs(
     directory: StoragePath, monitor: Monitor, report: Report | None = None
 ) -> dict[int, float]:
-    """The monitored cost of each step that has one; ``report`` hears of damaged steps."""
+    """The monitored cost of each step that has one; damaged steps are passed to ``report``."""
     costs = {}
     for step in list_steps(directory):
         try:

@@ -11,7 +11,7 @@ from jaxlm.train.plots import plot_loss
 from jaxlm.train.progress import Progress
 
 METRICS, PLOT, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
-RECORDS = (METRICS, TENSORBOARD)  # that a run which goes on adds to
+RECORDS = (METRICS, TENSORBOARD)  # that a resumed run appends to
 
 
 class View:

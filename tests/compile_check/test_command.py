@@ -66,7 +66,7 @@ def test_a_base_that_is_not_here_is_told(report, console):
         CheckConfig, [str(path), "--topology", "v5e:4x4", "--base", "no/where"]
     )
     command.run_check(asked, config, console, lambda *_: report)
-    assert "the base no/where is not here: its encoder is taken to be as" in printed(console)
+    assert "the base no/where cannot be read here: assuming" in printed(console)
 
 
 def test_what_would_help(config, report, console):

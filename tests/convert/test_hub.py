@@ -54,7 +54,7 @@ def test_without_a_network(tmp_path, asked):
     assert str(raised.value) == (
         "'org/name' is neither a folder nor in the cache, and cannot be downloaded (no route to "
         "host): fetch it on a machine with a network, with 'hf download org/name', and give the "
-        "folder; a run of your own must be trained first, or named by --base where it lies"
+        "folder; a run of your own must be trained first, or --base must give its path"
     )
     ((name, timeout),) = asked
     assert name == "org/name"
@@ -73,7 +73,7 @@ def test_without_a_network_but_downloaded_before(tmp_path, asked):
 
 def test_names_that_cannot_be(asked, tmp_path):
     for name in ("a/b/c", "bad name!"):
-        with pytest.raises(InputError, match="neither a folder nor a model that the"):
+        with pytest.raises(InputError, match="neither a folder nor a model that you can"):
             hub.find(name, tmp_path)
 
 

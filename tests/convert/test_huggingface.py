@@ -287,12 +287,20 @@ LAYER = "bert.encoder.layer.1"
         ({"num_hidden_layers": True}, {}, "num_hidden_layers=True is of the wrong type"),
         ({"num_attention_heads": 3}, {}, "config.json: hidden_dim=8 is not divisible by num_heads"),
         ({"vocab_size": 20}, {}, "vocabulary of 24 is larger than the model's vocab_size=20"),
-        ({"num_hidden_layers": 1}, {}, f"tensor {LAYER}.* no place in this architecture of 1 lay"),
+        (
+            {"num_hidden_layers": 1},
+            {},
+            f"tensor {LAYER}.* does not belong to this architecture of 1 lay",
+        ),
         ({"num_hidden_layers": 3}, {}, "lacks the tensor bert.encoder.layer.2.attention.self"),
         ({}, {f"{LAYER}.output.dense.bias": None}, f"lacks the tensor {LAYER}.output.dense.bias"),
         ({}, {"bert.pooler.dense.bias": None}, "lacks the tensor bert.pooler.dense.bias"),
         ({}, {"cls.predictions.bias": None}, "lacks the tensor cls.predictions.bias"),
-        ({}, {"classifier.weight": np.zeros((2, 8))}, "the tensor classifier.weight has no place"),
+        (
+            {},
+            {"classifier.weight": np.zeros((2, 8))},
+            "the tensor classifier.weight does not belong",
+        ),
         (
             {"intermediate_size": 16},
             {},
@@ -329,7 +337,7 @@ def test_roberta_counts_positions_from_two(tmp_path):
 
 def test_a_bare_file_is_named_as_it_is(tmp_path):
     weights = bare(BERT.weights) | {"encoder.more": np.zeros(3)}
-    refused(write(tmp_path / "m", BERT.config, weights), "the tensor encoder.more has no place")
+    refused(write(tmp_path / "m", BERT.config, weights), "the tensor encoder.more does not belong")
 
 
 def keep_torch(folder):
@@ -365,8 +373,8 @@ def spoil_the_index(folder):
         (lambda f: (f / "vocab.txt").unlink(), "holds neither tokenizer.json nor vocab.txt"),
         (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (keep_torch, "holds pytorch_model.bin but no model.safetensors: .* save_pretrained"),
-        (cut, "model.safetensors is not a whole safetensors file .*; fetch it again"),
-        (point, "model.safetensors is not a whole safetensors file"),
+        (cut, "model.safetensors is not a complete safetensors file .*; download it again"),
+        (point, "model.safetensors is not a complete safetensors file"),
         (lose_a_shard, "index.json names model-00002-of-00002.safetensors, which is not there"),
         (spoil_the_index, "index.json has no weight_map from tensors to files beside it"),
     ],

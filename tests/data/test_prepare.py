@@ -247,7 +247,7 @@ def test_a_foreign_folder_is_left_alone(config, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"row_length": 2}, "row_length=2 has no place for text"),
+        ({"row_length": 2}, "row_length=2 has no room for text"),
         ({"validation_fraction": 1.0}, r"validation_fraction=1\.0 is not in \[0, 1\)"),
     ],
 )

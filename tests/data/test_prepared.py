@@ -58,11 +58,11 @@ def test_another_tokenizer(copy):
 def test_missing_or_cut_records(copy):
     data = records(copy).read_bytes()
     records(copy).write_bytes(data[:-1000])
-    fails(copy, r"is not whole \(\d+ bytes of train instead of")
+    fails(copy, r"is incomplete or damaged \(\d+ bytes of train instead of")
     records(copy).unlink()
-    fails(copy, r"is not whole \(without words-train\.array_record-00000-of-00001")
+    fails(copy, r"is incomplete or damaged \(without words-train\.array_record-00000-of-00001")
     shutil.rmtree(copy / "1.0.0")
-    fails(copy, r"is not whole")
+    fails(copy, r"is incomplete or damaged")
 
 
 def test_other_rows_than_promised(copy):
@@ -70,7 +70,7 @@ def test_other_rows_than_promised(copy):
     info = json.loads(path.read_text())
     info["rows"]["train"] += 1
     path.write_text(json.dumps(info))
-    fails(copy, r"is not whole \(not the \d+ rows of train\)")
+    fails(copy, r"is incomplete or damaged \(not the \d+ rows of train\)")
 
 
 def test_a_flipped_byte_is_found_when_read(copy):

@@ -93,7 +93,7 @@ def test_misuse_raises():
         made(BERT, IDS, Ia3Config(outputs=(), inputs=()))
     params, sites, scales = made(BERT, IDS, Ia3Config())
     stray = {"stray": {"output": jnp.ones(3)}}
-    with pytest.raises(InputError, match="scales stray/kernel, which is no linear map"):
+    with pytest.raises(InputError, match="scales stray/kernel, which is not a linear map"):
         merge(params, stray, sites)
     with pytest.raises(InputError, match="no module read the 'ia3' of stray"):
         adapt(BERT.apply)({"params": params, "ia3": scales | stray}, IDS)

@@ -322,7 +322,7 @@ def test_bad_configurations(config: FinetuneConfig, tmp_path: Path) -> None:
         replace(new, base=None)
     with pytest.raises(InputError, match="tokenizer is given, and also base="):
         replace(new, tokenizer=TokenizerConfig())
-    with pytest.raises(InputError, match="frozen_dtype=int8 is of parameters that do not learn"):
+    with pytest.raises(InputError, match="frozen_dtype=int8 is for frozen parameters"):
         replace(new, tuning=Full(), frozen_dtype="int8")
     with pytest.raises(InputError, match=r"label_smoothing=1\.5 is not in"):
         Classification(label_smoothing=1.5, r_drop=1.0)

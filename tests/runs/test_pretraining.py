@@ -192,7 +192,7 @@ def test_another_tokenizer_in_the_run_folder(
 
 
 def test_not_a_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no config\.json"):
+    with pytest.raises(InputError, match=r"has no config\.json"):
         pretrained.open_pretrained(tmp_path)
 
 

@@ -310,7 +310,7 @@ def test_an_absent_process(config: PretrainConfig, monkeypatch: pytest.MonkeyPat
                 distributed.ADDRESS: "here:1",
                 distributed.JOIN_TIMEOUT: "soon",
             },
-            "JAXLM_JOIN_TIMEOUT=soon is no whole number",
+            "JAXLM_JOIN_TIMEOUT=soon is not a whole number",
         ),
     ],
     ids=str,

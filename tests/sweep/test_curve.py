@@ -100,7 +100,7 @@ def test_refuses_what_cannot_be_drawn(argv: list[str]) -> None:
     with pytest.raises(InputError, match="--sizes 0"):
         load([*argv, "0"])
     for given in (["--name", ""], ["--", "--name", ""]):
-        with pytest.raises(InputError, match="name is '': its folder needs one"):
+        with pytest.raises(InputError, match="name='': the run folder needs a name"):
             load([*argv, *given])
 
 

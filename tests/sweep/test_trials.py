@@ -220,7 +220,7 @@ def test_failing_trials_do_not_end_it(config: FinetuneConfig) -> None:
 
 def test_all_failing_is_an_error(config: FinetuneConfig) -> None:
     plan = plan_of(config, f"{LR}=1e-4,1e-3")
-    with pytest.raises(InputError, match="all 2 trials failed, the first so: no base"):
+    with pytest.raises(InputError, match="all 2 trials failed, the first with: no base"):
         run_quietly(plan, Fake(lambda config: InputError("no base")))
 
 
@@ -271,7 +271,7 @@ def test_two_sweeps_at_once_are_refused(config: FinetuneConfig) -> None:
     plan = plan_of(config, f"{LR}=1e-3")
 
     def inner(config: Config) -> None:
-        with pytest.raises(InputError, match="another sweep is at work"):
+        with pytest.raises(InputError, match="another sweep is running"):
             run_quietly(plan, Fake())
         Fake()(config)
 
@@ -292,8 +292,8 @@ def test_no_settings_is_a_run_over_seeds(config: FinetuneConfig) -> None:
         ({"halving": 1}, "--halving 1 is less than 2"),
         ({"random": 0}, "--random 0"),
         ({"random": 3}, "nothing to draw"),
-        ({"name": ""}, "its folder needs one"),
-        ({"name": "gs://bucket/sweep"}, "is a place: give that as --runs"),
+        ({"name": ""}, "the run folder needs a name"),
+        ({"name": "gs://bucket/sweep"}, "is a path or URL: put the folder in --runs"),
         ({"name": f"deep/{'ä' * 128}"}, "has 256 bytes"),
     ],
 )
@@ -303,5 +303,5 @@ def test_impossible_sweeps(config: FinetuneConfig, asked: dict[str, Any], messag
 
 
 def test_a_place_is_no_name(config: FinetuneConfig) -> None:
-    with pytest.raises(InputError, match="'gs://bucket/x_sweep' is a place"):
+    with pytest.raises(InputError, match="'gs://bucket/x_sweep' is a path or URL"):
         plan_of(replace(config, name="gs://bucket/x"))

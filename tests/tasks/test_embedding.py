@@ -112,7 +112,7 @@ def test_bad_input(tiny, write, records):
     fields = TextFields(pair="pair", label=None)
     with pytest.raises(InputError, match=r"task\.fields\.pair is None"):
         Embedding(fields=TextFields(label=None))
-    with pytest.raises(InputError, match="target=class is no similarity"):
+    with pytest.raises(InputError, match="target=class is not a similarity"):
         Embedding(fields=TextFields(pair="pair"))
     with pytest.raises(InputError, match=r"label=None and task\.min_similarity=1\.0 go together"):
         Embedding(fields=fields, min_similarity=1.0)

@@ -192,7 +192,7 @@ def test_a_damaged_step_gives_way_to_the_one_before(tmp_path, damage, capfd):
         assert "\n" not in reports[0]
         with pytest.raises(InputError, match="step 20 is damaged"):
             checkpointer.restore(abstract(make_state()), 20)
-        # The run goes on, and the damaged step is out of its way.
+        # The run continues, and the damaged step is out of its way.
         checkpointer.save(15, make_state(15), {})
         assert checkpointer.restore(abstract(make_state())).step == 15
         assert checkpointer.steps() == [10, 15]

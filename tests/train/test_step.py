@@ -106,7 +106,7 @@ def test_gradients_that_are_not_finite_skip_the_update(adamw_step, bad):
         1,
         1,
     )
-    # The run goes on, as if the bad batch had not been.
+    # The run continues, as if the bad batch had not been.
     later, sums = adamw_step(after, as_jax(BATCH), ONE)
     straight, _ = adamw_step(before, as_jax(BATCH), ONE)
     assert difference(later.trainable, straight.trainable) == 0

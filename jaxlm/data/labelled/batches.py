@@ -59,7 +59,7 @@ def train_batches(
     augment: Augment | None = None,
     batch_rows: BatchRows = ALL_ROWS,
 ) -> Iterator[Row]:
-    """A part, such as a process holds, of every global batch, without end.
+    """The rows that one process holds of every global batch, without end.
 
     Epochs, each in an order of its own, follow each other without a gap. Chunks of this sequence
     are sorted by bucket and cut into batches, which come in random order: up to the bounds of
@@ -102,7 +102,7 @@ def eval_batches(
     *,
     batch_rows: BatchRows = ALL_ROWS,
 ) -> Iterator[Row]:
-    """A part, such as a process holds, of every batch of one pass, the longest examples first.
+    """The rows that one process holds of every batch of one pass, the longest examples first.
 
     ``example`` gives the number of each row's example. The last batch is filled up with copies,
     whose ``weights`` are 0 and whose ``example`` is -1.

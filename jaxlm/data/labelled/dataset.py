@@ -23,20 +23,21 @@ class LabelledConfig:
     train: Source
     """The training data."""
     validation: Source | None = None
-    """The data that decide which checkpoint is best; None = a part of the training data. Where
-    examples share texts, as questions do their contexts, name a file."""
+    """The data that decide which checkpoint is best; None: hold out a part of the training data.
+    If examples share texts, as questions share contexts, give a file."""
     validation_fraction: float = 0.1
-    """That part, where there is no `validation`: a share of each class."""
+    """Share of each class to hold out from the training data if `validation` is None."""
     split_seed: int = 0
-    """Of that part, and of `few_shot`: runs with other training seeds see the same examples."""
+    """Seed of that split and of `few_shot`: it does not follow `train.seed`, so that runs with
+    other seeds see the same examples."""
     few_shot: int | None = None
-    """Only so many training examples of each class; None = all."""
+    """Number of training examples to keep of each class; None: all."""
     max_length: int = 128
-    """Tokens of the longest row; longer texts are cut."""
+    """Tokens in the longest row; longer texts are truncated."""
     batch_size: int = 32
     """Examples in a global batch, over all processes."""
     num_buckets: int = 4
-    """Lengths to which batches are padded; each is compiled once."""
+    """Number of lengths that batches are padded to; each is compiled once."""
     augment: AugmentConfig | None = None
     """Random changes to training texts."""
 
@@ -51,7 +52,7 @@ class LabelledConfig:
 
 
 class Splits(NamedTuple):
-    """Examples to train on and to choose by."""
+    """Training and validation examples."""
 
     train: list[Any]
     validation: list[Any]
@@ -77,7 +78,7 @@ def read_splits(config: LabelledConfig, read: Callable[[Iterable[Record]], list[
 
 
 def fingerprint(config: LabelledConfig) -> str:
-    """Of what the examples are read from, and how they are split."""
+    """A sha256 of what the examples are read from, and how they are split."""
     sources = [source.fingerprint() for source in (config.train, config.validation) if source]
     split = (config.validation_fraction, config.split_seed, config.few_shot)
     return hashlib.sha256(repr((sources, split)).encode()).hexdigest()

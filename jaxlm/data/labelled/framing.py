@@ -63,7 +63,7 @@ class Framer:
                 yield np.array(encoding.ids, np.int32)
 
     def encodings(self, texts: Sequence[str] | Sequence[list[str]]) -> Iterator[Encoding]:
-        """The same with the places of tokens in texts, or in lists of words."""
+        """The same with the offsets of tokens in texts, or in lists of words."""
         for start in range(0, len(texts), _CHUNK):
             chunk = list(texts[start : start + _CHUNK])
             words = not isinstance(chunk[0], str)
@@ -76,7 +76,7 @@ class Framer:
         return self._frames[len(texts)].put(_cut(texts, self.room(len(texts))))
 
     def size(self, *texts: Ids) -> int:
-        """Tokens of the frame of texts that are not cut."""
+        """Tokens of the frame of texts that are not truncated."""
         return self._frames[len(texts)].size + sum(map(len, texts))
 
 

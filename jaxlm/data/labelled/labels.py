@@ -16,7 +16,7 @@ def read_label(record: Record, name: str) -> str:
     """The label under a name, as text; numbers are written out, an empty one raises."""
     value = record.value(name)
     if isinstance(value, list | dict) or value is None or value != value:  # NaN: a missing number
-        raise InputError(f"{record.origin}: {name} is {value!r:.40}, which is no single label")
+        raise InputError(f"{record.origin}: {name} is {value!r:.40}, which is not a single label")
     label = tabular.check_text(str(value).strip(), name, record.origin)
     if not label:
         raise InputError(f"{record.origin}: {name} is empty; label the record, or remove it")
@@ -31,12 +31,12 @@ def read_labels(record: Record, name: str, separator: str) -> tuple[str, ...]:
             value = tabular.parse_json(value)
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{record.origin}: {name} is {value!r:.40}, which is no JSON list ({error.msg})"
+                f"{record.origin}: {name} is {value!r:.40}, which is not a JSON list ({error.msg})"
             ) from error
     items = value if isinstance(value, list) else str(value).split(separator)
     if value is None or any(item is None or isinstance(item, list | dict) for item in items):
         raise InputError(
-            f"{record.origin}: {name} is {value!r:.40}, which is no list of labels; [] is none"
+            f"{record.origin}: {name} is {value!r:.40}, which is not a list of labels; [] is none"
         )
     labels = [tabular.check_text(str(item).strip(), name, record.origin) for item in items]
     return tuple(dict.fromkeys(label for label in labels if label))
@@ -51,7 +51,7 @@ def read_target(record: Record, name: str) -> float:
         target = math.nan
     if not abs(target) <= float(np.finfo(np.float32).max):
         raise InputError(
-            f"{record.origin}: {name} is {value!r:.40}, which is no finite number of float32"
+            f"{record.origin}: {name} is {value!r:.40}, which is not a finite float32 number"
         )
     return target
 

@@ -104,6 +104,6 @@ class PyDocsTopics:
                     yield Record(fields={"text": text, "topic": topic}, origin=origin)
 
     def fingerprint(self) -> str:
-        """Of the modules' contents."""
+        """A sha256 of the modules' contents."""
         modules = pydocs.modules(self.package)
         return files.sha256(modules, "topics", str(self.min_words), repr(TOPICS))

@@ -105,7 +105,7 @@ def _starts(record: Record, name: str, count: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The part of a context that one row holds."""
+    """The window of a context that one row holds."""
 
     example: int
     """The question's number; its windows follow each other."""

@@ -19,7 +19,7 @@ from jaxlm.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """The fields of one record, and the place it comes from, for errors."""
+    """The fields of one record, and where it comes from, for errors."""
 
     fields: dict[str, Any]
     origin: str
@@ -50,7 +50,7 @@ class Record:
         if isinstance(value, str):
             value = value.split()
         if not isinstance(value, list):
-            raise InputError(f"{self.origin}: field {name!r} is {value!r:.40}, which is no list")
+            raise InputError(f"{self.origin}: field {name!r} is {value!r:.40}, which is not a list")
         what = f"an entry of field {name!r}"
         return [tabular.check_text(item, what, self.origin) for item in value]
 
@@ -60,7 +60,7 @@ class Table:
     """A CSV or TSV file."""
 
     path: str
-    """The file."""
+    """Path of the file."""
     delimiter: str | None = None
     """What separates columns; None means a tab for .tsv files and a comma for all others."""
     header: bool = True
@@ -95,7 +95,7 @@ class Table:
         _check_count(count, self.path)
 
     def fingerprint(self) -> str:
-        """Of contents and settings; the file's name does not count."""
+        """A sha256 of contents and settings, but not of the file's name."""
         path = _file(self.path)
         settings = (tabular.delimiter_of(path, self.delimiter), str(self.header))
         return files.sha256([path], "table", *settings, *(self.columns or ()))
@@ -106,7 +106,7 @@ class JsonLines:
     """One JSON object a line; the field 'b' of an object under 'a' is named 'a/b'."""
 
     path: str
-    """The file."""
+    """Path of the file."""
 
     def records(self) -> Iterator[Record]:
         """One for each line; blank lines are skipped."""
@@ -117,7 +117,7 @@ class JsonLines:
         _check_count(count, self.path)
 
     def fingerprint(self) -> str:
-        """Of the contents; the file's name does not count."""
+        """A sha256 of the contents, but not of the file's name."""
         return files.sha256([_file(self.path)], "jsonl")
 
 
@@ -130,7 +130,7 @@ class Conll:
     """
 
     path: str
-    """The file."""
+    """Path of the file."""
     token_column: int = 0
     """Which column holds the word, from 0."""
     tag_column: int | None = -1
@@ -186,7 +186,7 @@ class Conll:
         return len(cells) == 1 or any(cell in tags for cell in tag)
 
     def fingerprint(self) -> str:
-        """Of contents and settings; the file's name does not count."""
+        """A sha256 of contents and settings, but not of the file's name."""
         columns = (str(self.token_column), str(self.tag_column))
         return files.sha256([_file(self.path)], "conll", *columns)
 
@@ -201,7 +201,7 @@ class Squad:
     """
 
     path: str
-    """The file."""
+    """Path of the file."""
 
     def records(self) -> Iterator[Record]:
         """One for each question."""
@@ -228,7 +228,7 @@ class Squad:
         _check_count(count, self.path)
 
     def fingerprint(self) -> str:
-        """Of the contents; the file's name does not count."""
+        """A sha256 of the contents, but not of the file's name."""
         return files.sha256([_file(self.path)], "squad")
 
 
@@ -237,11 +237,11 @@ class TfdsRecords:
     """A data set of TensorFlow Datasets, by name; classes are given by their names."""
 
     name: str
-    """Such as 'glue/sst2' or 'squad'."""
+    """Name of the data set, such as 'glue/sst2' or 'squad'."""
     split: str = "train"
     """A split, or a slice of one: 'train[:10%]', 'train+test'."""
     data_dir: str | None = None
-    """Where data sets lie; None means the usual place, ~/tensorflow_datasets."""
+    """Folder of data sets; None: the default, ~/tensorflow_datasets."""
 
     def records(self) -> Iterator[Record]:
         """One for each example; the field 'b' of a group under 'a' is named 'a/b'."""
@@ -249,7 +249,7 @@ class TfdsRecords:
             yield json_record(fields, f"{self.name} {self.split}:{number}")
 
     def fingerprint(self) -> str:
-        """Of the data set's own description and the settings."""
+        """A sha256 of the data set's description and the settings."""
         return self._source().fingerprint()
 
     def _source(self) -> Tfds:
@@ -257,7 +257,7 @@ class TfdsRecords:
 
 
 def json_record(fields: Mapping[str, Any], origin: str) -> Record:
-    """Of an object; the field 'b' of one under 'a' is named 'a/b'."""
+    """The record of a JSON object; the field 'b' of an object under 'a' is named 'a/b'."""
     try:
         return Record(fields=_flat(fields), origin=origin)
     except RecursionError as error:

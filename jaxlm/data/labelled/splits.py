@@ -13,11 +13,11 @@ from jaxlm.errors import InputError
 
 @runtime_checkable
 class Example(Protocol):
-    """What the parts need to know of an example."""
+    """What splitting needs to know of an example."""
 
     @property
     def stratum(self) -> str:
-        """The class whose share is kept equal in all parts."""
+        """The class whose share is kept equal in all splits."""
         ...
 
     @property
@@ -32,7 +32,7 @@ T = TypeVar("T", bound=Example)
 def stratified(examples: Sequence[T], fraction: float, seed: int) -> tuple[list[T], list[T]]:
     """Split into training and validation examples, with the same shares of each class.
 
-    Every class keeps an example for training. Both parts are in the order of ``examples``.
+    Every class keeps an example for training. Both splits are in the order of ``examples``.
     """
     if not 0 < fraction < 1:
         raise InputError(f"a validation fraction of {fraction} is not between 0 and 1")

@@ -16,7 +16,7 @@ _BINS, _BAR, _ROWS = 8, 20, 20  # at most: bins of lengths, characters of a bar,
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """Of one part of a data set."""
+    """Statistics of one split of a data set."""
 
     examples: int
     classes: dict[str, int]
@@ -29,7 +29,7 @@ class Statistics:
     truncated: float
     """Share of examples that lost tokens to the maximal length."""
     duplicates: int
-    """Examples removed because another part has them as well."""
+    """Examples removed because another split has them as well."""
 
 
 def describe(examples: Examples, classes: Iterable[str], *, duplicates: int = 0) -> Statistics:
@@ -52,7 +52,7 @@ def describe(examples: Examples, classes: Iterable[str], *, duplicates: int = 0)
 
 
 def render(parts: Mapping[str, Statistics]) -> RenderableType:
-    """Tables for the console, one column for each part, such as training and validation."""
+    """Tables for the console, one column for each split, such as training and validation."""
     summary = Table(box=None, pad_edge=False)
     for name in ("", "examples", "median length", "longest", "truncated", "duplicates removed"):
         summary.add_column(name, justify="right" if name else "left")

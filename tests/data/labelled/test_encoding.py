@@ -120,7 +120,9 @@ def test_reading_texts():
     assert read.label == ("1", "2")
     (read,) = classification.read(data, TextFields(text="s", label=None))
     assert read.label is None
-    with pytest.raises(InputError, match=r"a\.csv:2: l is '1\|2', which is no finite number"):
+    with pytest.raises(
+        InputError, match=r"a\.csv:2: l is '1\|2', which is not a finite float32 number"
+    ):
         classification.read(data, TextFields(text="s", label="l", target="number"))
     with pytest.raises(InputError, match=r"a\.csv:3: field 's' is empty"):
         classification.read(records({"s": "x"}, {"s": " \n"}), TextFields(text="s", label=None))

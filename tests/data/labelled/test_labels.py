@@ -70,7 +70,7 @@ def test_several_labels(value, expected):
 
 @pytest.mark.parametrize("value", ['["x"', "[" * 100_000], ids=["open", "deep"])
 def test_bad_label_list(value):
-    with pytest.raises(InputError, match=r"a.csv:7: label is .* no JSON list"):
+    with pytest.raises(InputError, match=r"a.csv:7: label is .* not a JSON list"):
         labels.read_labels(record(value), "label", "|")
     with pytest.raises(InputError, match=r"a.csv:7: label holds half of a surrogate pair"):
         labels.read_labels(record(["x\udfff"]), "label", "|")
@@ -78,12 +78,12 @@ def test_bad_label_list(value):
 
 @pytest.mark.parametrize("value", [None, [None], ["a", {"b": 1}], [["a"]]])
 def test_what_is_no_list_of_labels(value):
-    with pytest.raises(InputError, match=r"which is no list of labels; \[\] is none"):
+    with pytest.raises(InputError, match=r"which is not a list of labels; \[\] is none"):
         labels.read_labels(record(value), "label", "|")
 
 
 def test_a_missing_number_is_no_class():
-    with pytest.raises(InputError, match=r"a.csv:7: label is nan, which is no single label"):
+    with pytest.raises(InputError, match=r"a.csv:7: label is nan, which is not a single label"):
         labels.read_label(record(float("nan")), "label")
 
 
@@ -95,5 +95,5 @@ def test_indicators():
 def test_targets():
     assert labels.read_target(record("-2.5e0"), "label") == -2.5
     for value in ("nan", "inf", "x", None, True, "", "1e39", "-1e400", 10**400):
-        with pytest.raises(InputError, match=r"a.csv:7: label is .* no finite number"):
+        with pytest.raises(InputError, match=r"a.csv:7: label is .* not a finite float32 number"):
             labels.read_target(record(value), "label")

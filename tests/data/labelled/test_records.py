@@ -80,7 +80,7 @@ def test_fields_that_are_missing_or_wrong(write):
     fails(lambda: record.text("text"), r"b\.csv:2: field 'text' is empty")
     (record,) = read(JsonLines(path=write("a.jsonl", '{"text": 7, "words": ["x", 1]}')))
     fails(lambda: record.text("text"), r"a\.jsonl:1: field 'text' is 7, which is not text")
-    fails(lambda: record.texts("text"), r"a\.jsonl:1: field 'text' is 7, which is no list")
+    fails(lambda: record.texts("text"), r"a\.jsonl:1: field 'text' is 7, which is not a list")
     fails(lambda: record.texts("words"), r"a\.jsonl:1: an entry of field 'words' is 1")
 
 
