@@ -185,7 +185,7 @@ def test_wrong_rank_raises(ndim):
 def test_adapters_joined_by_stack_have_a_place():
     config = lora.LoraConfig(targets=("query/kernel",), rank=2, kind="dora")
     params = {"layers": {"query": {"kernel": jnp.ones((2, 8, 2, 4))}}}  # [layers, ...]
-    one = lora.init(jax.random.key(0), params, {"layers/query/kernel": Site(1, 1)}, config)
+    one = lora.init_at(jax.random.key(0), params, {"layers/query/kernel": Site(1, 1)}, config)
     stacked = lora.stack([one] * 3)
     places = places_on(make_mesh(CUBE), stacked)
     assert {path: tuple(place) for path, place in places.items()} == {

@@ -73,13 +73,13 @@ def prepare(
     sites = find_sites(call, {"params": params})
     variables = {"params": params}
     if isinstance(tuning, LoraConfig):
-        body = {path: site for path, site in sites.items() if not f"params/{path}".startswith(HEAD)}
+        body = sites.only(lambda path: not f"params/{path}".startswith(HEAD))
         below = {name: leaf for name, leaf in params.items() if f"params/{name}/" != HEAD}
-        variables["lora"] = lora.init(key, below, body, tuning)
+        variables["lora"] = lora.init_at(key, below, body, tuning)
         if tuning.init == "pissa":
             variables["params"] = lora.unmerge(params, variables["lora"], tuning)
     elif isinstance(tuning, Ia3Config):
-        variables["ia3"] = ia3.init(params, sites, tuning)
+        variables["ia3"] = ia3.init_at(params, sites, tuning)
     trainable, frozen = tree.partition(variables, partial(learns, tuning))
     if frozen_dtype == "bfloat16":
         frozen = tree.map_with_path(_to_bfloat16, frozen)
