@@ -2,7 +2,8 @@
 
 A schedule is a function of *progress*, the share of the run that is done: steps over steps, or
 minutes over minutes. So a run of any length, or one that must end at a given time, decays fully.
-The optimizer leaves the learning rate out; the train step applies it.
+The optimizer leaves the learning rate out; the train step applies it. Signs are Optax's: updates
+are added.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,10 +21,11 @@ from jaxtyping import Array, PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.sharding import Axes, axes_of
+from jaxlm.sharding import AXES, Axes, AxisTable, axes_of, has_row, require_rows
 from jaxlm.typing import Scalar
 
 Schedule = Callable[[Scalar], Scalar]  # progress in [0, 1] -> learning rate
+Rows = Callable[[str, int], Axes]  # path and number of axes -> their names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +106,28 @@ def make_schedule(config: OptimizerConfig) -> Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, lr_factor: Callable[[str], float] | None = None
+    config: OptimizerConfig,
+    lr_factor: Callable[[str], float] | None = None,
+    axes: AxisTable = AXES,
 ) -> optax.GradientTransformation:
-    """Gradients to updates for a learning rate of 1, to be subtracted; decay included.
+    """Gradients to updates for a learning rate of 1, to be added, as Optax's are; decay included.
 
-    ``lr_factor`` multiplies the learning rate of the parameter at a path, as in LoRA+.
+    A parameter's row in ``axes`` says whether it is a linear map, which is decayed. Without a row
+    its name does: ``kernel``, ``embedding`` and adapters of two axes or more are; Muon takes those
+    kernels and adapters that are matrices. ``layer_decay`` needs rows, for the stacks.
+
+    Args:
+        lr_factor: multiplies the learning rate of the parameter at a path, as in LoRA+.
+        axes: rows as those of ``sharding.AXES``.
     """
-    decay = optax.add_decayed_weights(config.weight_decay, mask=_map_axes(lambda a: a.inputs > 0))
+    rows = partial(_axes_or_guess, axes)
+    is_linear = _map_axes(rows, lambda found: found.inputs > 0)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=is_linear)
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     if config.name == "adamw":  # Loshchilov and Hutter 2019, algorithm 2
         parts = [adam, decay]
     elif config.name == "lamb":  # You et al. 2020, algorithm 2
-        parts = [adam, decay, optax.stateless(_scale_by_trust_ratio)]
+        parts = [adam, decay, optax.stateless(partial(_scale_by_trust_ratio, rows))]
     elif config.name == "adafactor":  # Shazeer and Stern 2018, algorithm 4, with momentum
         parts = [
             optax.scale_by_factored_rms(),
@@ -124,30 +137,52 @@ def make_optimizer(
         ]
     else:
         transforms: dict[Hashable, optax.GradientTransformation] = {
-            "muon": _muon(config),
+            "muon": _muon(config, rows),
             "adam": adam,
         }
-        labels = _map_axes(lambda axes: "muon" if _is_hidden_matrix(axes) else "adam")
+        labels = _map_axes(rows, lambda found: "muon" if _is_hidden_matrix(found) else "adam")
         parts = [optax.partition(transforms, labels), decay]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.layer_decay is not None:
-        parts.append(optax.stateless(partial(_scale_by_depth, config.layer_decay)))
+        parts.append(optax.stateless(partial(_scale_by_depth, config.layer_decay, axes)))
     if lr_factor is not None:
         parts.append(optax.stateless(partial(_scale_by_path, lr_factor)))
-    return optax.chain(*parts)
+    return _negated(optax.chain(*parts))
 
 
-def _map_axes(function: Callable[[Axes], Any]) -> Callable[[PyTree], PyTree]:
+def _negated(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    # Not optax.scale(-1) at the end of the chain: it would be one more state in old checkpoints.
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> Any:
+        updates, state = optimizer.update(updates, state, params)
+        return jax.tree.map(jnp.negative, updates), state
+
+    return optax.GradientTransformation(optimizer.init, update)
+
+
+def _axes_or_guess(axes: AxisTable, path: str, ndim: int) -> Axes:
+    """The row of a parameter; without one, what its name tells, which is no more than is needed."""
+    if has_row(path, axes):
+        return axes_of(path, ndim, axes)
+    name = path.rpartition("/")[2]
+    is_linear = name in ("kernel", "embedding") or (path.startswith("lora/") and name in ("a", "b"))
+    if not is_linear or ndim < 2:
+        return Axes(("",) * ndim, 0)
+    # Only of a matrix is it known which axes are inputs: others are to look like tables.
+    known = ndim == 2 and name != "embedding"
+    return Axes(("inputs", "outputs") if known else ("table",) * ndim, 1)
+
+
+def _map_axes(rows: Rows, function: Callable[[Axes], Any]) -> Callable[[PyTree], PyTree]:
     """A function of a parameter's axis names, as one of a tree of parameters."""
-    return partial(tree.map_with_path, lambda path, leaf: function(axes_of(path, jnp.ndim(leaf))))
+    return partial(tree.map_with_path, lambda path, leaf: function(rows(path, jnp.ndim(leaf))))
 
 
 def _is_hidden_matrix(axes: Axes) -> bool:
     return axes.inputs > 0 and not {"vocab", "table"} & set(axes.names)
 
 
-def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig, rows: Rows) -> optax.GradientTransformation:
     """Orthogonalised momentum (Jordan et al. 2024), a stack's layers each on their own.
 
     Updates get the root mean square of Adam's, 0.2 (Liu et al. 2025, arXiv:2502.16982, equation
@@ -161,7 +196,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
     def rescale(updates: PyTree, _: PyTree) -> PyTree:
         def one(path: str, update: Array) -> Array:
-            axes = axes_of(path, update.ndim)
+            axes = rows(path, update.ndim)
             first = int(axes.names[0] == "layers")
             split = first + axes.inputs
             sides = math.prod(update.shape[first:split]), math.prod(update.shape[split:])
@@ -171,17 +206,17 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.contrib.scale_by_muon(
-            beta=config.momentum, weight_dimension_numbers=_map_axes(dimension_numbers)
+            beta=config.momentum, weight_dimension_numbers=_map_axes(rows, dimension_numbers)
         ),
         optax.stateless(rescale),
     )
 
 
-def _scale_by_trust_ratio(updates: PyTree, params: PyTree) -> PyTree:
+def _scale_by_trust_ratio(rows: Rows, updates: PyTree, params: PyTree) -> PyTree:
     """Scale each layer's update to the norm of its weights; not norms and biases."""
 
     def one(path: str, update: Array, param: Array) -> Array:
-        axes = axes_of(path, param.ndim)
+        axes = rows(path, param.ndim)
         if not axes.inputs:
             return update
         within = tuple(range(int(axes.names[0] == "layers"), param.ndim))
@@ -195,7 +230,7 @@ def _scale_by_path(factor: Callable[[str], float], updates: PyTree, _: PyTree) -
     return tree.map_with_path(lambda path, update: update * factor(path), updates)
 
 
-def _scale_by_depth(decay: float, updates: PyTree, _: PyTree) -> PyTree:
+def _scale_by_depth(decay: float, table: AxisTable, updates: PyTree, _: PyTree) -> PyTree:
     """Times ``decay ** distance`` from the top (Howard and Ruder 2018, section 3.2).
 
     Layer l of L, from 0, is ``L - l`` away, the embeddings ``L + 1``, and all above the layers 0;
@@ -204,11 +239,12 @@ def _scale_by_depth(decay: float, updates: PyTree, _: PyTree) -> PyTree:
 
     def depth(path: str, update: Array) -> np.ndarray | int | None:
         """The layers of a stack, or the layer, that a leaf belongs to."""
-        if axes_of(path, update.ndim).names[0] == "layers":
+        if axes_of(path, update.ndim, table).names[0] == "layers":
             return np.arange(update.shape[0])
         number = re.search(r"(?:^|/)layers_(\d+)/", path)
         return int(number[1]) if number else None
 
+    require_rows(table, updates)
     depths = [depth(path, update) for path, update in tree.leaves_with_path(updates)]
     top = 1 + max((int(np.max(layer)) for layer in depths if layer is not None), default=-1)
 

@@ -2,26 +2,31 @@
 
 The same function shards parameters, optimizer moments, adapters and scanned stacks, because the
 path of a moment ends like the path of its parameter. Nothing is matched by default: a parameter
-without a row, a row of the wrong rank, or an axis name without a rule raises.
+without a row, a row of the wrong rank, or an axis name without a rule raises. Both tables are
+arguments with a default, so that another model brings its own rows; a mesh of one device splits
+nothing and needs none.
 """
 
 import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import BatchRows
+
+AxisTable = Sequence[tuple[str, str]]
+Rules = Sequence[tuple[str, tuple[str, ...] | None]]
 
 # (pattern of a path's end, axes). An arrow marks a linear map and separates its inputs from its
 # outputs: such parameters are decayed, and adapters split where the arrow stands.
@@ -81,6 +86,7 @@ RULES: tuple[tuple[str, tuple[str, ...] | None], ...] = (
     ("gates", None),
     ("state", None),
 )
+AnyMesh = Mesh | AbstractMesh  # the latter of devices that are not there
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 
@@ -163,12 +169,14 @@ def _slices(devices: Sequence[Any], num_slices: int) -> list[Sequence[Any]]:
     return [ordered[start : start + size] for start in range(0, len(devices), size)]
 
 
-def process_rows(mesh: Mesh, process_index: int) -> BatchRows:
+def process_rows(mesh: Mesh, process_index: int, rules: Rules = RULES) -> BatchRows:
     """What a process holds of a batch: processes share it where ``tensor`` or ``sequence`` spans
     them."""
-    num_blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    split = [mesh.axis_names.index(axis) for axis in dict(rules)["batch"] or ()]
+    num_blocks = math.prod(mesh.devices.shape[axis] for axis in split)
     blocks: dict[int, set[int]] = {}
-    for block, devices in enumerate(mesh.devices.reshape(num_blocks, -1)):
+    by_block = np.moveaxis(mesh.devices, split, range(len(split))).reshape(num_blocks, -1)
+    for block, devices in enumerate(by_block):
         for device in devices:
             blocks.setdefault(device.process_index, set()).add(block)
     parts = sorted({tuple(sorted(held)) for held in blocks.values()})
@@ -180,12 +188,11 @@ def process_rows(mesh: Mesh, process_index: int) -> BatchRows:
     return BatchRows(tuple(sorted(blocks[process_index])), num_blocks)
 
 
-def axes_of(path: str, ndim: int) -> Axes:
+def axes_of(path: str, ndim: int, axes: AxisTable = AXES) -> Axes:
     """The axis names of the parameter at ``path``; a stacked one has ``layers`` in front."""
-    path = re.sub(r"/layers/\d+(?=/|$)", "", path)  # one of jaxlm.nn.stack.Layers
-    text = _row(path) or _derived_row(path)
+    text = _row(path, axes)
     if text is None:
-        raise ValueError(f"no row of sharding.AXES matches the parameter {path}: add one")
+        raise InputError(_missing({path: ndim}, axes))
     left, arrow, right = text.partition("->")
     names = (*left.split(), *right.split())
     inputs = len(left.split()) if arrow else 0
@@ -193,44 +200,117 @@ def axes_of(path: str, ndim: int) -> Axes:
         return Axes(names, inputs)
     if ndim == len(names) + 1:
         return Axes(("layers", *names), inputs)
-    raise ValueError(f"{path} has {ndim} axes, but sharding.AXES names {text!r} for it")
+    raise InputError(f"{path} has {ndim} axes, but the row {text!r} of the axis table names others")
 
 
-def _names(path: str, ndim: int) -> tuple[str, ...]:
+def has_row(path: str, axes: AxisTable = AXES) -> bool:
+    """Whether :func:`axes_of` knows the parameter, by a row of its own or of what it adapts."""
+    return _row(path, axes) is not None
+
+
+def require_rows(axes: AxisTable, *trees: PyTree) -> None:
+    """Raises where leaves (arrays or their shapes) have no row: one error names all of them."""
+    leaves = [leaf for shapes in trees for leaf in tree.leaves_with_path(shapes)]
+    if missing := _missing({path: leaf.ndim for path, leaf in leaves}, axes):
+        raise InputError(missing)
+
+
+def _names(path: str, ndim: int, axes: AxisTable) -> tuple[str, ...]:
     """The axis names of :func:`axes_of`, and before them that of adapters of ``lora.stack``."""
     try:
-        return axes_of(path, ndim).names
-    except ValueError:
-        with contextlib.suppress(ValueError):
+        return axes_of(path, ndim, axes).names
+    except InputError:
+        with contextlib.suppress(InputError):
             if re.search(r"(^|/)(a|b|magnitude)$", path):
-                return ("adapters", *axes_of(path, ndim - 1).names)
+                return ("adapters", *axes_of(path, ndim - 1, axes).names)
         raise
 
 
-def _row(path: str) -> str | None:
-    rows = (text for pattern, text in AXES if re.search(rf"(^|/){pattern}$", path))
-    return next(rows, None)
-
-
-def _derived_row(path: str) -> str | None:
+def _row(path: str, axes: AxisTable) -> str | None:
+    path = _stacked(path)
+    for pattern, text in axes:
+        if re.search(rf"(^|/){pattern}$", path):
+            return text
     for pattern, text in DERIVED:
         if end := re.search(rf"(^|/){pattern}$", path):
             for name in ("kernel", "embedding"):
-                row = _row(f"{path[: end.start()]}/{name}")
+                row = _row(f"{path[: end.start()]}/{name}", axes)
                 if row is not None:
                     inputs, _, outputs = row.partition("->")
                     return text.replace("inputs", inputs).replace("outputs", outputs)
     return None
 
 
-def spec(names: tuple[str, ...], mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
-    """Names to mesh axes, leaving out axes of size 1. Raises where a size is not divisible."""
-    rules = dict(RULES)
+def _stacked(path: str) -> str:
+    return re.sub(r"/layers/\d+(?=/|$)", "", path)  # one of jaxlm.nn.stack.Layers
+
+
+def _missing(ndims: Mapping[str, int], axes: AxisTable) -> str | None:
+    """What is wrong where some of the parameters have no row: one for each, to be pasted."""
+    bare = {re.sub(r"^(params|lora|ia3)/", "", _stacked(path)): n for path, n in ndims.items()}
+    owners: dict[str, str] = {}
+    for path, ndim in ndims.items():
+        if ndim and not has_row(path, axes):
+            owner = _owner(path, bare)
+            end = "/".join(owner.split("/")[-2:])
+            owners.setdefault(owner, f'(r"{end}", "{_guess(owner, bare.get(owner, 2))}")')
+    if not owners:
+        return None
+    return (
+        f"no row of the axis table matches {', '.join(owners)}: pass axes=(*sharding.AXES, "
+        f"{', '.join(dict.fromkeys(owners.values()))}), with the names of sharding.RULES that are "
+        "right for each axis, and in kernels an arrow between inputs and outputs"
+    )
+
+
+def _owner(path: str, known: Mapping[str, int]) -> str:
+    """The kernel or table that the leaf is derived from; if it is no such leaf, itself."""
+    collection, path = path.partition("/")[0], re.sub(r"^(params|lora|ia3)/", "", _stacked(path))
+    for pattern, _ in DERIVED:
+        if end := re.search(rf"(^|/){pattern}$", path):
+            parent = path[: end.start()]
+            owners = [f"{parent}/{name}".lstrip("/") for name in ("kernel", "embedding")]
+            for owner in owners:
+                if owner in known or path.startswith(f"{owner}/"):
+                    return owner
+            if collection in ("lora", "ia3"):
+                return owners[0]
+    return path
+
+
+def _guess(path: str, ndim: int) -> str:
+    """A row that would do for a leaf: its names are those of the usual layers."""
+    if ndim < 2 or not re.search(r"(kernel|embedding)$", path):
+        return " ".join(["norm"] * ndim)
+    last = "vocab -> embed" if path.endswith("embedding") else "embed -> mlp"
+    return " ".join([*["head_dim"] * (ndim - 2), last])
+
+
+def spec(
+    names: tuple[str | None, ...],
+    mesh: Mesh,
+    shape: tuple[int, ...],
+    rules: Rules = RULES,
+) -> PartitionSpec:
+    """Names to mesh axes, leaving out axes of size 1; None is not split.
+
+    Raises where a size is not divisible.
+    """
+    by_name = dict(rules)
     parts: list[tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):
-        if name not in rules:
-            raise ValueError(f"the axis name {name!r} has no row in sharding.RULES: add one")
-        part = tuple(axis for axis in rules[name] or () if mesh.shape[axis] > 1)
+        if name is not None and name not in by_name:
+            raise InputError(
+                f"the axis name {name!r} has no rule: pass rules=(*sharding.RULES, "
+                f"({name!r}, None)), or mesh axes instead of None"
+            )
+        axes = by_name[name] or () if name is not None else ()
+        if unknown := set(axes) - set(mesh.axis_names):
+            raise InputError(
+                f"the rule of {name!r} names the mesh axis {', '.join(sorted(unknown))}: those "
+                f"of the mesh are {', '.join(mesh.axis_names)}"
+            )
+        part = tuple(axis for axis in axes if mesh.shape[axis] > 1)
         pieces = math.prod(mesh.shape[axis] for axis in part)
         if size % pieces:
             raise InputError(
@@ -240,35 +320,48 @@ def spec(names: tuple[str, ...], mesh: Mesh, shape: tuple[int, ...]) -> Partitio
         parts.append(part or None)
     used = [axis for part in parts if part for axis in part]
     if len(used) != len(set(used)):
-        raise ValueError(f"two of the axes {names} are split over the same mesh axis: {used}")
+        raise InputError(
+            f"two of the axes {names} are split over the same mesh axis, {used}: give one of them "
+            "another name, or another rule"
+        )
     return PartitionSpec(*parts)
 
 
-def tree_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
-    """A ``NamedSharding`` for each leaf (array or ``ShapeDtypeStruct``); scalars are replicated."""
+def tree_shardings(
+    shapes: PyTree, mesh: AnyMesh, axes: AxisTable = AXES, rules: Rules = RULES
+) -> PyTree:
+    """A ``NamedSharding`` for each leaf (array or ``ShapeDtypeStruct``); scalars are replicated.
+
+    A mesh of one device asks for no rows.
+    """
     if missing := set(MESH_AXES) - set(mesh.axis_names):
         raise InputError(
             f"the mesh has the axes {', '.join(mesh.axis_names)}, and no "
             f"{', '.join(sorted(missing))}: make it with make_mesh"
         )
+    if mesh.size == 1:
+        return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    require_rows(axes, shapes)
 
     def one(path: str, leaf: Any) -> NamedSharding:
-        names = _names(path, leaf.ndim) if leaf.ndim else ()
+        names = _names(path, leaf.ndim, axes) if leaf.ndim else ()
         try:
-            return NamedSharding(mesh, spec(names, mesh, leaf.shape))
+            return NamedSharding(mesh, spec(names, mesh, leaf.shape, rules))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
     return tree.map_with_path(one, shapes)
 
 
-_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("jaxlm_mesh", default=None)
+_MESH: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
+    "jaxlm_mesh", default=None
+)
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
+def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Makes :func:`constrain` act. Enter it inside the traced function."""
-    token = _MESH.set(mesh)
+    token = _MESH.set((mesh, rules))
     try:
         yield
     finally:
@@ -277,11 +370,11 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 def constrain(x: Float[Array, "..."], names: tuple[str, ...]) -> Float[Array, "..."]:
     """Pin how an activation is laid out; the identity where no mesh is set (one device, pmap)."""
-    mesh = _MESH.get()
-    if mesh is None:
+    if (used := _MESH.get()) is None:
         return x
+    mesh, rules = used
     # `embed` is split in parameters only: in activations the batch already uses those devices.
-    rules_apply = tuple("norm" if name == "embed" else name for name in names)
+    split = tuple(None if name == "embed" else name for name in names)
     return jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, spec(rules_apply, mesh, x.shape))
+        x, NamedSharding(mesh, spec(split, mesh, x.shape, rules))
     )

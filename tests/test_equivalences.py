@@ -41,7 +41,7 @@ LOST = {
     "data*fsdp*tensor": lambda lengths: jnp.where(jnp.arange(ROWS) < ROWS * 3 // 4, lengths, 0),
     "tensor*sequence": lambda lengths: jnp.minimum(lengths, LENGTH * 3 // 4),
 }
-SGD = optax.identity()
+SGD = optax.scale(-1.0)
 
 
 def make_batch(step):

@@ -1,6 +1,7 @@
 """The laws that can be read from the source: floors, names, sizes, signatures, imports."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,10 @@ FLOORS = [
 ]
 # These take functions: a model or an objective of the floor below is none of their business.
 BLIND = {"decode", "evaluate", "interpret", "train"}
-# All that nn and models may need; the last is a part of jaxtyping's.
-LIGHT = {"jax", "jaxlib", "flax", "einops", "jaxtyping", "numpy", "wadler_lindig"}
+# All that goes into another repository by itself, and what it may need.
+ALONE = ("jaxlm.nn", "jaxlm.models", "jaxlm.peft", "jaxlm.optim", "jaxlm.sharding")
+BARE = ("jax", "flax", "optax", "einops", "jaxtyping")
+LIGHT = {*BARE, "jaxlib", "numpy", "wadler_lindig"}  # the last is a part of jaxtyping
 PATHS = sorted(
     path
     for folder in ("jaxlm", "scripts", "configs", "tests")
@@ -207,8 +210,8 @@ def test_nothing_is_called_utils():
 
 PROBE = """
 import sys
-import jax, flax.linen, flax.struct, flax.traverse_util, einops, jaxtyping, numpy
-import jax.experimental.layout
+import jax, flax.linen, flax.struct, flax.traverse_util, optax, einops, jaxtyping, numpy
+import jax.experimental.layout, jax.experimental.mesh_utils, optax.contrib
 before = set(sys.modules)
 import importlib, pkgutil
 for name in {packages}:
@@ -221,22 +224,61 @@ print(*sorted(new))
 
 
 def loaded_by(*packages: str) -> set[str]:
-    """Modules that importing all of these packages adds to jax, flax, einops, jaxtyping, numpy."""
+    """Modules that importing all of these packages adds to those of ``BARE``."""
     command = [sys.executable, "-c", PROBE.format(packages=packages)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
 
-def test_nn_and_models_need_nothing_else():
-    new = loaded_by("jaxlm.nn", "jaxlm.models")
-    assert {"jaxlm.nn.attention", "jaxlm.models.bert"} <= new
+def test_what_stands_alone_needs_nothing_else():
+    new = loaded_by(*ALONE)
+    assert {"jaxlm.nn.attention", "jaxlm.models.bert", "jaxlm.peft.tuning", "jaxlm.optim"} <= new
     assert strangers(new) == set()
-    allowed = {"nn", "models", *set.union(*FLOORS[:3])}
+    allowed = {"nn", "models", "peft", "optim", *set.union(*FLOORS[:3])}
     assert {part_of(name) for name in new} - {None} <= allowed
+    assert "jaxlm.runtime.storage" not in new
 
 
 def test_the_probe_can_fail():
-    assert "optax" in strangers(loaded_by("jaxlm.optim"))
+    assert "tokenizers" in strangers(loaded_by("jaxlm.data.tokenizers"))
+
+
+ADAPT_A_DENSE = """
+import importlib, pkgutil
+import flax.linen as nn, jax, jax.numpy as jnp, optax
+for name in {packages}:
+    package = importlib.import_module(name)
+    for module in pkgutil.iter_modules(getattr(package, "__path__", ()), name + "."):
+        importlib.import_module(module.name)
+from jaxlm.optim import OptimizerConfig, make_optimizer
+from jaxlm.peft import lora
+model, x = nn.Dense(4), jnp.ones((2, 8))
+config = lora.LoraConfig(targets=("kernel",), rank=2)
+base = model.init(jax.random.key(0), x)
+learned = lora.init(jax.random.key(1), base, config, lambda variables: model.apply(variables, x))
+loss = lambda learned: lora.adapt(model.apply, config)({{**base, "lora": learned}}, x).sum()
+optimizer = make_optimizer(OptimizerConfig())
+updates, _ = optimizer.update(jax.grad(loss)(learned), optimizer.init(learned), learned)
+assert loss(optax.apply_updates(learned, updates)) < loss(learned)
+print("adapted")
+"""
+
+
+@pytest.mark.slow
+def test_what_stands_alone_in_a_bare_environment(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    for what in (BARE, ("--no-deps", str(ROOT))):
+        subprocess.run([python, "-m", "pip", "install", "-q", *what], check=True)
+    script = ADAPT_A_DENSE.format(packages=ALONE)
+    command = [python, "-c", script]
+    env = {"PATH": os.environ["PATH"], "JAX_PLATFORMS": "cpu"}  # and no PYTHONPATH
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "adapted\n"), done.stderr
+    # The control: what prepares text needs more.
+    command = [python, "-c", "import jaxlm.data.tokenizers"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "No module named 'tokenizers'" in done.stderr
 
 
 def strangers(modules: set[str]) -> set[str]:

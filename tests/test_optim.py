@@ -40,7 +40,7 @@ LINEAR = {path for path in PARAMS if path.endswith(("kernel", "embedding"))}
 
 
 def update_of(config, params=PARAMS, grads=GRADS, num_steps=1):
-    """The last of several updates, as numpy."""
+    """The last of several updates, as numpy; positive where it is to be subtracted."""
 
     @jax.jit
     def run(params, grads):
@@ -50,7 +50,7 @@ def update_of(config, params=PARAMS, grads=GRADS, num_steps=1):
             updates, state = optimizer.update(grads, state, params)
         return updates
 
-    return jax.tree.map(np.asarray, run(params, grads))
+    return jax.tree.map(lambda update: -np.asarray(update), run(params, grads))
 
 
 # Schedules: warm-up over a tenth of the run, then down to a fifth of the peak.
@@ -236,7 +236,7 @@ def test_every_optimizer_lowers_a_loss(name):
             params, state = carry
             value, grads = jax.value_and_grad(loss)(params)
             updates, state = optimizer.update(grads, state, params)
-            return (jax.tree.map(lambda p, u: p - 0.05 * u, params, updates), state), value
+            return (jax.tree.map(lambda p, u: p + 0.05 * u, params, updates), state), value
 
         return jax.lax.scan(body, (params, optimizer.init(params)), None, length=30)[1]
 
@@ -288,9 +288,57 @@ def test_lr_factor():
     config = OptimizerConfig()
     optimizer = make_optimizer(config, lambda path: 16.0 if path.endswith("bias") else 1.0)
     updates = jax.jit(lambda: optimizer.update(GRADS, optimizer.init(PARAMS), PARAMS)[0])()
-    found = ratios(jax.tree.map(np.asarray, updates), update_of(config))
+    found = ratios(jax.tree.map(lambda x: -np.asarray(x), updates), update_of(config))
     for path, factors in found.items():
         assert all(factor == (16 if path.endswith("bias") else 1) for factor in factors)
+
+
+# A model of somebody else, without rows: what is decayed follows from names.
+
+FOREIGN = {
+    "params/Dense_0/kernel": (8, 16),
+    "params/Dense_0/bias": (16,),
+    "params/Attention_0/qkv/kernel": (8, 2, 4),
+    "params/Embed_0/embedding": (12, 8),
+    "params/LayerNorm_0/scale": (8,),
+    "params/cls": (1, 8),
+    "lora/Dense_0/a": (8, 2),
+    "lora/Dense_0/b": (2, 16),
+}
+FOREIGN_LINEAR = {path for path in FOREIGN if path.endswith(("kernel", "embedding", "/a", "/b"))}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_without_rows_are_decayed_by_name(name):
+    params = {path: normal(*shape) for path, shape in FOREIGN.items()}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    config = OptimizerConfig(name=name, weight_decay=0.5)
+    updates = update_of(config, params=params, grads=zero)
+    assert {path for path, x in updates.items() if np.abs(x).max() > 0} == FOREIGN_LINEAR
+    if name == "muon":
+        grads = {path: normal(*shape, seed=1) for path, shape in FOREIGN.items()}
+        muon, adam = (
+            update_of(replace(config, name=n), params=params, grads=grads) for n in (name, "adamw")
+        )
+        other = {path for path in params if not np.allclose(muon[path], adam[path], atol=1e-6)}
+        assert other == {"params/Dense_0/kernel", "lora/Dense_0/a", "lora/Dense_0/b"}
+
+
+def test_rows_of_ones_own_go_before_names():
+    axes = ((r"Dense_0/kernel", "norm norm"), (r"cls", "table -> embed"))
+    params = {path: normal(*shape) for path, shape in FOREIGN.items() if "lora" not in path}
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5), axes=axes)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates = optimizer.update(zero, optimizer.init(params), params)[0]
+    decayed = {path for path, x in updates.items() if np.abs(x).max() > 0}
+    linear = {path for path in FOREIGN_LINEAR if "lora" not in path}
+    assert decayed == linear - {"params/Dense_0/kernel"} | {"params/cls"}
+
+
+def test_layer_decay_needs_rows():
+    params = {path: normal(*shape) for path, shape in FOREIGN.items()}
+    with pytest.raises(InputError, match=r"no row .* Dense_0/kernel, .*Embed_0/embedding"):
+        update_of(OptimizerConfig(layer_decay=0.9), params=params, grads=params)
 
 
 # Where the moments lie.

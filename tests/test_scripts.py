@@ -153,3 +153,11 @@ def test_resumed_on_fewer_devices_sees_the_same(folder: Path, devices: int) -> N
     one, other = losses(folder / "whole"), losses(folder / "moved")
     assert one.keys() == other.keys()
     np.testing.assert_allclose(list(one.values()), list(other.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_loop_of_ones_own_learns(devices):
+    code, out, err = finish(start("minimal.py", devices=devices))
+    assert (code, err) == (0, "")
+    losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("step")]
+    assert losses[-1] < 0.3 * losses[0]

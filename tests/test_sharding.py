@@ -1,3 +1,4 @@
+import ast
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -18,6 +19,7 @@ from jaxlm.sharding import (
     MeshConfig,
     axes_of,
     constrain,
+    has_row,
     make_mesh,
     process_rows,
     spec,
@@ -104,24 +106,22 @@ def test_mesh_axes_of_size_one_are_left_out():
     assert tuple(places["params/encoder/token_embed/embedding"]) == ("tensor", None)
 
 
-def raises_without(row, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(sharding, "AXES", tuple(other for other in sharding.AXES if other != row))
-        for shapes in (*map(shapes_of, PRESETS), tuned_shapes()):
-            try:
-                tree_shardings(shapes, make_mesh(MeshConfig()))
-            except ValueError:
-                return True
+def raises_without(row, axes=sharding.AXES):
+    rest = tuple(other for other in axes if other != row)
+    for shapes in (*map(shapes_of, PRESETS), tuned_shapes()):
+        try:
+            tree_shardings(shapes, make_mesh(MeshConfig()), rest)
+        except InputError:
+            return True
     return False
 
 
-def test_every_row_of_the_table_is_used(monkeypatch):
-    unused = [row for row in sharding.AXES if not raises_without(row, monkeypatch)]
+def test_every_row_of_the_table_is_used():
+    unused = [row for row in sharding.AXES if not raises_without(row)]
     assert unused == []
     # The control: a row that no model needs is found.
     stray = (r"stray/kernel", "embed -> mlp")
-    monkeypatch.setattr(sharding, "AXES", (*sharding.AXES, stray))
-    assert not raises_without(stray, monkeypatch)
+    assert not raises_without(stray, (*sharding.AXES, stray))
 
 
 def test_every_axis_name_has_a_rule_and_every_rule_a_use():
@@ -158,7 +158,7 @@ def test_axes_of(path, ndim, names, inputs):
     ["jquery/kernel", "query/kernel/extra", "kernel", "abnorm/scale", "", "jquery/a", "up/c", "b"],
 )
 def test_unmatched_paths_raise(path):
-    with pytest.raises(ValueError, match=f"no row of sharding.AXES matches the parameter {path}"):
+    with pytest.raises(InputError, match=f"no row of the axis table matches {path}"):
         axes_of(path, 3)
 
 
@@ -171,21 +171,21 @@ def test_every_derived_row_is_used(monkeypatch):
         with monkeypatch.context() as patch:
             rest = tuple(other for other in sharding.DERIVED if other != row)
             patch.setattr(sharding, "DERIVED", rest)
-            missing = [path for path in paths if sharding._derived_row(path) is None]
+            missing = [path for path in paths if not has_row(path)]
         assert len(missing) == 1
-    assert all(sharding._derived_row(path) for path in paths)
+    assert all(has_row(path) for path in paths)
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 5])
 def test_wrong_rank_raises(ndim):
-    with pytest.raises(ValueError, match=f"a/query/kernel has {ndim} axes, but .* 'embed -> heads"):
+    with pytest.raises(InputError, match=f"a/query/kernel has {ndim} axes, but .* 'embed -> heads"):
         axes_of("a/query/kernel", ndim)
 
 
 def test_adapters_joined_by_stack_have_a_place():
     config = lora.LoraConfig(targets=("query/kernel",), rank=2, kind="dora")
     params = {"layers": {"query": {"kernel": jnp.ones((2, 8, 2, 4))}}}  # [layers, ...]
-    one = lora.init(jax.random.key(0), params, {"layers/query/kernel": Site(1, 1)}, config)
+    one = lora.init_at(jax.random.key(0), params, {"layers/query/kernel": Site(1, 1)}, config)
     stacked = lora.stack([one] * 3)
     places = places_on(make_mesh(CUBE), stacked)
     assert {path: tuple(place) for path, place in places.items()} == {
@@ -193,22 +193,75 @@ def test_adapters_joined_by_stack_have_a_place():
         "layers/query/b": (None, None, None, "tensor", None),
         "layers/query/magnitude": (None, None, "tensor", None),
     }
-    with pytest.raises(ValueError, match="query/a has 5 axes"):
+    with pytest.raises(InputError, match="query/a has 5 axes"):
         places_on(make_mesh(CUBE), lora.stack([stacked] * 3))
 
 
-def test_unknown_axis_name_raises(monkeypatch):
-    monkeypatch.setattr(sharding, "AXES", ((r"up/kernel", "embed -> colour"),))
-    with pytest.raises(ValueError, match=r"'colour' has no row in sharding\.RULES"):
-        tree_shardings(shape_tree("up/kernel", 8, 8), make_mesh(CUBE))
+def test_names_and_rules_of_ones_own():
+    up, mesh = shape_tree("up/kernel", 8, 8), make_mesh(CUBE)
+    axes = ((r"up/kernel", "embed -> colour"),)
+    with pytest.raises(InputError, match=r"'colour' has no rule: pass .*RULES, \('colour', None\)"):
+        tree_shardings(up, mesh, axes)
+    rules = (*sharding.RULES, ("colour", ("tensor",)))
+    assert tree_shardings(up, mesh, axes, rules)["up"]["kernel"].spec == P("fsdp", "tensor")
+    with pytest.raises(InputError, match="names the mesh axis model: those of the mesh are data"):
+        tree_shardings(up, mesh, axes, (*sharding.RULES, ("colour", ("model",))))
+
+    x = jnp.ones((4, 8))
+    with use_mesh(mesh, rules):
+        assert tuple(constrain(x, ("batch", "colour")).sharding.spec) == (
+            ("data", "fsdp"),
+            "tensor",
+        )
 
 
-def test_two_names_on_one_mesh_axis_raise(monkeypatch):
-    monkeypatch.setattr(sharding, "AXES", ((r"up/kernel", "heads -> mlp"),))
-    with pytest.raises(ValueError, match=r"\('heads', 'mlp'\) are split over the same mesh axis"):
-        tree_shardings(shape_tree("up/kernel", 8, 8), make_mesh(CUBE))
+def test_two_names_on_one_mesh_axis_raise():
+    up, axes = shape_tree("up/kernel", 8, 8), ((r"up/kernel", "heads -> mlp"),)
+    with pytest.raises(InputError, match=r"\('heads', 'mlp'\) are split over the same mesh axis"):
+        tree_shardings(up, make_mesh(CUBE), axes)
     # Where that mesh axis has size 1 there is no clash.
-    tree_shardings(shape_tree("up/kernel", 8, 8), make_mesh(MeshConfig()))
+    tree_shardings(up, make_mesh(MeshConfig()), axes)
+
+
+FOREIGN = {
+    "params": {
+        "Embed_0": {"embedding": jnp.zeros((32, 8))},
+        "Dense_0": {"kernel": jnp.zeros((8, 16)), "bias": jnp.zeros(16)},
+        "Block_0": {"Dense_0": {"kernel": jnp.zeros((16, 4)), "bias": jnp.zeros(4)}},
+    },
+    "lora": {
+        "Dense_0": {"a": jnp.zeros((8, 2)), "b": jnp.zeros((2, 16))},
+        "Embed_0": {"a": jnp.zeros((32, 2)), "b": jnp.zeros((2, 8))},
+    },
+}
+
+
+def test_all_missing_rows_stand_in_one_error():
+    mesh = make_mesh(CUBE)
+    with pytest.raises(InputError) as error:
+        tree_shardings(FOREIGN, mesh)
+    named, _, rows = str(error.value).partition(": pass axes=(*sharding.AXES, ")
+    assert named == (  # kernels and tables; not their adapters
+        "no row of the axis table matches Dense_0/kernel, Embed_0/embedding, "
+        "Block_0/Dense_0/bias, Block_0/Dense_0/kernel, Dense_0/bias"
+    )
+    # The rows can be pasted.
+    axes = (*sharding.AXES, *ast.literal_eval(f"({rows.partition('), with')[0]},)"))
+    found = {
+        path: place.spec
+        for path, place in tree.leaves_with_path(tree_shardings(FOREIGN, mesh, axes))
+    }
+    assert found["params/Dense_0/kernel"] == P("fsdp", "tensor")
+    assert found["lora/Dense_0/b"] == P(None, "tensor")
+    assert found["lora/Embed_0/a"] == P("tensor", None)
+    # An adapter without its base, too, is known by its kernel.
+    with pytest.raises(InputError, match=r"matches Dense_0/kernel: "):
+        tree_shardings({"lora": {"Dense_0": FOREIGN["lora"]["Dense_0"]}}, mesh)
+
+
+def test_one_device_needs_no_rows():
+    places = tree_shardings(FOREIGN, make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert all(place.is_fully_replicated for place in jax.tree.leaves(places))
 
 
 def test_indivisible_sizes_raise():
@@ -342,6 +395,17 @@ def test_the_rows_of_hosts_whose_devices_are_no_neighbours():
     assert [part.count for part in parts] == [2, 2]
 
 
+def test_the_rows_of_a_batch_that_is_split_by_another_rule():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), [Fake(i, i // 2, 0) for i in range(8)])
+    rules = (("batch", ("data", "tensor")),)
+    assert [process_rows(mesh, i, rules) for i in range(4)] == [
+        ((0, 1), 4),
+        ((0, 1), 4),
+        ((2, 3), 4),
+        ((2, 3), 4),
+    ]
+
+
 def test_rows_that_processes_cannot_share_raise():
     mesh = make_mesh(MeshConfig(tensor=3), [Fake(i, i // 2, 0) for i in range(6)])
     with pytest.raises(InputError, match="different numbers of rows"):
@@ -371,7 +435,7 @@ def test_constrain_lays_out_activations():
     # `embed` stays whole in activations, though parameters are split over it.
     assert tuple(inside(x).sharding.spec) == (("data", "fsdp"), "sequence")
     assert constrain(x, ("batch", "length", "embed")) is x  # the mesh is forgotten again
-    with use_mesh(mesh), pytest.raises(ValueError, match="'colour' has no row"):
+    with use_mesh(mesh), pytest.raises(InputError, match="'colour' has no rule"):
         constrain(x, ("batch", "length", "colour"))
     with use_mesh(mesh), pytest.raises(InputError, match="length of size 3 cannot be split"):
         constrain(jnp.ones((4, 3, 8)), ("batch", "length", "embed"))

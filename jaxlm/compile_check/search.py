@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +54,7 @@ def candidates(config: Config, assumed: Assumed, target: Topology) -> list[MeshC
 def _divides(shapes: PyTree, sizes: dict[str, int]) -> bool:
     """Whether every parameter can be split over a mesh of these sizes."""
     shape = tuple(sizes.get(axis, 1) for axis in sharding.MESH_AXES)
-    mesh: Any = AbstractMesh(shape, sharding.MESH_AXES)
+    mesh = AbstractMesh(shape, sharding.MESH_AXES)
     try:
         sharding.tree_shardings(shapes, mesh)
     except InputError:

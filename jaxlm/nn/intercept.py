@@ -12,9 +12,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm.errors import InputError
+from jaxlm.nn.dataflow import changed_names
 from jaxlm.typing import Apply, Params
 
 Leaves = dict[str, Array]  # what a collection holds for one module
@@ -43,20 +45,41 @@ class Site(NamedTuple):
 Sites = Mapping[str, Site]  # by the parameter's path
 
 
+class Found(dict[str, Site]):
+    """Sites by the parameter's path.
+
+    Attributes:
+        refused: the other parameters, each with the reason why it cannot be adapted.
+    """
+
+    def __init__(self, sites: Sites, refused: Mapping[str, str]) -> None:
+        super().__init__(sites)
+        self.refused = refused
+
+    def only(self, keep: Callable[[str], bool]) -> "Found":
+        """Those whose path is kept."""
+        return Found({path: site for path, site in self.items() if keep(path)}, self.refused)
+
+
+Kind = Literal["linear", "conv", "look_up", "attend"]
+
+
 class Call(NamedTuple):
     """A module about to apply its kernel or table.
 
     Attributes:
         path: of the module.
-        kind: a linear map, or a table that looks ids up or scores vectors against its rows.
+        kind: a linear map, a convolution, or a table that looks ids up or scores vectors against
+            its rows.
         x: what it is applied to.
-        axes: those of ``x`` that are contracted with the kernel's inputs; of a table, none.
+        axes: those of ``x`` that are contracted with the kernel's inputs: of a convolution, the
+            channels; of a table, none.
         run: the module's own computation.
     """
 
     path: str
     module: nn.Module
-    kind: Literal["linear", "look_up", "attend"]
+    kind: Kind
     x: Float[Array, "..."] | Int[Array, "..."]
     axes: tuple[int, ...]
     run: Callable[[Array], Array]
@@ -64,8 +87,17 @@ class Call(NamedTuple):
     @property
     def weight(self) -> Float[Array, "..."]:
         """The kernel or the table, without the stack's axes."""
-        name = "kernel" if self.kind == "linear" else "embedding"
+        name = "kernel" if self.kind in ("linear", "conv") else "embedding"
         return self.module.get_variable("params", name)
+
+    def convolve(self, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Float[Array, "..."]:
+        """What a convolution gives with another kernel, of any number of outputs; no bias."""
+        base = nn.Conv if isinstance(self.module, nn.Conv) else nn.ConvTranspose
+        other = self.module.clone(features=kernel.shape[-1], use_bias=False)
+        # The base's method, and not that of a subclass, which may do more.
+        return nn.apply(lambda module, x: base.__call__(module, x), other)(
+            {"params": {"kernel": kernel}}, x
+        )
 
 
 @runtime_checkable
@@ -89,40 +121,67 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     return dict(flatten_dict(tree, sep="/"))
 
 
-def find_sites(call: Callable[[Any], Any], variables: Mapping[str, PyTree]) -> dict[str, Site]:
+def find_sites(call: Callable[[Any], Any], variables: Mapping[str, PyTree]) -> Found:
     """Every kernel and table that ``call(variables)`` applies, by path; nothing is computed.
 
-    Found are ``Linear``, ``Dense``, ``DenseGeneral`` (no ``batch_dims``) and ``Embed``, of jaxlm
-    and flax, and what is built like them; of their subclasses, what these leave to them.
+    Found are ``Linear``, ``Dense``, ``DenseGeneral``, ``Conv``, ``ConvTranspose``, ``Einsum`` and
+    ``Embed``, of jaxlm and flax, and what is built like them; of their subclasses, what these leave
+    to them. What is not, such as a kernel for each position or group, is refused with the reason.
     ``variables`` may be shapes.
     """
     params = flatten(variables["params"])
     for path, leaf in params.items():
         if isinstance(leaf, nn.meta.AxisMetadata):
             raise InputError(f"{path} has names of its axes: give flax.linen.unbox(variables)")
-    sites = {}
+    sites: dict[str, Site] = {}
+    refused: dict[str, str] = {}
 
     def see(call: Call) -> Array:
-        y, weight = call.run(call.x), call.weight
-        name = "kernel" if call.kind == "linear" else "embedding"
-        path = f"{call.path}/{name}".lstrip("/")
+        weight = call.weight
+        path = _join(call.path, "embedding" if call.kind in ("look_up", "attend") else "kernel")
         if path not in params:
             raise InputError(
                 f"the variables hold no {path}, which the call applies: join what it calls in one "
                 "module, whose parameters these are"
             )
-        site = Site(params[path].ndim - weight.ndim, len(call.axes) or 1)
+        # To be found again in the program, which tells whether it is the parameter as it is.
+        checkpoint_name(weight, path)
+        num_inputs = weight.ndim - 1 if call.kind == "conv" else len(call.axes) or 1
+        site = Site(params[path].ndim - weight.ndim, num_inputs)
         # Only a stack in front is supported: nn.scan and nn.vmap can put it elsewhere.
         if params[path].shape[site.num_stack :] == weight.shape:
             sites[path] = site
-        return y
+        else:
+            refused[path] = (
+                f"its module applies {weight.shape} of {params[path].shape}, and layers are "
+                "supported along the first axis only (nn.scan with variable_axes={True: 0})"
+            )
+        return call.run(call.x)
+
+    def pass_over(module: nn.Module, reason: str) -> None:
+        path = "/".join(module.path)
+        for name in module.variables.get("params", ()):
+            refused.setdefault(_join(path, name), reason)  # a layer's helpers know less than it
 
     def inside(variables: Mapping[str, PyTree]) -> None:  # a new function: no trace is cached
-        with nn.intercept_methods(_interceptor(see)):
+        with nn.intercept_methods(_interceptor(see, pass_over)):
             call(variables)
 
-    jax.eval_shape(inside, variables)
-    return sites
+    for path in changed_names(jax.make_jaxpr(inside)(variables)):
+        if sites.pop(path, None) is not None:
+            refused[path] = (
+                "its module applies what is computed from it, as under nn.WeightNorm, "
+                "nn.SpectralNorm and nn.map_variables, so that no adapter could be merged into it"
+            )
+    for path in sites:
+        bias = _join(path.rpartition("/")[0], "bias")
+        refused[bias] = f"adapters stand beside kernels and tables: name {path}"
+    others = dict.fromkeys(params, "nothing that was called reads it") | refused
+    return Found(sites, {path: why for path, why in others.items() if path not in sites})
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}/{name}".lstrip("/")
 
 
 def compile_target(pattern: str) -> re.Pattern[str]:
@@ -140,16 +199,19 @@ def match(patterns: Sequence[str], sites: Sites, params: Params) -> dict[str, in
     """
     found: dict[str, int] = {}
     known = f"those that can be adapted are {', '.join(sites) or 'none'}"
+    refused = sites.refused if isinstance(sites, Found) else {}
     for number, pattern in enumerate(patterns):
         ends = compile_target(pattern)
         paths = [path for path in flatten(params) if ends.search(path)]
-        for path in paths:
-            if path not in sites and path.rpartition("/")[2] in ADAPTABLE:
-                raise InputError(
-                    f"the target {pattern!r} matches {path}, which the model does not apply as a "
-                    f"linear map or a table: {known}"
-                )
         matched = [path for path in paths if path in sites]
+        for path in paths:
+            # Beside a kernel, a pattern may match its bias; alone, it is not what was meant.
+            if path not in sites and (path.rpartition("/")[2] in ADAPTABLE or not matched):
+                why = refused.get(path, "the model does not apply it as a linear map or a table")
+                raise InputError(
+                    f"the target {pattern!r} matches {path}, which cannot be adapted: {why}; "
+                    f"{known}"
+                )
         if not matched:
             raise InputError(f"the target {pattern!r} matches no parameter: {known}")
         for path in matched:
@@ -187,14 +249,20 @@ def intercept(apply: Apply, collection: str, rewrite: Callable[[Call, Leaves], A
             raise InputError(
                 f"no module read the {collection!r} of {', '.join(sorted(unread))}: the model has "
                 "no such linear map or table, or does not call it, or scans it without "
-                "variable_axes={True: 0}, or was compiled or checkpointed before it was adapted"
+                "variable_axes={True: 0} (nn.scan) or variable_broadcast=True (nn.RNN), or was "
+                "compiled or checkpointed before it was adapted"
             )
         return y
 
     return intercepted
 
 
-def _interceptor(function: Callable[[Call], Array]) -> Callable[..., Any]:
+def _interceptor(
+    function: Callable[[Call], Array],
+    pass_over: Callable[[nn.Module, str], None] = lambda module, reason: None,
+) -> Callable[..., Any]:
+    """``function`` in place of calls that can be adapted; of others, ``pass_over`` is told why."""
+
     def interceptor(
         next_fun: Callable[..., Any],
         args: tuple[Any, ...],
@@ -203,17 +271,30 @@ def _interceptor(function: Callable[[Call], Array]) -> Callable[..., Any]:
     ) -> Any:
         module = context.module
         kind = _kind(module, context.method_name)
+        own = f"{type(module).__name__} reads it itself, and not through nn.Dense or the like, "
+        own += "whose calls alone can be changed: let it call one"
         if kind is None or not _is_innermost(module, context):
+            pass_over(module, _why_not(module) or own)
             return next_fun(*args, **kwargs)
         if args:
             x, run = args[0], lambda x: next_fun(x, *args[1:], **kwargs)
         else:
             name, x = next(iter(kwargs.items()))
             run = lambda x: next_fun(**{**kwargs, name: x})
-        axes = _contracted(module, np.ndim(x)) if kind == "linear" else ()
+        axes: tuple[int, ...] | None = ()
+        if kind == "linear":
+            text = kwargs.get("einsum_str", args[1] if len(args) > 1 else None)
+            axes = _contracted(module, np.ndim(x), text)
+        elif kind == "conv":
+            axes = (x.ndim - 1,)
+        if axes is None:
+            pass_over(module, "its einsum is not '...inputs,inputs outputs->...outputs'")
+            return run(x)
         call = Call("/".join(module.path), module, kind, x, axes, run)
         sizes = [x.shape[axis] for axis in axes if axis >= 0]
-        if sizes != list(call.weight.shape[: len(axes)]):
+        shape = call.weight.shape[-2:] if kind == "conv" else call.weight.shape
+        if sizes != list(shape[: len(axes)]):
+            pass_over(module, own)
             return run(x)  # whatever num_inputs and kernel mean there, it is not this
         return function(call)
 
@@ -228,11 +309,12 @@ def _is_innermost(module: nn.Module, context: nn.module.InterceptorContext) -> b
     return inspect.unwrap(vars(owner)[name]) is inspect.unwrap(called.func)
 
 
-def _kind(module: nn.Module, method: str) -> Literal["linear", "look_up", "attend"] | None:
+def _kind(module: nn.Module, method: str) -> Kind | None:
     if method == "__call__" and module.has_variable("params", "kernel"):
-        if isinstance(module, nn.DenseGeneral) and np.size(module.batch_dims):  # 0 is an axis
-            return None
-        return "linear" if isinstance(module, nn.Dense | nn.DenseGeneral | _Linear) else None
+        if isinstance(module, nn.Conv | nn.ConvTranspose):
+            return None if _why_not(module) else "conv"
+        known = isinstance(module, nn.Dense | nn.DenseGeneral | nn.Einsum | _Linear)
+        return "linear" if known and not _why_not(module) else None
     if method not in ("__call__", "attend") or not module.has_variable("params", "embedding"):
         return None
     if not isinstance(module, _Table):
@@ -240,7 +322,42 @@ def _kind(module: nn.Module, method: str) -> Literal["linear", "look_up", "atten
     return "look_up" if method == "__call__" else "attend"
 
 
-def _contracted(module: Any, ndim: int) -> tuple[int, ...]:
+def _why_not(module: nn.Module) -> str | None:
+    """Why a layer of flax cannot be adapted, where its attributes tell."""
+    if isinstance(module, nn.DenseGeneral) and np.size(module.batch_dims):  # 0 is an axis
+        return f"batch_dims={module.batch_dims} gives each of their indices a kernel of its own"
+    if isinstance(module, nn.ConvLocal):
+        return "nn.ConvLocal has a kernel for each position"
+    if isinstance(module, nn.Conv | nn.ConvTranspose) and module.mask is not None:
+        return "the mask of its convolution takes out a part of it"
+    if isinstance(module, nn.Conv) and module.feature_group_count != 1:
+        return f"feature_group_count={module.feature_group_count} keeps its channels apart"
+    if isinstance(module, nn.ConvTranspose) and module.transpose_kernel:
+        return "transpose_kernel=True puts its outputs before its inputs"
+    if isinstance(module, nn.recurrent.DenseParams):
+        return (
+            "nn.OptimizedLSTMCell joins it with others: nn.LSTMCell, with the same parameters, "
+            "can be adapted"
+        )
+    return None
+
+
+def _contracted(module: Any, ndim: int, einsum: str | None) -> tuple[int, ...] | None:
+    """The axes of x that the kernel's first ones meet, in their order; None if they are not."""
+    if isinstance(module, nn.Einsum):
+        x, kernel, y = (
+            re.findall(r"\.\.\.|\w", term)
+            for term in re.split(",|->", einsum or module.einsum_str or ",->")
+        )
+        inputs = [letter for letter in x if letter not in y]
+        outputs = [letter for letter in kernel if letter not in x]
+        rest = [letter for letter in x if letter in y]
+        if not inputs or kernel != inputs + outputs or y != rest + outputs:
+            return None
+        # After an ellipsis, axes are counted from the end.
+        gap = x.index("...") if "..." in x else len(x)
+        places = [(letter, i if i < gap else i - len(x) + ndim) for i, letter in enumerate(x)]
+        return tuple(axis for letter, axis in places if letter in inputs)
     if isinstance(module, nn.DenseGeneral):
         axes = (module.axis,) if isinstance(module.axis, int) else module.axis
         return tuple(sorted(axis % ndim for axis in axes))  # in the kernel's order, too

@@ -6,7 +6,9 @@
 Scales start at one and live in the collection ``ia3``, beside the kernels they belong to.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
@@ -14,8 +16,17 @@ from jaxtyping import Array
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.nn.intercept import Call, Leaves, Sites, flatten, intercept, match
-from jaxlm.typing import Apply, Params
+from jaxlm.nn.intercept import (
+    Call,
+    Found,
+    Leaves,
+    Sites,
+    find_sites,
+    flatten,
+    intercept,
+    match,
+)
+from jaxlm.typing import Apply, Params, Variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +39,27 @@ class Ia3Config:
     """Linear maps whose inputs are scaled."""
 
 
-def init(params: Params, sites: Sites, config: Ia3Config) -> Params:
-    """The collection: ``output`` [*stack, *outputs] or ``input`` [*stack, *inputs], ones."""
+def init(variables: Variables, config: Ia3Config, call: Callable[[Variables], Any]) -> Params:
+    """The collection ``ia3`` for the linear maps that ``config`` names.
+
+    ``call(variables)`` calls the model, to find them: nothing is computed.
+    """
+    return init_at(variables["params"], find_sites(call, variables), config)
+
+
+def init_at(params: Params, sites: Sites, config: Ia3Config) -> Params:
+    """:func:`init` for sites that are known, from ``find_sites``.
+
+    ``output`` [*stack, *outputs] or ``input`` [*stack, *inputs], ones.
+    """
     if not config.outputs and not config.inputs:
         raise InputError("(IA)³ has no targets: name linear maps in outputs or inputs")
     kernels = flatten(params)
-    linear = {path: site for path, site in sites.items() if path.rpartition("/")[2] == "kernel"}
+    refused = dict(sites.refused) if isinstance(sites, Found) else {}
+    linear = Found(
+        {path: site for path, site in sites.items() if path.rpartition("/")[2] == "kernel"},
+        dict.fromkeys(sites, "it is a table") | refused,
+    )
     scales = {}
     for name, patterns in (("output", config.outputs), ("input", config.inputs)):
         for path in match(patterns, linear, params):
@@ -50,6 +76,10 @@ def adapt(apply: Apply) -> Apply:
         x = call.x
         if "input" in scales:
             scale = scales["input"].astype(x.dtype)
+            if call.kind == "conv":
+                raise InputError(
+                    f"(IA)³ scales no inputs of a convolution: name {call.path}/kernel in outputs"
+                )
             axes = [axis for axis in range(x.ndim) if axis not in call.axes]
             x = x * jnp.expand_dims(scale, axes)
         y = call.run(x)

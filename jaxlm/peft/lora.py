@@ -5,12 +5,19 @@
 The factors live in a collection of their own, ``lora``, beside the kernels they adapt, and
 :func:`adapt` adds them to the output of any linen module. W is never added to a b in training:
 that would make the gradient of the whole W first, 2.8 instead of 2.1 times the forward pass.
+
+    config = LoraConfig(targets=("query/kernel",), rank=8, alpha=16)
+    adapter = init(key, variables, config, lambda variables: module.apply(variables, x))
+    y = adapt(module.apply, config)({**variables, "lora": adapter}, x)
+    params = merge(variables["params"], adapter, config)
+
+Any other target than linear maps, convolutions and tables raises, and the error says why.
 """
 
 import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,11 +37,12 @@ from jaxlm.nn.intercept import (
     Site,
     Sites,
     compile_target,
+    find_sites,
     flatten,
     intercept,
     match,
 )
-from jaxlm.typing import Apply, Params, PRNGKey
+from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +95,18 @@ class LoraConfig:
         return self.alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
 
 
-def init(key: PRNGKey, params: Params, sites: Sites, config: LoraConfig) -> Params:
-    """The collection: ``a`` [*stack, *inputs, rank] and ``b`` [*stack, rank, *outputs], float32.
+def init(
+    key: PRNGKey, variables: Variables, config: LoraConfig, call: Callable[[Variables], Any]
+) -> Params:
+    """The collection; ``call(variables)`` calls the model, and is traced to find the targets."""
+    return init_at(key, variables["params"], find_sites(call, variables), config)
 
-    DoRA has ``magnitude`` [*stack, *outputs] besides. One factor is random, the other zero: b, but
-    a of a table, so that an id that is never seen keeps its row.
+
+def init_at(key: PRNGKey, params: Params, sites: Sites, config: LoraConfig) -> Params:
+    """:func:`init` for sites that are known, from ``find_sites``.
+
+    ``a`` [*stack, *inputs, rank], ``b`` [*stack, rank, *outputs], DoRA's ``magnitude`` [*stack,
+    *outputs], float32. b starts at zero; of a table a, so that ids never seen keep their rows.
     """
     weights = flatten(params)
     lora = {}
@@ -281,6 +296,14 @@ def _apply_adapter(
     def scaled(y: Array) -> Array:
         return y if gain is None else y * _spread(gain, y.ndim, ids).astype(y.dtype)
 
+    def biased(y: Array, delta: Array) -> Array:
+        if gain is None:
+            return y + delta
+        bias = jnp.zeros((), y.dtype)
+        if call.module.has_variable("params", "bias"):
+            bias = _spread(call.module.get_variable("params", "bias"), y.ndim).astype(y.dtype)
+        return scaled(y - bias + delta) + bias
+
     if call.kind == "attend":  # the table's transpose, and so its factors'
         x = scaled(x)
         factors = (jnp.swapaxes(factor, -1, -2).astype(x.dtype) for factor in (b, a))
@@ -296,17 +319,15 @@ def _apply_adapter(
     if rate > 0 and call.module.has_rng("dropout"):
         keep = jax.random.bernoulli(call.module.make_rng("dropout"), 1 - rate, x.shape)
         x = jnp.where(keep, x / (1 - rate), 0)
+    if call.kind == "conv":
+        convolve = call.convolve if ids is None else jax.vmap(call.convolve)
+        h = convolve(x.astype(y.dtype), a.astype(y.dtype))
+        return biased(y, matmul(h, b.astype(y.dtype)))
     x = jnp.moveaxis(x, call.axes, range(-len(call.axes), 0)).astype(y.dtype)
     x = x.reshape(*x.shape[: x.ndim - len(call.axes)], -1)
     a = a.reshape(*a.shape[: ids is not None], -1, a.shape[-1]).astype(y.dtype)
     b = b.reshape(*b.shape[: 1 + (ids is not None)], -1).astype(y.dtype)
-    delta = low_rank(x, a, b).astype(y.dtype).reshape(y.shape)
-    if gain is None:
-        return y + delta
-    bias = jnp.zeros((), y.dtype)
-    if call.module.has_variable("params", "bias"):
-        bias = _spread(call.module.get_variable("params", "bias"), y.ndim).astype(y.dtype)
-    return scaled(y - bias + delta) + bias
+    return biased(y, low_rank(x, a, b).astype(y.dtype).reshape(y.shape))
 
 
 def _check_rows(call: Call, ids: Array) -> None:

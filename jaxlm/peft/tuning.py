@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
-from rich.table import Table
 
 from jaxlm import tree
 from jaxlm.nn import stack
@@ -73,13 +72,13 @@ def prepare(
     sites = find_sites(call, {"params": params})
     variables = {"params": params}
     if isinstance(tuning, LoraConfig):
-        body = {path: site for path, site in sites.items() if not f"params/{path}".startswith(HEAD)}
+        body = sites.only(lambda path: not f"params/{path}".startswith(HEAD))
         below = {name: leaf for name, leaf in params.items() if f"params/{name}/" != HEAD}
-        variables["lora"] = lora.init(key, below, body, tuning)
+        variables["lora"] = lora.init_at(key, below, body, tuning)
         if tuning.init == "pissa":
             variables["params"] = lora.unmerge(params, variables["lora"], tuning)
     elif isinstance(tuning, Ia3Config):
-        variables["ia3"] = ia3.init(params, sites, tuning)
+        variables["ia3"] = ia3.init_at(params, sites, tuning)
     trainable, frozen = tree.partition(variables, partial(learns, tuning))
     if frozen_dtype == "bfloat16":
         frozen = tree.map_with_path(_to_bfloat16, frozen)
@@ -123,28 +122,26 @@ def plain(variables: PyTree) -> PyTree:
     return stack.join(dequantize(variables))
 
 
-def table(trainable: PyTree, frozen: PyTree, moments: int) -> Table:
+def table(trainable: PyTree, frozen: PyTree, moments: int) -> str:
     """Sizes of what is trained and what is not, and of full tuning with the same optimizer.
 
     ``moments`` is the optimizer's number of values for each parameter.
     """
     here = tree.num_params(trainable), tree.num_bytes(trainable), tree.num_bytes(frozen)
     whole = here[0] + tree.num_params(jax.eval_shape(plain, frozen))
-    shown = Table(box=None, pad_edge=False)
-    for name in ("", "parameters", "trainable", "weights", "gradients", "moments", "in all"):
-        shown.add_column(name, justify="right" if name else "left")
+    rows = [["", "parameters", "trainable", "weights", "gradients", "moments", "in all"]]
     for name, learning, weights in (
         ("this tuning", here[0], here[1] + here[2]),
         ("full tuning", whole, 4 * whole),
     ):
         sizes = weights, 4 * learning, 4 * learning * moments
-        shown.add_row(
-            name,
-            f"{whole:,}",
-            f"{learning:,} ({learning / whole:.2%})",
-            *map(_megabytes, (*sizes, sum(sizes))),
-        )
-    return shown
+        share = f"{learning:,} ({learning / whole:.2%})"
+        rows.append([name, f"{whole:,}", share, *map(_megabytes, (*sizes, sum(sizes)))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        f"{name:{widths[0]}}" + "".join(f"  {x:>{n}}" for x, n in zip(row, widths[1:], strict=True))
+        for name, *row in rows
+    )
 
 
 def _split(frozen: Params, sites: Sites) -> Params:

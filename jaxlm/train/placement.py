@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import BatchRows
+from jaxlm.sharding import AXES, RULES, AxisTable, Rules
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
 from jaxlm.typing import Batch, HostBatch
@@ -31,23 +32,33 @@ class Placement(NamedTuple):
     abstract_batch: Callable[[AbstractBatch], AbstractBatch]  # of a global batch: adds shardings
 
 
-def jit_placement(init: Init, train_step: TrainStep, eval_step: EvalStep, mesh: Mesh) -> Placement:
-    """One program over the whole mesh; parameters and moments are never whole on one device."""
+def jit_placement(
+    init: Init,
+    train_step: TrainStep,
+    eval_step: EvalStep,
+    mesh: Mesh,
+    axes: AxisTable = AXES,
+    rules: Rules = RULES,
+) -> Placement:
+    """One program over the whole mesh; parameters and moments are never whole on one device.
+
+    On several devices every parameter needs a row of ``axes``; on one, none does.
+    """
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = state_shardings(shapes, mesh)
+    shardings = state_shardings(shapes, mesh, axes, rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    batch_rows = sharding.process_rows(mesh, jax.process_index())
+    batch_rows = sharding.process_rows(mesh, jax.process_index(), rules)
 
     def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         def inside(*args: Any) -> Any:
-            with sharding.use_mesh(mesh):
+            with sharding.use_mesh(mesh, rules):
                 return function(*args)
 
         return inside
 
     def sharding_of(shape: tuple[int, ...]) -> NamedSharding:
-        names = ("batch", *("norm",) * (len(shape) - 2), "length")[: len(shape)]
-        return NamedSharding(mesh, sharding.spec(names, mesh, shape))
+        names = ("batch", *(None,) * (len(shape) - 2), "length")[: len(shape)]
+        return NamedSharding(mesh, sharding.spec(names, mesh, shape, rules))
 
     def put_batch(batch: HostBatch) -> Batch:
         def put(x: np.ndarray) -> jax.Array:
@@ -79,9 +90,9 @@ def pmap_placement(
 ) -> Placement:
     """Data parallel only, for code that still needs ``pmap``: each device holds all parameters.
 
-    On all devices, or on ``devices``. The steps must have been made with the same ``axis_name``:
-    with ``out_axes=None`` a missing ``psum`` would go unnoticed. The state keeps its plain shape,
-    so checkpoints are those of jit.
+    On all devices, or on ``devices``; no parameter needs a row of an axis table. The steps must
+    have been made with the same ``axis_name``: with ``out_axes=None`` a missing ``psum`` would go
+    unnoticed. The state keeps its plain shape, so checkpoints are those of jit.
     """
     mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (axis_name,))
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -135,12 +146,16 @@ def _as_one(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_single_device_arrays(x.shape, sharding, copies)
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(
+    state: TrainState, mesh: Mesh, axes: AxisTable = AXES, rules: Rules = RULES
+) -> TrainState:
     """Parameters by the axis table; a moment of a parameter's shape lies where the parameter does.
 
     Other moments (counters, Adafactor's factors) are small: every device holds them.
     """
-    trainable = sharding.tree_shardings(state.trainable, mesh)
+    if mesh.size > 1:
+        sharding.require_rows(axes, state.trainable, state.frozen)
+    trainable = sharding.tree_shardings(state.trainable, mesh, axes, rules)
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = {
         path: (leaf.shape, own)
@@ -160,7 +175,7 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
     return TrainState(
         everywhere,  # pyright: ignore[reportArgumentType]
         trainable,
-        sharding.tree_shardings(state.frozen, mesh),
+        sharding.tree_shardings(state.frozen, mesh, axes, rules),
         tree.map_with_path(moment, state.opt_state),
     )
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxlm import tree
 from jaxlm.sums import Sums
@@ -22,9 +22,9 @@ EvalStep = Callable[[TrainState, Batch], Any]  # -> Sums, and what is predicted
 def make_train_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    schedule: Callable[[Scalar], Scalar],
+    schedule: Callable[[Scalar], Scalar | float] | None = None,
     *,
-    seed: int,
+    seed: int = 0,
     num_micro_batches: int = 1,
     axis_name: str | None = None,
 ) -> TrainStep:
@@ -36,9 +36,10 @@ def make_train_step(
 
     Args:
         loss: ``(variables, batch, key, *, progress, deterministic) -> (sum, Sums)``.
-        optimizer: gives updates at a learning rate of 1, to be subtracted, as
-            :func:`jaxlm.optim.make_optimizer` makes it; ``optax.adam(lr)`` has the other sign.
-        schedule: learning rate as a function of progress, the share of the run that is done.
+        optimizer: of :func:`jaxlm.optim.make_optimizer`, or any of Optax but those that evaluate
+            the loss again (``lbfgs``): updates are added.
+        schedule: what multiplies the updates, as a function of progress, the share of the run that
+            is done: the learning rate, if the optimizer has none. None = the optimizer has it.
         num_micro_batches: parts of the batch whose gradients are computed one after the other.
         axis_name: of the devices under ``pmap``, which hold parts of the batch.
     """
@@ -50,26 +51,30 @@ def make_train_step(
             variables = tree.combine(trainable, state.frozen)
             return loss(variables, batch, key, progress=progress, deterministic=False)
 
-        def gradients(batch: Batch) -> tuple[Params, Sums]:
-            (_, sums), grads = jax.value_and_grad(summed, has_aux=True)(state.trainable, batch)
-            return grads, sums
+        def gradients(batch: Batch) -> tuple[tuple[Scalar, Sums], Params]:
+            return jax.value_and_grad(summed, has_aux=True)(state.trainable, batch)
 
-        grads, sums = _accumulate(gradients, batch, num_micro_batches)
+        totals = _accumulate(gradients, batch, num_micro_batches)
         if axis_name is not None:
-            grads, sums = jax.lax.psum((grads, sums), axis_name)
+            totals = jax.lax.psum(totals, axis_name)
+        (value, sums), grads = totals
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
         grads = jax.tree.map(lambda grad: grad / weight, grads)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        lr = schedule(progress)
-        trainable = jax.tree.map(lambda p, u: p - lr * u, state.trainable, updates)
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, state.opt_state, state.trainable, value=value / weight
+        )
+        counts = {"steps": jnp.ones(()), "skipped": 1.0 - finite, "grad_norm": norm}
+        if schedule is not None:
+            lr = counts["lr"] = jnp.asarray(schedule(progress), jnp.float32)
+            updates = jax.tree.map(lambda u: lr * u, updates)
+        trainable = optax.apply_updates(state.trainable, updates)
         trainable, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite & (sums.weight > 0), new, old),
             (trainable, opt_state),
             (state.trainable, state.opt_state),
         )
-        counts = {"steps": jnp.ones(()), "skipped": 1.0 - finite, "grad_norm": norm, "lr": lr}
         return (
             replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state),
             replace(sums, counts=sums.counts | counts),
@@ -108,8 +113,8 @@ def make_predict_step(
 
 
 def _accumulate(
-    gradients: Callable[[Batch], tuple[Params, Sums]], batch: Batch, num_micro_batches: int
-) -> tuple[Params, Sums]:
+    gradients: Callable[[Batch], PyTree], batch: Batch, num_micro_batches: int
+) -> PyTree:
     if num_micro_batches == 1:
         return gradients(batch)
 
@@ -121,7 +126,7 @@ def _accumulate(
     first = jax.tree.map(lambda x: x[0], micro_batches)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, first))
 
-    def body(total: tuple[Params, Sums], batch: Batch) -> tuple[tuple[Params, Sums], None]:
+    def body(total: PyTree, batch: Batch) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, gradients(batch)), None
 
     return jax.lax.scan(body, zeros, micro_batches)[0]

@@ -73,7 +73,7 @@ class View:
         self._write(
             step,
             {f"train/{name}": mean for name, mean in means.items()}
-            | {name: counts[name] / steps for name in ("lr", "grad_norm")}
+            | {name: counts[name] / steps for name in ("lr", "grad_norm") if name in counts}
             | {name: counts[name] for name in ("overflow", "skipped") if name in counts}
             | {"tokens": self.tokens_seen}
             | speed,

@@ -150,7 +150,7 @@ def test_each_example_has_its_adapter_in_a_batch_as_long_as_its_rows():
     config = lora.LoraConfig(targets=("input/kernel",), rank=2)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 30, (7, 7)))
     sites = find_sites(lambda variables: MODEL.apply(variables, tokens), VARIABLES)
-    one = lora.init(jax.random.key(0), VARIABLES["params"], sites, config)
+    one = lora.init_at(jax.random.key(0), VARIABLES["params"], sites, config)
     rng = np.random.default_rng(2)
     two = [jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), one) for _ in range(2)]
     ids = jnp.array([0, 1, 1, 0, 1, 0, 0])

@@ -26,8 +26,9 @@ def learned(scales):
 def made(module, x, config):
     """Parameters, sites and a new collection."""
     params = filled(jax.eval_shape(module.init, jax.random.key(0), x)["params"], 0)
-    sites = find_sites(lambda v: module.apply(v, x), {"params": params})
-    return params, sites, init(params, sites, config)
+    call = lambda variables: module.apply(variables, x)
+    sites = find_sites(call, {"params": params})
+    return params, sites, init({"params": params}, config, call)
 
 
 def test_defaults_on_bert():
@@ -82,6 +83,19 @@ def test_adapted_is_merged(name):
     merged = apply({"params": merge(params, scales, sites)}, x)
     np.testing.assert_allclose(adapted, merged, atol=2e-6 * size)
     assert np.abs(adapted - apply({"params": params}, x)).max() > 1e-3 * size
+
+
+def test_outputs_of_convolutions_are_scaled_but_not_their_inputs():
+    conv = nn.Conv(5, (3, 3), strides=2)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 4)), jnp.float32)
+    params, sites, scales = made(conv, x, Ia3Config(outputs=("kernel",), inputs=()))
+    scales = learned(scales)
+    adapted = adapt(conv.apply)({"params": params, "ia3": scales}, x)
+    merged = conv.apply({"params": merge(params, scales, sites)}, x)
+    np.testing.assert_allclose(adapted, merged, atol=1e-5)
+    params, _, scales = made(conv, x, Ia3Config(outputs=(), inputs=("kernel",)))
+    with pytest.raises(InputError, match="no inputs of a convolution"):
+        adapt(conv.apply)({"params": params, "ia3": scales}, x)
 
 
 def test_misuse_raises():

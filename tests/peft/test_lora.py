@@ -29,7 +29,7 @@ from jaxlm.errors import InputError
 from jaxlm.nn.intercept import find_sites
 from jaxlm.nn.linear import Linear
 from jaxlm.peft import lora
-from jaxlm.peft.lora import LoraConfig, adapt, init, merge, select, stack, unmerge
+from jaxlm.peft.lora import LoraConfig, adapt, init_at, merge, select, stack, unmerge
 from jaxlm.sharding import MeshConfig, make_mesh, tree_shardings, use_mesh
 
 every_case = pytest.mark.parametrize("name", CASES)
@@ -37,7 +37,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 def test_shapes_by_hand():
     config = LoraConfig(targets=(r"out/kernel", r"query/kernel"), ranks=(2, 3), kind="dora")
-    made = init(jax.random.key(0), params_of("bert"), sites_of("bert"), config)
+    made = init_at(jax.random.key(0), params_of("bert"), sites_of("bert"), config)
     shapes = {path: leaf.shape for path, leaf in tree.leaves_with_path(made)}
     attention = "encoder/layers/attention"
     assert shapes == {
@@ -52,7 +52,7 @@ def test_shapes_by_hand():
 
 def test_init_draws_one_factor():
     targets = (r"query/kernel", r"token_embed/embedding")
-    make = partial(init, params=params_of("bert"), sites=sites_of("bert"))
+    make = partial(init_at, params=params_of("bert"), sites=sites_of("bert"))
     made = make(jax.random.key(0), config=LoraConfig(targets=targets))
     a, b = (made["encoder"]["layers"]["attention"]["query"][leaf] for leaf in "ab")
     assert not b.any()
@@ -92,7 +92,7 @@ def test_outputs_whose_weights_are_zero_stay_finite_in_dora():
     params, _, config = made(nn.Dense(16), FLOATS, kind="dora")
     params["kernel"] = params["kernel"].at[:, 3].set(0)
     sites = find_sites(lambda v: nn.Dense(16).apply(v, FLOATS), {"params": params})
-    new = init(jax.random.key(0), params, sites, config)
+    new = init_at(jax.random.key(0), params, sites, config)
 
     def loss(adapter):
         y = adapt(nn.Dense(16).apply, config)({"params": params, "lora": adapter}, FLOATS)
@@ -155,7 +155,7 @@ def compiled(unroll, merged):
     shape = jax.ShapeDtypeStruct((8, 32), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), shape)
     sites = find_sites(lambda v: model.apply(v, jnp.zeros((8, 32), jnp.int32)), variables)
-    make = partial(init, sites=sites, config=config)
+    make = partial(init_at, sites=sites, config=config)
     adapter = jax.eval_shape(make, jax.random.key(0), variables["params"])
 
     def loss(adapter, params, tokens):
@@ -218,7 +218,7 @@ def test_dora_has_no_gradient_of_the_length():
     config, params = LoraConfig(targets=("kernel",), rank=2, kind="dora"), {"kernel": w, "bias": c}
     dense = nn.Dense(3)
     sites = find_sites(lambda v: dense.apply(v, x), {"params": params})
-    adapter = filled(init(jax.random.key(0), params, sites, config), 1)
+    adapter = filled(init_at(jax.random.key(0), params, sites, config), 1)
 
     def by_adapter(adapter):
         y = adapt(dense.apply, config)({"params": params, "lora": adapter}, x)
@@ -236,7 +236,7 @@ def test_dora_has_no_gradient_of_the_length():
 def test_pissa_splits_the_base(name):
     config = config_of(name, init="pissa", targets=(LINEAR,))
     params = params_of(name)
-    adapter = init(jax.random.key(0), params, sites_of(name), config)
+    adapter = init_at(jax.random.key(0), params, sites_of(name), config)
     base = unmerge(params, adapter, config)
     original = outputs(name, params)
     scale = max(1, np.abs(original).max())
@@ -275,7 +275,7 @@ def test_low_precision_stays_low():
     params = map_.init(jax.random.key(0), x)["params"]
     config = LoraConfig(targets=("kernel",), rank=4)
     sites = find_sites(lambda v: map_.apply(v, x), {"params": params})
-    new = init(jax.random.key(0), params, sites, config)
+    new = init_at(jax.random.key(0), params, sites, config)
 
     def loss(adapter, map_, x):
         y = adapt(map_.apply, config)({"params": params, "lora": adapter}, x)
@@ -301,7 +301,7 @@ def test_low_precision_compiles_at_full_size():
     params = map_.init(jax.random.key(0), x)["params"]
     config = LoraConfig(targets=("kernel",), rank=8)
     sites = find_sites(lambda v: map_.apply(v, x), {"params": params})
-    new = init(jax.random.key(0), params, sites, config)
+    new = init_at(jax.random.key(0), params, sites, config)
 
     def loss(adapter):
         y = adapt(map_.apply, config)({"params": params, "lora": adapter}, x)

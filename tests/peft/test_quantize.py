@@ -74,7 +74,7 @@ def test_adapters_learn_on_a_quantized_base():
     params = {"kernel": weight(6, 4), "bias": jnp.zeros(4)}
     sites = find_sites(lambda v: dense.apply(v, x), {"params": params})
     config = lora.LoraConfig(targets=("kernel",), rank=2)
-    adapter = lora.init(jax.random.key(0), params, sites, config)
+    adapter = lora.init_at(jax.random.key(0), params, sites, config)
     packed = quantize(params, sites)
 
     def apply(variables, x):

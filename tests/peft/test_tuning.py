@@ -56,3 +56,14 @@ def test_split_layers_have_the_shardings_of_their_stack():
     prefix = "params/encoder/layers/mlp/up/kernel/layers/3"
     assert found[f"{prefix}/values"].spec == P("fsdp", "tensor")
     assert found[f"{prefix}/scale"].spec == P("tensor")
+
+
+def test_the_table_of_sizes():
+    ones = lambda *shape: jnp.ones(shape, jnp.float32)
+    lines = tuning.table({"lora": {"a": ones(10, 10)}}, {"params": {"w": ones(300, 3)}}, 2)
+    assert [" ".join(line.split()) for line in lines.splitlines()] == [
+        "parameters trainable weights gradients moments in all",
+        "this tuning 1,000 100 (10.00%) 0.0 MB 0.0 MB 0.0 MB 0.0 MB",
+        "full tuning 1,000 1,000 (100.00%) 0.0 MB 0.0 MB 0.0 MB 0.0 MB",
+    ]
+    assert len({len(line) for line in lines.splitlines()}) == 1

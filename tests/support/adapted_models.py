@@ -14,7 +14,7 @@ from jaxlm import tree
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.nn.intercept import find_sites
-from jaxlm.peft.lora import LoraConfig, adapt, init
+from jaxlm.peft.lora import LoraConfig, adapt, init, init_at
 
 BERT = BertConfig(
     vocab_size=32,
@@ -116,12 +116,12 @@ def config_of(name, **changes):
 
 
 def new_adapter(name, config):
-    make = partial(init, params=params_of(name), sites=sites_of(name), config=config)
+    make = partial(init_at, params=params_of(name), sites=sites_of(name), config=config)
     return jax.jit(make)(jax.random.key(1))
 
 
 def adapter_of(name, config, seed=7, zero=r"$^"):
-    make = partial(init, params=params_of(name), sites=sites_of(name), config=config)
+    make = partial(init_at, params=params_of(name), sites=sites_of(name), config=config)
     return filled(jax.eval_shape(make, jax.random.key(0)), seed, zero)
 
 
@@ -138,8 +138,8 @@ def assert_close(a, b, atol):
 
 
 def made(module, x, **changes):
-    """Parameters, sites and an adapter of all kernels."""
+    """Parameters and an adapter, of all kernels if ``changes`` name no other targets."""
     params = module.init(jax.random.key(0), x)["params"]
-    sites = find_sites(lambda v: module.apply(v, x), {"params": params})
     config = LoraConfig(**({"targets": (r"(.*/)?kernel",), "rank": 2} | changes))
-    return params, init(jax.random.key(0), params, sites, config), config
+    call = lambda variables: module.apply(variables, x)
+    return params, init(jax.random.key(0), {"params": params}, config, call), config

@@ -1,12 +1,15 @@
 """Shapes alone tell where arrays will lie; that both placements compute the same is elsewhere."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxlm.sharding import MeshConfig, make_mesh
+from jaxlm.errors import InputError
+from jaxlm.sharding import RULES, MeshConfig, make_mesh
 from jaxlm.sums import Sums
 from jaxlm.train.placement import jit_placement, pmap_placement
 from jaxlm.train.state import TrainState
@@ -51,3 +54,49 @@ def test_pmap_splits_a_batch_as_its_shapes_say(devices):
     scale = placement.abstract_state.trainable["params"]["norm"]["scale"]
     assert scale.sharding.spec == PartitionSpec()
     assert len(scale.sharding.device_set) == (devices or 8)
+
+
+class Foreign(nn.Module):
+    """A model of somebody else."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(16, name="last")(nn.gelu(nn.Dense(32, name="first")(x)))
+
+
+AXES = (
+    (r"first/kernel", "embed -> mlp"),
+    (r"first/bias", "mlp"),
+    (r"last/kernel", "mlp -> embed"),
+    (r"last/bias", "norm"),
+)
+
+
+def foreign_state(key):
+    trainable = Foreign().init(key, jnp.ones((1, 8)))
+    return TrainState.create(trainable, {"lora": {"first": {"a": jnp.ones((8, 2))}}}, optax.adam(1))
+
+
+def test_rows_of_ones_own():
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    steps = train_step, eval_step
+    with pytest.raises(InputError, match="matches first/bias, first/kernel, last/bias, last/ker"):
+        jit_placement(foreign_state, *steps, mesh)
+    state = jit_placement(foreign_state, *steps, mesh, AXES).init(jax.random.key(0))
+    kernel = state.trainable["params"]["first"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert state.opt_state[0].mu["params"]["first"]["kernel"].sharding == kernel.sharding
+    rules = (*RULES, ("embed", None))
+    state = jit_placement(foreign_state, *steps, mesh, AXES, rules).init(jax.random.key(0))
+    kernel = state.trainable["params"]["first"]["kernel"]
+    assert kernel.sharding.spec == PartitionSpec(None, "tensor")
+
+
+def test_one_device_and_pmap_need_no_rows():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    for placement in (
+        jit_placement(foreign_state, train_step, eval_step, mesh),
+        pmap_placement(foreign_state, train_step, eval_step, "data"),
+    ):
+        state = placement.init(jax.random.key(0))
+        assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))

@@ -20,7 +20,7 @@ BATCH = {
     "y": RNG.normal(size=(8, 2)),
     "weights": np.array([100, 0, 3, 0, 1, 0, 1, 50]),
 }
-SGD = optax.identity()
+SGD = optax.scale(-1.0)
 ADAMW = make_optimizer(OptimizerConfig(weight_decay=0.1))
 
 
@@ -196,3 +196,48 @@ def test_evaluation_is_the_same_at_every_step():
     assert sums.means()["loss"] == pytest.approx(
         float(mean_gradient(as_jax(PARAMS), as_jax(BATCH))[0]), rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.adam(1e-2),
+        optax.chain(optax.clip(1.0), optax.lion(1e-2)),
+        optax.chain(optax.adam(1e-2), optax.contrib.reduce_on_plateau(patience=1)),
+        optax.noisy_sgd(1e-2, key=jax.random.key(0)),
+    ],
+    ids=["adam", "lion", "reduce_on_plateau", "noisy_sgd"],
+)
+def test_any_transformation_of_optax_can_be_passed(optimizer):
+    step = jax.jit(make_train_step(loss, optimizer, num_micro_batches=2))
+    state, losses = make_state(optimizer), []
+    for _ in range(10):
+        state, sums = step(state, as_jax(BATCH), ONE)
+        losses.append(sums.means()["loss"])
+    assert "lr" not in sums.counts  # it is the transformation's
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_updates_are_those_of_optax():
+    optimizer = optax.adamw(1e-2)
+    state, _ = jax.jit(make_train_step(loss, optimizer))(make_state(optimizer), as_jax(BATCH), ONE)
+    gradient = {"params": mean_gradient(as_jax(PARAMS), as_jax(BATCH))[1]}
+    before = make_state(optimizer)
+    updates, _ = optimizer.update(gradient, before.opt_state, before.trainable)
+    assert difference(state.trainable, optax.apply_updates(before.trainable, updates)) < 1e-6
+    # A schedule multiplies them.
+    half = make_train_step(loss, optimizer, lambda progress: 0.5)
+    state, sums = jax.jit(half)(before, as_jax(BATCH), ONE)
+    updates = jax.tree.map(lambda update: update / 2, updates)
+    assert difference(state.trainable, optax.apply_updates(before.trainable, updates)) < 1e-6
+    assert float(sums.counts["lr"]) == 0.5
+
+
+def test_parameters_keep_their_precision():
+    state = make_state(ADAMW)
+    low = TrainState.create(
+        jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.trainable), {}, ADAMW
+    )
+    after, _ = make_step(ADAMW, seed=0)(low, as_jax(BATCH), ONE)
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.trainable)} == {jnp.dtype(jnp.bfloat16)}
+    assert difference(after.trainable, low.trainable) > 1e-3
