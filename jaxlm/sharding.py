@@ -288,7 +288,7 @@ def _guess(path: str, ndim: int) -> str:
 
 def spec(
     names: tuple[str | None, ...],
-    mesh: Mesh,
+    mesh: AnyMesh,
     shape: tuple[int, ...],
     rules: Rules = RULES,
 ) -> PartitionSpec:

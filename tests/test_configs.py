@@ -35,7 +35,7 @@ def vocabulary() -> Vocabulary:
 
 def tiny(config: PretrainConfig) -> PretrainConfig:
     model = replace(
-        config.model,
+        config.model or TINY,  # of a base there is here nothing
         vocab_size=VOCAB_SIZE,
         num_layers=2,
         hidden_dim=16,
@@ -64,7 +64,7 @@ def test_header_gives_command_hardware_and_expectation(path: Path) -> None:
 )
 def test_shards_at_full_size(path: Path, mesh: MeshConfig) -> None:
     config = configs.read_file(path)
-    model = replace(config.model, vocab_size=30_528)
+    model = replace(config.model or TINY, vocab_size=30_528)
     if mesh.tensor > 1 and model.num_heads % mesh.tensor:
         model = replace(model, num_heads=4)
     placement = pretrained.make_placement(replace(config, model=model, mesh=mesh), vocabulary())

@@ -71,7 +71,7 @@ def train(job: Job, console: Console) -> StoragePath:
             checkpoints, keep=config.train.keep, monitor=job.monitor, report=progress.warn
         ) as checkpointer,
     ):
-        distributed.check_same("data", job.cursor)
+        distributed.check_same("run", job.cursor)
         # The order of resuming: 1. the run's own newest undamaged checkpoint; 2. its base, or from
         # scratch, which is init's business.
         if resuming:

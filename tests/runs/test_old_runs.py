@@ -19,6 +19,7 @@ from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepared import open_prepared
 from jaxlm.decode.fill_mask import FillMask
 from jaxlm.runs import finetuned, pretrained
+from jaxlm.runs.folder import CONFIG
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl
@@ -58,7 +59,7 @@ def test_adapters_are_read_with_their_base(expected: dict[str, Any]) -> None:
 
 
 def test_an_interrupted_run_resumes_to_its_end(expected: dict[str, Any]) -> None:
-    config = configs.read_file(Path("runs/stopped") / run.CONFIG)
+    config = configs.read_file(Path("runs/stopped") / CONFIG)
     assert isinstance(config, PretrainConfig)
     pretrain(replace(config, prepare=None))
     found = losses(read_jsonl(Path("runs/stopped/metrics.jsonl")))

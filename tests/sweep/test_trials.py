@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from sweep_runs import leave_run
+from tiny_models import BERT
 
 from jaxlm import config as configs
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
@@ -109,7 +110,11 @@ def test_lower_is_better_of_a_loss(config: FinetuneConfig) -> None:
 
 def test_pretraining_keeps_the_best_loss(tmp_path: Path) -> None:
     config = PretrainConfig(
-        name="p", runs=tmp_path, data=DataConfig(paths=("x",)), train=TrainConfig(steps=4)
+        name="p",
+        runs=tmp_path,
+        data=DataConfig(paths=("x",)),
+        model=BERT,
+        train=TrainConfig(steps=4),
     )
     plan = plan_of(config, f"{LR}=1e-3", metric="accuracy")
     run_quietly(plan, Fake())
