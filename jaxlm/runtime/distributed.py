@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src import cloud_tpu_init, distributed  # neither has a public name
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.errors import InputError, report_input_errors
 
@@ -105,6 +108,23 @@ def first(topic: str) -> Iterator[None]:
     yield
     if own in (0, leader):
         _client().key_value_set(f"{key}/through/{own}", "")
+
+
+def connect() -> None:
+    """Let the CPUs of all processes find each other, before work that takes some of them longer.
+
+    Gloo waits 30 s for that at the first sum over devices, and compiling may differ by more; once
+    connected, CPUs wait for half an hour. NCCL and TPUs need nothing.
+    """
+    if _client() is None or jax.default_backend() != "cpu":
+        return
+    _client().wait_at_barrier("jaxlm/connect", _FOREVER_MS)
+    mesh = Mesh(np.array(jax.devices()), "all")
+    one_each, sum_of_all = (
+        NamedSharding(mesh, spec) for spec in (PartitionSpec("all"), PartitionSpec())
+    )
+    ones = jax.make_array_from_callback((mesh.size,), one_each, lambda _: np.ones(1))
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=sum_of_all)(ones))
 
 
 def code_hash() -> str:

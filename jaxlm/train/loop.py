@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxlm.errors import InputError
+from jaxlm.runtime import distributed
 from jaxlm.runtime.preemption import stop_together
 from jaxlm.sums import Sums, add_all
 from jaxlm.train.checkpoint import Checkpointer
@@ -161,6 +162,7 @@ def fit(
     if share >= 1:
         view.print(f"the run is complete: it has its {step} steps")
         return state
+    distributed.connect()
     with stop_together() as must_stop:
         stream = map(placement.put_batch, batches)
         batch = next(stream)

@@ -143,6 +143,14 @@ def test_sigterm_to_one_stops_all_at_one_step(config: PretrainConfig, whole: Pat
 
 
 @pytest.mark.slow
+def test_one_may_compile_for_long(config: PretrainConfig, whole: Path) -> None:
+    # Without distributed.connect the other one gives up after 30 s.
+    codes, outputs = start(config, "--name", "late", faults={1: "late:40"})
+    assert codes == [0, 0], outputs
+    assert losses(config.runs / "late") == losses(whole)
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_in_one_process(config: PretrainConfig, whole: Path) -> None:
     codes, _ = start(config, "--name", "killed", faults={0: "SIGKILL:5"})
     assert all(codes)

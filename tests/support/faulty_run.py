@@ -1,4 +1,4 @@
-"""One process of a run that fails or is stopped on purpose: FAULT is ``kind:step``."""
+"""One process of a run that fails, stops or is late on purpose: FAULT is ``kind:step``, ``late:s``."""
 
 import os
 import signal
@@ -13,20 +13,26 @@ from jax._src import distributed as jax_distributed
 from jaxlm import config
 from jaxlm.runs import command_line, finetuning, pretraining
 from jaxlm.runtime import distributed
+from jaxlm.train import loop
 from jaxlm.train.view import View
 
 kind, _, at = os.environ.get("FAULT", "").partition(":")
-add = View.add
+add, compile_ahead = View.add, loop.compile_ahead
 
 
 def add_and_fail(view: View, step: int, *rest: Any) -> None:
     add(view, step, *rest)
-    if kind and step == int(at):
+    if kind and kind != "late" and step == int(at):
         if kind == "error":
             raise RuntimeError("made to fail")
         signal.raise_signal(getattr(signal, kind))
         if kind == "SIGTERM" and jax.process_count() > 1:
             wait_for_agreement()
+
+
+def compile_late(*args: Any) -> Any:
+    time.sleep(int(at))
+    return compile_ahead(*args)
 
 
 def wait_for_agreement() -> None:
@@ -44,6 +50,8 @@ def wait_for_agreement() -> None:
 
 if __name__ == "__main__":
     View.add = add_and_fail
+    if kind == "late":
+        loop.compile_ahead = compile_late
     with distributed.joined():
         if isinstance(config.read_file(Path(sys.argv[1])), config.FinetuneConfig):
             finetuning.finetune(command_line.load(config.FinetuneConfig))
