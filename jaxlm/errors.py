@@ -1,6 +1,7 @@
 """Errors a user can fix: one sentence that names the value, where it is, and the way out."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,12 @@ def report_input_errors() -> Iterator[None]:
     """Around a script: bad input ends it with one line and exit code 2, Ctrl-C with 130.
 
     If nothing reads its output any more, as after ``| head``, it ends silently. File names that are
-    too long, and an output that cannot be written, are bad input as well.
+    too long, and an output that cannot be written, are bad input as well. What a terminal's
+    encoding lacks, such as a bar or an emoji, is printed as ``?`` and ends nothing.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         yield
         print(end="", flush=True)

@@ -13,13 +13,13 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 
-from rich.console import Console
 
 from jaxlm.compile_check import command
 from jaxlm.errors import report_input_errors
+from jaxlm.runtime.console import make_console
 
 if __name__ == "__main__":
     with report_input_errors():
         asked, config = command.load(command.CheckConfig)
-        fits = command.run_check(asked, config, Console(highlight=False))
+        fits = command.run_check(asked, config, make_console())
         raise SystemExit(0 if fits else 1)

@@ -1,6 +1,7 @@
 """Evaluate a run, pretrained or fine-tuned: ``python scripts/evaluate.py runs/quickstart``."""
 
 from jaxlm.runtime.allocator import tune_process
+from jaxlm.runtime.console import make_console
 
 tune_process()
 
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import prepared
@@ -118,7 +118,7 @@ def evaluate_tuned(
     predictions = task.predictions(examples, labels, outputs)
     wrong = report.most_wrong(predictions)
     if wrong:
-        Console().print(report.predictions_table(wrong[:10]))
+        make_console().print(report.predictions_table(wrong[:10]))
         report.write_jsonl(wrong, out / "wrong.jsonl")
         print(f"  the {len(wrong)} most wrong are in {directory / 'wrong.jsonl'}")
     for name, content in task.plots(examples, labels, outputs, out).items():

@@ -37,6 +37,7 @@ from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runtime import distributed
+from jaxlm.runtime.console import make_console
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.restore import list_steps
 
@@ -160,7 +161,7 @@ def checksums_in(meta: str) -> dict[str, int]:
 
 def main(options: Options) -> None:
     """Print a table of what was lost."""
-    console = Console()
+    console = make_console()
     with tempfile.TemporaryDirectory(prefix="jaxlm-faults-") as place:
         # One that is compiled is read by all that follow.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{place}/compiled")

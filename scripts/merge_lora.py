@@ -39,7 +39,7 @@ def main(
     """
     loaded = finetuned.open_finetuned(run, step=step, base=base)
     params = jax.tree.map(np.asarray, loaded.merged())
-    head = {name: leaf for name, leaf in params["head"].items() if name == "pooler"}
+    head = {name: leaf for name, leaf in params.get("head", {}).items() if name == "pooler"}
     model = loaded.config.model
     assert model is not None  # resolved
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})

@@ -101,7 +101,7 @@ def main(
         for name, probability in best:
             print(f"{probability:6.1%}  {name}")
     else:
-        print(json.dumps(answer, ensure_ascii=False))
+        print_json(answer)
 
 
 def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
@@ -147,11 +147,11 @@ def answer_texts(
 
 def write(answers: Iterable[Answer], out: Path | None) -> None:
     """JSON lines; a file appears when it is complete."""
-    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is None:
-        for line in lines:
-            print(line, end="")
+        for answer in answers:
+            print_json(answer)
         return
+    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     count = 0
     try:
         with whole(on_disk(out)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
@@ -161,6 +161,16 @@ def write(answers: Iterable[Answer], out: Path | None) -> None:
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error}") from error
     print(f"{count} answers in {out}")
+
+
+def print_json(answer: Answer) -> None:
+    """A line, in escapes where the terminal's encoding has not all characters."""
+    text = json.dumps(answer, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(answer)
+    print(text)
 
 
 def read_lines(file: Path, fields_of: Callable[[str], dict[str, Any]]) -> Iterator[Record]:

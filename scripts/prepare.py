@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from jaxlm.data.prepare import PrepareConfig, prepare
@@ -20,6 +19,7 @@ from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.shards import merge, prepare_shard
 from jaxlm.data.sources import Csv, Jsonl, PyDocs, TextFiles, Tfds
 from jaxlm.errors import report_input_errors
+from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, locate
 
 Source = (
@@ -53,7 +53,7 @@ class Arguments(PrepareConfig):
 
 
 def main(arguments: Arguments) -> None:
-    options = {"overwrite": arguments.overwrite, "console": Console(stderr=True)}
+    options = {"overwrite": arguments.overwrite, "console": make_console(stderr=True)}
     if arguments.shard is not None:
         print(prepare_shard(arguments, arguments.out, arguments.shard, **options))
     elif arguments.merge:
@@ -68,7 +68,7 @@ def summarize(info: PreparedInfo, directory: StoragePath) -> None:
     table.add_row("tokens", *(f"{count:,}" for count in info.tokens.values()))
     table.add_row(f"rows of {info.row_length}", *(f"{count:,}" for count in info.rows.values()))
     table.add_row("fill", *(f"{share:.2%}" for share in info.fill.values()))
-    console = Console()
+    console = make_console()
     console.print(table)
     console.print(
         f"{info.duplicates:,} duplicates dropped; vocabulary {info.vocab_size:,}; unigram entropy "

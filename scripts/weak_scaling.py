@@ -10,13 +10,13 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported
 
-from rich.console import Console
 
 from jaxlm.compile_check import command
 from jaxlm.errors import report_input_errors
+from jaxlm.runtime.console import make_console
 
 if __name__ == "__main__":
     with report_input_errors():
         asked, config = command.load(command.ScalingConfig)
-        command.run_scaling(asked, config, Console(highlight=False))
+        command.run_scaling(asked, config, make_console())
         print(f"drawn in {asked.plot}")

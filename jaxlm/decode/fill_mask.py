@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tokenizers import Tokenizer
 
+from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.typing import Apply, Variables
 
@@ -41,7 +42,7 @@ class FillMask:
         names = (MASK, "<mask>")
         self._mask_token = next(name for name in names if tokenizer.token_to_id(name) is not None)
         self._mask_id = tokenizer.token_to_id(self._mask_token)
-        self._vocab_size = tokenizer.get_vocab_size()
+        self._vocab_size = tokenizers.vocab_size(tokenizer)  # ids may have gaps
 
         @jax.jit
         def probabilities(

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +33,12 @@ class Base:
     """A file or a folder that holds the tokenizer."""
     fingerprint: str
     """A hash of the encoder's parameters."""
+
+
+def lasting(name: str) -> str:
+    """The name of a base as it is found from any folder: that of a local one is absolute."""
+    directory = locate(name)
+    return str(directory.resolve()) if isinstance(directory, Path) and directory.is_dir() else name
 
 
 def load(name: str) -> Base:

@@ -30,6 +30,7 @@ from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
+from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath
 from jaxlm.train.restore import best_step
 from jaxlm.train.state import TrainState
@@ -41,12 +42,13 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
 
     Where the folder holds an unfinished run, it resumes.
     """
-    console = console or Console(quiet=jax.process_index() > 0, highlight=False)
+    console = console or make_console(quiet=jax.process_index() > 0)
     task = config.task
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
         splits = read_splits(config.data, task.read)
     base = None if config.base is None else bases.load(config.base)
+    config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
     config = resolve(config, base, tokenizer, jax.default_backend())
     labels = task.labels(splits.train)

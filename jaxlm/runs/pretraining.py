@@ -21,6 +21,7 @@ from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
+from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train.loop import evaluate
@@ -35,9 +36,10 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
 
     Where the folder holds an unfinished run, it resumes.
     """
-    console = console or Console(quiet=jax.process_index() > 0, highlight=False)
+    console = console or make_console(quiet=jax.process_index() > 0)
     resume.check_processes(config, config.directory / CHECKPOINTS)
     base = None if config.base is None else bases.load(config.base)
+    config = replace(config, base=base and bases.lasting(base.name))
     datasets = open_data(config, base, console)
     infos = [dataset.info for dataset in datasets]
     info = infos[0]

@@ -14,6 +14,7 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
 from jaxlm.runs import command_line
+from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.sweep import alone, parse
@@ -103,7 +104,7 @@ def curve(
 
     Whatever ends it early leaves the curve of what there is. Returns the folder.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     metrics = sorted({plan.metric for plan in plans})
     if len(metrics) > 1:
         raise InputError(f"the configs are judged by different metrics, {' and '.join(metrics)}")

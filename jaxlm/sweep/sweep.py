@@ -19,6 +19,7 @@ from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots, report
 from jaxlm.runs import command_line
+from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import write_whole
 from jaxlm.sweep import space
 from jaxlm.sweep.process import RunTrial
@@ -107,7 +108,7 @@ def sweep(plan: Plan, run_trial: RunTrial, console: Console | None = None) -> Pa
 
     Whatever ends it early, Ctrl-C too, leaves the table of what there is, and can be resumed.
     """
-    console = console or Console(highlight=False)
+    console = console or make_console()
     latest: list[Result] = []
 
     def record(results: Sequence[Result]) -> None:

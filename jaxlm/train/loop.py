@@ -168,6 +168,7 @@ def fit(
         batch = next(stream)
         compiled_for(batch)
         if first == 0:
+            best, since_best = None, 0  # it may have been interrupted there, and counted already
             evaluate_and_save()
         clock.start()
         stop = False

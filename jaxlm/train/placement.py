@@ -56,19 +56,27 @@ def jit_placement(
 
         return inside
 
-    def sharding_of(shape: tuple[int, ...]) -> NamedSharding:
-        names = ("batch", *(None,) * (len(shape) - 2), "length")[: len(shape)]
+    def sharding_of(shape: tuple[int, ...], length: int | None) -> NamedSharding:
+        # Of the last axes, those are positions that are as long as the rows of tokens.
+        last = "length" if shape[-1] == length else None
+        names = ("batch", *(None,) * (len(shape) - 2), last)[: len(shape)]
         return NamedSharding(mesh, sharding.spec(names, mesh, shape, rules))
 
+    def length_of(batch: Mapping[str, Any]) -> int | None:
+        return batch["tokens"].shape[-1] if "tokens" in batch else None
+
     def put_batch(batch: HostBatch) -> Batch:
+        length = length_of(batch)
+
         def put(x: np.ndarray) -> jax.Array:
             shape = (x.shape[0] * batch_rows.count, *x.shape[1:])
-            return jax.make_array_from_process_local_data(sharding_of(shape), x, shape)
+            return jax.make_array_from_process_local_data(sharding_of(shape, length), x, shape)
 
         return jax.tree.map(put, batch)
 
     def abstract_batch(batch: AbstractBatch) -> AbstractBatch:
-        return _abstract(batch, jax.tree.map(lambda x: sharding_of(x.shape), batch))
+        length = length_of(batch)
+        return _abstract(batch, jax.tree.map(lambda x: sharding_of(x.shape, length), batch))
 
     return Placement(
         jax.jit(init, out_shardings=shardings),

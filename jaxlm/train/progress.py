@@ -12,6 +12,8 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from jaxlm.runtime.console import make_console
+
 # (key of the values, how it is shown)
 SHOWN: tuple[tuple[str, str], ...] = (
     ("loss", "loss {:.3f}"),
@@ -34,7 +36,7 @@ class Progress:
     def __init__(
         self, total_steps: int | None, *, visible: bool = True, console: Console | None = None
     ):
-        self._console = console or Console(quiet=not visible, soft_wrap=not visible)
+        self._console = console or make_console(quiet=not visible)
         self._total_steps = total_steps
         self._status: Spinner | None = None
         self._fraction = 0.0
