@@ -1,4 +1,4 @@
-"""One process of a run that fails, stops or is late on purpose: FAULT is ``kind:step``, ``late:s``."""
+"""A process that fails, stops or is late on purpose: FAULT is ``kind:step`` or ``late:seconds``."""
 
 import os
 import signal
