@@ -115,8 +115,9 @@ class FinetuneConfig(RunConfig):
     """Which parameters are trained, such as adapters, biases, the head, or all."""
     frozen_dtype: FrozenDtype = "float32"
     """Dtype of frozen parameters in memory; int8 quantizes kernels to 8 bits per weight."""
-    dropout_rate: float = 0.1
-    """Dropout rate of encoder and head in fine-tuning, whatever pretraining used."""
+    dropout_rate: float | None = None
+    """Dropout rate of encoder and head in fine-tuning, whatever pretraining used; None: 0.1 with a
+    base, else as `model` says."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of matrix products and activations; None: as `model` says, else bfloat16 on GPUs and
     TPUs and float32 on CPUs. CPUs with AVX-512 BF16 or AMX are faster in bfloat16."""
@@ -153,7 +154,7 @@ class FinetuneConfig(RunConfig):
             raise InputError(
                 "data.augment would shift tags and answers: it is for Classification alone"
             )
-        if not 0 <= self.dropout_rate < 1:
+        if self.dropout_rate is not None and not 0 <= self.dropout_rate < 1:
             raise InputError(f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0 is off")
 
 

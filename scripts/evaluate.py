@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from jaxlm.config import FinetuneConfig
-from jaxlm.data import loader, prepared
+from jaxlm.data import prepared
 from jaxlm.data.labelled.dataset import like
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
@@ -73,20 +73,23 @@ def evaluate_pretrained(
 ) -> dict[str, Any]:
     """On rows of prepared data."""
     loaded = pretrained.open_pretrained(directory, step)
-    dataset = prepared.open_prepared(data or loaded.config.data.paths[0])
-    if dataset.info.tokenizer_sha256 != loaded.cursor["tokenizer_sha256"]:
-        raise InputError(
-            f"{dataset.directory} was prepared with another tokenizer than the run's: prepare it "
-            f"again with --tokenizer.path {directory / TOKENIZER}"
-        )
-    batches = loader.eval_batches(
-        dataset, loaded.config.data.batch_size, split=split, max_rows=rows
-    )
+    paths = loaded.config.data.paths if data is None else (data,)
+    datasets = [prepared.open_prepared(path) for path in paths]
+    for dataset in datasets:
+        if dataset.info.tokenizer_sha256 != loaded.cursor["tokenizer_sha256"]:
+            raise InputError(
+                f"{dataset.directory} was prepared with another tokenizer than the run's: prepare "
+                f"it again with --tokenizer.path {directory / TOKENIZER}"
+            )
+    batch_size = loaded.config.data.batch_size
+    batches = pretrained.eval_rows(datasets, batch_size, split=split, max_rows=rows)
+    where = ", ".join(str(dataset.directory) for dataset in datasets)
+    unigram = pretrained.unigram_entropy([dataset.info for dataset in datasets])
     metrics = loop.evaluate(loaded.placement, loaded.state, batches)
-    print(f"{directory} at step {loaded.step}, {split} split of {dataset.directory}:")
+    print(f"{directory} at step {loaded.step}, {split} split of {where}:")
     show(metrics)
-    print(f"  {'unigram':<18} {dataset.info.unigram_entropy:.4f}  (entropy of single tokens)")
-    return {"step": loaded.step, "data": str(dataset.directory), "split": split, **metrics}
+    print(f"  {'unigram':<18} {unigram:.4f}  (entropy of single tokens)")
+    return {"step": loaded.step, "data": where, "split": split, **metrics}
 
 
 def evaluate_tuned(

@@ -46,7 +46,7 @@ def make_batch(step):  # are more of the words of a row in the upper half of the
 def loss(variables, batch, key, *, progress, deterministic):  # sums: the step divides them once
     logits = lora.adapt(Classifier().apply, LORA)(variables, batch["tokens"])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-    return losses.sum(), Sums({"loss": losses.sum()}, jax.numpy.ones(ROWS).sum())
+    return losses.sum(), Sums({"loss": losses.sum()}, jax.numpy.float32(ROWS))
 
 
 def init(key):  # pretrained parameters would be read here

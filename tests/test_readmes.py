@@ -125,7 +125,7 @@ import runpy
 from dataclasses import replace
 from pathlib import Path
 from jaxlm.data.labelled.dataset import LabelledConfig
-from jaxlm.data.labelled.records import JsonLines
+from jaxlm.data.labelled.pydocs import PyDocsTopics
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import TextFiles
 
@@ -152,7 +152,7 @@ config = replace(
         start
         + """
 config = short(real("quickstart_lora.py"))
-config = replace(config, data=LabelledConfig(train=JsonLines(path="topics.jsonl"), batch_size=8))
+config = replace(config, data=LabelledConfig(train=PyDocsTopics(package="scipy"), batch_size=8))
 """
     )
     for name in ("adapt.py", "csv_classifier.py"):
@@ -163,8 +163,6 @@ config = replace(config, data=LabelledConfig(train=JsonLines(path="topics.jsonl"
 def write_data(folder: Path) -> None:
     """The files that the pages call a user's own."""
     texts = [f"the {word} cat is number {i}" for i, word in enumerate(["red", "blue"] * 20)]
-    lines = [f'{{"text": "{text}", "topic": "{text.split()[1]}"}}\n' for text in texts]
-    (folder / "topics.jsonl").write_text("".join(lines))
     rows = [f"{text},{len(text.split()[1])}\n" for text in texts]
     (folder / "reviews.csv").write_text("".join(["review,stars\n", *rows]))
     (folder / "new.csv").write_text("review\nthe blue cat\n")

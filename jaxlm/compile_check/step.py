@@ -73,7 +73,7 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
     elif base is not None:
         base = dataclasses.replace(model, vocab_size=vocab_size)
     rows = config.data.batch_size
-    config = pretrained.resolve(config, _no_data(length, vocab_size, rows), "tpu", base)
+    config = pretrained.resolve(config, [_no_data(length, vocab_size, rows)], "tpu", base)
     placement = pretrained.make_placement(config, _vocabulary(vocab_size), devices)
     batch = {
         "tokens": shape(jnp.uint16 if vocab_size <= 2**16 else jnp.int32, rows, length),

@@ -40,6 +40,11 @@ class ModelConfig(Protocol):
         ...
 
     @property
+    def dropout_rate(self) -> float:
+        """In training, of embeddings and of what layers add."""
+        ...
+
+    @property
     def unrolls_layers(self) -> bool:
         """Whether stacked layers are computed without a loop (:mod:`jaxlm.nn.stack`)."""
         ...

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from tokenizers import Tokenizer
 
 from jaxlm.convert import huggingface
@@ -21,7 +22,7 @@ class Base:
     name: str
     config: ModelConfig
     encoder: dict[str, Any]
-    """Its parameters."""
+    """Its parameters, on the host."""
     pooler: dict[str, Any] | None
     """``kernel`` and ``bias`` of the layer on the first token's hidden state, where published."""
     lm_head: dict[str, Any] | None
@@ -44,7 +45,8 @@ def load(name: str) -> Base:
         assert loaded.config.model is not None  # resolved
         config, tokenizer, pooler = loaded.config.model, loaded.tokenizer, None
         tokenizer_path = directory / TOKENIZER
-        encoder, head = (loaded.variables["params"].get(part) for part in ("encoder", "head"))
+        params = jax.device_get(loaded.variables["params"])  # devices have the run's own as well
+        encoder, head = params["encoder"], params.get("head")
     else:
         published = huggingface.load(name)
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler

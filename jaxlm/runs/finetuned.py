@@ -43,13 +43,16 @@ LABELS = "labels.json"
 def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneConfig:
     """The config with that encoder, which gets the run's dropout rate and dtype."""
     dtype = config.dtype or model.dtype or steps.default_dtype(platform)
-    model = replace(model.with_dropout(config.dropout_rate), dtype=dtype)
-    return replace(config, model=model, monitor=monitor(config).name)
+    rate = 0.1 if config.dropout_rate is None and config.base is not None else config.dropout_rate
+    model = replace(model if rate is None else model.with_dropout(rate), dtype=dtype)
+    rate = model.dropout_rate if rate is None else rate
+    return replace(config, model=model, dropout_rate=rate, monitor=monitor(config).name)
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
     """The resolved config's encoder with its task's head."""
     assert config.model is not None  # resolved
+    assert config.dropout_rate is not None
     return WithHead(config.model.make(), config.task.make_head(labels, config.dropout_rate))
 
 
@@ -193,9 +196,11 @@ def _stack(values: list[Any]) -> Any:
 
 
 def monitor(config: FinetuneConfig) -> Monitor:
-    """Which checkpoint is best."""
+    """Which checkpoint is best: never one with an untrained head, if there is another."""
     name = config.monitor or config.task.monitor
-    return Monitor(name, higher_is_better(name))
+    head = config.task.make_head(("a", "b"), 0.0)
+    has_parameters = bool(jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, 2, 8))))
+    return Monitor(name, higher_is_better(name), first_step=int(has_parameters))
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,7 @@ def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
     config = config or TokenizerConfig()
     if config.path is not None:
         return tokenizers.load(config.path)
-    texts = [example.content for example in splits.train]
+    texts = [example.content for example in splits.train[: config.num_documents]]
     return tokenizers.train(config.kind, texts, config.vocab_size)
 
 

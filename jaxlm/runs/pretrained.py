@@ -1,5 +1,6 @@
 """A pretrained model put together from its configuration: what training and using it share."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +12,14 @@ from tokenizers import Tokenizer
 
 from jaxlm import optim
 from jaxlm.config import PretrainConfig
-from jaxlm.data.prepared import PreparedInfo
+from jaxlm.data.loader import eval_batches
+from jaxlm.data.prepared import Prepared, PreparedInfo
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.runs import steps
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
+from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.task import PretrainTask
 from jaxlm.tasks.vocabulary import make_vocabulary
@@ -25,13 +28,17 @@ from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step
-from jaxlm.typing import Params, PRNGKey, Variables
+from jaxlm.typing import HostBatch, Params, PRNGKey, Variables
 
 
 def resolve(
-    config: PretrainConfig, info: PreparedInfo, platform: str, base: ModelConfig | None = None
+    config: PretrainConfig,
+    infos: Sequence[PreparedInfo],
+    platform: str,
+    base: ModelConfig | None = None,
 ) -> PretrainConfig:
     """Fill in what the config leaves to the base, the data and the platform; raise on a clash."""
+    info = infos[0]  # the others are cut alike
     if base is not None and config.model is not None:
         raise InputError(
             f"model is given, and also base={config.base!r}, which has its own: leave out one of "
@@ -48,7 +55,8 @@ def resolve(
             f"the data's rows of {info.row_length} tokens are longer than the model's "
             f"max_length={model.max_length}: raise it, or prepare shorter rows"
         )
-    train = config.train.with_steps(info.rows["train"], config.data.batch_size)
+    num_rows = sum(info.rows["train"] for info in infos)
+    train = config.train.with_steps(num_rows, config.data.batch_size)
     return replace(config, model=model, train=train)
 
 
@@ -90,6 +98,34 @@ def flops_per_token(config: PretrainConfig, row_length: int) -> float:
     assert config.model is not None  # resolved
     num_predicted = config.task.num_predicted(row_length)
     return 3 * config.model.forward_flops(row_length, num_predicted) / row_length
+
+
+def eval_rows(
+    datasets: Sequence[Prepared],
+    batch_size: int,
+    *,
+    split: str = "validation",
+    max_rows: int | None = None,
+    batch_rows: BatchRows = ALL_ROWS,
+) -> Iterator[HostBatch]:
+    """Batches of a split of every data set, from each in proportion to its size."""
+    sizes = [dataset.info.rows.get(split, 0) for dataset in datasets]
+    if not sum(sizes):
+        datasets[0].source(split)  # says which splits there are
+    wanted = min(max_rows or sum(sizes), sum(sizes))
+    for dataset, size in zip(datasets, sizes, strict=True):
+        if size:
+            rows = math.ceil(wanted * size / sum(sizes))
+            yield from eval_batches(
+                dataset, batch_size, split=split, max_rows=rows, batch_rows=batch_rows
+            )
+
+
+def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:
+    """The mean of the data sets' own, weighted by the tokens that they are taken of."""
+    tokens = [info.tokens.get("validation") or info.tokens["train"] for info in infos]
+    pairs = zip(tokens, infos, strict=True)
+    return sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from jaxlm import tree
 from jaxlm.config import PretrainConfig
 from jaxlm.data import tokenizers
-from jaxlm.data.loader import eval_batches, train_batches
+from jaxlm.data.loader import train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
@@ -39,14 +39,15 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     resume.check_processes(config, config.directory / CHECKPOINTS)
     base = None if config.base is None else bases.load(config.base)
     datasets = open_data(config, base, console)
-    info = datasets[0].info
-    config = pretrained.resolve(config, info, jax.default_backend(), base and base.config)
+    infos = [dataset.info for dataset in datasets]
+    info = infos[0]
+    config = pretrained.resolve(config, infos, jax.default_backend(), base and base.config)
     tokenizer = tokenizers.load(datasets[0].tokenizer_path)
     placement = pretrained.make_placement(config, make_vocabulary(tokenizer))
     given = {} if base is None else base_params(config, placement, base, console)
     console.print(
         f"{config.name}: {tree.num_params(placement.abstract_state.trainable):,} parameters, "
-        f"{sum(d.info.tokens['train'] for d in datasets) / 1e6:.2f} M tokens in rows "
+        f"{sum(info.tokens['train'] for info in infos) / 1e6:.2f} M tokens in rows "
         f"of {info.row_length}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
@@ -63,8 +64,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         )
 
     def evaluation(state: TrainState) -> dict[str, float]:
-        rows = eval_batches(
-            datasets[0],
+        rows = pretrained.eval_rows(
+            datasets,
             config.data.batch_size,
             max_rows=config.train.eval_rows,
             batch_rows=placement.batch_rows,
@@ -79,7 +80,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         init=init,
         cursor=resume.make_cursor(
             config,
-            data=[dataset.info.fingerprint for dataset in datasets],
+            data=[info.fingerprint for info in infos],
             tokenizer_sha256=info.tokenizer_sha256,
             base_sha256=base and base.fingerprint,
             monitor=monitor.name,
@@ -87,7 +88,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         batches=batches,
         evaluate=evaluation,
         monitor=monitor,
-        reference={"unigram entropy": info.unigram_entropy},
+        reference={"unigram entropy": pretrained.unigram_entropy(infos)},
         flops_per_token=pretrained.flops_per_token(config, info.row_length),
         files={},
     )

@@ -17,7 +17,7 @@ from jaxlm.runs.folder import CHECKPOINTS, read_tokenizer, write_folder
 from jaxlm.runtime import distributed
 from jaxlm.runtime.storage import StoragePath, mirrored, on_disk
 from jaxlm.train.checkpoint import Checkpointer
-from jaxlm.train.loop import fit
+from jaxlm.train.loop import Clock, fit
 from jaxlm.train.metrics import Throughput, WandbWriter, Writer
 from jaxlm.train.placement import Placement
 from jaxlm.train.progress import Progress
@@ -122,7 +122,7 @@ def _resume(
     state = restored.state
     if jax.tree.leaves(placement.abstract_state.frozen):
         state = replace(state, frozen=job.init().frozen)
-    extended = saved["share"] >= 1 and cursor["share"] < 1
+    extended = saved["share"] >= 1 and Clock(config.train, cursor).share(restored.step) < 1
     doing = "extending the finished run" if extended else "resuming"
     say(f"{doing} from step {restored.step} of {directory}")
     return state, cursor

@@ -1,6 +1,7 @@
 """Storage paths: on a disk, or in a bucket of Google Cloud Storage."""
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -40,6 +41,34 @@ def locate(path: StoragePath | str) -> StoragePath:
 def absolute(path: StoragePath) -> StoragePath:
     """The same path from any working directory."""
     return path.absolute() if isinstance(path, Path) else path
+
+
+def without_patterns(path: StoragePath) -> StoragePath:
+    """The same folder by a path that nobody takes for a pattern.
+
+    Orbax looks for its own files with a glob, where ``[1]`` or a backslash in the name of any
+    folder above them matches something else. Such a folder gets a link in the folder of temporary
+    files, whose name is the same in all processes.
+    """
+    if not isinstance(path, Path) or not re.search(r"[\[\]*?\\]", str(path.absolute())):
+        return path
+    folder = Path(tempfile.gettempdir()) / f"jaxlm-{os.getuid()}"
+    link = folder / hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if link.is_symlink() and link.readlink() == path.absolute():
+            return link
+        fresh = folder / f"{link.name}.{os.getpid()}"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(path.absolute())
+        os.replace(fresh, link)
+    except OSError as error:
+        raise InputError(
+            f"{path} has characters that the checkpoint library takes for a pattern, and no link "
+            f"to it can be made in {folder} ({error.strerror}): rename the folder, or set TMPDIR"
+        ) from error
+    return link
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from jaxlm.config import Config, FinetuneConfig
 from jaxlm.data.labelled.dataset import fingerprint
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.runs import folder
+from jaxlm.runs import finetuned, folder
 from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label
@@ -128,7 +128,7 @@ def watched(config: Config, metric: str | None) -> tuple[str, Monitor]:
         higher_is_better(metric)  # raises where there is none of that name
         return metric, Monitor()
     metric = metric or config.monitor or config.task.monitor
-    return metric, Monitor(metric, higher_is_better(metric))
+    return metric, finetuned.monitor(dataclasses.replace(config, monitor=metric))
 
 
 def run_all(
@@ -228,10 +228,10 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
             f"{directory} has no metric {plan.metric}: give --metric one of "
             f"{', '.join(sorted(known))}, and --name another name"
         )
-    costs = {step: plan.monitor.cost(metrics) for step, metrics in evaluations.items()}
-    step = min(costs, key=costs.__getitem__)
+    ranks = {step: plan.monitor.rank(step, metrics) for step, metrics in evaluations.items()}
+    step = min(ranks, key=lambda step: ranks[step] or (math.inf,))
     score = evaluations[step][plan.metric]
-    if not math.isfinite(costs[step]) or not math.isfinite(score):
+    if ranks[step] is None or not math.isfinite(score):
         return Result(trial=trial, error=f"its {plan.metric} is not finite")
     sha256 = kept.get("base_sha256")
     if found:

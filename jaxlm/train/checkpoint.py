@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import StoragePath, absolute, remove
+from jaxlm.runtime.storage import StoragePath, absolute, remove, without_patterns
 from jaxlm.train import restore
 from jaxlm.train.checksum import checksums
 from jaxlm.train.restore import Cursor, Monitor, Report, Restored
@@ -47,16 +47,16 @@ class Checkpointer:
         self.monitor = monitor
         self._report = report
         self._head = math.inf  # the step this run continues from, or saved last
-        self._costs = restore.read_costs(self._directory, monitor)
+        self._ranks = restore.read_ranks(self._directory, monitor)
         restore.quiet_orbax()
         with _disk_faults(self._directory):
             if jax.process_index() == 0:
                 for stale in self._directory.glob("*.orbax-checkpoint-tmp*"):
                     remove(stale)
             self._manager = _Manager(
-                self._directory,
+                without_patterns(self._directory),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_NewestAndBest(keep, self._costs),
+                    preservation_policy=_NewestAndBest(keep, self._ranks),
                     lightweight_initialize=True,  # else one damaged step fails the opening
                 ),
             )
@@ -90,22 +90,22 @@ class Checkpointer:
         history, give way.
         """
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
-        cost = self.monitor.cost(metrics)
+        rank = self.monitor.rank(step, metrics)
         with _disk_faults(self._directory):
             self._manager.wait_until_finished()
             saved = self._manager.all_steps()
             if step == self._head and step in saved:
-                if math.isfinite(cost) and step not in self._costs:
-                    self._costs[step] = cost
+                if rank is not None and step not in self._ranks:
+                    self._ranks[step] = rank
                     if jax.process_index() == 0:
                         restore.amend(self._directory / str(step), cursor, metrics)
                 return
             for left in [s for s in saved if s >= step or s > self._head]:
                 self._manager.delete(left)
-                self._costs.pop(left, None)
+                self._ranks.pop(left, None)
             self._head = step
-            if math.isfinite(cost):
-                self._costs[step] = cost
+            if rank is not None:
+                self._ranks[step] = rank
             meta = {"cursor": cursor, "metrics": metrics, "leaves": _describe(state)}
             self._manager.save(
                 step,
@@ -155,14 +155,14 @@ class _Manager(ocp.CheckpointManager):
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     """Orbax's own ``best_fn`` with ``max_to_keep`` deletes the newest when it is not the best."""
 
-    def __init__(self, keep: int, costs: dict[int, float]):
+    def __init__(self, keep: int, ranks: dict[int, restore.Rank]):
         self.keep = keep
-        self.costs = costs  # shared with the Checkpointer, which fills it
+        self.ranks = ranks  # shared with the Checkpointer, which fills it
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         present = sorted(info.step for info in checkpoints)
-        scored = [step for step in present if step in self.costs]
-        kept = {*present[-self.keep :], min(scored, key=self.costs.__getitem__, default=None)}
+        scored = [step for step in present if step in self.ranks]
+        kept = {*present[-self.keep :], min(scored, key=self.ranks.__getitem__, default=None)}
         return [info.step in kept for info in checkpoints]
 
 

@@ -17,7 +17,7 @@ from jaxlm.sums import Sums, add_all
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.compile import compile_ahead
 from jaxlm.train.placement import Placement
-from jaxlm.train.restore import Cursor
+from jaxlm.train.restore import Cursor, Rank
 from jaxlm.train.state import TrainState
 from jaxlm.train.view import View
 from jaxlm.typing import Batch, HostBatch
@@ -93,12 +93,12 @@ def fit(
     a few different shapes; the step is compiled for each when it first comes.
     """
     first = step = int(state.step)
-    clock = Clock(config, cursor)
+    clock, monitor = Clock(config, cursor), checkpointer.monitor
     share = clock.share(step)
     evals_done = cursor.get("evals_done", int(share * config.num_evals))
     skipped = 0
     pending: Sums | None = None
-    best, since_best = cursor.get("best", math.inf), cursor.get("since_best", 0)
+    best, since_best = _best(cursor), cursor.get("since_best", 0)
     compiled: dict[tuple[tuple[int, ...], ...], Callable[..., tuple[TrainState, Sums]]] = {}
 
     @contextlib.contextmanager
@@ -149,8 +149,11 @@ def fit(
         with pause("evaluating, and compiling that" if step == first else None):
             metrics = evaluate(state)
         view.evaluated(step, metrics)
-        cost = checkpointer.monitor.cost(metrics)
-        best, since_best = (cost, 0) if cost < best else (best, since_best + 1)
+        rank = monitor.rank(step, metrics)
+        if not math.isfinite(metrics.get(monitor.name, 0.0)):
+            view.print(f"{monitor.name} is undefined on these predictions: the loss decides")
+        better = rank is not None and (best is None or rank < best)
+        best, since_best = (rank, 0) if better else (best, since_best + 1)
         save(metrics)
 
     def is_stale() -> bool:
@@ -186,12 +189,24 @@ def fit(
             view.print(f"stopped at step {step} and saved: the same command resumes from there")
         elif is_stale():
             view.print(
-                f"stopped at step {step}: {checkpointer.monitor.name} was no better in "
+                f"stopped at step {step}: {monitor.name} was no better in "
                 f"{since_best} evaluations; the best checkpoint is kept"
             )
         else:
             evaluate_and_save()
+    if step == 0 and not stop and config.minutes is not None:
+        raise InputError(
+            f"nothing was trained: compiling and evaluating took {clock.elapsed_s():.0f} s, and "
+            f"train.minutes={config.minutes:g} were over: give it more, to the same command"
+        )
     return state
+
+
+def _best(cursor: Cursor) -> Rank | None:
+    best = cursor.get("best")
+    if isinstance(best, float):  # as older versions saved it
+        return (0.0, best, math.inf) if math.isfinite(best) else None
+    return best and tuple(best)
 
 
 class Clock:

@@ -29,10 +29,17 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import StoragePath, absolute, in_bucket, write_whole
+from jaxlm.runtime.storage import (
+    StoragePath,
+    absolute,
+    in_bucket,
+    without_patterns,
+    write_whole,
+)
 from jaxlm.train.checksum import checksums
 
 Report = Callable[[str], object]
+Rank = tuple[float, float, float]
 Cursor = dict[str, Any]  # JSON: how many examples were seen, of which data, under which seed
 
 
@@ -42,6 +49,19 @@ class Monitor:
 
     name: str = "loss"
     higher_is_better: bool = False
+    first_step: int = 0
+    """Steps before it, such as 0 where a head is untrained, are best only where no other is."""
+
+    def rank(self, step: int, metrics: Mapping[str, float]) -> Rank | None:
+        """Lower is better: by the metric, then by the loss, which decides ties.
+
+        It decides alone where the metric is not finite. None where the metric was not measured.
+        """
+        cost, loss = self.cost(metrics), metrics.get("loss", math.nan)
+        loss = loss if math.isfinite(loss) else math.inf
+        if self.name not in metrics or min(cost, loss) == math.inf:
+            return None
+        return float(step < self.first_step), cost, loss
 
     def cost(self, metrics: Mapping[str, float]) -> float:
         """Lower is better; infinite where the metric is absent or not finite."""
@@ -80,8 +100,8 @@ def best_step(
     directory: StoragePath, monitor: Monitor | None = None, *, report: Report | None = None
 ) -> int | None:
     """The best step by ``monitor`` (the loss), or None where none was evaluated."""
-    costs = read_costs(directory, monitor or Monitor(), report)
-    return min(costs, key=costs.__getitem__, default=None)
+    ranks = read_ranks(directory, monitor or Monitor(), report)
+    return min(ranks, key=ranks.__getitem__, default=None)
 
 
 def peek(directory: StoragePath) -> Cursor:
@@ -191,7 +211,7 @@ def _read_meta(directory: StoragePath) -> dict[str, Any]:
 def _read_arrays(directory: StoragePath, target: PyTree) -> PyTree:
     # The handler alone: around it Orbax puts a barrier, at which a failed process never arrives.
     return ocp.PyTreeCheckpointHandler().restore(
-        epath.Path(directory),
+        epath.Path(without_patterns(directory.parent) / directory.name),
         args=ocp.args.PyTreeRestore(
             item=target,
             restore_args=ocp.checkpoint_utils.construct_restore_args(target),
@@ -244,22 +264,22 @@ def amend(step: StoragePath, cursor: Cursor, metrics: Mapping[str, float]) -> No
     write_whole(step / "meta" / "metadata", json.dumps(seal(meta)))
 
 
-def read_costs(
+def read_ranks(
     directory: StoragePath, monitor: Monitor, report: Report | None = None
-) -> dict[int, float]:
-    """The monitored cost of each step that has one; damaged steps are passed to ``report``."""
-    costs = {}
+) -> dict[int, Rank]:
+    """The rank of each step that was evaluated; damaged steps are passed to ``report``."""
+    ranks = {}
     for step in list_steps(directory):
         try:
-            cost = monitor.cost(_read_meta(directory / str(step))["metrics"])
+            rank = monitor.rank(step, _read_meta(directory / str(step))["metrics"])
         except (OSError, ValueError, KeyError) as error:
             _raise_if_unreadable(directory / str(step), error)
             if report is not None:
                 report(f"the checkpoint of step {step} is damaged and left out: {error}")
             continue
-        if math.isfinite(cost):
-            costs[step] = cost
-    return costs
+        if rank is not None:
+            ranks[step] = rank
+    return ranks
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Pretraining that starts from a run, or from a published model; and a finished run made longer."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,30 @@ def test_a_finished_run_is_made_longer(
     assert max(list_steps(directory / "checkpoints")) == 3 * STEPS
     pretrain(longer)
     assert "complete" in capsys.readouterr().out
+
+
+def test_epochs_and_evaluations_count_every_data_set(
+    config: PretrainConfig, other: PretrainConfig, whole: Path
+) -> None:
+    """In whatever order they are named."""
+    pretrain(replace(other, name="first"))  # prepares the other text
+    paths = (*config.data.paths, *other.data.paths)
+    rows = [open_prepared(path).info.rows for path in paths]
+    assert rows[0]["train"] != rows[1]["train"]
+    train = replace(config.train, steps=None, epochs=0.5, num_evals=1, eval_rows=None)
+    found = []
+    for name, order in (("forth", paths), ("back", paths[::-1])):
+        data = replace(config.data, paths=order)
+        directory = pretrain(replace(config, name=name, data=data, prepare=None, train=train))
+        read = pretrained.open_pretrained(directory, 0)
+        batches = [*pretrained.eval_rows([open_prepared(path) for path in order], 16)]
+        seen = sum(int((batch["lengths"] > 0).sum()) for batch in batches)
+        assert seen == rows[0]["validation"] + rows[1]["validation"]
+        assert losses(directory)[0] == pytest.approx(
+            evaluate(read.placement, read.state, batches)["loss"], abs=1e-5
+        )
+        found.append(max(losses(directory)))
+    assert found == [math.ceil(0.5 * (rows[0]["train"] + rows[1]["train"]) / 16)] * 2
 
 
 def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:

@@ -260,7 +260,8 @@ def test_stops_when_nothing_gets_better(config: FinetuneConfig, tmp_path: Path) 
         train=TrainConfig(steps=100, num_evals=50, patience=2, log_every=1),
     )
     directory = finetune(lazy)
-    assert max(list_steps(directory / CHECKPOINTS)) == 4  # the first two evaluations after 0
+    # The first with a trained head is best, and the next two are no better.
+    assert max(list_steps(directory / CHECKPOINTS)) == 6
 
 
 def test_a_bilstm_learns_from_the_same_data(config: FinetuneConfig, tmp_path: Path) -> None:
@@ -354,6 +355,29 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     moved = tmp_path / "moved"
     shutil.copytree(folder / "model", moved)
     assert finetuned.open_finetuned(directory, base=base.load(str(moved))).labels == ("0", "1")
+
+
+def test_a_frequent_class_is_no_trained_model(config: FinetuneConfig, folder: Path) -> None:
+    """Whatever is learned, 95 % of the examples are of one class: step 0 is not best by a tie."""
+    rows = [f"{' '.join(WORDS[i % 7 : i % 7 + 3 + i % 5])},{int(i % 20 == 0)}" for i in range(120)]
+    (folder / "rare.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    data = replace(config.data, train=Table(path=str(folder / "rare.csv")), validation=None)
+    train = TrainConfig(steps=4, num_evals=2)
+    directory = finetune(replace(config, name="rare", data=data, train=train))
+    assert finetuned.open_finetuned(directory).state.step > 0
+
+
+def test_dropout_from_scratch_is_the_model_s_own(config: FinetuneConfig, folder: Path) -> None:
+    """With a base it is that of fine-tuning, whatever pretraining used."""
+    model = BilstmConfig(vocab_size=64, dropout_rate=0.4)
+    scratch = replace(config, base=None, model=model, tuning=Full(), dropout_rate=None)
+    resolved = finetuned.with_encoder(scratch, model, "cpu")
+    assert (resolved.dropout_rate, resolved.model.dropout_rate) == (0.4, 0.4)
+    published = base.load(str(folder / "model")).config
+    tuned = finetuned.with_encoder(replace(config, dropout_rate=None), published, "cpu")
+    assert (tuned.dropout_rate, tuned.model.dropout_rate) == (0.1, 0.1)
+    given = finetuned.with_encoder(replace(scratch, dropout_rate=0.2), model, "cpu")
+    assert (given.dropout_rate, given.model.dropout_rate) == (0.2, 0.2)
 
 
 def test_labels_are_stored(directory: Path, tmp_path: Path) -> None:

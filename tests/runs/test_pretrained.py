@@ -40,7 +40,7 @@ def test_the_vocabulary_is_padded_to_what_the_mesh_divides(tensor: int, padded: 
     config = read_file(CONFIGS / "quickstart.py")
     assert isinstance(config, PretrainConfig)
     config = replace(config, mesh=MeshConfig(tensor=tensor))
-    resolved = pretrained.resolve(config, prepared(30_522), "cpu")
+    resolved = pretrained.resolve(config, [prepared(30_522)], "cpu")
     assert resolved.model.vocab_size == padded
     assert padded % 64 == padded % tensor == 0
     assert padded - 30_522 < 64 * tensor

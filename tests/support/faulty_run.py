@@ -1,4 +1,4 @@
-"""A process that fails, stops or is late on purpose: FAULT is ``kind:step`` or ``late:seconds``."""
+"""One process of a run that fails or is late on purpose: FAULT is ``kind:step`` or ``late:s``."""
 
 import os
 import signal

@@ -1,8 +1,10 @@
 import errno
+import math
 import os
 import resource
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import flax.struct
@@ -20,6 +22,7 @@ from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.restore import Monitor, best_step, list_steps, restore_part
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+ACCURACY = Monitor("accuracy", higher_is_better=True, first_step=1)
 
 
 @flax.struct.dataclass
@@ -119,6 +122,46 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert best_step(tmp_path, Monitor("accuracy")) is None
     save_all(tmp_path, {70: 1.0, 80: None, 90: None}, monitor=Monitor("none"), keep=1)
     assert list_steps(tmp_path) == [90]
+
+
+@pytest.mark.parametrize("name", ["try[1]", "[2024] thesis/run", "a*b?", "back\\slash", "é ü [é]"])
+def test_a_path_is_no_pattern(tmp_path, name):
+    directory = tmp_path / name / "checkpoints"
+    state = make_state(4)
+    with Checkpointer(directory) as checkpointer:
+        checkpointer.save(3, make_state(3), {"examples_seen": 24}, {"loss": 1.0})
+        checkpointer.save(4, state, {"examples_seen": 32}, {"loss": 2.0})
+    with Checkpointer(directory) as checkpointer:
+        restored = checkpointer.restore(abstract(state))
+    assert (restored.step, restored.refused) == (4, [])
+    assert_same(restored.state, state)
+    target = {"trainable": abstract(state).trainable}
+    assert restore_part(directory, target, best_step(directory)).step == 3
+
+
+@pytest.mark.parametrize(
+    ("monitor", "evaluations", "best"),
+    [
+        # An untrained head says the frequent class, and so does a trained one: 95 % are right.
+        (ACCURACY, {0: (0.95, 0.7), 10: (0.95, 0.3), 20: (0.95, 0.2), 30: (0.94, 0.1)}, 20),
+        (ACCURACY, {0: (0.99, 0.1), 10: (0.95, 0.3)}, 10),
+        (ACCURACY, {0: (0.5, 0.7)}, 0),
+        # Of an encoder without a new head, step 0 is a model like any other.
+        (replace(ACCURACY, first_step=0), {0: (0.99, 0.1), 10: (0.95, 0.3)}, 0),
+        # Constant predictions have no correlation: the loss decides among them, and not above one.
+        (ACCURACY, {0: (math.nan, 9.0), 10: (math.nan, 5.0), 20: (math.nan, 4.0)}, 20),
+        (ACCURACY, {10: (math.nan, 1.0), 20: (0.1, 4.0)}, 20),
+    ],
+)
+def test_ties_go_to_the_lower_loss_and_an_untrained_head_comes_last(
+    tmp_path, monitor, evaluations, best
+):
+    with Checkpointer(tmp_path, keep=1, monitor=monitor) as checkpointer:
+        for step, (accuracy, loss) in evaluations.items():
+            metrics = {"accuracy": accuracy, "loss": loss}
+            checkpointer.save(step, make_state(step), {"examples_seen": step}, metrics)
+    assert best_step(tmp_path, monitor) == best
+    assert set(list_steps(tmp_path)) == {best, max(evaluations)}
 
 
 def test_a_run_that_goes_on_may_be_preempted_again(tmp_path, monkeypatch):
