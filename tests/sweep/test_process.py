@@ -46,7 +46,8 @@ def test_ctrl_c_lets_the_trial_save(config: FinetuneConfig, tmp_path: Path) -> N
     log = config.directory / "log.txt"
 
     def press() -> None:
-        while not (log.is_file() and "ready" in log.read_text()):
+        # With its line's end, which comes in a write of its own where output is not buffered.
+        while not (log.is_file() and "ready\n" in log.read_text()):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
