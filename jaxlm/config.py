@@ -250,4 +250,10 @@ def decode(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         elif isinstance(option, type) and type(value) is option:
             return value
+    names = [option.__name__ for option in options if isinstance(option, type)]
+    if isinstance(value, dict) and "type" in value:
+        raise InputError(
+            f"{where} is a {value['type']}, which is none of {', '.join(names)}: add a class of "
+            "your own to the unions in jaxlm/config.py"
+        )
     raise InputError(f"{where}={value!r} is not of type {hint}")

@@ -151,13 +151,17 @@ def make_optimizer(
     return _negated(optax.chain(*parts))
 
 
+class UnitRate(optax.GradientTransformation):
+    """Updates for a learning rate of 1, which a schedule has to multiply."""
+
+
 def _negated(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     # Not optax.scale(-1) at the end of the chain: it would be one more state in old checkpoints.
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> Any:
         updates, state = optimizer.update(updates, state, params)
         return jax.tree.map(jnp.negative, updates), state
 
-    return optax.GradientTransformation(optimizer.init, update)
+    return UnitRate(optimizer.init, update)
 
 
 def _axes_or_guess(axes: AxisTable, path: str, ndim: int) -> Axes:

@@ -53,6 +53,15 @@ def test_json_round_trip(source: object) -> None:
     assert configs.from_json(configs.to_json(config)) == config
 
 
+def test_a_class_that_no_union_holds_is_named() -> None:
+    config = PretrainConfig(
+        name="a", data=DataConfig(paths=("b",)), model=BertConfig(), train=TrainConfig(steps=5)
+    )
+    text = configs.to_json(config).replace('"BertConfig"', '"FNetConfig"')
+    with pytest.raises(InputError, match=r"config\.model is a FNetConfig, .*none of Bert.*union"):
+        configs.from_json(text)
+
+
 def test_json_with_unknown_field_or_wrong_type() -> None:
     config = PretrainConfig(
         name="a",

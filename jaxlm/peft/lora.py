@@ -170,7 +170,7 @@ def adapt(apply: Apply, config: LoraConfig) -> Apply:
 
 
 def merge(params: Params, lora: Params, config: LoraConfig) -> Params:
-    """Parameters with the adapters added, in float32: the same model without ``lora``."""
+    """The same model without ``lora``: added in float32, stored in each kernel's own dtype."""
     return _add(params, lora, config, sign=1)
 
 

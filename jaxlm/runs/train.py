@@ -9,6 +9,7 @@ import jax
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from jaxlm import config as configs
 from jaxlm.config import Config
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
@@ -59,6 +60,7 @@ def train(job: Job, console: Console) -> StoragePath:
     Where the folder holds an unfinished run, it resumes.
     """
     config, placement = job.config, job.placement
+    configs.from_json(configs.to_json(config))  # a folder that could not be read is not begun
     directory, main_process = config.directory, jax.process_index() == 0
     checkpoints = directory / CHECKPOINTS
     resuming = bool(list_steps(checkpoints))

@@ -11,6 +11,8 @@ from einops import rearrange
 from jaxtyping import Array, PyTree
 
 from jaxlm import tree
+from jaxlm.errors import InputError
+from jaxlm.optim import UnitRate
 from jaxlm.sums import Sums
 from jaxlm.train.state import TrainState
 from jaxlm.typing import Batch, Loss, Params, Scalar
@@ -43,6 +45,12 @@ def make_train_step(
         num_micro_batches: parts of the batch whose gradients are computed one after the other.
         axis_name: of the devices under ``pmap``, which hold parts of the batch.
     """
+
+    if isinstance(optimizer, UnitRate) and schedule is None:
+        raise InputError(
+            "this optimizer's updates are for a learning rate of 1: pass "
+            "schedule=jaxlm.optim.make_schedule(config) as well"
+        )
 
     def train_step(state: TrainState, batch: Batch, progress: Scalar) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
