@@ -51,3 +51,15 @@ def test_full_disks_and_long_names_are_one_sentence(body, said):
     assert lines[-1] == said
     code = 130 if said == "interrupted" else 2
     assert (process.returncode, len(lines)) == (code, 1) or "Traceback" in lines[0]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_what_an_encoding_lacks_ends_nothing(encoding):
+    body = "print('a cat \\U0001f600 \\u2501'); print('an end')"
+    command = [sys.executable, "-c", REPORT + body]
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, env=env, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"an end" in done.stdout
+    plain = subprocess.run([sys.executable, "-c", body], env=env, capture_output=True)
+    assert bool(plain.returncode) == (encoding != "utf-8")  # the control

@@ -357,6 +357,16 @@ def test_an_adapter_refuses_another_base(directory: Path, folder: Path, tmp_path
     assert finetuned.open_finetuned(directory, base=base.load(str(moved))).labels == ("0", "1")
 
 
+def test_a_base_is_found_from_any_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    name = base.lasting("model")
+    assert base.lasting("bert-base-uncased") == "bert-base-uncased"  # a name on the hub
+    monkeypatch.chdir(tmp_path)
+    assert base.load(name).config == base.load(str(folder / "model")).config
+
+
 def test_a_frequent_class_is_no_trained_model(config: FinetuneConfig, folder: Path) -> None:
     """Whatever is learned, 95 % of the examples are of one class: step 0 is not best by a tie."""
     rows = [f"{' '.join(WORDS[i % 7 : i % 7 + 3 + i % 5])},{int(i % 20 == 0)}" for i in range(120)]

@@ -1,5 +1,6 @@
 """Embeddings of texts."""
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ SCORED = Embedding(
 )
 
 
-def test_a_run_brings_pairs_together(train, write, records, eval_metrics):
+def test_a_run_brings_pairs_together(train, write, records, eval_metrics, tmp_path, monkeypatch):
     words = ("red", "green", "blue", "black", "white", "brown", "pink", "grey")
     rows = [
         {"text": f"{word} {x}", "pair": f"{x} {y} {word}"}
@@ -39,6 +40,13 @@ def test_a_run_brings_pairs_together(train, write, records, eval_metrics):
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(vectors[5], vectors[-1], atol=1e-5)
     assert abs(vectors[5] - vectors[0]).max() > 1e-2
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    saved = []  # what is written: its head has no parameters
+    merge_lora = importlib.import_module("merge_lora")
+    monkeypatch.setattr(merge_lora.huggingface, "save", lambda path, kept, *_: saved.append(kept))
+    merge_lora.main(run.config.directory, tmp_path / "merged")
+    assert saved[0].keys() == {"encoder"}
 
 
 def test_given_similarities_choose_what_trains_and_are_compared(framer, records):

@@ -100,3 +100,18 @@ def test_one_device_and_pmap_need_no_rows():
     ):
         state = placement.init(jax.random.key(0))
         assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+
+
+def test_only_axes_as_long_as_the_rows_are_positions():
+    """Three labels of each row are not cut in two, whatever the mesh does to positions."""
+    mesh = make_mesh(MeshConfig(fsdp=2, sequence=2))
+    batch = {
+        "tokens": np.ones((16, 8), np.int32),
+        "labels": np.ones((16, 3), np.float32),
+        "weights": np.ones((16, 8), np.float32),
+    }
+    placed = jit_placement(init, train_step, eval_step, mesh).put_batch(batch)
+    specs = {name: x.sharding.spec for name, x in placed.items()}
+    rows = ("data", "fsdp")
+    assert specs["tokens"] == specs["weights"] == PartitionSpec(rows, ("sequence",))
+    assert specs["labels"] == PartitionSpec(rows, None)
