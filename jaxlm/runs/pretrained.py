@@ -28,7 +28,7 @@ from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step
-from jaxlm.typing import HostBatch, Params, PRNGKey, Variables
+from jaxlm.typing import HostBatch, PRNGKey, Variables
 
 
 def resolve(
@@ -45,7 +45,7 @@ def resolve(
             "them (--model None)"
         )
     model: Any = config.model if base is None else steps.base_model(base, config.mesh)
-    model = steps.replace_fields(
+    model = replace(
         model,
         vocab_size=steps.resolve_vocab_size(model.vocab_size, info.vocab_size, config.mesh),
         dtype=model.dtype or steps.default_dtype(platform),
@@ -66,22 +66,20 @@ def make_model(config: PretrainConfig) -> nn.Module:
     return config.task.make_model(config.model)
 
 
-def init_params(model: nn.Module, key: PRNGKey, given: Mapping[str, PyTree]) -> Params:
-    """Parameters of the model: ``encoder`` and ``head``, those ``given`` as they are."""
-    drawn = dict(model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])
-    return drawn | dict(given)  # what is not returned is not computed
-
-
 def make_placement(
     config: PretrainConfig, vocabulary: Vocabulary, devices: Sequence[Any] | None = None
 ) -> Placement:
-    """The run's steps on all devices, or on ``devices``; ``init`` takes a key."""
+    """The run's steps on all devices, or on ``devices``.
+
+    ``init`` takes a key and, from a base, the parameters ``encoder`` and ``head`` that are given.
+    """
     model = make_model(config)
     optimizer = optim.make_optimizer(config.optimizer)
 
     def init(key: PRNGKey, given: Mapping[str, PyTree] | None = None) -> TrainState:
-        variables = {"params": init_params(model, key, given or {})}
-        return TrainState.create(variables, {}, optimizer)
+        drawn = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+        params = {**drawn, **(given or {})}  # what is not returned is not computed
+        return TrainState.create({"params": params}, {}, optimizer)
 
     eval_loss = config.task.for_evaluation().make_loss(model.apply, vocabulary)
     return steps.make_placement(

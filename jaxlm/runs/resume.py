@@ -23,7 +23,7 @@ _FREE = (
     r"|data\.(train|validation)\.(path|data_dir)|model\.(remat|unroll)"
     r"|train\.(num_micro_batches|save_every|keep|log_every|max_skipped)"
 )
-# And of a finished run, which is extended: its length.
+# And of a finished run, which is extended, or one not yet begun: its length.
 _LENGTH = r"train\.(steps|epochs|minutes|num_evals)"
 
 
@@ -69,10 +69,11 @@ def check_processes(config: Config, checkpoints: StoragePath) -> None:
 def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
     """A resumed run has the settings that it began with, as far as they decide what is learned.
 
-    A finished one may be made longer.
+    A finished one may be made longer, and one that has trained nothing may get any length.
     """
     before, now = configs.flatten(read_config(directory, type(config))), configs.flatten(config)
-    free = f"{_FREE}|{_LENGTH}" if saved["share"] >= 1 else _FREE
+    any_length = saved["share"] >= 1 or saved["examples_seen"] == 0
+    free = f"{_FREE}|{_LENGTH}" if any_length else _FREE
     changed = [
         f"{path}={before.get(path)} there and {now.get(path)} here"
         for path in sorted({*before, *now})

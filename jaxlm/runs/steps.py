@@ -93,13 +93,9 @@ def padded_vocab_size(size: int, mesh: MeshConfig) -> int:
 def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
     """A base's encoder for this mesh: its token table is filled up as pretraining would."""
     assert published.vocab_size is not None
+    model: Any = published  # a dataclass, which its protocol cannot say
     rows = padded_vocab_size(published.vocab_size, mesh)
-    return replace_fields(published, dtype=None, vocab_size=rows)
-
-
-def replace_fields(model: Any, *, vocab_size: int, dtype: str | None) -> Any:
-    """``dataclasses.replace`` of a model's config, whose class is not known here."""
-    return dataclasses.replace(model, vocab_size=vocab_size, dtype=dtype)
+    return dataclasses.replace(model, dtype=None, vocab_size=rows)
 
 
 def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Storage paths: on a disk, or in a bucket of Google Cloud Storage."""
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -57,6 +58,8 @@ def without_patterns(path: StoragePath) -> StoragePath:
     try:
         path.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "it is somebody else's")
         if link.is_symlink() and link.readlink() == path.absolute():
             return link
         fresh = folder / f"{link.name}.{os.getpid()}"

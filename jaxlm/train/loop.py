@@ -159,7 +159,15 @@ def fit(
     def is_stale() -> bool:
         return config.patience is not None and since_best >= config.patience
 
+    def raise_if_untrained() -> None:
+        if step == 0 and config.minutes is not None:
+            raise InputError(
+                f"nothing was trained: compiling and evaluating took {clock.elapsed_s():.0f} s, "
+                f"and train.minutes={config.minutes:g} were over: give it more, to the same command"
+            )
+
     if share >= 1:
+        raise_if_untrained()
         view.print(f"the run is complete: it has its {step} steps")
         return state
     distributed.connect()
@@ -195,11 +203,7 @@ def fit(
             )
         else:
             evaluate_and_save()
-    if step == 0 and not stop and config.minutes is not None:
-        raise InputError(
-            f"nothing was trained: compiling and evaluating took {clock.elapsed_s():.0f} s, and "
-            f"train.minutes={config.minutes:g} were over: give it more, to the same command"
-        )
+            raise_if_untrained()
     return state
 
 

@@ -223,6 +223,19 @@ def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
     assert changed["share"] == 1.0
 
 
+def test_a_run_that_trained_nothing_says_so_each_time(
+    config: PretrainConfig, tmp_path: Path
+) -> None:
+    """6 ms are over when the step is compiled. The same command does not call it complete."""
+    train = replace(config.train, steps=None, minutes=1e-4)
+    timed = replace(config, runs=tmp_path, name="timed", train=train)
+    for _ in range(2):
+        with pytest.raises(InputError, match="nothing was trained"):
+            pretrain(timed)
+    longer = replace(timed, train=replace(train, minutes=None, steps=STEPS))
+    assert max(list_steps(pretrain(longer) / "checkpoints")) == STEPS
+
+
 def test_an_unfinished_run_keeps_its_length(
     config: PretrainConfig, whole: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ from jaxlm.data.sources import TextFiles
 from jaxlm.data.tfds import Tfds
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.runtime import storage
 from jaxlm.runtime.storage import locate, mirrored, on_disk, whole
 
 ROOT = Path(__file__).parents[2]
@@ -249,3 +250,22 @@ def test_a_run_in_a_bucket_goes_on_and_is_used(bucket, tmp_path):
     steps = [json.loads(line)["step"] for line in lines.splitlines() if line.startswith("{")]
     assert steps == sorted(steps)
     assert {1, 4, 5, 8} <= set(steps)
+
+
+def test_a_link_is_made_in_a_folder_of_one_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever else may write to the folder of temporary files does not choose what is read."""
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    named = tmp_path / "try[1]"
+    link = storage.without_patterns(named)
+    assert link != named
+    assert link.resolve() == named.resolve()
+    assert storage.without_patterns(named) == link
+    assert storage.without_patterns(tmp_path / "plain") == tmp_path / "plain"
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    link.parent.rename(tmp_path / "moved")
+    link.parent.symlink_to(foreign)
+    with pytest.raises(InputError, match="somebody else's"):
+        storage.without_patterns(named)

@@ -9,24 +9,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny_models
 
 from jaxlm import tree
-from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import MlmHead, WithLmHead
 from jaxlm.nn.intercept import find_sites
 from jaxlm.peft.lora import LoraConfig, adapt, init, init_at
 
-BERT = BertConfig(
-    vocab_size=32,
-    num_layers=2,
-    hidden_dim=16,
-    num_heads=2,
-    mlp_dim=24,
-    max_length=8,
-    dropout_rate=0.0,
-    attention_dropout_rate=0.0,
-    initializer_std=0.2,
-)
+BERT = replace(tiny_models.BERT, initializer_std=0.2)
 
 
 class AttentionBlocks(nn.Module):
