@@ -87,7 +87,7 @@ class Checkpointer:
 
         A step of this run that is saved already is left as it is, but for the metrics of an
         evaluation that followed. Later steps than the one restored, and an equal step of another
-        history, give way.
+        history, give way. The first of a run is waited for, and read again.
         """
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         rank = self.monitor.rank(step, metrics)
@@ -114,6 +114,9 @@ class Checkpointer:
                 ),
                 force=True,  # when to save is the caller's affair
             )
+            if not saved:  # what cannot be read is worth knowing before days of training
+                self._manager.wait_until_finished()
+                restore.check_readable(self._directory / str(step), state, self._report)
 
     def restore(self, target: PyTree, step: int | None = None) -> Restored:
         """Read the whole state of a step, else of the newest that is undamaged.

@@ -166,6 +166,23 @@ def restore(
     raise InputError(f"no checkpoint in {directory} can be used: {refused[0]}")
 
 
+def check_readable(step: StoragePath, state: PyTree, report: Report) -> None:
+    """Read a checkpoint of ``state`` just as a run that resumes would; InputError if it cannot."""
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    try:
+        _read(step, target, whole=True)
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        report("the first checkpoint was not read back: memory does not hold the state twice")
+    except Exception as error:
+        reason = textwrap.shorten(str(error), 160, placeholder=" …")
+        raise InputError(
+            f"the first checkpoint, {step}, was written and cannot be read back ({reason}): write "
+            "the run elsewhere, with --runs"
+        ) from error
+
+
 def os_error(error: Exception) -> OSError | None:
     """What the operating system had to say, if that is what it is about."""
     if isinstance(error, OSError):

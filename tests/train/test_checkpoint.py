@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm.errors import InputError
+from jaxlm.train import checkpoint, restore
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.restore import Monitor, best_step, list_steps, restore_part
 
@@ -99,6 +100,33 @@ def test_what_another_jax_wrote_is_read(tmp_path, archive):
     assert (restored.step, restored.refused) == (20, [])
     assert (restored.cursor, restored.metrics) == ({"examples_seen": 160}, {"loss": 1.5})
     assert_same(restored.state, state)
+
+
+def test_the_first_save_of_a_run_is_read_back(tmp_path, monkeypatch):
+    """A disk that loses what it was given is found out before the training, not after it."""
+    wait = checkpoint._Manager.wait_until_finished
+
+    def wait_and_lose(manager):
+        wait(manager)
+        for path in tmp_path.rglob("state/**/d/*"):
+            os.truncate(path, path.stat().st_size // 2)
+
+    monkeypatch.setattr(checkpoint._Manager, "wait_until_finished", wait_and_lose)
+    with (
+        pytest.raises(InputError, match=r"first checkpoint, .*/7, .* cannot be read back"),
+        Checkpointer(tmp_path) as checkpointer,
+    ):
+        checkpointer.save(7, make_state(7), {})
+
+
+def test_later_saves_are_not_waited_for(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(restore, "check_readable", lambda step, *_: read.append(step.name))
+    save_all(tmp_path, {1: 3.0, 2: 2.0})
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.restore(abstract(make_state()))
+        checkpointer.save(3, make_state(3), {})
+    assert read == ["1"]
 
 
 def test_the_state_may_be_donated_at_once(tmp_path):
