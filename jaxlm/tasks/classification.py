@@ -107,7 +107,8 @@ class Classification:
 
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each label, or for the number."""
-        return ClassificationHead(max(len(labels), 1), dropout_rate, POOLS[self.pooling])
+        outputs = 1 if self.fields.target == "number" else len(labels)
+        return ClassificationHead(outputs, dropout_rate, POOLS[self.pooling])
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy, or the squared error of numbers."""

@@ -1,0 +1,172 @@
+"""Every task, tuning and architecture through every script: trained, evaluated, used, merged.
+
+One test for the whole table. What every pair meets in is run each time; the whole product is slow.
+"""
+
+import importlib
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_models import BERT
+from tiny_runs import make_config
+
+from jaxlm.compile_check.step import Assumed, make_step
+from jaxlm.config import FinetuneConfig
+from jaxlm.data.labelled.classification import TextFields
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import JsonLines
+from jaxlm.errors import InputError
+from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.peft.ia3 import Ia3Config
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.tuning import BitFit, Full, HeadOnly
+from jaxlm.runs.base import load
+from jaxlm.runs.finetuning import finetune
+from jaxlm.runs.pretraining import pretrain
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.tagging import Tagging
+from jaxlm.train.loop import TrainConfig
+
+WORDS = ["red", "green", "blue", "cat", "dog"]
+NUMBER = TextFields(target="number")
+SEVERAL = TextFields(target="labels")
+PAIR = TextFields(pair="pair")
+TASKS: dict[str, Any] = {
+    "class": Classification(pooling="mean"),
+    "labels": Classification(fields=SEVERAL, pooling="mean"),
+    "number": Classification(fields=NUMBER, pooling="mean"),
+    "pair": Classification(fields=PAIR),
+    "tags": Tagging(entities=False),
+    "answer": QuestionAnswering(doc_stride=2),
+    "choice": MultipleChoice(),
+    "embedding": Embedding(),
+}
+KERNELS = (r".*/kernel",)
+TUNINGS: dict[str, Any] = {
+    "full": Full(),
+    "head": HeadOnly(),
+    "biases": BitFit(),
+    "lora": LoraConfig(targets=KERNELS, rank=2),
+    "dora": LoraConfig(targets=KERNELS, rank=2, kind="dora"),
+    "pissa": LoraConfig(targets=KERNELS, rank=2, init="pissa"),
+    "ia3": Ia3Config(outputs=KERNELS, inputs=()),
+}
+MODELS: dict[str, Any] = {
+    "bert": replace(BERT, vocab_size=None, num_layers=1, max_length=32),
+    "bilstm": BilstmConfig(embed_dim=16, hidden_dim=16),
+}
+
+
+def row(task: str, rng: np.random.Generator, i: int) -> dict[str, Any]:
+    """An example, whatever it says."""
+    words = rng.choice(WORDS, 4).tolist()
+    text, pair = " ".join(words), " ".join(reversed(words))
+    match task:
+        case "tags":
+            return {"tokens": words, "tags": [word[0].upper() for word in words]}
+        case "answer":
+            answers = {"text": [words[1]], "answer_start": [text.index(words[1])]}
+            return {"question": "where ?", "context": text, "answers": answers, "id": str(i)}
+        case "choice":
+            return {"context": text, "choices": words[:2], "label": i % 2}
+        case "labels":
+            return {"text": text, "label": sorted({words[0], words[1]})}
+        case "number":
+            return {"text": text, "label": 10.0 + i % 7}
+        case "embedding":
+            return {"text": text, "pair": f"{pair} {i}"}
+        case _:
+            return {"text": text, "pair": pair, "label": "ab"[i % 2]}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each architecture, pretrained for a step."""
+    folder = tmp_path_factory.mktemp("journeys")
+    config, made = make_config(folder, steps=1), {}
+    for name, model in MODELS.items():
+        once = TrainConfig(steps=1, num_evals=1, eval_rows=16)
+        made[name] = pretrain(replace(config, name=name, model=model, train=once))
+    return made
+
+
+def journeys() -> list[Any]:
+    """All of them; those that every pair of task, tuning and architecture does not need: slow."""
+    usual = {(task, "lora", "bert") for task in TASKS}
+    usual |= {("class", tuning, "bert") for tuning in TUNINGS}
+    usual |= {("tags", "full", "bilstm"), ("class", "lora", "bilstm"), ("class", "ia3", "bilstm")}
+    return [
+        pytest.param(*way, marks=() if way in usual else pytest.mark.slow, id="-".join(way))
+        for way in itertools.product(TASKS, TUNINGS, MODELS)
+    ]
+
+
+@pytest.mark.parametrize(("task", "tuning", "model"), journeys())
+def test_every_script_does_its_part(
+    task: str,
+    tuning: str,
+    model: str,
+    bases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    evaluate, predict, merge_lora = map(
+        importlib.import_module, ("evaluate", "predict", "merge_lora")
+    )
+    rng = np.random.default_rng(0)
+    rows = [row(task, rng, i) for i in range(32)]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    config = FinetuneConfig(
+        name="run",
+        runs=tmp_path,
+        base=str(bases[model]),
+        data=LabelledConfig(
+            train=JsonLines(path=str(path)),
+            validation_fraction=0.25,
+            batch_size=8,
+            max_length=16,
+            num_buckets=1,
+        ),
+        task=TASKS[task],
+        tuning=TUNINGS[tuning],
+        train=TrainConfig(steps=2, num_evals=1),
+    )
+    run = finetune(config, console=Console(quiet=True))
+
+    capsys.readouterr()
+    evaluate.main(run, data=path)
+    evaluated = capsys.readouterr().out
+    assert all(name in evaluated for name in ("loss", config.monitor or config.task.monitor))
+
+    out = tmp_path / "answers.jsonl"
+    predict.main(run, config.task.verb, file=path, out=out)
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(answers) == len(rows)
+    first = rows[0][config.task.text_fields[0]]  # a text, or words
+    assert (" ".join(first) if isinstance(first, list) else first) in str(answers[0])
+
+    merged = tmp_path / "merged"
+    if isinstance(MODELS[model], BilstmConfig):
+        with pytest.raises(InputError, match="cannot be saved for other libraries"):
+            merge_lora.main(run, merged)
+        assert not merged.exists()
+    else:
+        merge_lora.main(run, merged)
+        assert load(str(merged)).config.hidden_dim == BERT.hidden_dim
+
+    step = make_step(config, Assumed(vocab_size=64), jax.devices())
+    step.placement.train_step.lower(step.placement.abstract_state, step.batch, np.float32(0))
