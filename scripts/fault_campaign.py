@@ -3,9 +3,10 @@
     python scripts/fault_campaign.py
     python scripts/fault_campaign.py --kills 20 --processes 2
 
-A tiny run saves at every fifth step. One that nothing disturbs is the reference. Others are killed
-(SIGKILL) at random moments of training, every second time while a checkpoint is being written, and
-started again until they end; others find their newest checkpoint truncated, without a file or with
+Tiny runs, of pretraining and of LoRA, save at every fifth step; their names hold brackets, spaces
+and an accent. One of each that nothing disturbs is the reference. Others are killed (SIGKILL) at
+random moments of training, every second time while a checkpoint is being written, and started again
+until they end; others find their newest checkpoint truncated, without a file or with
 a flipped bit, or the disk full or read-only. After each fault every finished checkpoint must be the
 reference's of that step, and every run must end in the reference's last checkpoint, bit by bit.
 """
@@ -30,18 +31,21 @@ import tyro
 from rich.console import Console
 
 from jaxlm import config as configs
-from jaxlm.config import PretrainConfig
+from jaxlm.config import FinetuneConfig, PretrainConfig
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import Table
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError, report_input_errors
+from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.restore import list_steps
 
-PRETRAIN = Path(__file__).with_name("pretrain.py")
+SCRIPTS = {"pretraining": "pretrain.py", "LoRA": "finetune.py"}
 STEPS, SAVE_EVERY = 400, 5
 
 
@@ -50,7 +54,7 @@ class Options:
     """How often each thing is done."""
 
     kills: int = 50
-    """SIGKILLs at random moments."""
+    """SIGKILLs at random moments, of each kind of run."""
     damages: int = 10
     """Newest checkpoints that are damaged, of each kind."""
     processes: int = 1
@@ -86,11 +90,19 @@ class Row:
 class Campaign:
     """The folder of the runs, and what is known of the reference."""
 
+    job: str
+    """Kind of run: a key of SCRIPTS."""
     folder: Path
     processes: int
     random: random.Random
     known: dict[int, dict[str, int]] = field(default_factory=dict)
     """The checksum of every array, in each of the reference's checkpoints."""
+
+    @property
+    def command(self) -> list[str]:
+        """What starts a run, but for its name."""
+        script = Path(__file__).with_name(SCRIPTS[self.job])
+        return [sys.executable, str(script), str(self.folder / f"{self.job}.json")]
 
     def checkpoints(self, name: str) -> Path:
         """The folder of a run's checkpoints."""
@@ -104,8 +116,7 @@ class Campaign:
         started = []
         for index in range(self.processes):
             joins = {distributed.ADDRESS: address, distributed.COUNT: str(self.processes)}
-            command = [sys.executable, str(PRETRAIN), str(self.folder / "config.json")]
-            command += ["--name", name, *options]
+            command = [*self.command, "--name", name, *options]
             started.append(
                 subprocess.Popen(
                     command,
@@ -166,11 +177,15 @@ def main(options: Options) -> None:
         # One that is compiled is read by all that follow.
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{place}/compiled")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        campaign = Campaign(Path(place), options.processes, random.Random(options.seed))
-        write_config(campaign.folder)
-        with console.status("the run that nothing disturbs"):
-            campaign.learn("reference")
-        rows = [kills(campaign, options.kills, console)]
+        folder, rng = Path(place), random.Random(options.seed)
+        write_configs(folder)
+        rows, campaigns = [], {}
+        for job in SCRIPTS:
+            campaigns[job] = Campaign(job, folder, options.processes, rng)
+            with console.status(f"{job} that nothing disturbs"):
+                campaigns[job].learn(job)
+            rows.append(kills(campaigns[job], options.kills, console))
+        campaign = campaigns["pretraining"]
         for fault, damage in DAMAGES.items():
             rows.append(damages(campaign, fault, damage, options.damages, console))
         if not shutil.which("unshare") or subprocess.run([*OWN_DISKS, "true"]).returncode:
@@ -185,8 +200,8 @@ def main(options: Options) -> None:
         raise InputError("something was lost or wrong: see the table")
 
 
-def write_config(folder: Path) -> None:
-    """A tiny run on random words."""
+def write_configs(folder: Path) -> None:
+    """Tiny runs on random words: the second starts from the first, which nothing disturbs."""
     rng = random.Random(0)
     words = ["red", "green", "blue", "cat", "dog"]
     lines = (" ".join(rng.choices(words, k=12)) for _ in range(400))
@@ -197,7 +212,7 @@ def write_config(folder: Path) -> None:
     sizes = {"hidden_dim": 32, "mlp_dim": 64, "max_length": 16}
     config = replace(
         config,
-        name="reference",
+        name="pretraining",
         runs=folder / "runs",
         data=DataConfig(paths=(str(folder / "prepared"),), batch_size=16),
         prepare=PrepareConfig(
@@ -209,15 +224,28 @@ def write_config(folder: Path) -> None:
         model=replace(config.model, **sizes),
         train=TrainConfig(steps=STEPS, num_evals=2, save_every=SAVE_EVERY),
     )
-    (folder / "config.json").write_text(configs.to_json(config))
+    (folder / "pretraining.json").write_text(configs.to_json(config))
+    rows = (f"{' '.join(rng.choices(words, k=9))} {i},{i % 2}" for i in range(400))
+    (folder / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    tuning = FinetuneConfig(
+        name="LoRA",
+        runs=config.runs,
+        base=str(folder / "runs" / "pretraining"),
+        data=LabelledConfig(
+            train=Table(path=str(folder / "rows.csv")), batch_size=16, max_length=16, num_buckets=1
+        ),
+        tuning=LoraConfig(rank=2),
+        train=config.train,
+    )
+    (folder / "LoRA.json").write_text(configs.to_json(tuning))
 
 
 def kills(campaign: Campaign, times: int, console: Console) -> Row:
     """SIGKILL one process, again and again, until runs end."""
-    row, runs = Row("SIGKILL"), 0
+    row, runs = Row(f"SIGKILL, {campaign.job}"), 0
     with console.status("") as status:
         while row.times < times:
-            runs, name = runs + 1, f"killed{runs}"
+            runs, name = runs + 1, f"{campaign.job} [{runs}] tué"
             while row.times < times and STEPS not in list_steps(campaign.checkpoints(name)):
                 status.update(f"SIGKILL {row.times + 1} of {times}")
                 started = campaign.start(name)
@@ -335,8 +363,7 @@ def disk(campaign: Campaign, fault: str, script: str) -> Row:
     row, name = Row(fault, times=1), re.sub(r"\W", "_", fault)
     folder = campaign.folder / name
     folder.mkdir()
-    command = [sys.executable, str(PRETRAIN), str(campaign.folder / "config.json")]
-    command += ["--name", name, "--runs", str(folder)]
+    command = [*campaign.command, "--name", name, "--runs", str(folder)]
     script += f'"$@"; cat $D/$N/{CHECKPOINTS}/{STEPS}/meta/metadata'
     done = subprocess.run(
         [*OWN_DISKS, "sh", "-c", script, "sh", *command],
@@ -364,7 +391,7 @@ def to_markdown(rows: list[Row]) -> str:
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        refused = "" if row.fault == "SIGKILL" else row.refused
+        refused = "" if row.fault.startswith("SIGKILL") else row.refused
         cells = row.fault, row.times, refused, row.completed, row.lost, row.wrong
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
