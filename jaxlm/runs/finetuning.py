@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 from tokenizers import Tokenizer
 
 from jaxlm import tree
@@ -46,7 +47,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     task = config.task
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
-        splits = read_splits(config.data, task.read)
+        splits = read_splits(config.data, task.read, task.check)
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
@@ -61,6 +62,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         "validation": describe(validation, task.classes(splits.validation)),
     }
     console.print(render(described))
+    for note in splits.notes:
+        console.print(Text(f"note: {note}"))
     lengths = np.concatenate([examples.lengths, validation.lengths])
     buckets = make_buckets(lengths, config.data.num_buckets, max_length=framer.max_length)
 

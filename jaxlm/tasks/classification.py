@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.data.labelled import checks
 from jaxlm.data.labelled import classification as data
 from jaxlm.data.labelled.classification import TextExample, TextFields
 from jaxlm.data.labelled.examples import Examples
@@ -83,6 +84,16 @@ class Classification:
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
         label = self.fields.label if labelled else None
         return data.read(records, dataclasses.replace(self.fields, label=label))
+
+    def check(self, examples: Sequence[TextExample]) -> list[str]:
+        """Labels that nobody meant raise."""
+        fields, name = self.fields, str(self.fields.label)
+        if fields.target == "number" or fields.as_written:
+            return []
+        checks.check_missing(examples, name)
+        if fields.target == "class":
+            return checks.check_single(examples, name)
+        return checks.check_several(examples, name, fields.separator, fields.names)
 
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         """The classes or labels; none for numbers."""
