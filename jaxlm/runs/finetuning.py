@@ -33,6 +33,7 @@ from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath
+from jaxlm.tasks.classification import Classification
 from jaxlm.train.restore import best_step
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
@@ -55,7 +56,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     labels = task.labels(splits.train)
     finetuned.check_monitor(config, labels, splits.validation)
     framer = finetuned.make_framer(config, tokenizer)
-    examples, validation = (task.encode(framer, part, labels) for part in splits[:2])
+    examples = task.encode(framer, splits.train, labels)
+    validation = task.for_evaluation().encode(framer, splits.validation, labels)
     config = replace(config, train=config.train.with_steps(len(examples), config.data.batch_size))
     described = {
         "training": describe(examples, task.classes(splits.train), duplicates=splits.duplicates),
@@ -122,6 +124,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     directory = train(job, console)
     best = best_step(directory / CHECKPOINTS, monitor)
     console.print(f"the best checkpoint by {monitor.name} is that of step {best}")
+    if isinstance(task, Classification) and task.thresholds == ("chosen",):
+        for line in finetuned.choose_thresholds(directory, splits.validation, base):
+            console.print(Text(line))
     return directory
 
 
