@@ -15,6 +15,7 @@ import tyro
 
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import prepared
+from jaxlm.data.labelled import spelling
 from jaxlm.data.labelled.dataset import like
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
@@ -108,7 +109,9 @@ def evaluate_tuned(
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
         examples, where = task.read(like(loaded.config.data.train, data).records()), str(data)
-    examples = examples[:rows]
+    examples = spelling.alike(examples[:rows], labels)
+    for note in spelling.notes(examples):
+        print(f"note: {note}")
     sums, outputs = loaded.outputs(examples)
     assert sums is not None  # the examples are labelled
     metrics = {"loss": sums.means()["loss"], **task.metrics(examples, labels, outputs)}

@@ -107,9 +107,11 @@ def multilabel(
     labels: Num[np.ndarray, "examples labels"],
     probabilities: Float[np.ndarray, "predictions columns"],
     *,
-    threshold: float = 0.5,
+    threshold: float | Float[np.ndarray, "columns"] = 0.5,
 ) -> dict[str, float]:
     """Metrics for any number of labels per text: those with a probability above the threshold.
+
+    ``threshold`` is one for all, or one for each label.
 
     ``exact_match`` is the share of texts with every label right.
     """

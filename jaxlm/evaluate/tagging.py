@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxlm.errors import InputError
 
 OUTSIDE = "O"
+OTHER_LETTERS = {"L": "E", "U": "S", "M": "I", "W": "S"}  # of BILUO, BMES and BMEWO
 
 
 @dataclass(frozen=True, order=True)
@@ -30,7 +31,8 @@ class Mention:
 
 
 def read_entities(tags: Sequence[str]) -> list[Entity]:
-    """The entities of a sentence in IOB1, BIO (IOB2) or IOBES; the first hyphen ends the prefix.
+    """The entities of a sentence in IOB1, BIO (IOB2), IOBES or BILUO; the first hyphen ends the
+    prefix.
 
     Ill-formed sequences are read as by conlleval (Tjong Kim Sang and Buchholz, 2000): a word inside
     an entity, with no entity of its type before it, begins one.
@@ -83,6 +85,10 @@ def find_mentions(
 
 def _split(tag: str) -> tuple[str, str]:
     prefix, _, type = tag.partition("-")
+    prefix = OTHER_LETTERS.get(prefix, prefix)
     if tag != OUTSIDE and not (prefix in ("B", "I", "E", "S") and type):
-        raise InputError(f"tag {tag!r} is neither O nor one of B-, I-, E- and S- before a type")
+        raise InputError(
+            f"tag {tag!r} is neither O nor one of B-, I-, E- and S- (BILUO: B-, I-, L-, U-) before "
+            "a type"
+        )
     return prefix, type

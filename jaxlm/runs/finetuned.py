@@ -1,7 +1,7 @@
 """A fine-tuned model put together from its configuration: what training and using it share."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -27,8 +27,9 @@ from jaxlm.runs import base as bases
 from jaxlm.runs import steps
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
-from jaxlm.runtime.storage import StoragePath, locate
+from jaxlm.runtime.storage import StoragePath, locate, write_whole
 from jaxlm.sums import Sums, add_all
+from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.task import Labels, Outputs, Task
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
@@ -38,6 +39,7 @@ from jaxlm.train.step import EvalStep, make_predict_step
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
+THRESHOLDS = "thresholds.json"  # of each of several labels, where they were chosen
 
 
 def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneConfig:
@@ -250,7 +252,7 @@ class FinetunedRun:
         """What the model gives for examples of its task, in their order."""
         placement = self.placement if labelled else self.unlabelled
         framer = make_framer(self.config, self.tokenizer)
-        encoded = self.task.encode(framer, examples, self.labels)
+        encoded = self.task.for_evaluation().encode(framer, examples, self.labels)
         buckets = make_buckets(
             encoded.lengths, self.config.data.num_buckets, max_length=framer.max_length
         )
@@ -297,6 +299,8 @@ def open_finetuned(
             f"{directory / LABELS} does not hold the labels that the run was trained with: write "
             f"{json.dumps(cursor['labels'])} there"
         )
+    if isinstance(config.task, Classification) and config.task.thresholds == ("chosen",):
+        config = replace(config, task=_with_thresholds(config.task, directory))
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
         loaded = base if isinstance(base, Base) else bases.load(base or config.base)
@@ -322,3 +326,42 @@ def open_finetuned(
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )
     return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, restored.cursor)
+
+
+def choose_thresholds(
+    directory: StoragePath, examples: Sequence[Any], base: Base | None
+) -> Iterator[str]:
+    """Write a run's thresholds, the best of its best checkpoint on these examples; says them."""
+    loaded = open_finetuned(directory, base=base)
+    assert isinstance(loaded.task, Classification)
+    _, outputs = loaded.outputs(examples)
+    before = loaded.task.metrics(examples, loaded.labels, outputs)
+    chosen = loaded.task.chosen_thresholds(examples, loaded.labels, outputs)
+    if jax.process_index() == 0:
+        write_whole(directory / THRESHOLDS, json.dumps(chosen))
+    task = replace(loaded.task, thresholds=_given(chosen))
+    after = task.metrics(examples, loaded.labels, outputs)
+    values = ", ".join(f"{label} {value:.3f}" for label, value in list(chosen.items())[:20])
+    yield f"thresholds chosen on the validation data ({THRESHOLDS}): {values}"
+    yield (
+        ", ".join(
+            f"{name} {after[name]:.4f} with them, {before[name]:.4f} with 0.5"
+            for name in ("micro_f1", "macro_f1")
+        )
+        + ", on the data that they were chosen by"
+    )
+
+
+def _with_thresholds(task: Classification, directory: StoragePath) -> Classification:
+    """With those that were chosen, if they were yet."""
+    path = directory / THRESHOLDS
+    try:
+        return replace(task, thresholds=_given(json.loads(path.read_text())))
+    except FileNotFoundError:
+        return replace(task, thresholds=())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def _given(thresholds: Mapping[str, float]) -> tuple[str, ...]:
+    return tuple(f"{label}={value!r}" for label, value in thresholds.items())

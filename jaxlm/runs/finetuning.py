@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 from tokenizers import Tokenizer
 
 from jaxlm import tree
@@ -32,6 +33,7 @@ from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath
+from jaxlm.tasks.classification import Classification
 from jaxlm.train.restore import best_step
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
@@ -46,7 +48,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     task = config.task
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
-        splits = read_splits(config.data, task.read)
+        splits = read_splits(config.data, task.read, task.check)
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
@@ -54,13 +56,16 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     labels = task.labels(splits.train)
     finetuned.check_monitor(config, labels, splits.validation)
     framer = finetuned.make_framer(config, tokenizer)
-    examples, validation = (task.encode(framer, part, labels) for part in splits[:2])
+    examples = task.encode(framer, splits.train, labels)
+    validation = task.for_evaluation().encode(framer, splits.validation, labels)
     config = replace(config, train=config.train.with_steps(len(examples), config.data.batch_size))
     described = {
         "training": describe(examples, task.classes(splits.train), duplicates=splits.duplicates),
         "validation": describe(validation, task.classes(splits.validation)),
     }
     console.print(render(described))
+    for note in splits.notes:
+        console.print(Text(f"note: {note}"))
     lengths = np.concatenate([examples.lengths, validation.lengths])
     buckets = make_buckets(lengths, config.data.num_buckets, max_length=framer.max_length)
 
@@ -119,6 +124,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     directory = train(job, console)
     best = best_step(directory / CHECKPOINTS, monitor)
     console.print(f"the best checkpoint by {monitor.name} is that of step {best}")
+    if isinstance(task, Classification) and task.thresholds == ("chosen",):
+        for line in finetuned.choose_thresholds(directory, splits.validation, base):
+            console.print(Text(line))
     return directory
 
 

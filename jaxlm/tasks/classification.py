@@ -11,7 +11,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
+from jaxlm.data.labelled import checks
 from jaxlm.data.labelled import classification as data
 from jaxlm.data.labelled.classification import TextExample, TextFields
 from jaxlm.data.labelled.examples import Examples
@@ -20,6 +22,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate import calibration, metrics, plots, report
 from jaxlm.evaluate.report import Prediction
+from jaxlm.evaluate.thresholds import best_thresholds
 from jaxlm.models.heads import ClassificationHead, bert_pooler, mean_pool
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
@@ -40,6 +43,14 @@ class Classification:
     """Probability that is spread over all classes in training."""
     r_drop: float = 0.0
     """Weight of the divergence of two draws of dropout; 0 = one draw."""
+    class_weights: tuple[str, ...] = ()
+    """Weights of classes in the training loss, which is then the mean over examples weighted by
+    their classes: `balanced`, inverse to each class's share, or pairs such as neg=1 pos=5 (1 for
+    others). Empty: all 1. Evaluation weighs all examples alike."""
+    thresholds: tuple[str, ...] = ()
+    """Above which probability each of several labels counts: pairs such as toxic=0.3 (0.5 for
+    others), or `chosen`: those of the best F1 on the validation data, found when training ends,
+    and kept in thresholds.json. Empty: 0.5."""
     pooling: Literal["bert", "mean"] = "bert"
     """One vector of a row's hidden states: a dense layer on the first, or their mean."""
 
@@ -53,6 +64,13 @@ class Classification:
                 f"label_smoothing={self.label_smoothing} and r_drop={self.r_drop} are for classes, "
                 f"not for fields.target={self.fields.target}: set both to 0"
             )
+        for name, target in (("class_weights", "class"), ("thresholds", "labels")):
+            given = vars(self)[name]
+            if given and self.fields.target != target:
+                raise InputError(
+                    f"task.{name}={given} is for fields.target={target}, not {self.fields.target}"
+                )
+            _pairs(() if given in (("balanced",), ("chosen",)) else given, f"task.{name}")
 
     @property
     def verb(self) -> str:
@@ -77,24 +95,59 @@ class Classification:
         return OBJECTIVES[self.fields.target]
 
     def for_evaluation(self) -> "Classification":
-        """Without label smoothing and R-Drop."""
-        return dataclasses.replace(self, label_smoothing=0.0, r_drop=0.0)
+        """Without label smoothing, R-Drop and weights of classes."""
+        return dataclasses.replace(self, label_smoothing=0.0, r_drop=0.0, class_weights=())
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
         label = self.fields.label if labelled else None
         return data.read(records, dataclasses.replace(self.fields, label=label))
 
+    def check(self, examples: Sequence[TextExample]) -> list[str]:
+        """Labels that nobody meant raise."""
+        fields, name = self.fields, str(self.fields.label)
+        if fields.target == "number" or fields.as_written:
+            return []
+        checks.check_missing(examples, name)
+        if fields.target == "class":
+            return checks.check_single(examples, name)
+        return checks.check_several(examples, name, fields.separator, fields.names)
+
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         """The classes or labels; none for numbers."""
-        return data.label_names(examples)
+        names = data.label_names(examples)
+        if self.class_weights not in ((), ("balanced",)):
+            self._weights(np.zeros(0, int), names)
+        self._thresholds(names)  # both raise where they name another label
+        return names
 
     def classes(self, examples: Sequence[TextExample]) -> list[str]:
         return [name for example in examples for name in example.classes]
 
     def encode(self, framer: Framer, examples: Sequence[TextExample], labels: Labels) -> Examples:
         """Rows of tokens."""
-        known = examples[0].label is not None
-        return data.encode(framer, examples, data.label_array(examples, labels) if known else None)
+        if examples[0].label is None:
+            return data.encode(framer, examples)
+        array = data.label_array(examples, labels)
+        encoded = data.encode(framer, examples, array)
+        if self.class_weights:
+            weights = self._weights(np.asarray(array), labels)
+            for row, number in zip(encoded.rows, np.asarray(array), strict=True):
+                row["weights"] = np.array(weights[number], np.float32)
+        return encoded
+
+    def _weights(
+        self, numbers: Int[np.ndarray, "examples"], labels: Labels
+    ) -> Float[np.ndarray, "labels"]:
+        """Of each class."""
+        if self.class_weights == ("balanced",):
+            counts = np.maximum(np.bincount(numbers, minlength=len(labels)), 1)
+            return len(numbers) / (len(labels) * counts)
+        return _by_label(self.class_weights, labels, 1.0, "task.class_weights")
+
+    def _thresholds(self, labels: Labels) -> Float[np.ndarray, "labels"]:
+        """Of each label; 0.5 before they are chosen."""
+        given = () if self.thresholds == ("chosen",) else self.thresholds
+        return _by_label(given, labels, 0.5, "task.thresholds")
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
         """Labels are classes, columns of ones and zeros, or numbers."""
@@ -136,7 +189,8 @@ class Classification:
             case "class":
                 return metrics.classification(gold, outputs["probabilities"], len(labels))
             case "labels":
-                return metrics.multilabel(gold, outputs["probabilities"])
+                thresholds = self._thresholds(labels)
+                return metrics.multilabel(gold, outputs["probabilities"], threshold=thresholds)
             case "number":
                 return metrics.regression(gold, outputs["values"])
 
@@ -184,10 +238,45 @@ class Classification:
         row = outputs["probabilities"][i].tolist()
         probabilities = dict(zip(labels, row, strict=True))
         if self.fields.target == "labels":
-            chosen: Any = [name for name, probability in probabilities.items() if probability > 0.5]
+            above = np.array(row) > self._thresholds(labels)
+            chosen: Any = [name for name, is_above in zip(labels, above, strict=True) if is_above]
             return {"labels": chosen, "probabilities": probabilities}
         best = max(probabilities, key=probabilities.__getitem__)
         return {"label": best, "probability": probabilities[best], "probabilities": probabilities}
+
+    def chosen_thresholds(
+        self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
+    ) -> dict[str, float]:
+        """Of each label, the one with the best F1 on these examples; where none is better, 0.5."""
+        gold = np.asarray(data.label_array(examples, labels))
+        values = best_thresholds(gold, np.asarray(outputs["probabilities"]))
+        return dict(zip(labels, values.tolist(), strict=True))
+
+
+def _pairs(given: Sequence[str], what: str) -> dict[str, float]:
+    """Numbers by name, from texts such as neg=1."""
+    pairs = {}
+    for pair in given:
+        name, _, text = pair.rpartition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not name or not 0 <= value < float("inf"):
+            raise InputError(f"{what}: {pair!r} is no label and its number, such as pos=0.5")
+        pairs[name] = value
+    return pairs
+
+
+def _by_label(
+    given: Sequence[str], labels: Labels, default: float, what: str
+) -> Float[np.ndarray, "labels"]:
+    """The number of each label; names that are none of the labels raise."""
+    pairs = _pairs(given, what)
+    unknown = [name for name in pairs if name not in labels]
+    if unknown:
+        raise InputError(f"{what}: {unknown[0]!r} is none of the labels {', '.join(labels[:20])}")
+    return np.array([pairs.get(label, default) for label in labels])
 
 
 def _texts(example: TextExample) -> dict[str, Any]:

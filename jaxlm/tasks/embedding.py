@@ -88,6 +88,9 @@ class Embedding:
         fields = self.fields if labelled else replace(self.fields, pair=None, label=None)
         return data.read(records, fields)
 
+    def check(self, examples: Sequence[TextExample]) -> list[str]:
+        return []
+
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         return ()
 

@@ -65,6 +65,9 @@ class MultipleChoice:
         label = self.fields.label if labelled else None
         return data.read(records, replace(self.fields, label=label))
 
+    def check(self, examples: Sequence[Choice]) -> list[str]:
+        return []
+
     def labels(self, examples: Sequence[Choice]) -> Labels:
         """None: the head gives every choice one number, however many there are."""
         return ()

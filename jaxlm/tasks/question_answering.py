@@ -77,6 +77,9 @@ class QuestionAnswering:
         fields = self.fields if labelled else replace(self.fields, answers=None, id=None)
         return data.read(records, fields)
 
+    def check(self, examples: Sequence[Question]) -> list[str]:
+        return []
+
     def labels(self, examples: Sequence[Question]) -> Labels:
         return ()
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.data.labelled import checks
 from jaxlm.data.labelled import tagging as data
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
@@ -64,6 +65,12 @@ class Tagging:
         tags = self.fields.tags if labelled else None
         return data.read(records, replace(self.fields, tags=tags))
 
+    def check(self, examples: Sequence[Sentence]) -> list[str]:
+        """Tags that are words for a missing value raise."""
+        if not self.fields.as_written:
+            checks.check_missing(examples, str(self.fields.tags))
+        return []
+
     def labels(self, examples: Sequence[Sentence]) -> Labels:
         names = data.label_names(examples)
         if self.entities:
@@ -71,8 +78,8 @@ class Tagging:
                 read_entities(names)
             except InputError as error:
                 raise InputError(
-                    f"{error}: correct it, or set task.entities to False for tags such as parts of "
-                    "speech"
+                    f"{error}: correct it, or give --task.no-entities for tags such as parts of "
+                    "speech, or --task.fields.names O B-PER ... for numbers"
                 ) from error
         return names
 

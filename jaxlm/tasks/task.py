@@ -112,6 +112,10 @@ class Task(Protocol):
         """The examples; with ``labelled=False`` no label is looked for."""
         ...
 
+    def check(self, examples: Sequence[Any]) -> list[str]:
+        """Raise where all training examples together show a mistake; lines on what is odd."""
+        ...
+
     def labels(self, examples: Sequence[Any]) -> Labels:
         """The labels of the training examples, that the head distinguishes; empty for numbers."""
         ...

@@ -56,7 +56,7 @@ def test_tags_that_mark_no_entities(framer, records):
     examples = task.read(records({"tokens": ["a", *"bcdefghabcd"], "tags": ["DT", *["NN"] * 11]}))
     labels = task.labels(examples)
     assert (labels, task.monitor) == (("DT", "NN"), "accuracy")
-    with pytest.raises(InputError, match=r"'DT' is neither O .* set task.entities to False"):
+    with pytest.raises(InputError, match=r"'DT' is neither O .* give --task.no-entities"):
         Tagging().labels(examples)
     encoded = task.encode(framer, examples, labels)
     row = encoded.rows[0]["words"]  # of 12 words the first 10

@@ -1,13 +1,13 @@
 """Classes, sets of labels, or numbers for single texts and for pairs of texts."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Shaped
 
-from jaxlm.data.labelled import labels
+from jaxlm.data.labelled import labels, spelling
 from jaxlm.data.labelled.examples import Examples, pad_rows
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -23,11 +23,18 @@ class TextFields:
     pair: str | None = None
     """The second text of a pair."""
     label: str | None = "label"
-    """What is to be predicted; None: the records have no labels."""
+    """What is to be predicted; None: the records have no labels. Several columns of 0 and 1, one
+    for each label: their names with commas, such as toxic,insult."""
     target: Literal["class", "labels", "number"] = "class"
     """What a label is: one class, any number of labels, or a number."""
     separator: str = "|"
-    """Stands between the labels of one record, where they are no JSON list."""
+    """Stands between the labels of one record, where they are no list."""
+    names: tuple[str, ...] | None = None
+    """Names of labels that the data give as numbers from 0, or as rows of 0 and 1."""
+    as_written: bool = False
+    """Take labels as they stand: do not make those one that differ in case, accents' encoding,
+    invisible characters or quotation marks, and refuse neither NaN and None nor a class for each
+    example."""
 
     def __post_init__(self) -> None:
         if not self.separator:
@@ -44,6 +51,8 @@ class TextExample:
     pair: str | None
     label: str | tuple[str, ...] | float | None
     origin: str
+    written: tuple[str, ...] = ()
+    """The labels as they stand in the file."""
 
     @property
     def content(self) -> str:
@@ -54,6 +63,11 @@ class TextExample:
     def stratum(self) -> str:
         """The class, or the first of several labels; numbers make no strata."""
         return min(self.classes, default="")
+
+    def respelled(self, names: Mapping[str, str]) -> "TextExample":
+        """With other names for its labels."""
+        label = tuple(dict.fromkeys(names.get(own, own) for own in self.classes))
+        return replace(self, label=label if isinstance(self.label, tuple) else label[0])
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -69,25 +83,49 @@ class TextExample:
 
 def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
     """The examples of all records."""
-    return [
-        TextExample(
-            text=record.text(fields.text),
-            pair=None if fields.pair is None else record.text(fields.pair),
-            label=None if fields.label is None else _label(record, fields.label, fields),
-            origin=record.origin,
+    examples, rows = [], []
+    for record in records:
+        text = record.text(fields.text)
+        pair = None if fields.pair is None else record.text(fields.pair)
+        label, written = _label(record, fields)
+        examples.append(
+            TextExample(text=text, pair=pair, label=label, origin=record.origin, written=written)
         )
-        for record in records
-    ]
+        rows.append(labels.read_hot(record, fields.label) if fields.target == "labels" else None)
+    if len({row and len(row) for row in rows}) == 1 and rows[0] is not None:
+        examples = [_hot(e, row, fields) for e, row in zip(examples, rows, strict=True)]
+    return examples if fields.as_written else spelling.alike(examples)
 
 
-def _label(record: Record, name: str, fields: TextFields) -> str | tuple[str, ...] | float:
-    match fields.target:
-        case "class":
-            return labels.read_label(record, name)
-        case "labels":
-            return labels.read_labels(record, name, fields.separator)
-        case "number":
-            return labels.read_target(record, name)
+def _hot(example: TextExample, row: Sequence[bool], fields: TextFields) -> TextExample:
+    """With the labels whose places hold 1."""
+    numbers = [str(i) for i, is_one in enumerate(row) if is_one]
+    own = [labels.named(i, fields.names, str(fields.label), example.origin) for i in numbers]
+    return replace(example, label=tuple(own), written=())
+
+
+def _label(
+    record: Record, fields: TextFields
+) -> tuple[str | tuple[str, ...] | float | None, tuple[str, ...]]:
+    """The label or labels, and how they are written."""
+    name = fields.label
+    if name is None:
+        return None, ()
+    if fields.target == "number":
+        return labels.read_target(record, name), ()
+    several = fields.target == "labels"
+    if several or ("," in name and name not in record.fields):
+        written = labels.read_labels(record, name, fields.separator)
+        if not several and len(written) != 1:
+            raise InputError(
+                f"{record.origin}: {len(written)} of {name} are 1, where a class is one of them: "
+                "set --task.fields.target labels for any number"
+            )
+    else:
+        written = (labels.read_label(record, name),)
+    used = written if fields.as_written else tuple(map(spelling.clean, written))
+    used = tuple(labels.named(label, fields.names, name, record.origin) for label in used)
+    return (tuple(dict.fromkeys(used)) if several else used[0]), written
 
 
 def label_names(examples: Sequence[TextExample]) -> tuple[str, ...]:

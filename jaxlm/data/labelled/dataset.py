@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxlm.data.labelled import splits
+from jaxlm.data.labelled import spelling, splits
 from jaxlm.data.labelled.augment import AugmentConfig
 from jaxlm.data.labelled.pydocs import PyDocsTopics
 from jaxlm.data.labelled.records import Conll, JsonLines, Record, Squad, Table, TfdsRecords
+from jaxlm.data.labelled.spelling import Labelled
 from jaxlm.errors import InputError
 
 Source = Table | JsonLines | Conll | Squad | TfdsRecords | PyDocsTopics
@@ -58,23 +59,47 @@ class Splits(NamedTuple):
     validation: list[Any]
     duplicates: int  # training examples left out because validation has the same text
     fingerprint: str  # of what the examples were read from, and how they were split
+    notes: tuple[str, ...] = ()  # what a user should know of them, a line each
 
 
-def read_splits(config: LabelledConfig, read: Callable[[Iterable[Record]], list[Any]]) -> Splits:
-    """The examples of a configuration; ``read`` makes them of records."""
+def read_splits(
+    config: LabelledConfig,
+    read: Callable[[Iterable[Record]], list[Any]],
+    check: Callable[[list[Any]], list[str]] = lambda _: [],
+) -> Splits:
+    """The examples of a configuration; ``read`` makes them of records.
+
+    ``check`` raises where all training examples together show a mistake, or gives lines to be said.
+    """
     train = read(config.train.records())
     if not train:
         raise InputError(f"{config.train} holds no examples")
+    notes = [*_passed_over(config.train), *check(train), *spelling.notes(train)]
     if config.validation is None:
         train, validation = splits.stratified(train, config.validation_fraction, config.split_seed)
     else:
         validation = read(config.validation.records())
         if not validation:
             raise InputError(f"{config.validation} holds no examples")
-    train, duplicates = splits.without_duplicates(train, validation)
+        known = (label for e in train if isinstance(e, Labelled) for label in e.classes)
+        validation = spelling.alike(validation, known)
+        said = [*_passed_over(config.validation), *spelling.notes(validation)]
+        notes += [f"validation: {note}" for note in said]
+    size = len(validation)
+    train, duplicates, validation = splits.without_duplicates(train, validation)
+    if size > len(validation):
+        notes.append(
+            f"{size - len(validation)} of {size:,} validation examples are left out: training has "
+            "the same texts, and no others with their labels"
+        )
+    notes += splits.copies(train)
     if config.few_shot is not None:
         train = splits.few_shot(train, config.few_shot, config.split_seed)
-    return Splits(train, validation, len(duplicates), fingerprint(config))
+    return Splits(train, validation, len(duplicates), fingerprint(config), tuple(notes))
+
+
+def _passed_over(source: Source) -> list[str]:
+    return source.notes() if isinstance(source, Conll) else []
 
 
 def fingerprint(config: LabelledConfig) -> str:

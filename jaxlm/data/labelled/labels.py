@@ -1,13 +1,17 @@
 """Labels: which there are, and their numbers."""
 
+import ast
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from jaxlm.data import tabular
+from jaxlm.data.labelled import spelling
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 
@@ -18,28 +22,82 @@ def read_label(record: Record, name: str) -> str:
     if isinstance(value, list | dict) or value is None or value != value:  # NaN: a missing number
         raise InputError(f"{record.origin}: {name} is {value!r:.40}, which is not a single label")
     label = tabular.check_text(str(value).strip(), name, record.origin)
-    if not label:
-        raise InputError(f"{record.origin}: {name} is empty; label the record, or remove it")
+    if not spelling.clean(label):
+        raise InputError(
+            f"{record.origin}: {name} is {ascii(label) if label else 'empty'}"
+            f"{', which nobody sees' if label else ''}; label the record, or remove it"
+        )
     return label
 
 
 def read_labels(record: Record, name: str, separator: str) -> tuple[str, ...]:
-    """Labels of a record that may have any number: a JSON list, or text with separators."""
-    value = record.value(name)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = tabular.parse_json(value)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{record.origin}: {name} is {value!r:.40}, which is not a JSON list ({error.msg})"
-            ) from error
-    items = value if isinstance(value, list) else str(value).split(separator)
-    if value is None or any(item is None or isinstance(item, list | dict) for item in items):
+    """Labels of a record that may have any number: a list, or text with separators.
+
+    Lists are those of JSON or of Python, which pandas writes. With a comma in ``name``, and no
+    such field, it names columns of 0 and 1, which are the labels.
+    """
+    if name not in record.fields and "," in name:
+        columns = [column.strip() for column in name.split(",")]
+        return tuple(c for c in columns if read_indicator(record, c))
+    items = read_list(record, name, separator)
+    if any(item is None or isinstance(item, list | dict) for item in items):
         raise InputError(
-            f"{record.origin}: {name} is {value!r:.40}, which is not a list of labels; [] is none"
+            f"{record.origin}: {name} is {record.value(name)!r:.40}, which is not a list of "
+            "labels; [] is none"
         )
     labels = [tabular.check_text(str(item).strip(), name, record.origin) for item in items]
-    return tuple(dict.fromkeys(label for label in labels if label))
+    return tuple(dict.fromkeys(label for label in labels if spelling.clean(label)))
+
+
+def read_list(record: Record, name: str, separator: str) -> list[Any]:
+    """The items of a list, or of text with separators, which may be such a list."""
+    value = record.value(name)
+    if isinstance(value, list):
+        return value
+    if value is None:
+        return [None]
+    text = str(value)
+    if not (isinstance(value, str) and text.lstrip().startswith("[")):
+        return text.split(separator)
+    try:
+        return tabular.parse_json(text)
+    except json.JSONDecodeError as error:
+        message = error.msg
+    try:
+        # Strings side by side, as numpy prints them, would be joined.
+        items = None if re.search(r"""['"]\s+['"]""", text) else ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        items = None
+    if not isinstance(items, list):
+        raise InputError(
+            f"{record.origin}: {name} is {value!r:.40}, which is not a JSON list ({message}); "
+            """write it as ["a", "b"], or the labels with """
+            f"{separator!r} between them"
+        )
+    return items
+
+
+def read_hot(record: Record, name: str | None) -> list[bool] | None:
+    """A list of two or more zeros and ones; None: it is no such list."""
+    value = None if name is None else record.fields.get(name)
+    if not isinstance(value, list | str) or not str(value).lstrip().startswith("["):
+        return None
+    items = [spelling.key(str(item)) for item in read_list(record, str(name), ",")]
+    if len(items) < 2 or not set(items) <= {"0", "1", "true", "false"}:
+        return None
+    return [item in ("1", "true") for item in items]
+
+
+def read_indicator(record: Record, name: str) -> bool:
+    """Whether a record has the label that a column is for: 1 or 0, true or false."""
+    value = record.value(name)
+    text = spelling.key(str(value))
+    if text not in ("0", "1", "true", "false"):
+        raise InputError(
+            f"{record.origin}: {name} is {value!r:.40}, which is neither 1 nor 0 (true or false), "
+            "as in a column for one label"
+        )
+    return text in ("1", "true")
 
 
 def read_target(record: Record, name: str) -> float:
@@ -75,6 +133,19 @@ def _number(text: str) -> float:
         return math.nan
 
 
+def named(label: str, names: Sequence[str] | None, name: str, origin: str) -> str:
+    """The name of a label that is a number from 0, where there are ``names``; others stay."""
+    number = spelling.key(label)
+    if names is None or label in names or not re.fullmatch("[0-9]+", number):
+        return label
+    if int(number) >= len(names):
+        raise InputError(
+            f"{origin}: {name} has the number {number}, but there are {len(names)} names, whose "
+            "numbers begin at 0: complete --task.fields.names"
+        )
+    return names[int(number)]
+
+
 def discover_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """The distinct tags, sorted; where they are BIO, each type has its B- and its I- tag."""
     names = set(tags)
@@ -85,14 +156,15 @@ def discover_tags(tags: Iterable[str]) -> tuple[str, ...]:
 
 
 def number_of(label: str, names: Sequence[str], origin: str) -> int:
-    """The number of a label; one that training did not have raises."""
-    if label not in names:
+    """The number of a label, or of the only one alike; one that training did not have raises."""
+    found = label if label in names else spelling.find(label, names)
+    if found is None:
         known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
         raise InputError(
             f"{origin}: label {label!r} is not among those of the training data ({known}); "
             "correct it, or add examples of it"
         )
-    return names.index(label)
+    return names.index(found)
 
 
 def numbers_of(

@@ -16,6 +16,8 @@ from jaxlm.data import files, tabular
 from jaxlm.data.tfds import Tfds
 from jaxlm.errors import InputError
 
+_ID = r"\d+([-.]\d+)?"  # of a word of CoNLL-U, a range of them, or an empty one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
@@ -42,6 +44,11 @@ class Record:
         text = tabular.check_text(self.value(name), f"field {name!r}", self.origin)
         if not text.strip():
             raise InputError(f"{self.origin}: field {name!r} is empty; remove the record")
+        if text == name and len(self.fields) > 1 and all(k == v for k, v in self.fields.items()):
+            raise InputError(
+                f"{self.origin}: the columns' names stand here again, as where files with headers "
+                "are joined; remove the line"
+            )
         return text
 
     def texts(self, name: str) -> list[str]:
@@ -126,7 +133,8 @@ class Conll:
     """One word and its tag a line, in columns, with a blank line between sentences.
 
     Columns are separated by tabs, or else by spaces. The fields of a sentence are ``tokens`` and
-    ``tags``; lines that begin with -DOCSTART- are skipped.
+    ``tags``. Lines that begin with -DOCSTART-, comments (a # and no tag), and the ranges (1-2) and
+    empty words (8.1) of CoNLL-U are skipped.
     """
 
     path: str
@@ -141,10 +149,8 @@ class Conll:
         path = _file(self.path)
         sentence: list[list[str]] = []
         start, width, count = 1, None, 0
-        lines = [*files.lines(path), ""]  # the last sentence need not end in a blank line
-        for number, line in enumerate(lines, start=1):
-            if line.strip() and not line.startswith("-DOCSTART-"):
-                cells = _cells(line)
+        for number, cells, kind in self._lines(path):
+            if kind == "word":
                 width = width or len(cells)
                 if len(cells) != width:
                     raise InputError(
@@ -152,11 +158,49 @@ class Conll:
                     )
                 start = start if sentence else number
                 sentence.append(self._chosen(cells, f"{path}:{number}"))
-            elif sentence:
+            elif kind == "end" and sentence:
                 yield self._record(sentence, f"{path}:{start}")
                 sentence = []
                 count += 1
         _check_count(count, self.path)
+
+    def notes(self) -> list[str]:
+        """A line on what was skipped, if anything."""
+        kinds = Counter(kind for _, _, kind in self._lines(_file(self.path)))
+        skipped = {
+            "comment": "comments (a # and no tag)",
+            "range": "ranges and empty words of CoNLL-U (1-2, 8.1)",
+        }
+        found = [f"{kinds[kind]:,} {name}" for kind, name in skipped.items() if kinds[kind]]
+        return [f"{self.path}: skipped {' and '.join(found)}"] if found else []
+
+    def _lines(self, path: Path) -> Iterator[tuple[int, list[str], str]]:
+        """Number, cells and kind of each line: word, end (of a sentence), comment or range."""
+        lines = [*files.lines(path), ""]  # the last sentence need not end in a blank line
+        words = [line for line in lines if line.strip() and line[0] != "#" and line[0] != "-"]
+        cells = [_cells(line) for line in words]
+        width = Counter(map(len, cells)).most_common(1)[0][0] if cells else None
+        tabs = any("\t" in line for line in words)
+        tag = self.tag_column
+        tags = None if tag is None else {own[tag] for own in cells if -len(own) <= tag < len(own)}
+        numbered = self.token_column > 0 and all(re.fullmatch(_ID, own[0]) for own in cells)
+        inside = False
+        for number, line in enumerate(lines, start=1):
+            own = _cells(line)
+            if not line.strip(None if width != 1 else " \t\r") or line.startswith("-DOCSTART-"):
+                kind = "end"
+            elif line[0] == "#" and (
+                (tabs and "\t" not in line)
+                or len(own) != (width or len(own))
+                or (own[0] == "#" and not inside and tags is not None and own[tag] not in tags)
+            ):
+                kind = "comment"
+            elif numbered and not own[0].isdecimal():
+                kind = "range"
+            else:
+                kind = "word"
+            inside = kind == "word" or (inside and kind != "end")
+            yield number, own, kind
 
     def _chosen(self, cells: list[str], origin: str) -> list[str]:
         columns = [self.token_column, *([] if self.tag_column is None else [self.tag_column])]
@@ -291,7 +335,7 @@ def _check_names(names: tuple[str, ...], origin: str) -> None:
 
 def _cells(line: str) -> list[str]:
     if "\t" in line:
-        return [cell.strip() for cell in line.split("\t")]
+        return [cell.strip(" \r") for cell in line.split("\t")]  # an odd space may be a word
     return re.split(" +", line.strip(" "))  # not at every white space: a word may be one
 
 

@@ -1,12 +1,13 @@
 """One tag for each word of a sentence."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from jaxtyping import Int32
 
-from jaxlm.data.labelled import labels
+from jaxlm.data.labelled import labels, spelling
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -21,6 +22,11 @@ class TagFields:
     """A list of words, or words separated by spaces."""
     tags: str | None = "tags"
     """As many tags; None: the records have none."""
+    names: tuple[str, ...] | None = None
+    """Names of tags that the data give as numbers from 0, such as O B-PER I-PER."""
+    as_written: bool = False
+    """Take tags as they stand: do not make those one that differ in case, accents' encoding or
+    invisible characters, and do not refuse NaN and None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +36,8 @@ class Sentence:
     words: list[str]
     tags: list[str] | None
     origin: str
+    written: tuple[str, ...] = ()
+    """The tags as they stand in the file."""
 
     @property
     def content(self) -> str:
@@ -41,21 +49,58 @@ class Sentence:
         """Sentences are all of one class."""
         return ""
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The tags, of each word."""
+        return tuple(self.tags or ())
+
+    def respelled(self, names: Mapping[str, str]) -> "Sentence":
+        """With other names for its tags."""
+        return replace(self, tags=[names.get(tag, tag) for tag in self.classes])
+
 
 def read(records: Iterable[Record], fields: TagFields) -> list[Sentence]:
     """The sentences of all records; tags that do not match the words raise."""
     sentences = []
     for record in records:
         words, origin = record.texts(fields.words), record.origin
-        if not words or not all(word.strip() for word in words):
-            raise InputError(f"{origin}: {'an empty word' if words else 'no words'}; remove it")
-        tags = None if fields.tags is None else record.texts(fields.tags)
-        if tags is not None and len(tags) != len(words):
+        if not all(words):
+            raise InputError(f"{origin}: an empty word; remove it")
+        if not words:
+            raise InputError(f"{origin}: no words; remove it")
+        written = () if fields.tags is None else _tags(record, fields.tags, fields.names)
+        if fields.tags is not None and len(written) != len(words):
             raise InputError(
-                f"{origin}: {len(tags)} tags for {len(words)} words; give each word one tag"
+                f"{origin}: {len(written)} tags for {len(words)} words; give each word one tag"
             )
-        sentences.append(Sentence(words=words, tags=tags, origin=origin))
-    return sentences
+        used = written if fields.as_written else tuple(map(_clean, written))
+        if not all(used):
+            raise InputError(
+                f"{origin}: the tag {written[used.index('')]!a} has no visible character; "
+                "give each word a tag"
+            )
+        tags = None if fields.tags is None else list(used)
+        sentences.append(Sentence(words=words, tags=tags, origin=origin, written=written))
+    return sentences if fields.as_written else spelling.alike(sentences)
+
+
+@cache
+def _clean(tag: str) -> str:
+    return spelling.clean(tag)
+
+
+def _tags(record: Record, name: str, names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The tags; numbers get their names, or raise where there are none."""
+    value = record.value(name)
+    if isinstance(value, list) and all(type(tag) is int for tag in value):
+        if names is None and value:
+            raise InputError(
+                f"{record.origin}: field {name!r} holds numbers of tags: give their names, in the "
+                "order of the numbers, such as --task.fields.names O B-PER I-PER"
+            )
+        record = replace(record, fields={name: list(map(str, value))})
+    tags = record.texts(name)
+    return tuple(labels.named(tag, names, name, record.origin) for tag in tags)
 
 
 def label_names(sentences: Sequence[Sentence]) -> tuple[str, ...]:

@@ -57,7 +57,9 @@ def test_unknown_tags():
     [
         ({"tokens": ["a", "b"], "tags": ["O"]}, "x:1: 1 tags for 2 words"),
         ({"tokens": [], "tags": []}, "x:1: no words"),
-        ({"tokens": ["a", " "], "tags": ["O", "O"]}, "x:1: an empty word"),
+        ({"tokens": ["a", ""], "tags": ["O", "O"]}, "x:1: an empty word"),
+        ({"tokens": ["a"], "tags": ["\u200b"]}, r"x:1: the tag '\\u200b' has no visible"),
+        ({"tokens": ["a", "b"], "tags": [0, 1]}, "x:1: .* numbers of tags: give their names"),
     ],
 )
 def test_bad_sentences(fields, message):

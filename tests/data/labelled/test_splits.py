@@ -1,9 +1,11 @@
+import random
 from collections import Counter
 
 import pytest
 
 from jaxlm.data.labelled.classification import TextExample
-from jaxlm.data.labelled.splits import few_shot, stratified, without_duplicates
+from jaxlm.data.labelled.splits import copies, few_shot, stratified, without_duplicates
+from jaxlm.data.labelled.tagging import Sentence
 from jaxlm.errors import InputError
 
 
@@ -67,8 +69,9 @@ def test_few_shot_takes_k_of_each_class_and_grows_with_k():
 
 def test_duplicates_leave_training():
     train = [text("One  TWO"), text("three"), text("ﬁne")]
-    kept, removed = without_duplicates(train, [text("one two "), text("fine", "y")])
-    assert (kept, removed) == ([train[1]], [train[0], train[2]])
+    validation = [text("one two "), text("fine", "y")]
+    kept, removed, rest = without_duplicates(train, validation)
+    assert (kept, removed, rest) == ([train[1]], [train[0], train[2]], validation)
     with pytest.raises(InputError, match="every training example is also in the validation data"):
         without_duplicates(train[:1], train)
 
@@ -76,3 +79,67 @@ def test_duplicates_leave_training():
 def test_pairs_are_duplicates_as_a_whole():
     pair = TextExample(text="one", pair="two", label="x", origin="")
     assert without_duplicates([pair], [text("one")])[1] == []
+
+
+def labelled(kind: str, labels: list[str], content: str) -> TextExample | Sentence:
+    """An example of one class, of several labels, or of a tag for each word."""
+    match kind:
+        case "class":
+            return text(content, labels[0])
+        case "labels":
+            return TextExample(text=content, pair=None, label=tuple(labels), origin=content)
+        case _:
+            words = [content, *labels[1:]]
+            return Sentence(words=words, tags=labels, origin=content)
+
+
+def all_labels(part) -> set[str]:
+    return {label for example in part for label in example.classes}
+
+
+@pytest.mark.parametrize("kind", ["class", "labels", "tags"])
+@pytest.mark.parametrize("seed", range(20))
+def test_each_label_keeps_something_to_learn_from(kind, seed):
+    chosen = random.Random(seed)
+    rare = [f"rare {i}" for i in range(6)]
+    data = []
+    for i in range(60):
+        own = chosen.sample("abc", 2) + ([rare[i // 8]] if i % 8 == 0 and i < 48 else [])
+        chosen.shuffle(own)
+        data.append(labelled(kind, own, f"text {chosen.randrange(40)}"))  # some are copies
+    train, validation = stratified(data, 0.3, seed)
+    assert all_labels(train) == all_labels(data)
+    assert len(train) + len(validation) == len(data)
+    assert validation
+    assert len(validation) >= 0.3 * len(data) - len(rare)
+    train, _, validation = without_duplicates(train, validation)
+    assert all_labels(train) == all_labels(data)
+    assert validation
+    assert not {e.content for e in train} & {e.content for e in validation}
+    if kind != "class":  # of which k are asked for, not given where there are fewer
+        few = few_shot(train, 2, seed)
+        assert all_labels(few) == all_labels(data)
+        total, kept = (Counter(x for e in part for x in set(e.classes)) for part in (train, few))
+        assert all(kept[label] >= min(2, total[label]) for label in total)
+        assert set(map(id, few)) <= set(map(id, few_shot(train, 3, seed)))
+
+
+def test_where_labels_are_frequent_the_split_is_as_it_was():
+    data = [labelled("tags", ["a", "b"], str(i)) for i in range(20)]
+    _, validation = stratified(data, 0.25, seed=0)
+    plain = [text(str(i)) for i in range(20)]
+    assert [e.words[0] for e in validation] == [e.text for e in stratified(plain, 0.25, 0)[1]]
+
+
+def test_labels_of_which_each_is_in_one_example_cannot_be_held_out():
+    data = [labelled("labels", ["a", f"only {i}"], str(i)) for i in range(8)]
+    with pytest.raises(InputError, match="of 8 examples none can be held out"):
+        stratified(data, 0.5, seed=0)
+
+
+def test_copies_and_contradictions_are_counted():
+    data = [text("one", "x"), text("One", "x"), text("two", "x"), text("two ", "y"), text("three")]
+    repeated, several = copies(data)
+    assert repeated.startswith("2 of 5 training examples repeat the text of another")
+    assert several.startswith("1 texts have different labels, the first at a.csv:1 and a.csv:1")
+    assert copies(data[2:3]) == []
