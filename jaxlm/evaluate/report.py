@@ -1,8 +1,8 @@
 """What a user reads after an evaluation: the most wrong examples, and scores over seeds."""
 
-import dataclasses
 import heapq
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,13 @@ class Prediction:
     text: str
     origin: str
     """Where the example stands, such as ``dev.tsv:12``."""
+    right: bool
+    """As the task's metric counts it, whatever ``gold`` and ``predicted`` look like."""
+
+
+def surprise(probability: float) -> float:
+    """-log of what the model gives to the truth; finite, as JSON wants it, where that is 0."""
+    return -math.log(max(probability, float(np.finfo(np.float32).tiny)))
 
 
 def classified(
@@ -48,16 +55,15 @@ def classified(
             f"{len(texts)} texts, {len(labels)} labels, {len(probabilities)} predictions and "
             f"{len(origins)} origins are not of the same examples"
         )
-    # A probability that underflows to 0 still has a loss that can be written as JSON.
-    losses = -np.log(np.maximum(probabilities, np.finfo(np.float32).tiny, dtype=np.float64))
     return [
         Prediction(
-            loss=float(losses[i, gold]),
+            loss=surprise(float(probabilities[i, gold])),
             gold=label_names[int(gold)],
             predicted=label_names[int(guess)],
             probability=float(probabilities[i, guess]),
             text=texts[i],
             origin=origins[i],
+            right=bool(gold == guess),
         )
         for i, (gold, guess) in enumerate(zip(labels, probabilities.argmax(axis=1), strict=True))
     ]
@@ -65,7 +71,7 @@ def classified(
 
 def most_wrong(predictions: Iterable[Prediction], count: int = 20) -> list[Prediction]:
     """Those that are wrong, by falling loss; often the label is wrong and not the model."""
-    wrong = (p for p in predictions if p.predicted != p.gold)
+    wrong = (p for p in predictions if not p.right)
     return heapq.nlargest(count, wrong, key=lambda p: p.loss)
 
 
@@ -73,7 +79,8 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
     """One object a line; the file is replaced at once."""
     with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for prediction in predictions:
-            file.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
+            shown = {name: x for name, x in vars(prediction).items() if name != "right"}
+            file.write(json.dumps(shown, ensure_ascii=False) + "\n")
 
 
 def predictions_table(predictions: Iterable[Prediction], title: str = "Most wrong") -> Table:
@@ -85,7 +92,7 @@ def predictions_table(predictions: Iterable[Prediction], title: str = "Most wron
     table.add_column("text", min_width=20)
     for p in predictions:
         # Text, for brackets in a string would be read as markup.
-        guess = Text(f"{p.predicted} {p.probability:.0%}", "red" if p.predicted != p.gold else "")
+        guess = Text(f"{p.predicted} {p.probability:.0%}", "" if p.right else "red")
         text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
         text.append(f"\n{p.origin}", "dim")
         table.add_row(f"{p.loss:.2f}", Text(p.gold), guess, text)

@@ -29,6 +29,7 @@ from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sums import Sums, add_all
+from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.task import Labels, Outputs, Task
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
@@ -47,6 +48,22 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
     model = replace(model if rate is None else model.with_dropout(rate), dtype=dtype)
     rate = model.dropout_rate if rate is None else rate
     return replace(config, model=model, dropout_rate=rate, monitor=monitor(config).name)
+
+
+def with_scale(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
+    """The config whose task, if it learns numbers, has their scale.
+
+    It is that of a run that is there already, for its head was trained to it; else that of the
+    training examples. Runs of before had none, and learn numbers as they are.
+    """
+    task = config.task
+    if not isinstance(task, Classification) or task.scale is not None:
+        return config
+    if restore.list_steps(config.directory / CHECKPOINTS):
+        before = read_config(config.directory, FinetuneConfig).task
+        scale = before.scale if isinstance(before, Classification) else None
+        return replace(config, task=replace(task, scale=scale))
+    return replace(config, task=task.standardized(examples))
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
@@ -187,7 +204,8 @@ def check_measured(name: str, metrics: Iterable[str]) -> None:
     """Raise where a metric is not among those of a task."""
     known = dict.fromkeys(["loss", *metrics])
     if name not in known:
-        raise InputError(f"monitor={name} is not measured here; there are {', '.join(known)}")
+        hint = " (of one class for each text it is the accuracy)" if name == "micro_f1" else ""
+        raise InputError(f"monitor={name} is not measured here{hint}; there are {', '.join(known)}")
 
 
 def _stack(values: list[Any]) -> Any:
