@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -83,9 +84,22 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
 
 
-def predictions_table(predictions: Iterable[Prediction], title: str = "Most wrong") -> Table:
-    """Two lines for each, to print: the text above where it is from."""
+def predictions_table(
+    predictions: Iterable[Prediction], title: str = "Most wrong", *, width: int = 80
+) -> Table:
+    """Two lines for each, to print: the text above where it is from.
+
+    On a terminal of less than 72 columns what is given and predicted stands above them.
+    """
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    if width < 72:
+        table.add_column("loss  gold → predicted")
+        for p in predictions:
+            cell = Text(f"{p.loss:.2f}  {p.gold} → ")
+            cell.append(f"{p.predicted} {p.probability:.0%}", "" if p.right else "red")
+            text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
+            table.add_row(Group(cell, text, Text(p.origin, "dim", overflow="fold")))
+        return table
     table.add_column("loss", justify="right", no_wrap=True)
     for name in ("gold", "predicted"):
         table.add_column(name, max_width=20, min_width=10)

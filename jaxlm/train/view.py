@@ -102,6 +102,10 @@ class View:
                     deviation=self._deviation,
                 )
 
+    def finish(self, step: int) -> None:
+        """The run has all its steps."""
+        self._progress.finish(step)
+
     def print(self, text: str) -> None:
         """A line above the bar."""
         self._progress.print(text)

@@ -1,5 +1,7 @@
 """Classes, labels and numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -105,6 +107,11 @@ def test_a_run_learns_prices(train, write, records):
     assert run.task.scale[1] == pytest.approx(np.std([row["label"] for row in rows]), rel=0.1)
     values = [a["value"] for a in run.answer(records({"text": "f a b x"}, {"text": "h a b x"}))]
     assert values == pytest.approx([92_000, 252_000], rel=0.1)
+    others = task.read(records({"text": "a", "label": 1}, {"text": "b", "label": 2}))
+    again = replace(run.config, task=task)
+    assert finetuned.with_scale(again, others).task.scale == run.task.scale  # of the run there is
+    fresh = replace(again, name="fresh")
+    assert finetuned.with_scale(fresh, others).task.scale == (1.5, 0.5)
 
 
 def test_bad_input(framer, records):
