@@ -6,8 +6,11 @@ from jaxlm.runtime.console import make_console
 tune_process()
 
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
+import itertools
 import json
 import math
+import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +24,10 @@ from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.folder import TOKENIZER, read_any_config
-from jaxlm.runtime.storage import StoragePath, locate, mirrored
+from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
 from jaxlm.train import loop
+
+EVAL = "eval.json"
 
 
 def main(
@@ -33,12 +38,14 @@ def main(
     rows: int | None = None,
     step: int | None = None,
     base: str | None = None,
+    out: Path | None = None,
 ) -> None:
-    """Metrics, printed and written to the run folder's eval.json.
+    """Metrics, printed and written to eval.json.
 
     Of a pretrained run: loss, perplexity, and accuracy at masks. Of a fine-tuned run: its task's
     metrics; confusion.png, reliability.png, and the most wrong examples in wrong.jsonl, where there
-    are classes.
+    are classes. On the run's own validation data these files are in the run folder, on others in
+    a folder of theirs in its eval/.
 
     Args:
         directory: The run folder.
@@ -48,25 +55,56 @@ def main(
         rows: How many rows or examples; None = all.
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
+        out: The folder for these files; None = in the run folder.
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
     folder = locate(directory)
-    try:
-        with mirrored(folder) as out:
-            if isinstance(read_any_config(folder), FinetuneConfig):
-                result = evaluate_tuned(folder, out, data, split, rows, step, base)
-            else:
-                result = evaluate_pretrained(folder, data, split, rows, step)
-            finite = {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in result.items()
-            }
-            (out / "eval.json").write_text(json.dumps(finite, indent=2) + "\n")
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise InputError(f"{folder}: the evaluation cannot be written: {error}") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        if isinstance(read_any_config(folder), FinetuneConfig):
+            result = evaluate_tuned(folder, Path(scratch), data, split, rows, step, base)
+        else:
+            result = evaluate_pretrained(folder, data, split, rows, step)
+        if data is not None:
+            result["path"] = os.fspath(absolute(locate(data)))
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in result.items()
+        }
+        (Path(scratch) / EVAL).write_text(json.dumps(finite, indent=2) + "\n")
+        target = locate(out) if out else folder_of(folder, data, split)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            upload(Path(scratch), target)
+        except OSError as error:
+            reason = f"{target} cannot be written ({error.strerror or error})"
+            if out is not None:
+                raise InputError(f"{reason}: name another folder for --out") from error
+            print(f"nothing was written: {reason}; --out FOLDER writes elsewhere")
+            return
+        print(f"  in {target}: {', '.join(sorted(path.name for path in Path(scratch).iterdir()))}")
+
+
+def folder_of(run: StoragePath, data: Path | None, split: str) -> StoragePath:
+    """Where the files of an evaluation go: each data set has a folder, the run's own is the run's.
+
+    Data sets of one name get numbers; each finds its own again.
+    """
+    if data is None and split == "validation":
+        return run
+    path = None if data is None else os.fspath(absolute(locate(data)))
+    name = split if data is None else (data.stem or data.name)
+    if data is not None and split != "validation" and data.is_dir():
+        name = f"{name}-{split}"
+    for number in itertools.count(1):
+        folder = run / "eval" / (name if number == 1 else f"{name}-{number}")
+        try:
+            known = json.loads((folder / EVAL).read_text(encoding="utf-8")).get("path")
+        except (OSError, ValueError, AttributeError):
+            return folder
+        if known == path:
+            return folder
+    raise AssertionError
 
 
 def evaluate_pretrained(
@@ -121,17 +159,22 @@ def evaluate_tuned(
     predictions = task.predictions(examples, labels, outputs)
     wrong = report.most_wrong(predictions)
     if wrong:
-        make_console().print(report.predictions_table(wrong[:10]))
+        console = make_console()
+        console.print(report.predictions_table(wrong[:10], width=console.width))
+    if predictions:
         report.write_jsonl(wrong, out / "wrong.jsonl")
-        print(f"  the {len(wrong)} most wrong are in {directory / 'wrong.jsonl'}")
+        print(f"  wrong.jsonl: the {len(wrong)} most wrong")
     for name, content in task.plots(examples, labels, outputs, out).items():
-        print(f"  {content}: {directory / name}")
+        print(f"  {name}: {content}")
     return {"step": number, "data": where, "examples": len(examples), **metrics}
 
 
 def show(metrics: dict[str, float]) -> None:
+    width = max(18, *map(len, metrics))
     for name, value in metrics.items():
-        print(f"  {name:<18} {value:.4f}")
+        shown = f"{value:.4f}" if abs(value) < 1e4 else f"{value:,.6g}"
+        undefined = "" if math.isfinite(value) else "  (undefined on these predictions)"
+        print(f"  {name:<{width}} {shown}{undefined}")
 
 
 if __name__ == "__main__":

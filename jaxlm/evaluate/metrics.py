@@ -39,6 +39,7 @@ HIGHER_IS_BETTER = {
     "no_answer_exact_match": True,
     "no_answer_f1": True,
     "mse": False,
+    "rmse": False,
     "calibration_error": False,
     "loss": False,
     "perplexity": False,
@@ -59,28 +60,30 @@ def higher_is_better(name: str) -> bool:
 
 
 def classification_names(
-    kind: Literal["class", "labels", "number"], num_labels: int
+    kind: Literal["class", "labels", "number"], label_names: Sequence[str]
 ) -> tuple[str, ...]:
     """What is measured of texts with a class, with labels, or with a number."""
     if kind == "labels":
         return "micro_f1", "macro_f1", "exact_match"
     if kind == "number":
-        return *CORRELATIONS, "mse"
-    binary = ("f1",) if num_labels == 2 else ()
-    return "accuracy", "macro_f1", "micro_f1", "mcc", *binary, "calibration_error"
+        return *CORRELATIONS, "mse", "rmse"
+    binary = (f"f1/{label_names[1]}",) if len(label_names) == 2 else ()
+    return "accuracy", "macro_f1", "mcc", *binary, "calibration_error"
 
 
 def classification(
     labels: Int[np.ndarray, "examples"],
     probabilities: Float[np.ndarray, "predictions labels"],
-    num_labels: int,
+    label_names: Sequence[str],
 ) -> dict[str, float]:
-    """Metrics for one label per text; ``f1`` is that of label 1, where there are two.
+    """Metrics for one label per text; where there are two, ``f1/name`` is that of the second.
 
-    The mean of ``macro_f1`` is over the labels that are given or predicted. ``mcc`` is Matthews'
-    correlation, ``calibration_error`` the expected one (Guo et al., 2017).
+    There is no ``micro_f1``: of one label per text it is the accuracy. The mean of ``macro_f1`` is
+    over the labels that are given or predicted. ``mcc`` is Matthews' correlation,
+    ``calibration_error`` the expected one (Guo et al., 2017).
     """
     _check_lengths("labels", labels, "probabilities", probabilities)
+    num_labels = len(label_names)
     if probabilities.shape[1] != num_labels or not 0 <= labels.min() <= labels.max() < num_labels:
         raise InputError(
             f"labels from {labels.min()} to {labels.max()} and {probabilities.shape[1]} "
@@ -90,15 +93,13 @@ def classification(
     predicted = probabilities.argmax(axis=1)
     f1 = _f1s(labels, predicted, labels=range(num_labels))
     seen = np.union1d(labels, predicted)
-    accuracy = float(np.mean(labels == predicted))
     return {
-        "accuracy": accuracy,
+        "accuracy": float(np.mean(labels == predicted)),
         "macro_f1": float(f1[seen].mean()),
-        "micro_f1": accuracy,
         "mcc": float(sklearn_metrics.matthews_corrcoef(labels, predicted))
         if seen.size > 1
         else 0.0,
-        **({"f1": float(f1[1])} if num_labels == 2 else {}),
+        **({f"f1/{label_names[1]}": float(f1[1])} if num_labels == 2 else {}),
         "calibration_error": reliability(labels, probabilities).error,
     }
 
@@ -134,13 +135,11 @@ def multilabel(
 def regression(
     labels: Num[np.ndarray, "examples"], predictions: Float[np.ndarray, "predictions"]
 ) -> dict[str, float]:
-    """Correlations and the mean squared error."""
+    """Correlations, the mean squared error, and its root, which is in the unit of the labels."""
     _check_lengths("labels", labels, "predictions", predictions)
     labels, predictions = labels.astype(np.float64), predictions.astype(np.float64)
-    return {
-        **_correlations(labels, predictions),
-        "mse": float(np.mean(np.square(labels - predictions))),
-    }
+    mse = float(np.mean(np.square(labels - predictions)))
+    return {**_correlations(labels, predictions), "mse": mse, "rmse": math.sqrt(mse)}
 
 
 def choice(
@@ -219,8 +218,7 @@ def squad(
         if missing:
             raise InputError(f"{len(missing)} examples have no {name}, the first is {missing[0]!r}")
     has_answer = np.array([bool(answers) for answers in references.values()])
-    # Answers of which nothing is left when normalized do not count, as in the official script.
-    rights = [{_normalize(a) for a in answers} - {""} or {""} for answers in references.values()]
+    rights = [_rights(answers) for answers in references.values()]
     guesses = [_normalize(predictions[key]) for key in references]
     pairs = list(zip(guesses, rights, strict=True))
     score = {
@@ -240,6 +238,16 @@ def squad(
             if rows.any():
                 result |= {f"{part}_{name}": float(x[rows].mean()) for name, x in score.items()}
     return {name: float(values.mean()) for name, values in score.items()} | result
+
+
+def is_exact(guess: str, answers: Sequence[str]) -> bool:
+    """Whether :func:`squad` counts it as one of the right answers; '' is right where none is."""
+    return _normalize(guess) in _rights(answers)
+
+
+def _rights(answers: Sequence[str]) -> set[str]:
+    # Answers of which nothing is left when normalized do not count, as in the official script.
+    return {_normalize(answer) for answer in answers} - {""} or {""}
 
 
 def squad_names(has_answer: Sequence[bool], *, thresholds: bool) -> tuple[str, ...]:

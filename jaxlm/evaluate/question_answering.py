@@ -66,7 +66,9 @@ def read_windows(
     scores: dict[tuple[int, int], float] = {}
     for window in windows:
         for span, score in _best_spans(window, num_best, max_answer_length):
-            scores[span] = max(score, scores.get(span, -np.inf))
+            start, end = _trimmed(context, *span)
+            if start < end:
+                scores[start, end] = max(score, scores.get((start, end), -np.inf))
     best = sorted(scores, key=lambda span: (-scores[span], span))[:num_best]
     null = min(float(window.start_logits[0] + window.end_logits[0]) for window in windows)
     logits = np.array([null, *(scores[span] for span in best)], np.float64)
@@ -83,6 +85,12 @@ def read_windows(
         for (start, end), probability in zip(best, probabilities[1:], strict=True)
     )
     return Reading(answers=answers, null_score=null - answers[0].score if answers else float("inf"))
+
+
+def _trimmed(context: str, start: int, end: int) -> tuple[int, int]:
+    """Without white space at its ends: a byte-level token begins with the space before its word."""
+    text = context[start:end]
+    return end - len(text.lstrip()), start + len(text.rstrip())
 
 
 def _best_spans(

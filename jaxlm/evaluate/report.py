@@ -1,8 +1,8 @@
 """What a user reads after an evaluation: the most wrong examples, and scores over seeds."""
 
-import dataclasses
 import heapq
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -32,6 +33,13 @@ class Prediction:
     text: str
     origin: str
     """Where the example stands, such as ``dev.tsv:12``."""
+    right: bool
+    """As the task's metric counts it, whatever ``gold`` and ``predicted`` look like."""
+
+
+def surprise(probability: float) -> float:
+    """-log of what the model gives to the truth; finite, as JSON wants it, where that is 0."""
+    return -math.log(max(probability, float(np.finfo(np.float32).tiny)))
 
 
 def classified(
@@ -48,16 +56,15 @@ def classified(
             f"{len(texts)} texts, {len(labels)} labels, {len(probabilities)} predictions and "
             f"{len(origins)} origins are not of the same examples"
         )
-    # A probability that underflows to 0 still has a loss that can be written as JSON.
-    losses = -np.log(np.maximum(probabilities, np.finfo(np.float32).tiny, dtype=np.float64))
     return [
         Prediction(
-            loss=float(losses[i, gold]),
+            loss=surprise(float(probabilities[i, gold])),
             gold=label_names[int(gold)],
             predicted=label_names[int(guess)],
             probability=float(probabilities[i, guess]),
             text=texts[i],
             origin=origins[i],
+            right=bool(gold == guess),
         )
         for i, (gold, guess) in enumerate(zip(labels, probabilities.argmax(axis=1), strict=True))
     ]
@@ -65,7 +72,7 @@ def classified(
 
 def most_wrong(predictions: Iterable[Prediction], count: int = 20) -> list[Prediction]:
     """Those that are wrong, by falling loss; often the label is wrong and not the model."""
-    wrong = (p for p in predictions if p.predicted != p.gold)
+    wrong = (p for p in predictions if not p.right)
     return heapq.nlargest(count, wrong, key=lambda p: p.loss)
 
 
@@ -73,19 +80,33 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
     """One object a line; the file is replaced at once."""
     with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for prediction in predictions:
-            file.write(json.dumps(dataclasses.asdict(prediction), ensure_ascii=False) + "\n")
+            shown = {name: x for name, x in vars(prediction).items() if name != "right"}
+            file.write(json.dumps(shown, ensure_ascii=False) + "\n")
 
 
-def predictions_table(predictions: Iterable[Prediction], title: str = "Most wrong") -> Table:
-    """Two lines for each, to print: the text above where it is from."""
+def predictions_table(
+    predictions: Iterable[Prediction], title: str = "Most wrong", *, width: int = 80
+) -> Table:
+    """Two lines for each, to print: the text above where it is from.
+
+    On a terminal of less than 72 columns what is given and predicted stands above them.
+    """
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    if width < 72:
+        table.add_column("loss  gold → predicted")
+        for p in predictions:
+            cell = Text(f"{p.loss:.2f}  {p.gold} → ")
+            cell.append(f"{p.predicted} {p.probability:.0%}", "" if p.right else "red")
+            text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
+            table.add_row(Group(cell, text, Text(p.origin, "dim", overflow="fold")))
+        return table
     table.add_column("loss", justify="right", no_wrap=True)
     for name in ("gold", "predicted"):
         table.add_column(name, max_width=20, min_width=10)
     table.add_column("text", min_width=20)
     for p in predictions:
         # Text, for brackets in a string would be read as markup.
-        guess = Text(f"{p.predicted} {p.probability:.0%}", "red" if p.predicted != p.gold else "")
+        guess = Text(f"{p.predicted} {p.probability:.0%}", "" if p.right else "red")
         text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
         text.append(f"\n{p.origin}", "dim")
         table.add_row(f"{p.loss:.2f}", Text(p.gold), guess, text)

@@ -51,6 +51,22 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
     return replace(config, model=model, dropout_rate=rate, monitor=monitor(config).name)
 
 
+def with_scale(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
+    """The config whose task, if it learns numbers, has their scale.
+
+    It is that of a run that is there already, for its head was trained to it; else that of the
+    training examples. Runs of before had none, and learn numbers as they are.
+    """
+    task = config.task
+    if not isinstance(task, Classification) or task.scale is not None:
+        return config
+    if restore.list_steps(config.directory / CHECKPOINTS):
+        before = read_config(config.directory, FinetuneConfig).task
+        scale = before.scale if isinstance(before, Classification) else None
+        return replace(config, task=replace(task, scale=scale))
+    return replace(config, task=task.standardized(examples))
+
+
 def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
     """The resolved config's encoder with its task's head."""
     assert config.model is not None  # resolved
@@ -189,7 +205,8 @@ def check_measured(name: str, metrics: Iterable[str]) -> None:
     """Raise where a metric is not among those of a task."""
     known = dict.fromkeys(["loss", *metrics])
     if name not in known:
-        raise InputError(f"monitor={name} is not measured here; there are {', '.join(known)}")
+        hint = " (of one class for each text it is the accuracy)" if name == "micro_f1" else ""
+        raise InputError(f"monitor={name} is not measured here{hint}; there are {', '.join(known)}")
 
 
 def _stack(values: list[Any]) -> Any:

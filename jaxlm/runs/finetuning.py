@@ -45,10 +45,11 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     Where the folder holds an unfinished run, it resumes.
     """
     console = console or make_console(quiet=jax.process_index() > 0)
-    task = config.task
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
-        splits = read_splits(config.data, task.read, task.check)
+        splits = read_splits(config.data, config.task.read, config.task.check)
+    config = finetuned.with_scale(config, splits.train)
+    task = config.task
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
@@ -66,6 +67,12 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     console.print(render(described))
     for note in splits.notes:
         console.print(Text(f"note: {note}"))
+    if isinstance(task, Classification) and task.scale is not None:
+        mean, deviation = task.scale
+        console.print(
+            f"numbers have mean {mean:,.6g} and deviation {deviation:,.6g}: the loss is in squared "
+            "deviations, answers and other metrics are in the unit of the data"
+        )
     lengths = np.concatenate([examples.lengths, validation.lengths])
     buckets = make_buckets(lengths, config.data.num_buckets, max_length=framer.max_length)
 
@@ -118,7 +125,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         batches=batches,
         evaluate=evaluation,
         monitor=monitor,
-        reference=_reference(task.classes(splits.validation), len(splits.validation)),
+        reference=_reference(config, splits),
+        deviation=task.deviation if isinstance(task, Classification) else None,
         files={finetuned.LABELS: json.dumps(labels)},
     )
     directory = train(job, console)
@@ -158,10 +166,15 @@ def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
     return tokenizers.train(config.kind, texts, config.vocab_size)
 
 
-def _reference(classes: list[str], num_examples: int) -> dict[str, float]:
-    """Class entropy: the loss of a constant predictor, where each example has one class."""
+def _reference(config: FinetuneConfig, splits: Splits) -> dict[str, float]:
+    """The loss of a constant predictor: of numbers their mean, of one class each their entropy."""
+    task = config.task
+    if isinstance(task, Classification) and task.fields.target == "number":
+        return {"always the mean": task.loss_of_mean(splits.train, splits.validation)}
+    if isinstance(task, Classification) and task.fields.target == "labels":
+        return {}  # of as many labels as texts there would be an entropy, but of another loss
+    classes, num_examples = task.classes(splits.validation), len(splits.validation)
     if len(classes) != num_examples:
         return {}
-    counts = Counter(classes)
-    shares = [count / num_examples for count in counts.values()]
+    shares = [count / num_examples for count in Counter(classes).values()]
     return {"class entropy": -sum(share * math.log(share) for share in shares)}

@@ -48,6 +48,9 @@ class Job:
     """Which checkpoint is best."""
     reference: Mapping[str, float]
     """Losses to draw beside the run's, by name."""
+    deviation: float | None = None
+    """Of the numbers that are learned, whose squared errors divided by its square the losses are;
+    None: losses are in nats."""
     flops_per_token: float | None = None
     """Operations of a training step for each token."""
     files: Mapping[str, str]
@@ -92,6 +95,7 @@ def train(job: Job, console: Console) -> StoragePath:
                 tokens_seen=cursor["tokens_seen"],
                 log_every=config.train.log_every,
                 reference=job.reference,
+                deviation=job.deviation,
                 more_writers=_writers(config) if main_process else (),
             ) as view,
         ):

@@ -132,7 +132,8 @@ def upload(source: Path, target: StoragePath, *, last: str | None = None) -> Non
     """Copy all files below ``source``; the one named ``last`` shows that the others are there."""
     files = sorted(path for path in source.rglob("*") if path.is_file())
     for file in sorted(files, key=lambda file: file.name == last):
-        _copy(file, target / file.relative_to(source).as_posix())
+        with whole(target / file.relative_to(source).as_posix()) as unfinished:
+            _copy(file, unfinished)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A class, any number of labels, or a number for a text or a pair of texts."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 
 from jaxlm.data.labelled import checks
 from jaxlm.data.labelled import classification as data
@@ -53,8 +54,20 @@ class Classification:
     and kept in thresholds.json. Empty: 0.5."""
     pooling: Literal["bert", "mean"] = "bert"
     """One vector of a row's hidden states: a dense layer on the first, or their mean."""
+    scale: tuple[float, float] | None = None
+    """Mean and standard deviation of numbers: by them those are brought to about -2 to 2 to be
+    learned, and back to be answered and measured. None: those of the training data."""
 
     def __post_init__(self) -> None:
+        if self.scale is not None and (
+            self.fields.target != "number"
+            or not (all(map(math.isfinite, self.scale)))
+            or self.scale[1] <= 0
+        ):
+            raise InputError(
+                f"scale={self.scale} is not a mean and a deviation above 0 of numbers "
+                f"(fields.target={self.fields.target}); None takes them from the training data"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing={self.label_smoothing} is not in [0, 1); 0 is off")
         if self.r_drop < 0:
@@ -98,6 +111,25 @@ class Classification:
         """Without label smoothing, R-Drop and weights of classes."""
         return dataclasses.replace(self, label_smoothing=0.0, r_drop=0.0, class_weights=())
 
+    def standardized(self, examples: Sequence[TextExample]) -> "Classification":
+        """With the mean and the deviation of numbers in training data, unless they are given."""
+        if self.fields.target != "number" or self.scale is not None:
+            return self
+        numbers = _numbers(examples)
+        return dataclasses.replace(self, scale=(numbers.mean().item(), numbers.std().item() or 1.0))
+
+    @property
+    def deviation(self) -> float | None:
+        """What errors of numbers are divided by in the loss; None: it is no squared error."""
+        return self._scale[1] if self.fields.target == "number" else None
+
+    def loss_of_mean(
+        self, train: Sequence[TextExample], validation: Sequence[TextExample]
+    ) -> float:
+        """That of always answering the mean of training data, where numbers are learned."""
+        errors = (_numbers(validation) - _numbers(train).mean()) / self._scale[1]
+        return float(np.mean(np.square(errors)))
+
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
         label = self.fields.label if labelled else None
         return data.read(records, dataclasses.replace(self.fields, label=label))
@@ -127,6 +159,10 @@ class Classification:
         """Rows of tokens."""
         if examples[0].label is None:
             return data.encode(framer, examples)
+        if self.fields.target == "number":
+            mean, deviation = self._scale
+            numbers = (_numbers(examples) - mean) / deviation
+            return data.encode(framer, examples, numbers.astype(np.float32))
         array = data.label_array(examples, labels)
         encoded = data.encode(framer, examples, array)
         if self.class_weights:
@@ -178,21 +214,19 @@ class Classification:
 
     def metric_names(self, examples: Sequence[TextExample], labels: Labels) -> tuple[str, ...]:
         """By the kind of label."""
-        return metrics.classification_names(self.fields.target, len(labels))
+        return metrics.classification_names(self.fields.target, labels)
 
     def metrics(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
         """Metrics for classes, for sets of labels, or for numbers."""
+        if self.fields.target == "number":
+            return metrics.regression(_numbers(examples), self._values(outputs))
         gold: Any = data.label_array(examples, labels)
-        match self.fields.target:
-            case "class":
-                return metrics.classification(gold, outputs["probabilities"], len(labels))
-            case "labels":
-                thresholds = self._thresholds(labels)
-                return metrics.multilabel(gold, outputs["probabilities"], threshold=thresholds)
-            case "number":
-                return metrics.regression(gold, outputs["values"])
+        if self.fields.target == "labels":
+            thresholds = self._thresholds(labels)
+            return metrics.multilabel(gold, outputs["probabilities"], threshold=thresholds)
+        return metrics.classification(gold, outputs["probabilities"], labels)
 
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
@@ -228,13 +262,23 @@ class Classification:
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> list[dict[str, Any]]:
         """The text, the label or labels or number, and the probability of each label."""
+        if self.fields.target == "number":
+            values = self._values(outputs).tolist()
+            return [_texts(e) | {"value": x} for e, x in zip(examples, values, strict=True)]
         return [
             _texts(example) | self._answer(labels, outputs, i) for i, example in enumerate(examples)
         ]
 
+    @property
+    def _scale(self) -> tuple[float, float]:
+        return self.scale or (0.0, 1.0)  # runs of before learned numbers as they are
+
+    def _values(self, outputs: Outputs) -> Float64[np.ndarray, "examples"]:
+        """Numbers in the unit of the data, in float64: a large mean would round them."""
+        mean, deviation = self._scale
+        return np.asarray(outputs["values"], np.float64) * deviation + mean
+
     def _answer(self, labels: Labels, outputs: Outputs, i: int) -> dict[str, Any]:
-        if self.fields.target == "number":
-            return {"value": float(outputs["values"][i])}
         row = outputs["probabilities"][i].tolist()
         probabilities = dict(zip(labels, row, strict=True))
         if self.fields.target == "labels":
@@ -277,6 +321,10 @@ def _by_label(
     if unknown:
         raise InputError(f"{what}: {unknown[0]!r} is none of the labels {', '.join(labels[:20])}")
     return np.array([pairs.get(label, default) for label in labels])
+
+
+def _numbers(examples: Sequence[TextExample]) -> Float64[np.ndarray, "examples"]:
+    return np.array([example.label for example in examples], np.float64)
 
 
 def _texts(example: TextExample) -> dict[str, Any]:

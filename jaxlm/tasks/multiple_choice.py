@@ -16,7 +16,7 @@ from jaxlm.data.labelled.multiple_choice import Choice, ChoiceFields
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
-from jaxlm.evaluate.report import Prediction
+from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.models.heads import ClassificationHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
@@ -121,12 +121,13 @@ class MultipleChoice:
             best = int(row.argmax())
             found.append(
                 Prediction(
-                    loss=float(-np.log(max(float(row[example.label]), 1e-9))),
+                    loss=surprise(float(row[example.label])),
                     gold=example.choices[example.label],
                     predicted=example.choices[best],
                     probability=float(row[best]),
                     text=example.context,
                     origin=example.origin,
+                    right=best == example.label,
                 )
             )
         return found

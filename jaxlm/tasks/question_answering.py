@@ -18,7 +18,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
 from jaxlm.evaluate.question_answering import Answer, Reading, Window, read_windows
-from jaxlm.evaluate.report import Prediction
+from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.models.heads import TokenHead
 from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
@@ -147,18 +147,20 @@ class QuestionAnswering:
         for example, reading in zip(examples, self._readings(examples, outputs), strict=True):
             answer = self._answer(reading)
             text = answer.text if answer else ""
-            right = example.answers or ("",)
+            answers = example.answers
             probability = _null_probability(reading)
-            if example.answers:
-                probability = sum(a.probability for a in reading.answers if a.text in right)
+            if answers:
+                found_ones = (a for a in reading.answers if metrics.is_exact(a.text, answers))
+                probability = sum((a.probability for a in found_ones), 0.0)
             found.append(
                 Prediction(
-                    loss=-math.log(max(probability, 1e-9)),
-                    gold=text if text in right else right[0],
+                    loss=surprise(probability),
+                    gold=next(iter(answers), ""),
                     predicted=text,
                     probability=answer.probability if answer else _null_probability(reading),
                     text=example.question,
                     origin=example.origin,
+                    right=metrics.is_exact(text, answers) if answer else not answers,
                 )
             )
         return found

@@ -18,7 +18,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.tagging import Sentence, TagFields
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
-from jaxlm.evaluate.report import Prediction
+from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.evaluate.tagging import find_mentions, read_entities
 from jaxlm.models.heads import TokenHead
 from jaxlm.objectives import classification
@@ -143,26 +143,49 @@ class Tagging:
     def predictions(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
     ) -> list[Prediction]:
-        """The worst word of each sentence."""
+        """The worst word of each sentence with something wrong: by its own tag's probability.
+
+        Of a word that was cut off there is no prediction. Tags that mark the same entities, such as
+        I- for the B- of a first word, are right, as the metric has it.
+        """
         found = []
-        tagged = _tags(examples, labels, outputs)
-        for example, (tags, probabilities) in zip(examples, tagged, strict=True):
-            wrong = [i for i, tag in enumerate(example.tags or ()) if tags[i] not in (tag, None)]
+        tagged, numbers = _tags(examples, labels, outputs), {tag: i for i, tag in enumerate(labels)}
+        rows = zip(outputs["probabilities"], outputs["words"], strict=True)
+        for example, (tags, probabilities), (row, words) in zip(
+            examples, tagged, rows, strict=True
+        ):
+            gold = example.tags or []
+            wrong = [i for i in self._wrong(gold, tags) if tags[i] not in (gold[i], None)]
             if not wrong:
                 continue
-            worst = max(wrong, key=lambda i: probabilities[i])
+            losses = {
+                words[position] - 1: surprise(
+                    float(row[position, numbers[gold[words[position] - 1]]])
+                )
+                for position in np.flatnonzero(words)
+            }
+            worst = max(wrong, key=losses.__getitem__)
             text = " ".join(example.words)
             found.append(
                 Prediction(
-                    loss=float(-np.log(max(1 - probabilities[worst], 1e-9))),
-                    gold=(example.tags or [])[worst],
+                    loss=losses[worst],
+                    gold=gold[worst],
                     predicted=tags[worst] or "",
                     probability=probabilities[worst],
                     text=f"{example.words[worst]}: {text}",
                     origin=example.origin,
+                    right=False,
                 )
             )
         return found
+
+    def _wrong(self, gold: Sequence[str], tags: Sequence[str | None]) -> Iterable[int]:
+        """Words in entities that are only given or only predicted; all, where there are none."""
+        if not self.entities:
+            return range(len(gold))
+        found = [tag or "O" for tag in tags]
+        different = set(read_entities(gold)) ^ set(read_entities(found))
+        return {i for entity in different for i in range(entity.start, entity.end)}
 
     def plots(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs, folder: Path

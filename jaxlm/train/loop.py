@@ -204,6 +204,7 @@ def fit(
         else:
             evaluate_and_save()
             raise_if_untrained()
+            view.finish(step)
     return state
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,38 +17,46 @@ TRAIN, VALIDATION, REFERENCE = "#2b6cb0", "#dd6b20", "#4a5568"
 
 
 def plot_loss(
-    metrics_jsonl: Path, out_png: Path, reference: Mapping[str, float] | None = None
+    metrics_jsonl: Path,
+    out_png: Path,
+    reference: Mapping[str, float] | None = None,
+    *,
+    deviation: float | None = None,
 ) -> None:
     """Draw training and validation loss over steps and tokens; the picture is replaced at once.
 
     Args:
         metrics_jsonl: lines with ``step`` and any of ``train/loss``, ``eval/loss``, ``tokens``.
-        reference: losses (nats) drawn as dashed lines, such as ``{"unigram entropy": 6.1}``.
+        reference: losses drawn as dashed lines, such as ``{"unigram entropy": 6.1}``.
+        deviation: losses are squared errors of numbers divided by it: their roots are drawn, in
+            the unit of the numbers. None: losses are in nats.
     """
     records = read_jsonl(metrics_jsonl)
     # A figure of its own, not pyplot's: no global state, no window, whatever the caller plots.
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
+    shown = _as_it_is if deviation is None else lambda loss: np.sqrt(loss) * deviation
+    form = "{:.2f}" if deviation is None else "{:,.4g}"
     steps, losses = _series(records, "train/loss")
     if steps.size:
-        axes.plot(steps, losses, color=TRAIN, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color=TRAIN, linewidth=2, label="training")
+        axes.plot(steps, shown(losses), color=TRAIN, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, shown(_smooth(losses)), color=TRAIN, linewidth=2, label="training")
     eval_steps, eval_losses = _series(records, "eval/loss")
     if eval_steps.size:
         axes.plot(
             eval_steps,
-            eval_losses,
+            shown(eval_losses),
             color=VALIDATION,
             marker="o",
             markersize=4,
             linewidth=1.2,
-            label=f"validation, {eval_losses[-1]:.2f} at the end",
+            label=f"validation, {form.format(shown(eval_losses)[-1])} at the end",
         )
     for name, loss in (reference or {}).items():
-        axes.axhline(loss, color=REFERENCE, linestyle="--", linewidth=1)
+        axes.axhline(shown(loss), color=REFERENCE, linestyle="--", linewidth=1)
         axes.annotate(
-            f"{name} {loss:.2f}",
-            (1, loss),
+            f"{name} {form.format(shown(loss))}",
+            (1, shown(loss)),
             xycoords=axes.get_yaxis_transform(),
             xytext=(-4, 3),
             textcoords="offset points",
@@ -57,7 +66,7 @@ def plot_loss(
             fontsize=9,
         )
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats)")
+    axes.set_ylabel("loss (nats)" if deviation is None else "root mean squared error")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
@@ -72,6 +81,10 @@ def plot_loss(
         axes.legend(frameon=False)
     with whole(out_png) as unfinished:
         FigureCanvasAgg(figure).print_png(unfinished)
+
+
+def _as_it_is(loss: Any) -> Any:
+    return loss
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:

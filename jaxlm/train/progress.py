@@ -65,6 +65,13 @@ class Progress:
         if not self._console.is_terminal:
             self._line(" · ".join(part for part in self._parts if part))
 
+    def finish(self, step: int) -> None:
+        """The run has all its steps: the bar, which updates in steps of its own, is full."""
+        if self._parts:
+            total = "" if self._total_steps is None else f"/{self._total_steps:,}"
+            self._fraction = 1.0
+            self._parts = [f"step {step:,}{total}", "100%", *self._parts[2:-1], "finished"]
+
     def print(self, text: str) -> None:
         """A line above the bar."""
         self._line(text)

@@ -22,6 +22,7 @@ class View:
         step, tokens_seen: where the run stands; what was recorded of later steps is dropped.
         log_every: steps that are added up for a line of metrics.
         reference: losses to draw as dashed lines.
+        deviation: of numbers, whose squared errors the losses are; None: they are in nats.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class View:
         tokens_seen: float,
         log_every: int,
         reference: Mapping[str, float],
+        deviation: float | None = None,
         more_writers: tuple[Writer, ...] = (),
     ):
         self._directory = directory
@@ -41,6 +43,7 @@ class View:
         self._throughput = throughput
         self._log_every = log_every
         self._reference = reference
+        self._deviation = deviation
         self._writers: list[Writer] = list(more_writers)
         if directory is not None:
             with self._disk_faults():
@@ -92,7 +95,16 @@ class View:
         self._progress.print(f"step {step:,}: validation {shown}")
         if self._directory is not None:
             with self._throughput.paused(), self._disk_faults():
-                plot_loss(self._directory / METRICS, self._directory / PLOT, self._reference)
+                plot_loss(
+                    self._directory / METRICS,
+                    self._directory / PLOT,
+                    self._reference,
+                    deviation=self._deviation,
+                )
+
+    def finish(self, step: int) -> None:
+        """The run has all its steps."""
+        self._progress.finish(step)
 
     def print(self, text: str) -> None:
         """A line above the bar."""

@@ -84,6 +84,19 @@ def test_agrees_with_trying_every_pair():
     assert [(a.score, a.start, a.end) for a in found] == expected
 
 
+def test_answers_begin_and_end_with_text():
+    """Tokens of byte-level BPE begin with the space before their word, or are nothing but it."""
+    offsets = [(0, 0), (0, 3), (3, 7), (7, 8), (7, 11)]
+    window = make_window([0, 0, 5, 4, 0], [0, 0, 5, 4, 0], offsets)
+    answers = read_windows(CONTEXT, [window], max_answer_length=2).answers
+    assert [(a.text, a.start, a.end) for a in answers[:1]] == [("cat", 4, 7)]
+    assert {CONTEXT[a.start : a.end] for a in answers} == {a.text for a in answers}
+    assert all(a.text == a.text.strip() != "" for a in answers)
+    spans = [(a.start, a.end) for a in answers]
+    assert len(spans) == len(set(spans))  # " cat" and " cat " are one
+    assert max(answers, key=lambda a: a.score) == answers[0]
+
+
 def test_nothing_of_the_context_gives_no_answer():
     reading = read_windows("", [make_window([0, 1], [0, 1], [(0, 0), (0, 3)], [True, False])])
     assert reading.answers == ()

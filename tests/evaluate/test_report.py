@@ -55,6 +55,18 @@ def test_prints_texts_as_they_are():
     assert long.rstrip().endswith("…")
 
 
+def test_a_narrow_terminal_cuts_nothing_but_texts():
+    wrong = report.most_wrong(predictions())
+    console = Console(width=40, no_color=True)
+    with console.capture() as capture:
+        console.print(report.predictions_table(wrong, width=console.width))
+    text = capture.get()
+    for p in wrong:
+        assert p.origin in text
+        assert f"{p.loss:.2f}  good → bad {p.probability:.0%}" in text
+    assert text.count("…") == 1  # the long text
+
+
 def test_what_does_not_belong_together_is_refused():
     with pytest.raises(InputError, match="3 texts, 4 labels, 4 predictions and 4 origins"):
         report.classified(TEXTS[:3], np.array([1, 1, 1, 1]), PROBABILITIES, NAMES, PLACES)

@@ -1,12 +1,14 @@
 """Classes, labels and numbers."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
+from jaxlm.runs import finetuned
 from jaxlm.tasks.classification import Classification
 
 FILLERS = ["", " a", " a b", " a b c", " a b c d e", " f", " f g", " b b", " e", " c c d"]
@@ -51,6 +53,68 @@ def test_labels_and_numbers(records):
     assert number.metrics(examples, (), outputs)["mse"] == pytest.approx(1 / 3)
 
 
+def test_numbers_are_learned_by_their_deviation_and_answered_in_their_unit(framer, records):
+    prices = [90_000, 150_000, 250_000, 110_000]
+    raw = Classification(fields=TextFields(target="number"))
+    examples = raw.read(records(*({"text": "a", "label": price} for price in prices)))
+    task = raw.standardized(examples)
+    assert task.scale == (np.mean(prices), np.std(prices))
+    assert task.standardized(examples[:2]) is task  # the scale that a run has stays
+    learned = np.array([row["labels"] for row in task.encode(framer, examples, ()).rows])
+    assert learned.dtype == np.float32
+    assert (learned.mean(), learned.std()) == pytest.approx((0, 1), abs=1e-6)
+    right = {"values": learned}
+    assert [answer["value"] for answer in task.answers(examples, (), right)] == pytest.approx(
+        prices
+    )
+    always = task.metrics(examples, (), {"values": np.array([1e-9, 0, 0, 0], np.float32)})
+    assert always["rmse"] == pytest.approx(np.std(prices))
+    assert task.loss_of_mean(examples, examples) == pytest.approx(1)
+    # Runs of before have no scale: their numbers are as they were.
+    own = [row["labels"].item() for row in raw.encode(framer, examples, ()).rows]
+    assert own == prices == [a["value"] for a in raw.answers(examples, (), {"values": prices})]
+    constant = raw.standardized(examples[:1])
+    assert constant.scale == (90_000, 1)
+    stamps = raw.read(records(*({"text": "a", "label": 1.7e9 + i} for i in range(3))))
+    task = raw.standardized(stamps)  # float32 has none of these differences
+    values = {"values": [row["labels"] for row in task.encode(framer, stamps, ()).rows]}
+    assert task.metrics(stamps, (), values)["rmse"] < 1e-3
+
+
+def test_metrics_name_the_class_they_are_of(records):
+    task = Classification()
+    examples = task.read(records({"text": "a", "label": "ham"}, {"text": "b", "label": "spam"}))
+    labels = task.labels(examples)
+    outputs = {"probabilities": np.array([[0.1, 0.9], [0.2, 0.8]])}
+    measured = task.metrics(examples, labels, outputs)
+    assert measured["f1/spam"] == pytest.approx(2 / 3)
+    assert tuple(measured) == task.metric_names(examples, labels)
+    with pytest.raises(InputError, match=r"monitor=micro_f1 is not .*it is the accuracy\); there"):
+        finetuned.check_measured("micro_f1", measured)
+    with pytest.raises(InputError, match=r"monitor=f1 is not measured here; .* f1/spam"):
+        finetuned.check_measured("f1", measured)
+
+
+def test_a_run_learns_prices(train, write, records):
+    """From the middle of their range, not from 0: untrained it is no worse than their mean."""
+    rows = [
+        {"text": f"{word}{filler} {end}", "label": 90_000 + 80_000 * i + 1000 * j}
+        for i, word in enumerate("fgh")
+        for j, filler in enumerate(FILLERS)
+        for end in ("x", "y", "z")
+    ]
+    task = Classification(fields=TextFields(target="number"), pooling="mean")
+    run = train(task, write(rows))
+    assert run.task.scale[1] == pytest.approx(np.std([row["label"] for row in rows]), rel=0.1)
+    values = [a["value"] for a in run.answer(records({"text": "f a b x"}, {"text": "h a b x"}))]
+    assert values == pytest.approx([92_000, 252_000], rel=0.1)
+    others = task.read(records({"text": "a", "label": 1}, {"text": "b", "label": 2}))
+    again = replace(run.config, task=task)
+    assert finetuned.with_scale(again, others).task.scale == run.task.scale  # of the run there is
+    fresh = replace(again, name="fresh")
+    assert finetuned.with_scale(fresh, others).task.scale == (1.5, 0.5)
+
+
 def test_bad_input(framer, records):
     task = Classification()
     examples = task.read(records({"text": "a", "label": "x"}, {"text": "b", "label": "y"}))
@@ -68,6 +132,9 @@ def test_bad_input(framer, records):
         Classification(thresholds=("chosen",))
     with pytest.raises(InputError, match=r"task\.class_weights: 'z' is none of the labels x, y"):
         Classification(class_weights=("z=2",)).labels(examples)
+    for target, scale in (("class", (0.0, 1.0)), ("number", (0.0, 0.0)), ("number", (1e999, 1.0))):
+        with pytest.raises(InputError, match="is not a mean and a deviation above 0 of numbers"):
+            Classification(fields=TextFields(target=target), scale=scale)
     with pytest.raises(InputError, match=r"task\.fields\.separator is empty"):
         TextFields(target="labels", separator="")
 

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from jaxlm.data import tokenizers
+from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.question_answering import SpanFields
 from jaxlm.data.labelled.records import Squad
 from jaxlm.errors import InputError
@@ -58,11 +60,40 @@ def test_answers_of_windows_are_those_characters_of_the_context(framer, records)
     assert john["probability"] > 0.9
     assert none["probability"] > 0.9
     assert task.metrics(examples, (), outputs)["exact_match"] == 1.0
-    assert [p.predicted == p.gold for p in task.predictions(examples, (), outputs)] == [True] * 3
+    assert all(p.right for p in task.predictions(examples, (), outputs))
 
     # A window of another question would give another answer, so the numbers are not idle.
     outputs["question"] = [2 - number for number in outputs["question"]]
     assert task.metrics(examples, (), outputs)["exact_match"] < 1.0
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_answers_of_any_tokenizer_of_ours_are_words_of_the_context(kind, records):
+    own = Framer(tokenizers.train(kind, [CONTEXT] * 20, 300), max_length=64)
+    task = QuestionAnswering()
+    examples = task.read(records(asked("john smith")))
+    (row,) = task.encode(own, examples, ()).rows
+    logits = np.zeros((2, len(row["tokens"])), np.float32)
+    logits[0, row["starts"]] = logits[1, row["ends"]] = 9
+    outputs = {"start_logits": [logits[0]], "end_logits": [logits[1]]}
+    outputs |= {name: [row[name]] for name in ("question", "offsets", "allowed")}
+    (answer,) = task.answers(examples, (), outputs)
+    assert (answer["answer"], answer["start"], answer["end"]) == ("john smith", 16, 26)
+
+
+def test_the_wrong_ones_are_those_of_the_metric(framer, records):
+    """What counts as an exact match is right, however it is written; so is no answer for none."""
+    task = QuestionAnswering(doc_stride=3)
+    articles = "the a b c john . d"
+    examples = task.read(
+        records(asked("a b", articles), asked("john", articles), asked(None), asked("in"))
+    )
+    outputs = outputs_for(framer, task, examples, [(0, 7), (10, 16), (16, 26), None])
+    found = task.predictions(examples, (), outputs)
+    assert [(p.predicted, p.gold) for p in found[:2]] == [("the a b", "a b"), ("john .", "john")]
+    assert [p.right for p in found] == [True, True, False, False]
+    assert task.metrics(examples, (), outputs)["exact_match"] == np.mean([p.right for p in found])
+    assert found[0].loss < 0.1 < 1 < found[2].loss
 
 
 def test_the_threshold_decides_whether_there_is_an_answer(framer, records):

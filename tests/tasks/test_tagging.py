@@ -70,6 +70,34 @@ def test_tags_that_mark_no_entities(framer, records):
     assert answer.keys() == {"text", "tags"}
 
 
+def outputs_of(framer, task, examples, labels, guesses, sure=0.6):
+    """As if the model gave ``sure`` to each of these tags, and the rest to the others alike."""
+    outputs = {"words": [], "probabilities": []}
+    for row, tags in zip(task.encode(framer, examples, labels).rows, guesses, strict=True):
+        rest = (1 - sure) / (len(labels) - 1)
+        probabilities = np.full((len(row["words"]), len(labels)), rest, np.float32)
+        for place in np.flatnonzero(row["words"]):
+            probabilities[place, labels.index(tags[row["words"][place] - 1])] = sure
+        outputs["words"].append(row["words"])
+        outputs["probabilities"].append(probabilities)
+    return outputs
+
+
+def test_the_wrong_ones_are_those_of_the_metric(framer, records):
+    task, labels = Tagging(), ("B-x", "I-x", "O")
+    gold = ["B-x", "I-x", "O", "O"]
+    examples = task.read(records(*[{"tokens": [*"abcd"], "tags": gold}] * 3))
+    guesses = [gold, ["I-x", "I-x", "O", "O"], ["B-x", "O", "O", "O"]]
+    outputs = outputs_of(framer, task, examples, labels, guesses)
+    assert task.metrics(examples[:2], labels, {k: v[:2] for k, v in outputs.items()})["f1"] == 1
+    (wrong,) = task.predictions(examples, labels, outputs)  # I- for the B- of a first word is none
+    assert (wrong.origin, wrong.gold, wrong.predicted) == ("x.jsonl:3", "I-x", "O")
+    assert wrong.loss == pytest.approx(-np.log(0.2))  # the tag's own, not 1 - 0.6
+    assert not wrong.right
+    each = Tagging(entities=False).predictions(examples, labels, outputs)
+    assert [p.origin for p in each] == ["x.jsonl:2", "x.jsonl:3"]  # by accuracy of words, both
+
+
 def test_bad_input(framer, records):
     task = Tagging()
     with pytest.raises(InputError, match=r"x\.jsonl:1: 1 tags for 2 words"):

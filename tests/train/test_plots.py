@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,25 @@ def test_draws_what_there_is(tmp_path):
     assert shown["all"] == {plots.TRAIN, plots.VALIDATION, plots.REFERENCE}
     assert shown["train"] == {plots.TRAIN}
     assert shown["empty"] == set()
+
+
+def test_numbers_are_drawn_in_their_unit(tmp_path, monkeypatch):
+    write_metrics(tmp_path / "m.jsonl", [(1, {"train/loss": 1.0}), (2, {"eval/loss": 0.25})])
+    figures = []
+    monkeypatch.setattr(
+        plots.FigureCanvasAgg, "print_png", lambda own, _: figures.append(own.figure)
+    )
+    monkeypatch.setattr(plots, "whole", lambda path: contextlib.nullcontext(path))
+    for deviation in (400.0, None):
+        plot_loss(tmp_path / "m.jsonl", tmp_path / "x.png", {"mean": 1.0}, deviation=deviation)
+    numbers, nats = (figure.axes[0] for figure in figures)
+    assert [numbers.get_ylabel(), nats.get_ylabel()] == ["root mean squared error", "loss (nats)"]
+    assert [text.get_text() for text in numbers.texts] == ["mean 400"]
+    assert [text.get_text() for text in nats.texts] == ["mean 1.00"]
+    labels = [text.get_text() for text in numbers.get_legend().get_texts()]
+    assert labels == ["training", "validation, 200 at the end"]
+    drawn = [line.get_ydata()[0] for line in numbers.lines]
+    assert drawn == [400, 400, 200, 400]
 
 
 def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):

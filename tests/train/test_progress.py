@@ -65,6 +65,21 @@ def test_on_a_terminal_there_is_one_bar_below_the_lines(clock):
     assert "loss 5.123 · accuracy 12.3% · 12,346 tokens/s" in second
 
 
+def test_a_finished_run_has_a_full_bar(clock):
+    """Updates come every few steps and from the middle of one, so the last is not at the end."""
+    terminal = console(terminal=True)
+    with Progress(60, console=terminal) as bar:
+        bar.update(40, 0.675, VALUES)
+        clock[0] += 60
+        bar.update(50, 0.825, VALUES)
+        bar.finish(60)
+    last = terminal.file.getvalue().rsplit("step ", 1)[1]
+    assert last.startswith("60/60 ")
+    assert "100% finished" in last
+    assert "left" not in last
+    assert "loss 5.123" in last
+
+
 def test_an_invisible_one_is_silent(capfd):
     with Progress(10, visible=False) as bar:
         with bar.status("compiling"):

@@ -55,7 +55,7 @@ def render(parts: Mapping[str, Statistics]) -> RenderableType:
     """Tables for the console, one column for each split, such as training and validation."""
     summary = Table(box=None, pad_edge=False)
     for name in ("", "examples", "median length", "longest", "truncated", "duplicates removed"):
-        summary.add_column(name, justify="right" if name else "left")
+        summary.add_column(name, justify="right" if name else "left", overflow="fold")
     for name, part in parts.items():
         numbers = (f"{part.examples:,}", f"{part.median}", f"{part.longest}")
         summary.add_row(name, *numbers, f"{part.truncated:.1%}", f"{part.duplicates:,}")
@@ -76,7 +76,7 @@ def _bars(title: str, labels: list[str], columns: Mapping[str, Mapping[str, int]
     table = Table(box=None, pad_edge=False)
     table.add_column(title, overflow="ellipsis", max_width=30)
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)  # a narrow terminal has short bars
         table.add_column("")
     for label in labels[:_ROWS]:
         cells: list[RenderableType] = [Text(label)]  # not markup: a label may hold brackets

@@ -1,0 +1,95 @@
+"""Where scripts/evaluate.py writes."""
+
+import importlib
+import json
+import types
+from pathlib import Path
+
+import pytest
+
+from jaxlm.config import FinetuneConfig
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import Table
+from jaxlm.data.prepare import TokenizerConfig
+from jaxlm.errors import InputError
+from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.runs.finetuning import finetune
+from jaxlm.train.loop import TrainConfig
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+    return importlib.import_module("evaluate")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluate")
+    rows = "".join(f"{'good' if i % 2 else 'bad'} {i},{i % 2}\n" for i in range(40))
+    for name in ("train.csv", "dev.csv", "other/dev.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("text,label\n" + rows)
+    config = FinetuneConfig(
+        name="run",
+        runs=folder,
+        data=LabelledConfig(
+            train=Table(path=str(folder / "train.csv")), batch_size=8, num_buckets=1
+        ),
+        model=BilstmConfig(embed_dim=8, hidden_dim=8),
+        tokenizer=TokenizerConfig(vocab_size=60),
+        train=TrainConfig(steps=1, num_evals=1),
+    )
+    directory = finetune(config)
+    assert isinstance(directory, Path)
+    return directory
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def test_each_data_set_has_a_folder_of_its_own(
+    evaluate: types.ModuleType, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main(run)
+    before = content(run)
+    assert {"eval.json", "confusion.png", "reliability.png", "wrong.jsonl"} <= before.keys()
+    first, second = run.parent / "dev.csv", run.parent / "other" / "dev.csv"
+    for data in (first, second, first):  # the same name twice, and the first again
+        evaluate.main(run, data=data)
+    evaluate.main(run, split="train", rows=10)
+    assert content(run) == before
+    found = {
+        path.parent.name: json.loads(path.read_text()).get("path")
+        for path in run.glob("eval/*/eval.json")
+    }
+    assert found == {"dev": str(first), "dev-2": str(second), "train": None}
+    assert f"in {run / 'eval' / 'dev-2'}: confusion.png, eval.json" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_evaluated(
+    evaluate: types.ModuleType,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    upload = evaluate.upload
+
+    def refuse(source: Path, target: Path) -> None:
+        if target.is_relative_to(run):
+            raise PermissionError(13, "Permission denied", str(target))
+        upload(source, target)
+
+    monkeypatch.setattr(evaluate, "upload", refuse)
+    evaluate.main(run)
+    printed = capsys.readouterr().out
+    assert "accuracy  " in printed
+    assert f"nothing was written: {run} cannot be written (Permission denied); --out" in printed
+    evaluate.main(run, out=tmp_path / "new" / "out")
+    assert json.loads((tmp_path / "new" / "out" / "eval.json").read_text())["examples"] > 0
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="name another folder for --out"):
+        evaluate.main(run, out=tmp_path / "file")
