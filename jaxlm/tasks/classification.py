@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -20,14 +20,13 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate import calibration, metrics, plots, report
 from jaxlm.evaluate.report import Prediction
-from jaxlm.models.heads import ClassificationHead, bert_pooler, mean_pool
+from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
 from jaxlm.typing import Apply, Loss
 
 OBJECTIVES = {"class": classification, "labels": multi_label, "number": regression}
-POOLS = {"bert": bert_pooler, "mean": mean_pool}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +39,9 @@ class Classification:
     """Probability that is spread over all classes in training."""
     r_drop: float = 0.0
     """Weight of the divergence of two draws of dropout; 0 = one draw."""
-    pooling: Literal["bert", "mean"] = "bert"
-    """One vector of a row's hidden states: a dense layer on the first, or their mean."""
+    pooling: Pooling | None = None
+    """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
+    their mean, or their maximum; None: as a sentence encoder's folder says, else bert."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -80,6 +80,9 @@ class Classification:
         """Without label smoothing and R-Drop."""
         return dataclasses.replace(self, label_smoothing=0.0, r_drop=0.0)
 
+    def with_pooling(self, pooling: Pooling | None) -> "Classification":
+        return dataclasses.replace(self, pooling=self.pooling or pooling or "bert")
+
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
         label = self.fields.label if labelled else None
         return data.read(records, dataclasses.replace(self.fields, label=label))
@@ -107,7 +110,8 @@ class Classification:
 
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each label, or for the number."""
-        return ClassificationHead(max(len(labels), 1), dropout_rate, POOLS[self.pooling])
+        pool = POOLS[self.pooling or "bert"]
+        return ClassificationHead(max(len(labels), 1), dropout_rate, pool)
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy, or the squared error of numbers."""
