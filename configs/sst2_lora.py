@@ -28,7 +28,8 @@ config = FinetuneConfig(
         train=Table(path="data/sst2/train.tsv", header=False, columns=COLUMNS),
         validation=Table(path="data/sst2/dev.tsv", header=False, columns=COLUMNS),
     ),
-    task=Classification(fields=TextFields(text="text", label="label")),
+    # As BertForSequenceClassification does, which it is compared with.
+    task=Classification(fields=TextFields(text="text", label="label"), pooling="bert"),
     tuning=LoraConfig(rank=8, alpha=16.0),
     optimizer=OptimizerConfig(peak_lr=1e-3),
     train=TrainConfig(epochs=5.0),

@@ -1,8 +1,9 @@
-"""Use a run: ``python scripts/predict.py runs/quickstart fill-mask "A [MASK] of strings."``.
+"""Use a model: ``python scripts/predict.py runs/quickstart fill-mask "A [MASK] of strings."``.
 
 Pretrained runs fill in masks; fine-tuned ones do what they were tuned for: classify, tag, answer,
-choose or embed. A text is given as an argument, or many in a file, a JSON object (or a text) a
-line; answers to files are JSON lines.
+choose or embed. Any encoder, a published one too, embeds and searches. A text is given as an
+argument, or many in a file, a JSON object (or a text) a line; answers to files are JSON lines, or a
+table.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -12,25 +13,30 @@ tune_process()
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import numpy as np
 import tyro
 
 from jaxlm.config import PretrainConfig
 from jaxlm.data import files, tabular
-from jaxlm.data.labelled.dataset import holds_records, like
+from jaxlm.data.labelled.dataset import Source, holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
 from jaxlm.errors import InputError, report_input_errors
-from jaxlm.runs import finetuned
+from jaxlm.evaluate import retrieval
+from jaxlm.runs import finetuned, pretrained
+from jaxlm.runs.answers import ERROR, Answer, Answered, joined, write_table
+from jaxlm.runs.embedder import Embedder, open_embedder
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import read_any_config
-from jaxlm.runs.pretrained import Pretrained, open_pretrained
 from jaxlm.runtime.storage import locate, on_disk, whole
+from jaxlm.train.restore import warn
 
-Answer = dict[str, Any]
+TABLES, ARRAY = (".csv", ".tsv"), ".npy"
 
 
 def main(
@@ -41,6 +47,7 @@ def main(
     pair: str | None = None,
     file: Path | None = None,
     out: Path | None = None,
+    column: str | None = None,
     top_k: int = 5,
     step: int | None = None,
     base: str | None = None,
@@ -48,19 +55,27 @@ def main(
     """Answer one text, or all of a file.
 
     Args:
-        run: The run folder.
-        task: What the run has learned: fill-mask, classify, tag, answer, choose or embed.
+        run: The run folder; for embed and search also a folder in Hugging Face's layout or a hub
+            name.
+        task: What the run has learned: fill-mask, classify, tag, answer, choose or embed; or
+            search, which finds the texts of --file that are nearest to the text.
         text: What to do it with; or give --file.
         pair: The second text of a pair, or the context of a question.
         file: A text or a JSON object a line (fill-mask: with "text"), - for standard input; or, as
             .csv, .tsv, .conll, .json or named as the training data are, what training reads.
-            Answers are JSON lines.
-        out: Where the JSON lines go; None = standard output.
-        top_k: Candidates for each blank, or classes to show.
+        out: Where answers go: JSON lines, a table if it ends in .csv or .tsv, or, of embed, an
+            array of vectors if it ends in .npy; None = JSON lines to standard output. Answers have
+            the number of the line and the other columns of the file.
+        column: Of embed and search: the column or field with the texts; None = that of the run's
+            training, or text.
+        top_k: Candidates for each blank, classes to show, or texts to find.
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
     """
-    if (text is None) == (file is None):
+    is_search = task == "search"
+    if is_search and (text is None or file is None):
+        raise InputError("search finds the texts of --file that are nearest to a text: give both")
+    if (text is None) == (file is None) and not is_search:
         raise InputError('give either a text, such as "A [MASK] of strings.", or --file')
     if text is not None and not text.strip():
         raise InputError("the text is empty")
@@ -81,6 +96,25 @@ def main(
         )
     if out is not None and file is not None and out.resolve() == file.resolve():
         raise InputError(f"--out {out} is the file that is read: name another")
+    if task in ("embed", "search"):
+        if pair is not None:
+            raise InputError(f"{task} takes one text, no --pair")
+        embedder = open_embedder(str(run), step=step, base=base)
+        print(embedder.about, file=sys.stderr)
+        if file is None:
+            print_json({"text": text, "embedding": embedder([text or ""])[0].tolist()})
+            return
+        column = column or embedder.column
+        embedder = replace(embedder, column=column)
+        records = with_column(read_records(embedder.source, (), (column,), file), column)
+        if text is None:
+            write_vectors(counted(embedder.stream(records)), column, out)
+        else:
+            search(embedder, text, counted(embedder.stream(records)), out, top_k)
+        return
+    for name, value in (("--column", column), ("--out", out and out.suffix == ARRAY)):
+        if value:
+            raise InputError(f"{name} {column or out} is for embed and search, not for {task}")
     config = read_any_config(locate(run))
     if config.task.verb != task:
         raise InputError(
@@ -88,11 +122,20 @@ def main(
             f"{config.task.verb}"
         )
     if isinstance(config, PretrainConfig):
-        answer_texts(open_pretrained(run, step), text, file, out, top_k)
+        loaded = pretrained.open_pretrained(run, step)
+        if file is None:
+            record = Record(fields={"text": text}, origin="the text given")
+            for line in loaded.task.lines(loaded.answer([record], top_k=top_k)[0]):
+                print(line)
+            return
+        records = read_lines(file, pretrained.TEXT)
+        write(counted(loaded.stream(records, top_k=top_k)), pretrained.TEXT, out)
         return
     loaded = finetuned.open_finetuned(run, step=step, base=base)
     if file is not None:
-        write(loaded.answer(read_records(loaded, file)), out)
+        names = loaded.task.text_fields
+        records = read_records(loaded.config.data.train, loaded.labels, names, file)
+        write(counted(loaded.stream(records)), names, out)
         return
     (answer,) = loaded.answer([record_of(loaded, text or "", pair)])
     probabilities = answer.get("probabilities")
@@ -118,49 +161,110 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
     return Record(fields=dict(zip(names, given, strict=True)), origin="the text given")
 
 
-def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
-    """The file's records: JSON objects, or texts."""
-    train = loaded.config.data.train
+def read_records(
+    train: Source, labels: Collection[str], names: Sequence[str], file: Path
+) -> Iterator[Record]:
+    """The file's records, in the form of the training data, JSON objects, or texts.
+
+    ``names`` are the fields of a text: there must be one.
+    """
     source = like(train, file) if str(file) != "-" and holds_records(train, file) else None
     if isinstance(source, Conll):
-        is_text = file.suffix.lower() in ("", ".txt") and not source.begins_with(loaded.labels)
+        is_text = file.suffix.lower() in ("", ".txt") and not source.begins_with(labels)
         source = None if is_text else replace(source, tag_column=None)  # words may stand alone
-    if source is not None:
-        yield from source.records()
-        return
-    yield from read_lines(file, lambda line: record_of(loaded, line, None).fields)
+    yield from source.records() if source is not None else read_lines(file, names)
 
 
-def answer_texts(
-    loaded: Pretrained, text: str | None, file: Path | None, out: Path | None, top_k: int
+def with_column(records: Iterable[Record], column: str) -> Iterator[Record]:
+    """The records, the first of which must have that field."""
+    for number, record in enumerate(records):
+        if number == 0 and column not in record.fields:
+            raise InputError(
+                f"{record.origin}: no field {column!r} among "
+                f"{', '.join(map(repr, record.fields))}: name the one of the text with --column"
+            )
+        yield record
+
+
+def search(
+    embedder: Embedder, query: str, pairs: Iterable[Answered], out: Path | None, top_k: int
 ) -> None:
-    """What a pretrained model does with texts, such as filling in their blanks."""
-    if file is None:
-        (answer,) = loaded.answer({"the text given": text or ""}, top_k=top_k)
-        for line in loaded.task.lines(answer):
-            print(line)
+    """The texts whose vectors have the largest cosines with the query's."""
+    found = [(record, answer) for record, answer in pairs if ERROR not in answer]
+    vectors = np.stack([answer["embedding"] for _, answer in found])
+    print(f"searched {len(found):,} texts", file=sys.stderr)
+    nearest = retrieval.nearest(embedder([query])[0], vectors, top_k)
+    best = [(found[i][0], {"score": score, "text": found[i][1]["text"]}) for i, score in nearest]
+    if out is not None:
+        write(best, (embedder.column,), out)
         return
-    records = read_lines(file, lambda line: {"text": line})
-    texts = {record.origin: record.text("text") for record in records}
-    write(loaded.answer(texts, top_k=top_k), out)
+    for record, answer in best:
+        print(f"{answer['score']:6.3f}  {record.origin}  {' '.join(answer['text'].split())}")
 
 
-def write(answers: Iterable[Answer], out: Path | None) -> None:
-    """JSON lines; a file appears when it is complete."""
+def write_vectors(pairs: Iterable[Answered], column: str, out: Path | None) -> None:
+    """JSON lines, a table, or an array with a row for each record: NaN where it has no text."""
+    if out is None or out.suffix != ARRAY:
+        lists = (
+            (record, answer | {"embedding": answer["embedding"].tolist()})
+            if ERROR not in answer
+            else (record, answer)
+            for record, answer in pairs
+        )
+        write(lists, (column,), out)
+        return
+    vectors = [answer.get("embedding") for _, answer in pairs]
+    width = max(len(vector) for vector in vectors if vector is not None)
+    rows = [np.full(width, np.nan) if vector is None else vector for vector in vectors]
+    with writing(out) as unfinished, unfinished.open("wb") as stream:
+        np.save(stream, np.array(rows, np.float32))
+    print(f"{len(rows)} vectors of {width} numbers in {out}")
+
+
+def counted(pairs: Iterable[Answered]) -> Iterator[Answered]:
+    """The same; in the end says how many have no answer, and why the first has none."""
+    total, errors = 0, []
+    for record, answer in pairs:
+        total += 1
+        errors += [answer[ERROR]] if ERROR in answer else []
+        yield record, answer
+    if errors:
+        warn(f"{len(errors)} of {total} have no answer; the first: {errors[0]}")
+
+
+def write(pairs: Iterable[Answered], used: Sequence[str], out: Path | None) -> None:
+    """JSON lines or a table, with the records' other fields; a file appears when it is complete."""
     if out is None:
-        for answer in answers:
+        for answer in joined(pairs, used):
             print_json(answer)
         return
-    lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     count = 0
+
+    def counting() -> Iterator[Answered]:
+        nonlocal count
+        for pair in pairs:
+            count += 1
+            yield pair
+
+    with (
+        writing(out) as unfinished,
+        unfinished.open("w", encoding="utf-8", newline="") as file,
+    ):
+        if out.suffix in TABLES:
+            write_table(counting(), used, file, out.suffix == ".tsv")
+        else:
+            for answer in joined(counting(), used):
+                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    print(f"{count} answers in {out}")
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[Path]:
     try:
-        with whole(on_disk(out)) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-            for line in lines:
-                file.write(line)
-                count += 1
+        with whole(on_disk(out)) as unfinished:
+            yield unfinished
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error}") from error
-    print(f"{count} answers in {out}")
 
 
 def print_json(answer: Answer) -> None:
@@ -173,8 +277,9 @@ def print_json(answer: Answer) -> None:
     print(text)
 
 
-def read_lines(file: Path, fields_of: Callable[[str], dict[str, Any]]) -> Iterator[Record]:
-    """The file's lines that are not blank: JSON objects, or texts, which ``fields_of`` names."""
+def read_lines(file: Path, names: Sequence[str]) -> Iterator[Record]:
+    """The file's lines: JSON objects, or texts, of which ``names`` has one; blank ones are empty
+    texts, except at the end."""
     every, name = files.lines(file), str(file)
     if name == "-":
         name = "standard input"
@@ -182,7 +287,9 @@ def read_lines(file: Path, fields_of: Callable[[str], dict[str, Any]]) -> Iterat
             raise InputError("the standard input is closed: give a text, or name a file")
         raw = enumerate(sys.stdin.buffer, start=1)
         every = (files.decode(line, Path(name), n).rstrip("\r\n") for n, line in raw)
-    lines = [(f"{name}:{n}", line) for n, line in enumerate(every, start=1) if line.strip()]
+    lines = [(f"{name}:{n}", line) for n, line in enumerate(every, start=1)]
+    while lines and not lines[-1][1].strip():
+        lines.pop()
     if not lines:
         raise InputError(f"{name} holds no text")
     for origin, line in lines:
@@ -193,7 +300,12 @@ def read_lines(file: Path, fields_of: Callable[[str], dict[str, Any]]) -> Iterat
                 hint = "a text that begins with { goes into an object"
                 raise InputError(f"{error}; {hint}") from error
         else:
-            yield Record(fields=fields_of(line), origin=origin)
+            if len(names) > 1:
+                raise InputError(
+                    f"{origin}: a text where there must be {len(names)} ({', '.join(names)}): give "
+                    "a JSON object with these fields a line, or a table"
+                )
+            yield Record(fields={names[0]: line}, origin=origin)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ FILES = (
     "model-*-of-*.safetensors",
     "tokenizer.json",
     "vocab.txt",
+    "modules.json",  # and what else a sentence encoder has
+    "*_*/config.json",
+    "*sentence*.json",
 )
 _TIMEOUT = 5.0  # seconds
 

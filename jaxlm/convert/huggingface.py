@@ -13,12 +13,14 @@ from jaxtyping import Array, Float, Float32, PyTree
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from jaxlm.convert import bert, folder, hub, table
+from jaxlm.convert import bert, folder, hub, sentence_encoder, table
 from jaxlm.convert.bert import Architecture
+from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.convert.table import Tensors, Weights
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.models.heads import Pooling
 from jaxlm.models.model import ModelConfig
 from jaxlm.runtime.storage import on_disk
 
@@ -37,6 +39,8 @@ class Published:
     mlm_head: Weights | None
     """Weights of a ``models.heads.MlmHead`` with the config's epsilon, if the file has them."""
     tokenizer: Tokenizer
+    sentence_encoder: SentenceEncoder | None
+    """What follows the hidden states, if it is one."""
     fingerprint: str
     """A sha256 of all that was read and decides what is computed; the file's layout does not."""
 
@@ -68,6 +72,7 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
         pooler=head.pop("pooler", None),
         mlm_head=head or None,
         tokenizer=tokenizer,
+        sentence_encoder=sentence_encoder.read(path),
         fingerprint=_fingerprint(config, tree),
     )
 
@@ -94,8 +99,13 @@ def save(
     params: PyTree[Float[Array | np.ndarray, "..."]],
     config: ModelConfig,
     tokenizer: Tokenizer,
+    *,
+    pooling: Pooling | None = None,
 ) -> None:
-    """A new folder that :func:`load`, and other libraries, read; it appears when it is complete."""
+    """A new folder that :func:`load`, and other libraries, read; it appears when it is complete.
+
+    With ``pooling`` it is a sentence encoder's, whose vectors have length 1.
+    """
     path = on_disk(path)
     if not isinstance(config, BertConfig):
         raise InputError(
@@ -124,6 +134,8 @@ def save(
             text = json.dumps(values, indent=2) + "\n"
             (unfinished / name).write_text(text, encoding="utf-8")
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
+        if pooling is not None:
+            sentence_encoder.write(unfinished, pooling, config.hidden_dim, config.max_length)
         save_file(tensors, unfinished / folder.WEIGHTS, metadata={"format": "pt"})
         unfinished.rename(path)
     except OSError as error:

@@ -6,6 +6,7 @@ the encoder is computed in the type of its hidden states; what comes out is floa
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -106,6 +107,45 @@ def mean_pool(
     return total / jnp.maximum(real.sum(1, keepdims=True), 1)
 
 
+def cls_pool(
+    hidden: Hidden, segment_ids: Int[Array, "batch length"] | None = None
+) -> Float[Array, "batch embed"]:
+    """The first token's hidden state, in float32."""
+    return hidden[:, 0].astype(jnp.float32)
+
+
+def max_pool(
+    hidden: Hidden, segment_ids: Int[Array, "batch length"] | None = None
+) -> Float[Array, "batch embed"]:
+    """The float32 maximum over the real positions of each row; 0 where there is none."""
+    hidden = hidden.astype(jnp.float32)
+    if segment_ids is None:
+        return hidden.max(1)
+    real = segment_ids >= 0
+    largest = jnp.where(real[..., None], hidden, -jnp.inf).max(1)
+    return jnp.where(real.any(1, keepdims=True), largest, 0)
+
+
+Pooling = Literal["bert", "cls", "mean", "max"]
+POOLS: dict[Pooling, Pool] = {
+    "bert": bert_pooler,
+    "cls": cls_pool,
+    "mean": mean_pool,
+    "max": max_pool,
+}
+
+
+def unit_length(vectors: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
+    """Scaled to length 1; a vector of zeros, as of a row without tokens, stays one."""
+    square = jnp.square(vectors).sum(-1, keepdims=True)
+    return vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
+def as_it_is(vectors: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
+    """The vectors."""
+    return vectors
+
+
 class WithHead(nn.Module):
     """An encoder and a head on its hidden states; what comes out is the head's."""
 
@@ -135,8 +175,7 @@ class ClassificationHead(nn.Module):
     Multiple choice is ``num_labels=1`` over all choices (section 4.4); so is regression.
 
     Attributes:
-        pool: :func:`bert_pooler`, :func:`mean_pool`, or any function of hidden states and segment
-            ids.
+        pool: one of :data:`POOLS`, or any function of hidden states and segment ids.
     """
 
     num_labels: int
@@ -180,7 +219,15 @@ class TokenHead(nn.Module):
 
 
 class EmbeddingHead(nn.Module):
-    """The mean over the real positions, scaled to length 1 (Reimers and Gurevych 2019)."""
+    """Pool, and scale to length 1 (Reimers and Gurevych 2019).
+
+    Attributes:
+        pool: :func:`mean_pool`, or any function of hidden states and segment ids.
+        scale: :func:`unit_length`, or :func:`as_it_is`.
+    """
+
+    pool: Pool = mean_pool
+    scale: Callable[..., Float[Array, "batch embed"]] = unit_length
 
     @nn.compact
     def __call__(
@@ -190,9 +237,7 @@ class EmbeddingHead(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "batch embed"]:
-        x = mean_pool(hidden, segment_ids)
-        square = jnp.square(x).sum(-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))  # a row without tokens stays 0
+        return self.scale(self.pool(hidden, segment_ids))
 
 
 def _classifier(num_labels: int, initializer_std: float) -> Linear:

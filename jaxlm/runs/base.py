@@ -9,6 +9,7 @@ import jax
 from tokenizers import Tokenizer
 
 from jaxlm.convert import huggingface
+from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.models.model import ModelConfig
 from jaxlm.runs import pretrained
 from jaxlm.runs.folder import TOKENIZER, is_run
@@ -28,6 +29,8 @@ class Base:
     """``kernel`` and ``bias`` of the layer on the first token's hidden state, where published."""
     lm_head: dict[str, Any] | None
     """Parameters of the head that scores the vocabulary, where there is one."""
+    sentence_encoder: SentenceEncoder | None = None
+    """What a published one's folder says that follows the hidden states."""
     tokenizer: Tokenizer
     tokenizer_path: StoragePath
     """A file or a folder that holds the tokenizer."""
@@ -41,23 +44,26 @@ def lasting(name: str) -> str:
     return str(directory.resolve()) if isinstance(directory, Path) and directory.is_dir() else name
 
 
-def load(name: str) -> Base:
+def load(name: str, *, step: int | None = None) -> Base:
     """A pretraining run's best checkpoint, a folder in Hugging Face's layout, or a name on the hub.
+
+    ``step`` names another checkpoint of a run.
 
     Raises :class:`InputError` where it is none of them.
     """
     directory = locate(name)
     if is_run(directory):
-        loaded = pretrained.open_pretrained(directory)
+        loaded = pretrained.open_pretrained(directory, step)
         assert loaded.config.model is not None  # resolved
-        config, tokenizer, pooler = loaded.config.model, loaded.tokenizer, None
+        config, tokenizer = loaded.config.model, loaded.tokenizer
+        pooler = sentence_encoder = None
         tokenizer_path = directory / TOKENIZER
         params = jax.device_get(loaded.variables["params"])  # devices have the run's own as well
         encoder, head = params["encoder"], params.get("head")
     else:
         published = huggingface.load(name)
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler
-        tokenizer_path = published.path
+        tokenizer_path, sentence_encoder = published.path, published.sentence_encoder
         encoder, head = published.params["encoder"], published.mlm_head
     digest = hashlib.sha256(repr(sorted(checksums(encoder).items())).encode())
     return Base(
@@ -66,6 +72,7 @@ def load(name: str) -> Base:
         encoder=encoder,
         pooler=pooler,
         lm_head=head,
+        sentence_encoder=sentence_encoder,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
         fingerprint=digest.hexdigest(),

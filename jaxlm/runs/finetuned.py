@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import jax
@@ -25,6 +24,7 @@ from jaxlm.models.heads import WithHead
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
 from jaxlm.runs import steps
+from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.storage import StoragePath, locate, write_whole
@@ -276,13 +276,28 @@ class FinetunedRun:
         batch_size = self.config.data.batch_size
         return predict(placement, self.state, encoded, batch_size, buckets)
 
-    def answer(self, records: Iterable[Record], *, chunk: int = 4096) -> Iterator[dict[str, Any]]:
-        """What the model says of each record, in JSON."""
-        records = iter(records)
-        while part := list(islice(records, chunk)):
-            examples: list[Any] = self.task.read(part, labelled=False)
+    def answer(self, given: Iterable[Any], *, chunk: int = 4096) -> list[Answer]:
+        """What the model says of each of a list, in its order: of texts, of dicts, of records.
+
+        A dict has the fields of the training data, and its others are in the answer, too. What
+        cannot be answered, such as an empty text, has an ``error`` instead; where nothing can,
+        :class:`InputError` is raised.
+        """
+        names = self.task.text_fields
+        return list(joined(self.stream(as_records(given, names), chunk=chunk), names))
+
+    def stream(self, records: Iterable[Record], *, chunk: int = 4096) -> Iterator[Answered]:
+        """Each record with what the model says of it, in JSON."""
+
+        def answer(examples: list[Any]) -> list[Answer]:
             _, outputs = self.outputs(examples, labelled=False)
-            yield from self.task.answers(examples, self.labels, outputs)
+            return self.task.answers(examples, self.labels, outputs)
+
+        def read(record: Record) -> Any:
+            (example,) = self.task.read([record], labelled=False)
+            return example
+
+        return answered(records, read, answer, chunk=chunk)
 
 
 def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:

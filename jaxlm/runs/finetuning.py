@@ -54,6 +54,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
     config = resolve(config, base, tokenizer, jax.default_backend())
+    task = config.task
+    console.print(_pooled(task, base), soft_wrap=True, end="")
     labels = task.labels(splits.train)
     finetuned.check_monitor(config, labels, splits.validation)
     framer = finetuned.make_framer(config, tokenizer)
@@ -154,7 +156,28 @@ def resolve(
         given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
         vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
         model = replace(config.model, vocab_size=vocab_size)
+    config = replace(config, task=_with_pooling(config.task, base))
     return finetuned.with_encoder(config, model, platform)
+
+
+def _with_pooling(task: Any, base: Base | None) -> Any:
+    says = base and base.sentence_encoder
+    if says and says.problem and task.with_pooling(None) != task:
+        assert base is not None
+        raise InputError(
+            f"{base.name} makes one vector of a text with {says.problem}, which is not supported: "
+            "choose how, such as --task.pooling mean"
+        )
+    return task.with_pooling(says and says.pooling)
+
+
+def _pooled(task: Any, base: Base | None) -> str:
+    """A line, for tasks that make one vector of a text."""
+    if "pooling" not in vars(task):
+        return ""
+    says = base and base.sentence_encoder and base.sentence_encoder.pooling
+    source = "" if base is None or says is None else f" (the folder of {base.name} says {says})"
+    return f"pooling: {task.pooling}{source}\n"
 
 
 def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:

@@ -1,7 +1,7 @@
 """A pretrained model put together from its configuration: what training and using it share."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,14 @@ from tokenizers import Tokenizer
 
 from jaxlm import optim
 from jaxlm.config import PretrainConfig
+from jaxlm.data.labelled.records import Record
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepared import Prepared, PreparedInfo
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.runs import steps
+from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
@@ -126,6 +128,9 @@ def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:
     return sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
 
 
+TEXT = ("text",)  # the fields of a record that are read
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A pretrained run, read from its folder."""
@@ -152,24 +157,33 @@ class Pretrained:
         """What ``placement.eval_step`` takes."""
         return TrainState(jnp.asarray(self.step), self.variables, {}, ())
 
-    def answer(
-        self, texts: Sequence[str] | Mapping[str, str], *, top_k: int = 5
-    ) -> Iterator[dict[str, Any]]:
-        """What the model says of each text, in JSON, such as the fillings of its blanks.
+    def answer(self, given: Iterable[Any], *, top_k: int = 5) -> list[Answer]:
+        """What the model says of each of a list, such as the fillings of its blanks.
 
-        A mapping says where each text is from, which errors name.
+        Of texts, or of dicts with a ``text``, whose other fields are in the answers, too. What
+        cannot be answered has an ``error`` instead; where nothing can, :class:`InputError` is
+        raised.
         """
-        assert self.config.model is not None  # resolved
-        if not isinstance(texts, Mapping):
-            texts = {f"text {number}": text for number, text in enumerate(texts, start=1)}
-        return self.task.answers(
-            self.model.apply,
-            self.variables,
-            self.tokenizer,
-            texts,
-            max_length=self.config.model.max_length or 512,
-            top_k=top_k,
-        )
+        return list(joined(self.stream(as_records(given, TEXT), top_k=top_k), TEXT))
+
+    def stream(self, records: Iterable[Record], *, top_k: int = 5) -> Iterator[Answered]:
+        """Each record with what the model says of its text, in JSON."""
+        config = self.config.model
+        assert config is not None  # resolved
+
+        def answer(texts: list[tuple[str, str]]) -> list[Answer]:
+            return list(
+                self.task.answers(
+                    self.model.apply,
+                    self.variables,
+                    self.tokenizer,
+                    dict(texts),
+                    max_length=config.max_length or 512,
+                    top_k=top_k,
+                )
+            )
+
+        return answered(records, lambda record: (record.origin, record.text("text")), answer)
 
 
 def open_pretrained(directory: StoragePath | str, step: int | None = None) -> Pretrained:

@@ -3,11 +3,12 @@
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 
 from jaxlm import config as configs
-from jaxlm.config import Config
+from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.runs.folder import read_config
 from jaxlm.runtime import distributed
@@ -71,7 +72,10 @@ def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
 
     A finished one may be made longer, and one that has trained nothing may get any length.
     """
-    before, now = configs.flatten(read_config(directory, type(config))), configs.flatten(config)
+    began = read_config(directory, type(config))
+    if isinstance(began, FinetuneConfig):  # that of a run before pooling was a field of its task
+        began = replace(began, task=began.task.with_pooling(None))
+    before, now = configs.flatten(began), configs.flatten(config)
     any_length = saved["share"] >= 1 or saved["examples_seen"] == 0
     free = f"{_FREE}|{_LENGTH}" if any_length else _FREE
     changed = [

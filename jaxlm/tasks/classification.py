@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -24,14 +24,13 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate import calibration, metrics, plots, report
 from jaxlm.evaluate.report import Prediction
 from jaxlm.evaluate.thresholds import best_thresholds
-from jaxlm.models.heads import ClassificationHead, bert_pooler, mean_pool
+from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
 from jaxlm.typing import Apply, Loss
 
 OBJECTIVES = {"class": classification, "labels": multi_label, "number": regression}
-POOLS = {"bert": bert_pooler, "mean": mean_pool}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +51,9 @@ class Classification:
     """Above which probability each of several labels counts: pairs such as toxic=0.3 (0.5 for
     others), or `chosen`: those of the best F1 on the validation data, found when training ends,
     and kept in thresholds.json. Empty: 0.5."""
-    pooling: Literal["bert", "mean"] = "bert"
-    """One vector of a row's hidden states: a dense layer on the first, or their mean."""
+    pooling: Pooling | None = None
+    """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
+    their mean, or their maximum; None: as a sentence encoder's folder says, else bert."""
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of numbers: by them those are brought to about -2 to 2 to be
     learned, and back to be answered and measured. None: those of the training data."""
@@ -130,6 +130,9 @@ class Classification:
         errors = (_numbers(validation) - _numbers(train).mean()) / self._scale[1]
         return float(np.mean(np.square(errors)))
 
+    def with_pooling(self, pooling: Pooling | None) -> "Classification":
+        return dataclasses.replace(self, pooling=self.pooling or pooling or "bert")
+
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
         label = self.fields.label if labelled else None
         return data.read(records, dataclasses.replace(self.fields, label=label))
@@ -197,7 +200,7 @@ class Classification:
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each label, or for the number."""
         outputs = 1 if self.fields.target == "number" else len(labels)
-        return ClassificationHead(outputs, dropout_rate, POOLS[self.pooling])
+        return ClassificationHead(outputs, dropout_rate, POOLS[self.pooling or "bert"])
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy, or the squared error of numbers."""

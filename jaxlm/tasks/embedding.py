@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32, PyTree
 from tokenizers import Tokenizer
 
 from jaxlm.data.labelled import classification as data
@@ -19,13 +19,13 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
-from jaxlm.evaluate import metrics
+from jaxlm.evaluate import metrics, retrieval
 from jaxlm.evaluate.report import Prediction
-from jaxlm.models.heads import EmbeddingHead, WithHead
+from jaxlm.models.heads import POOLS, EmbeddingHead, Pooling, WithHead
 from jaxlm.objectives import contrastive, supervised
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
-from jaxlm.typing import Apply, Loss, Params
+from jaxlm.typing import Apply, Loss
 
 Embed = Callable[[Sequence[str]], Float32[np.ndarray, "texts embed"]]
 
@@ -42,6 +42,9 @@ class Embedding:
     not train."""
     temperature: float = 0.05
     """What cosines are divided by before the softmax."""
+    pooling: Literal["cls", "mean", "max"] | None = None
+    """One vector of a row's hidden states: the first, their mean, or their maximum; None: as a
+    sentence encoder's folder says, else mean."""
 
     def __post_init__(self) -> None:
         fields = self.fields
@@ -78,10 +81,14 @@ class Embedding:
         """Depends on what the pairs have: unsupervised, a text is always nearest to itself."""
         if self.fields.label is not None:
             return "spearman"
-        return "loss" if self.fields.pair == self.fields.text else "accuracy"
+        return "loss" if self.fields.pair == self.fields.text else "recall@1"
 
     def for_evaluation(self) -> "Embedding":
         return self
+
+    def with_pooling(self, pooling: Pooling | None) -> "Embedding":
+        says = None if pooling == "bert" else pooling  # which has parameters of its own
+        return replace(self, pooling=self.pooling or says or "mean")
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
         """One pair a record; with ``labelled=False`` one text."""
@@ -120,8 +127,8 @@ class Embedding:
         return batch | {"tokens": tokens, "lengths": lengths}
 
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
-        """The mean of hidden states, of length 1; it has no parameters."""
-        return EmbeddingHead()
+        """One vector of length 1 of hidden states; it has no parameters."""
+        return EmbeddingHead(POOLS[self.pooling or "mean"])
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy of finding the partner among those of the batch."""
@@ -137,20 +144,20 @@ class Embedding:
 
     def metric_names(self, examples: Sequence[TextExample], labels: Labels) -> tuple[str, ...]:
         """By what is known of the pairs."""
-        return ("accuracy",) if self.fields.label is None else metrics.CORRELATIONS
+        return retrieval.NAMES if self.fields.label is None else metrics.CORRELATIONS
 
     def metrics(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
-        """Correlations with given similarities; else how often the partner is the nearest."""
+        """Correlations with given similarities; else how near the partner is among all."""
         first, second = outputs["embeddings"][:, 0], outputs["embeddings"][:, 1]
         if self.fields.label is not None:
             return metrics.embeddings(data.label_array(examples, labels), first, second)
-        nearest = [int((second @ vector).argmax()) for vector in first]
-        # A partner that is there several times is the right one each time.
-        found = [examples[j].pair for j in nearest]
-        hits = [example.pair == pair for example, pair in zip(examples, found, strict=True)]
-        return {"accuracy": float(np.mean(hits))}
+        # A partner that is there several times is one candidate, and right each time.
+        rows = {example.pair: row for row, example in enumerate(examples)}
+        numbers = {pair: number for number, pair in enumerate(rows)}
+        wanted = np.array([numbers[example.pair] for example in examples], np.int32)
+        return retrieval.retrieval(first, second[list(rows.values())], wanted)
 
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
@@ -175,19 +182,23 @@ class Embedding:
 
 def make_embed(
     encoder: nn.Module,
-    params: Params,
+    params: PyTree[Float[Array | np.ndarray, "..."]],
     tokenizer: Tokenizer,
     *,
     max_length: int = 128,
     batch_size: int = 32,
+    head: EmbeddingHead | None = None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Embed:
-    """``embed(texts)`` with an encoder as it is: unit vectors, one for each text, in their order.
+    """``embed(texts)`` with an encoder as it is: a vector for each text, in their order.
 
-    ``params`` are the encoder's, such as those of a :class:`jaxlm.runs.base.Base`.
+    ``params`` are the encoder's, such as those of a :class:`jaxlm.runs.base.Base`; ``head`` makes
+    a vector of hidden states (None: their mean, of length 1). ``report`` is told how many texts
+    were cut.
     """
     framer = Framer(tokenizer, max_length)
-    apply = WithHead(encoder, EmbeddingHead()).apply
-    variables = {"params": {"encoder": params}}
+    apply = WithHead(encoder, head or EmbeddingHead()).apply
+    variables = {"params": {"encoder": jax.tree.map(jnp.asarray, params)}}
     predict = jax.jit(contrastive.make_predict(apply))
 
     def embed(texts: Sequence[str]) -> Float32[np.ndarray, "texts embed"]:
@@ -198,6 +209,9 @@ def make_embed(
             for number, text in enumerate(texts, start=1)
         ]
         encoded = data.encode(framer, examples)
+        cut = int((encoded.untruncated > max_length).sum())
+        if cut:
+            report(f"{cut:,} of {len(texts):,} texts are cut at {max_length} tokens")
         buckets = make_buckets(encoded.lengths, multiple=16, max_length=max_length)
         vectors = {}
         for batch in eval_batches(encoded, batch_size, buckets):

@@ -8,7 +8,6 @@ import flax.linen as nn
 from tokenizers import Tokenizer
 
 from jaxlm.decode.fill_mask import MASK, FillMask
-from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import masked_lm
@@ -66,13 +65,17 @@ class MaskedLm:
         max_length: int,
         top_k: int,
     ) -> Iterator[dict[str, Any]]:
-        """For each text the likeliest fillings of each blank, best first."""
-        for origin, text in texts.items():
-            if MASK not in text:
-                raise InputError(f"{origin} has no blank: write {MASK} where a word is missing")
+        """For each text the likeliest fillings of each blank, best first, or what is wrong."""
         fill = FillMask(apply, variables, tokenizer, max_length)
-        for text, blanks in zip(texts.values(), fill(texts.values(), top_k=top_k), strict=True):
-            yield {"text": text, "blanks": [[vars(one) for one in blank] for blank in blanks]}
+        blanks = fill((text for text in texts.values() if MASK in text), top_k=top_k)
+        for origin, text in texts.items():
+            if MASK in text:
+                yield {
+                    "text": text,
+                    "blanks": [[vars(one) for one in each] for each in next(blanks)],
+                }
+            else:
+                yield {"error": f"{origin} has no blank: write {MASK} where a word is missing"}
 
     def lines(self, answer: dict[str, Any]) -> Iterator[str]:
         """An answer as a person reads it."""

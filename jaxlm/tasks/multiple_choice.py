@@ -17,7 +17,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
 from jaxlm.evaluate.report import Prediction, surprise
-from jaxlm.models.heads import ClassificationHead
+from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
@@ -32,6 +32,9 @@ class MultipleChoice:
     """Which fields hold the context, the choices, and which of them is right."""
     label_smoothing: float = 0.0
     """Probability that is spread over all choices in training."""
+    pooling: Pooling | None = None
+    """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
+    their mean, or their maximum; None: as a sentence encoder's folder says, else bert."""
 
     def __post_init__(self) -> None:
         if self.fields.label is None:
@@ -61,6 +64,9 @@ class MultipleChoice:
         """Without label smoothing."""
         return replace(self, label_smoothing=0.0)
 
+    def with_pooling(self, pooling: Pooling | None) -> "MultipleChoice":
+        return replace(self, pooling=self.pooling or pooling or "bert")
+
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Choice]:
         label = self.fields.label if labelled else None
         return data.read(records, replace(self.fields, label=label))
@@ -89,7 +95,7 @@ class MultipleChoice:
 
     def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
         """One number for a choice."""
-        return ClassificationHead(1, dropout_rate)
+        return ClassificationHead(1, dropout_rate, POOLS[self.pooling or "bert"])
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy over the choices."""

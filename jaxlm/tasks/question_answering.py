@@ -19,7 +19,7 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
 from jaxlm.evaluate.question_answering import Answer, Reading, Window, read_windows
 from jaxlm.evaluate.report import Prediction, surprise
-from jaxlm.models.heads import TokenHead
+from jaxlm.models.heads import Pooling, TokenHead
 from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
@@ -71,6 +71,9 @@ class QuestionAnswering:
         return "f1"
 
     def for_evaluation(self) -> "QuestionAnswering":
+        return self
+
+    def with_pooling(self, pooling: Pooling | None) -> "QuestionAnswering":
         return self
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Question]:

@@ -20,7 +20,7 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
 from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.evaluate.tagging import find_mentions, read_entities
-from jaxlm.models.heads import TokenHead
+from jaxlm.models.heads import Pooling, TokenHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
@@ -60,6 +60,9 @@ class Tagging:
     def for_evaluation(self) -> "Tagging":
         """Without label smoothing."""
         return replace(self, label_smoothing=0.0)
+
+    def with_pooling(self, pooling: Pooling | None) -> "Tagging":
+        return self
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Sentence]:
         tags = self.fields.tags if labelled else None

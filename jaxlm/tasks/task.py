@@ -13,6 +13,7 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.evaluate.report import Prediction
+from jaxlm.models.heads import Pooling
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.supervised import Predict
@@ -69,7 +70,10 @@ class PretrainTask(Protocol):
         max_length: int,
         top_k: int,
     ) -> Iterator[dict[str, Any]]:
-        """What the pretrained model says of each of ``texts``, keyed by where they are from."""
+        """What the pretrained model says of each of ``texts``, keyed by where they are from.
+
+        That is only an ``error`` for one of which it can say nothing.
+        """
         ...
 
     def lines(self, answer: dict[str, Any]) -> Iterator[str]:
@@ -106,6 +110,13 @@ class Task(Protocol):
 
     def for_evaluation(self) -> "Task":
         """The task without what only regularises training."""
+        ...
+
+    def with_pooling(self, pooling: Pooling | None) -> "Task":
+        """With the pooling that the base's folder says, or a default, where its own is None.
+
+        A task that pools nothing stays as it is.
+        """
         ...
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Any]:

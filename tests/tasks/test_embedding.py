@@ -32,7 +32,7 @@ def test_a_run_brings_pairs_together(train, write, records, eval_metrics, tmp_pa
         for y in "de"
     ]
     run = train(Embedding(), write(rows))
-    assert eval_metrics()["accuracy"] > 0.5  # by chance 1 in 12
+    assert eval_metrics()["recall@1"] > 0.5  # by chance 1 in 12
     asked = [row["pair" if i % 2 else "text"] for i, row in enumerate(rows)][:20]
     answers = list(run.answer(records(*({"text": text} for text in [*asked, asked[5]]))))
     assert [answer["text"] for answer in answers] == [*asked, asked[5]]
@@ -62,15 +62,17 @@ def test_given_similarities_choose_what_trains_and_are_compared(framer, records)
         assert found["spearman"] == pytest.approx(expected)
 
 
-def test_retrieval_counts_equal_partners_as_right_and_collapse_as_wrong(records):
+def test_retrieval_counts_equal_partners_as_right_and_collapse_as_chance(records):
     task, eye = Embedding(), np.eye(4, dtype=np.float32)
     examples = task.read(records(*({"text": "a", "pair": pair} for pair in "xyzx")))
     pairs = np.stack([eye, eye], axis=1)
-    assert task.metrics(examples, (), {"embeddings": pairs}) == {"accuracy": 1.0}
-    pairs[3, 0] = eye[0]  # finds the first x, which is as good
-    assert task.metrics(examples, (), {"embeddings": pairs}) == {"accuracy": 1.0}
+    pairs[0, 1] = pairs[3, 1]  # the same text has the same vector
+    pairs[0, 0] = pairs[3, 0]
+    perfect = {"recall@1": 1, "recall@5": 1, "recall@10": 1, "mrr": 1, "candidates": 3}
+    assert task.metrics(examples, (), {"embeddings": pairs}) == perfect
     collapsed = np.ones((4, 2, 4), np.float32) / 2
-    assert task.metrics(examples, (), {"embeddings": collapsed}) == {"accuracy": 0.5}
+    found = task.metrics(examples, (), {"embeddings": collapsed})
+    assert found == pytest.approx(perfect | {"recall@1": 1 / 3, "mrr": (1 + 1 / 2 + 1 / 3) / 3})
 
 
 def test_an_encoder_embeds_as_it_is(tokenizer):
@@ -112,7 +114,7 @@ def test_a_published_pooler_is_left_out(tiny, write, tokenizer):
 
 
 def test_a_text_is_nearest_to_itself_so_the_loss_decides():
-    assert Embedding().monitor == "accuracy"
+    assert Embedding().monitor == "recall@1"
     assert Embedding(fields=TextFields(pair="text", label=None)).monitor == "loss"
 
 

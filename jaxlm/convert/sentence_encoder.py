@@ -1,0 +1,114 @@
+"""How a published sentence encoder makes one vector of a text, as its folder says.
+
+The layout is that of sentence-transformers (Reimers and Gurevych 2019): ``modules.json`` lists what
+follows the encoder, each module with a folder for its settings.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlm.convert import folder
+from jaxlm.errors import InputError
+from jaxlm.models.heads import Pooling
+
+MODULES, LENGTHS, PROMPTS = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+_MODES: dict[str, Pooling] = {
+    "cls_token": "cls",
+    "mean_tokens": "mean",
+    "max_tokens": "max",
+    "cls": "cls",
+    "mean": "mean",
+    "max": "max",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceEncoder:
+    """What follows the hidden states."""
+
+    pooling: Pooling | None
+    """None: in a way that is not known here, which ``problem`` names."""
+    normalized: bool
+    """Vectors have length 1."""
+    max_length: int | None = None
+    """Tokens of a text that are read, special ones among them; None: as many as the encoder can."""
+    prompts: tuple[str, ...] = ()
+    """What may stand before a text, such as "query: "; nothing is added here."""
+    problem: str = ""
+
+
+def read(path: Path) -> SentenceEncoder | None:
+    """What a model's folder says; None where it is no sentence encoder's."""
+    if not (path / MODULES).is_file():
+        return None
+    try:
+        modules = json.loads((path / MODULES).read_text(encoding="utf-8"))
+        kinds = [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path / MODULES} is not a list of modules with a type and a path: download it again"
+        ) from error
+    known = ("Transformer", "Pooling", "Normalize")
+    problem = next((f"a {kind} layer" for kind, _ in kinds if kind not in known), "")
+    pools = [path / where for kind, where in kinds if kind == "Pooling"]
+    modes = [mode for pool in pools for mode in _modes(folder.read_json(pool / folder.CONFIG))]
+    if len(modes) != 1 or modes[0] not in _MODES:
+        problem = problem or f"pooling by {' and '.join(modes) or 'nothing'}"
+    lengths = _settings(path / LENGTHS)
+    prompts = {"prompts": {}} | _settings(path / PROMPTS)
+    return SentenceEncoder(
+        pooling=None if problem else _MODES[modes[0]],
+        normalized=any(kind == "Normalize" for kind, _ in kinds),
+        max_length=lengths.get("max_seq_length"),
+        prompts=tuple(filter(None, (prompts["prompts"] or {}).values())),
+        problem=problem,
+    )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    return folder.read_json(path) if path.is_file() else {}
+
+
+def _modes(config: dict[str, Any]) -> list[str]:
+    """Of one flag for each, the mean's being the default, or of newer files' list."""
+    given = config.get("pooling_mode")
+    if given:
+        return [given] if isinstance(given, str) else list(given)
+    prefix = "pooling_mode_"
+    flags = {f"{prefix}mean_tokens": True} | config
+    return [name.removeprefix(prefix) for name in flags if name.startswith(prefix) and flags[name]]
+
+
+def write(path: Path, pooling: Pooling, width: int, max_length: int | None) -> None:
+    """Make a model's folder that of a sentence encoder, with vectors of length 1."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": where,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, (where, kind) in enumerate(kinds.items())
+    ]
+    modes = {f"pooling_mode_{name}_tokens": name == pooling for name in ("mean", "max")}
+    config = {
+        "word_embedding_dimension": width,
+        "pooling_mode_cls_token": pooling == "cls",
+        **modes,
+    }
+    files = {
+        MODULES: modules,
+        f"1_Pooling/{folder.CONFIG}": config,
+        LENGTHS: {"max_seq_length": max_length, "do_lower_case": False},
+    }
+    for where in kinds:
+        (path / where).mkdir(exist_ok=True)
+    for name, content in files.items():
+        (path / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,157 @@
+"""What goes into a model, and what comes out: texts or records in, an answer for each of them."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from io import TextIOBase
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxlm.data.labelled.records import Record, json_record
+from jaxlm.errors import InputError
+
+Answer = dict[str, Any]
+Answered = tuple[Record, Answer]
+T = TypeVar("T")
+ERROR = "error"  # the field of what has no answer
+
+
+def as_records(given: Iterable[Any], names: Sequence[str]) -> Iterator[Record]:
+    """Records of texts, of dicts, of a table of pandas, or of records.
+
+    ``names`` are the fields that a task reads: where there is one, a text is it; where there are
+    more, a row with as many texts has them all.
+    """
+    if isinstance(given, str | bytes | Mapping):
+        raise InputError(f"a list is expected, not {given!r:.40} alone: write [{given!r:.40}]")
+    table: Any = given  # one of pandas gives the names of its columns if it is walked through
+    rows = table.to_dict("records") if hasattr(table, "columns") else given
+    for number, item in enumerate(rows, start=1):
+        origin = f"number {number}"
+        if isinstance(item, Record):
+            yield item
+        elif isinstance(item, Mapping):
+            yield json_record(item, origin)
+        elif isinstance(item, str) and len(names) > 1:
+            raise InputError(
+                f"{origin} is a text where there must be {len(names)} ({', '.join(names)}): give "
+                "dicts with these fields"
+            )
+        elif isinstance(item, list | tuple | np.ndarray) and len(item) == len(names) > 1:
+            yield Record(fields=dict(zip(names, item, strict=True)), origin=origin)
+        else:
+            yield Record(fields={names[0]: item}, origin=origin)
+
+
+def answered(
+    records: Iterable[Record],
+    read: Callable[[Record], T],
+    answer: Callable[[list[T]], Sequence[Answer]],
+    *,
+    chunk: int = 4096,
+) -> Iterator[Answered]:
+    """Each record with its answer; one that cannot be read or answered has an ``error`` instead.
+
+    Raises :class:`InputError` where that is so for all of the first chunk: then the file is another
+    than it is taken for.
+    """
+    records, is_first = iter(records), True
+    while part := list(islice(records, chunk)):
+        answers: list[Answer] = [{} for _ in part]
+        readable: list[tuple[int, T]] = []
+        for i, record in enumerate(part):
+            try:
+                readable.append((i, read(record)))
+            except InputError as error:
+                answers[i] = {ERROR: str(error)}
+        numbers = [i for i, _ in readable]
+        for i, one in zip(numbers, _each([x for _, x in readable], answer), strict=True):
+            answers[i] = one
+        if is_first and all(ERROR in one for one in answers):
+            raise InputError(answers[0][ERROR])
+        is_first = False
+        yield from zip(part, answers, strict=True)
+
+
+def _each(examples: list[T], answer: Callable[[list[T]], Sequence[Answer]]) -> list[Answer]:
+    """The answers, where any example may be one that raises: it is looked for by halves."""
+    if not examples:
+        return []
+    try:
+        return list(answer(examples))
+    except InputError as error:
+        if len(examples) == 1:
+            return [{ERROR: str(error)}]
+    half = len(examples) // 2
+    return [*_each(examples[:half], answer), *_each(examples[half:], answer)]
+
+
+def joined(pairs: Iterable[Answered], used: Collection[str]) -> Iterator[Answer]:
+    """Each answer behind the line of its record and those fields that were not ``used`` for it.
+
+    A field of the same name as one of the answer's is called ``given_…``. Without an answer all
+    fields are there.
+    """
+    head, pairs = [], iter(pairs)
+    for pair in pairs:  # up to the first answer, which has the fields that all others have
+        head.append(pair)
+        if ERROR not in pair[1]:
+            break
+    taken = {"line", ERROR, *(name for _, answer in head for name in answer)}
+    for record, answer in chain(head, pairs):
+        line = re.search(r":(\d+)$", record.origin)
+        others = {
+            f"given_{name}" if name in taken and name not in used else name: value
+            for name, value in record.fields.items()
+            if ERROR in answer or name not in used
+        }
+        yield ({"line": int(line[1])} if line else {}) | others | answer
+
+
+def write_table(
+    pairs: Iterable[Answered], used: Collection[str], file: TextIOBase, tab: bool
+) -> None:
+    """The records' own columns, as they were, and those of the answers behind them.
+
+    What an answer has by label, such as probabilities, gets a column each.
+    """
+    news = ((record, _without_texts(record, answer, used)) for record, answer in pairs)
+    rows, head = map(_cells, joined(news, ())), []
+    for row in rows:
+        head.append(row)
+        if ERROR not in row:
+            break
+    columns = [name for name in dict.fromkeys(chain(*head)) if name != ERROR] + [ERROR]
+    writer = csv.DictWriter(file, columns, delimiter="\t" if tab else ",", lineterminator="\n")
+    writer.writeheader()
+    for row in chain(head, rows):
+        if more := row.keys() - set(columns):
+            raise InputError(
+                f"the record of line {row.get('line')} has the field {min(more)!r}, which the "
+                "first has not: a table needs the same columns in all rows; let --out end in .jsonl"
+            )
+        writer.writerow(row)
+
+
+def _without_texts(record: Record, answer: Answer, used: Collection[str]) -> Answer:
+    """What an answer does not just repeat of its record."""
+    texts = [record.fields[name] for name in used if name in record.fields]
+    return {
+        name: value
+        for name, value in answer.items()
+        if name not in ("text", "pair", "question", "context") or value not in texts
+    }
+
+
+def _cells(answer: Answer) -> dict[str, Any]:
+    cells: dict[str, Any] = {}
+    for name, value in answer.items():
+        if isinstance(value, dict):
+            cells |= {f"{name}/{key}": one for key, one in value.items()}
+        else:
+            is_list = isinstance(value, list)
+            cells[name] = json.dumps(value, ensure_ascii=False) if is_list else value
+    return cells

@@ -1,0 +1,131 @@
+"""Vectors of texts from any encoder: published, pretrained here, or tuned for embeddings."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float32
+
+from jaxlm.config import FinetuneConfig
+from jaxlm.data.labelled.dataset import Source
+from jaxlm.data.labelled.records import Record, Table
+from jaxlm.errors import InputError
+from jaxlm.models.heads import POOLS, EmbeddingHead, as_it_is, unit_length
+from jaxlm.runs import base as bases
+from jaxlm.runs import finetuned
+from jaxlm.runs.answers import Answer, Answered, answered
+from jaxlm.runs.base import Base
+from jaxlm.runs.folder import is_run, read_any_config
+from jaxlm.runtime.storage import locate
+from jaxlm.tasks.embedding import Embed, Embedding, make_embed
+from jaxlm.train import restore
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """``embedder(texts)``, and what is to be known of it."""
+
+    embed: Embed
+    about: str
+    """How vectors are made, in one line."""
+    column: str
+    """The field of a record that it embeds."""
+    source: Source = field(default_factory=lambda: Table(path="texts.csv"))
+    """The form of files of texts."""
+
+    def __call__(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts embed"]:
+        """A vector for each text, in their order."""
+        return self.embed(texts)
+
+    def stream(self, records: Iterable[Record]) -> Iterator[Answered]:
+        """Each record with its text and, as ``embedding``, its vector, an array."""
+
+        def answer(texts: list[str]) -> list[Answer]:
+            vectors = self.embed(texts)
+            pairs = zip(texts, vectors, strict=True)
+            return [{"text": text, "embedding": vector} for text, vector in pairs]
+
+        return answered(records, lambda record: record.text(self.column), answer)
+
+
+def open_embedder(
+    name: str,
+    *,
+    step: int | None = None,
+    base: Base | str | None = None,
+    batch_size: int = 32,
+    report: Callable[[str], None] = restore.warn,
+) -> Embedder:
+    """That of a fine-tuned run, of a pretraining run, of a folder in Hugging Face's layout, or of
+    a name on the hub.
+
+    ``report`` is told what is cut. Raises :class:`InputError` where a run was tuned for something
+    else, or a folder says that it makes vectors in a way that is not supported.
+    """
+    directory = locate(name)
+    if is_run(directory):
+        config = read_any_config(directory)
+        if isinstance(config, FinetuneConfig):
+            return _of_run(name, config, step, base)
+    elif step is not None:
+        raise InputError(
+            f"step={step} names a checkpoint of a run, and {name} is none: leave it out"
+        )
+    if base is not None:
+        raise InputError(f"base={base!r} is for adapters, and {name} has none: leave it out")
+    return _of_base(bases.load(name, step=step), batch_size, report)
+
+
+def _of_run(
+    name: str, config: FinetuneConfig, step: int | None, base: Base | str | None
+) -> Embedder:
+    task = config.task
+    if not isinstance(task, Embedding):
+        raise InputError(
+            f"{name} was trained for {type(task).__name__}, whose head cannot embed: use "
+            f"{task.verb}, or its base, {config.base}"
+        )
+    loaded = finetuned.open_finetuned(name, step=step, base=base)
+    (column,) = task.text_fields
+
+    def embed(texts: Sequence[str]) -> Float32[np.ndarray, "texts embed"]:
+        records = (Record(fields={column: text}, origin="the texts given") for text in texts)
+        _, outputs = loaded.outputs(task.read(records, labelled=False), labelled=False)
+        return outputs["embeddings"]
+
+    about = f"pooling: {task.pooling or 'mean'}, as it was tuned; vectors of length 1"
+    return Embedder(embed, about, column, loaded.config.data.train)
+
+
+def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embedder:
+    says = base.sentence_encoder
+    if says is None:
+        pooling, scale, longest = "mean", unit_length, None
+        about = (
+            "pooling: mean, scaled to length 1 (nothing says how, for it is no sentence encoder)"
+        )
+    elif says.pooling is None:
+        raise InputError(
+            f"{base.name} makes one vector of a text with {says.problem}, which is not supported: "
+            "take another encoder, or tune it with task=Embedding and a pooling of its own"
+        )
+    else:
+        pooling, longest = says.pooling, says.max_length
+        scale = unit_length if says.normalized else as_it_is
+        length = "scaled to length 1" if says.normalized else "not scaled"
+        about = f"pooling: {pooling}, {length}, as the folder of {base.name} says"
+        if says.prompts:
+            about += (
+                f"; before a text write its prompt, if any: {', '.join(map(repr, says.prompts))}"
+            )
+    lengths = [length for length in (longest, base.config.max_length) if length is not None]
+    embed = make_embed(
+        base.config.make(),
+        base.encoder,
+        base.tokenizer,
+        max_length=min(lengths, default=512),
+        batch_size=batch_size,
+        head=EmbeddingHead(POOLS[pooling], scale),
+        report=report,
+    )
+    return Embedder(embed, about, "text")

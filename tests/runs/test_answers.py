@@ -1,0 +1,148 @@
+"""What goes into a model and what comes out, whatever the model."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from jaxlm.data.labelled.records import Record
+from jaxlm.errors import InputError
+from jaxlm.runs.answers import answered, as_records, joined, write_table
+
+
+def rows(*texts, **columns):
+    """Records of a table at x.csv:2 and so on."""
+    return [
+        Record(
+            fields={"id": f"T{i}", "text": text} | columns,
+            origin=f"x.csv:{i}",
+        )
+        for i, text in enumerate(texts, start=2)
+    ]
+
+
+def shout(texts):
+    """A model that cannot say anything of ``?``."""
+    for text in texts:
+        if text == "?":
+            raise InputError("what is ?")
+    return [
+        {"text": text, "label": text.upper(), "probabilities": {"A": 0.5, "B": 0.5}}
+        for text in texts
+    ]
+
+
+def answers(records, **options):
+    return answered(records, lambda record: record.text("text"), shout, **options)
+
+
+def test_what_has_no_answer_stops_nothing_else():
+    records = rows("a", "", "b", "?", "c")
+    found = list(joined(answers(records, chunk=2), ["text"]))
+    assert [one.get("label") for one in found] == ["A", None, "B", None, "C"]
+    assert [one["line"] for one in found] == [2, 3, 4, 5, 6]
+    assert [one["id"] for one in found] == ["T2", "T3", "T4", "T5", "T6"]
+    assert found[1] == {
+        "line": 3,
+        "id": "T3",
+        "text": "",
+        "error": "x.csv:3: field 'text' is empty; remove the record",
+    }
+    assert found[3]["error"] == "what is ?"
+    assert found[0].keys() == {"line", "id", "text", "label", "probabilities"}
+
+
+@pytest.mark.parametrize("texts", [("", ""), ("?", "?"), ("?",)])
+def test_where_nothing_has_an_answer_the_file_is_another(texts):
+    with pytest.raises(InputError, match=r"is empty|what is \?"):
+        list(answers(rows(*texts)))
+    assert list(answers([])) == []
+
+
+def test_own_columns_are_not_overwritten():
+    records = rows("", "a", label="neg", line="7", error="none")
+    for found in joined(answers(records), ["text"]):
+        assert found["given_label"] == "neg"
+        assert found["given_line"] == "7"
+        assert found["given_error"] == "none"
+    assert (found["label"], found["line"], "error" in found) == ("A", 3, False)
+
+
+@pytest.mark.parametrize("tab", [False, True])
+def test_a_table_comes_out_of_a_table(tab):
+    file = io.StringIO()
+    records = rows('"a", she\tsaid', "", "b\nc", lang="en", label="neg")
+    write_table(answers(records), ["text"], file, tab)
+    file.seek(0)
+    found = list(csv.DictReader(file, delimiter="\t" if tab else ","))
+    assert list(found[0]) == [
+        *("line", "id", "text", "lang", "given_label", "label", "probabilities/A"),
+        *("probabilities/B", "error"),
+    ]
+    assert [row["text"] for row in found] == ['"a", she\tsaid', "", "b\nc"]
+    assert [row["label"] for row in found] == ['"A", SHE\tSAID', "", "B\nC"]
+    assert [bool(row["error"]) for row in found] == [False, True, False]
+    assert found[0]["probabilities/B"] == "0.5"
+
+
+def test_a_label_that_is_the_text_is_kept_in_a_table():
+    file = io.StringIO()
+    write_table(answers(rows("A")), ["text"], file, False)
+    assert "A,A,0.5" in file.getvalue()
+
+
+def test_a_table_has_one_set_of_columns():
+    records = [*rows("a"), *rows("b", more=1)]
+    with pytest.raises(InputError, match=r"the field 'more'.*let --out end in \.jsonl"):
+        write_table(answers(records), ["text"], io.StringIO(), False)
+
+
+class Pandas:
+    """As a table of pandas: walking through it gives the names of its columns."""
+
+    columns = ("text", "id")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def to_dict(self, orient):
+        assert orient == "records"
+        return [{"text": "a", "id": 1}, {"text": "b", "id": 2}]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["a", "b"],
+        ("a", "b"),
+        np.array(["a", "b"]),
+        (text for text in "ab"),
+        [{"text": "a"}, {"text": "b"}],
+        Pandas(),
+        [Record(fields={"text": "a"}, origin="x"), "b"],
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_texts_in_any_form(given):
+    assert [record.text("text") for record in as_records(given, ["text"])] == ["a", "b"]
+
+
+def test_what_is_no_text_says_so_in_its_place():
+    found = list(joined(answers(as_records(["a", None, float("nan"), 3, "b"], ["text"])), ["text"]))
+    assert [one.get("label") for one in found] == ["A", None, None, None, "B"]
+    assert found[2]["error"] == "number 3: field 'text' is nan, which is not text"
+
+
+def test_pairs():
+    for given in ([("a", "b")], np.array([["a", "b"]]), [{"x": "a", "y": "b"}]):
+        (record,) = as_records(given, ["x", "y"])
+        assert record.fields == {"x": "a", "y": "b"}
+    with pytest.raises(InputError, match=r"number 1 is a text where there must be 2 \(x, y\)"):
+        list(as_records(["a"], ["x", "y"]))
+
+
+@pytest.mark.parametrize("alone", ["a text", {"text": "a"}, b"a"])
+def test_one_alone_is_no_list(alone):
+    with pytest.raises(InputError, match="a list is expected"):
+        list(as_records(alone, ["text"]))

@@ -1,0 +1,251 @@
+"""Encoders as they are published, and what the scripts make of them."""
+
+import contextlib
+import io
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from tiny_models import BERT
+
+from jaxlm import config as configs
+from jaxlm.config import FinetuneConfig
+from jaxlm.convert import huggingface, sentence_encoder
+from jaxlm.data import tokenizers
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import Table
+from jaxlm.errors import InputError
+from jaxlm.runs import base, finetuning, resume
+from jaxlm.runs.embedder import open_embedder
+from jaxlm.runs.finetuning import resolve
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.tagging import Tagging
+from jaxlm.train.loop import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+TEXTS = ["a b c", "d", "a b c d a b c d a b c d a b", "b a"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published encoder that reads eight tokens of a text, special ones among them."""
+    folder = tmp_path_factory.mktemp("published")
+    (folder / "vocab.txt").write_text("\n".join([*tokenizers.SPECIALS, *"abcd"]) + "\n")
+    tokenizer = tokenizers.load(folder / "vocab.txt")
+    config = replace(BERT, vocab_size=16, num_layers=1, max_length=32)
+    params = config.make().init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+    huggingface.save(folder / "model", {"encoder": params}, config, tokenizer)
+    return folder / "model"
+
+
+@pytest.fixture
+def pooled(folder: Path, tmp_path: Path):
+    """The folder, as that of a sentence encoder."""
+
+    def pooled(pooling: str, *, normalized: bool = True, **more: str) -> Path:
+        path = tmp_path / f"{pooling}{normalized}"
+        path.mkdir()
+        for file in folder.iterdir():
+            (path / file.name).symlink_to(file)
+        sentence_encoder.write(path, pooling, 16, 8)
+        if not normalized:
+            modules = json.loads((path / "modules.json").read_text())
+            (path / "modules.json").write_text(json.dumps(modules[:2]))
+        return path
+
+    return pooled
+
+
+def hidden(folder: Path, text: str, length: int) -> np.ndarray:
+    """Of one text alone, without padding."""
+    published = huggingface.load(folder)
+    ids = published.tokenizer.encode(text, add_special_tokens=False).ids[: length - 2]
+    special = tokenizers.SpecialTokens.of(published.tokenizer)
+    tokens = jnp.array([[special.cls, *ids, special.sep]])
+    params = jax.tree.map(jnp.asarray, published.params["encoder"])
+    return np.asarray(published.config.make().apply({"params": params}, tokens))[0]
+
+
+POOLED = {"cls": lambda x: x[0], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("pooling", POOLED)
+def test_vectors_are_as_the_folder_says(pooling, normalized, pooled):
+    folder, said = pooled(pooling, normalized=normalized), []
+    embedder = open_embedder(str(folder), report=said.append)
+    vectors = embedder(TEXTS)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        expected = POOLED[pooling](hidden(folder, text, 8))
+        expected = expected / np.linalg.norm(expected) if normalized else expected
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+    assert embedder.about.startswith(f"pooling: {pooling}, {'' if normalized else 'not '}scaled")
+    assert said == ["1 of 4 texts are cut at 8 tokens"]
+
+
+def test_an_encoder_that_says_nothing_gives_means(folder):
+    embedder, said = open_embedder(str(folder)), "pooling: mean, scaled to length 1 (nothing says"
+    assert embedder.about.startswith(said)
+    mean = hidden(folder, TEXTS[2], 32).mean(0)
+    np.testing.assert_allclose(embedder(TEXTS)[2], mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_what_is_not_supported_is_refused(pooled):
+    folder = pooled("mean")
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
+    with pytest.raises(InputError, match="pooling by lasttoken, which is not supported"):
+        open_embedder(str(folder))
+    loaded = base.load(str(folder))
+    with pytest.raises(InputError, match=r"choose how, such as --task\.pooling mean"):
+        resolve(tuned(folder, Classification()), loaded, loaded.tokenizer, "cpu")
+    for task in (Classification(pooling="mean"), Tagging()):
+        config = resolve(tuned(folder, task), loaded, loaded.tokenizer, "cpu")
+        assert config.task == task
+    for wrong in ({"step": 3}, {"base": "x"}):
+        with pytest.raises(InputError, match="leave it out"):
+            open_embedder(str(folder), **wrong)
+
+
+# Fine-tuning.
+
+
+def tuned(folder: Path, task, **more) -> FinetuneConfig:
+    source = Table(path=str(folder.parent / "data.csv"))
+    data = LabelledConfig(train=source, batch_size=8, max_length=8, num_buckets=1)
+    train = TrainConfig(steps=1, num_evals=1)
+    return FinetuneConfig(
+        name="run", runs=folder.parent, base=str(folder), data=data, task=task, train=train, **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        (Classification(), {"cls": "cls", "mean": "mean", None: "bert"}),
+        (MultipleChoice(), {"cls": "cls", "mean": "mean", None: "bert"}),
+        (Embedding(), {"cls": "cls", "mean": "mean", None: "mean"}),
+        (Classification(pooling="max"), {"cls": "max", "mean": "max", None: "max"}),
+    ],
+)
+def test_a_task_pools_as_its_base(task, expected, pooled, folder):
+    for says, pooling in expected.items():
+        path = folder if says is None else pooled(says)
+        loaded = base.load(str(path))
+        config = resolve(tuned(path, task), loaded, loaded.tokenizer, "cpu")
+        assert vars(config.task)["pooling"] == pooling
+
+
+def test_a_run_follows_its_base_and_says_so(pooled, monkeypatch):
+    folder, jobs = pooled("mean"), []
+    lines = [f"{text},{i % 2}" for i, text in enumerate(TEXTS * 5)]
+    (folder.parent / "data.csv").write_text("\n".join(["text,label", *lines]))
+    console = Console(file=io.StringIO(), width=20)
+
+    def train(job, _):
+        jobs.append(job)
+        raise InputError("it would begin here")
+
+    monkeypatch.setattr(finetuning, "train", train)
+    with pytest.raises(InputError, match="it would begin here"):
+        finetuning.finetune(tuned(folder, Classification()), console=console)
+    assert f"pooling: mean (the folder of {folder} says mean)\n" in console.file.getvalue()
+    (job,) = jobs
+    assert job.config.task == Classification(pooling="mean")  # what is written
+    head = job.placement.abstract_state.trainable["params"]["head"]
+    assert head.keys() == {"classifier"}
+
+
+def test_runs_from_before_pool_as_they_did(pooled):
+    """Their configs have no such field, or the first token's."""
+    folder = pooled("mean")
+    config = tuned(folder, MultipleChoice())
+    config.directory.mkdir()
+    written = json.loads(configs.to_json(config))
+    del written["task"]["pooling"]
+    (config.directory / "config.json").write_text(json.dumps(written))
+    cursor = {"share": 0.5, "examples_seen": 4}
+    resume.check_config(
+        config.directory, replace(config, task=MultipleChoice(pooling="bert")), cursor
+    )
+    with pytest.raises(InputError, match=r"task\.pooling=bert there and mean here"):
+        resume.check_config(
+            config.directory, replace(config, task=MultipleChoice(pooling="mean")), cursor
+        )
+    old = Classification(pooling="bert")
+    assert old.with_pooling("mean") == old
+    assert Classification().make_head(("a",), 0.0) == old.make_head(("a",), 0.0)
+
+
+# The script.
+
+
+@pytest.fixture
+def predict(monkeypatch, capsys):
+    """Runs the script here; gives what it prints, and what it says on stderr."""
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
+
+    def predict(*words) -> tuple[list[str], str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["predict.py", *map(str, words)])
+            with contextlib.suppress(SystemExit):
+                runpy.run_path(str(ROOT / "scripts" / "predict.py"), run_name="__main__")
+        out, err = capsys.readouterr()
+        return out.splitlines(), err
+
+    return predict
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    path = tmp_path / "corpus.csv"
+    path.write_text("id,body\nx,a b c\ny,\nz,b a\nw,d d d\n")
+    return path
+
+
+def test_a_published_encoder_embeds_a_file(predict, pooled, corpus, tmp_path):
+    folder, named = pooled("mean"), ("--column", "body")
+    expected = open_embedder(str(folder))(["a b c", "b a", "d d d"])
+    out, err = predict(folder, "embed", "--file", corpus, *named)
+    answers = [json.loads(line) for line in out]
+    assert [one["id"] for one in answers] == ["x", "y", "z", "w"]
+    assert [one["line"] for one in answers] == [2, 3, 4, 5]
+    vectors = [one["embedding"] for one in answers if "error" not in one]
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    assert "pooling: mean, scaled to length 1, as the folder" in err
+    assert "1 of 4 have no answer; the first: " in err
+    predict(folder, "embed", "--file", corpus, *named, "--out", tmp_path / "x.npy")
+    array = np.load(tmp_path / "x.npy")
+    assert array.dtype == np.float32
+    np.testing.assert_allclose(array[[0, 2, 3]], expected, atol=1e-6)
+    assert np.isnan(array[1]).all()
+    ((line,), _) = predict(folder, "embed", "a b c")
+    np.testing.assert_allclose(json.loads(line)["embedding"], expected[0], atol=1e-6)
+    _, err = predict(folder, "embed", "--file", corpus)
+    assert "no field 'text' among 'id', 'body': name the one of the text with --column" in err
+
+
+def test_the_nearest_texts_of_a_file(predict, pooled, corpus, tmp_path):
+    folder, named = pooled("cls"), ("--file", corpus, "--column", "body", "--top-k", 2)
+    out, err = predict(folder, "search", "b a", *named)
+    assert len(out) == 2
+    assert out[0] == f" 1.000  {corpus}:4  b a"
+    assert "searched 3 texts" in err
+    predict(folder, "search", "b a", *named, "--out", tmp_path / "found.jsonl")
+    first, second = map(json.loads, (tmp_path / "found.jsonl").read_text().splitlines())
+    assert (first["line"], first["id"], first["text"]) == (4, "z", "b a")
+    assert second["score"] < first["score"] == pytest.approx(1)
+    _, err = predict(folder, "search", "b a")
+    assert "search finds the texts of --file that are nearest to a text: give both" in err
+    (tmp_path / "texts.txt").write_text("d\n\nb a\n\n")
+    out, _ = predict(folder, "search", "b a", "--file", tmp_path / "texts.txt")
+    assert [line.rpartition(":")[2] for line in out] == ["3  b a", "1  d"]
