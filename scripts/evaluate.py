@@ -15,7 +15,7 @@ import tyro
 
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import prepared
-from jaxlm.data.labelled.dataset import like
+from jaxlm.data.labelled.dataset import like, read_records
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
@@ -32,6 +32,7 @@ def main(
     rows: int | None = None,
     step: int | None = None,
     base: str | None = None,
+    on_bad_row: Literal["raise", "skip"] | None = None,
 ) -> None:
     """Metrics, printed and written to the run folder's eval.json.
 
@@ -47,6 +48,8 @@ def main(
         rows: How many rows or examples; None = all.
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
+        on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
+            None = as in training.
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
@@ -54,7 +57,7 @@ def main(
     try:
         with mirrored(folder) as out:
             if isinstance(read_any_config(folder), FinetuneConfig):
-                result = evaluate_tuned(folder, out, data, split, rows, step, base)
+                result = evaluate_tuned(folder, out, data, split, rows, step, base, on_bad_row)
             else:
                 result = evaluate_pretrained(folder, data, split, rows, step)
             finite = {
@@ -100,6 +103,7 @@ def evaluate_tuned(
     rows: int | None,
     step: int | None,
     base: str | None,
+    on_bad_row: Literal["raise", "skip"] | None,
 ) -> dict[str, Any]:
     """On labelled examples."""
     loaded = finetuned.open_finetuned(directory, step=step, base=base)
@@ -107,7 +111,11 @@ def evaluate_tuned(
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
-        examples, where = task.read(like(loaded.config.data.train, data).records()), str(data)
+        records = like(loaded.config.data.train, data).records()
+        examples = read_records(
+            records, task.read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
+        )
+        where = str(data)
     examples = examples[:rows]
     sums, outputs = loaded.outputs(examples)
     assert sums is not None  # the examples are labelled

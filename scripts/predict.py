@@ -123,7 +123,7 @@ def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
     train = loaded.config.data.train
     source = like(train, file) if str(file) != "-" and holds_records(train, file) else None
     if isinstance(source, Conll):
-        is_text = file.suffix.lower() in ("", ".txt") and not source.begins_with(loaded.labels)
+        is_text = files.ending(file) in ("", ".txt") and not source.begins_with(loaded.labels)
         source = None if is_text else replace(source, tag_column=None)  # words may stand alone
     if source is not None:
         yield from source.records()
@@ -180,8 +180,7 @@ def read_lines(file: Path, fields_of: Callable[[str], dict[str, Any]]) -> Iterat
         name = "standard input"
         if sys.stdin is None:
             raise InputError("the standard input is closed: give a text, or name a file")
-        raw = enumerate(sys.stdin.buffer, start=1)
-        every = (files.decode(line, Path(name), n).rstrip("\r\n") for n, line in raw)
+        every = files.lines_of(sys.stdin.buffer, Path(name))
     lines = [(f"{name}:{n}", line) for n, line in enumerate(every, start=1) if line.strip()]
     if not lines:
         raise InputError(f"{name} holds no text")

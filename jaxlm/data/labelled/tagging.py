@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
-from jaxlm.data.labelled import labels
+from jaxlm.data.labelled import labels, spans
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -43,9 +43,13 @@ class Sentence:
 
 
 def read(records: Iterable[Record], fields: TagFields) -> list[Sentence]:
-    """The sentences of all records; tags that do not match the words raise."""
+    """The sentences of all records; tags that do not match the words raise.
+
+    Where a record has no words, but a text with spans of characters, these make words and tags.
+    """
     sentences = []
     for record in records:
+        record = spans.as_words(record, fields.words, fields.tags)
         words, origin = record.texts(fields.words), record.origin
         if not words or not all(word.strip() for word in words):
             raise InputError(f"{origin}: {'an empty word' if words else 'no words'}; remove it")
