@@ -121,7 +121,8 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
 def read_records(loaded: FinetunedRun, file: Path) -> Iterator[Record]:
     """The file's records: JSON objects, or texts."""
     train = loaded.config.data.train
-    source = like(train, file) if str(file) != "-" and holds_records(train, file) else None
+    is_table = str(file) != "-" and holds_records(train, file, loaded.task.text_fields)
+    source = like(train, file) if is_table else None
     if isinstance(source, Conll):
         is_text = files.ending(file) in ("", ".txt") and not source.begins_with(loaded.labels)
         source = None if is_text else replace(source, tag_column=None)  # words may stand alone

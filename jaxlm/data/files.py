@@ -38,9 +38,9 @@ _BINARY = {  # first bytes: what a file is, and the way out
     b"\x28\xb5\x2f\xfd": ("compressed by zstd", "unpack it with zstd -dc {path} > {new}"),
     b"SQLite format 3": (
         "an SQLite database",
-        "write a table of it with sqlite3 -header -csv {path} 'SELECT * FROM TABLE' > {stem}.csv",
+        "write a table of it with sqlite3 -header -csv {path} 'SELECT * FROM TABLE' > {table}",
     ),
-    b"%PDF": ("a PDF", "write its text with pdftotext {path} {stem}.txt"),
+    b"%PDF": ("a PDF", "write its text with pdftotext {path} {new}"),
     b"\x80\x03": ("a Python pickle", "write what it holds as JSON lines with Python"),
     b"\x80\x04": ("a Python pickle", "write what it holds as JSON lines with Python"),
     b"\x80\x05": ("a Python pickle", "write what it holds as JSON lines with Python"),
@@ -168,7 +168,7 @@ def lines_of(
             done = raw.tell()
         line = line if line.endswith(b"\n") else line.removesuffix(b"\x1a")  # the end, to DOS
         if line:
-            yield decode(line, path, number, encoding).rstrip("\r\n")
+            yield decode(line, path, number, encoding, first).rstrip("\r\n")
 
 
 def _unpacked(raw: BinaryIO) -> io.BufferedReader:
@@ -211,7 +211,7 @@ def refuse_binary(first: bytes, path: Path) -> None:
     if found is not None:
         new = path.with_suffix("") if path.suffix in (".zst", ".zstd") else _renamed(path)
         what, how = found
-        names = {"path": path, "new": new, "stem": path.with_suffix("")}
+        names = {"path": path, "new": new, "table": path.with_name(f"{path.stem}_table.csv")}
         how = how.format_map({name: shlex.quote(str(value)) for name, value in names.items()})
         raise InputError(f"{path} is {what}, not text: {how}")
 
@@ -220,8 +220,10 @@ def _renamed(path: Path) -> Path:
     return path.with_stem(f"{path.stem}_utf8")
 
 
-def decode(raw: bytes, path: Path, number: int, encoding: str | None = None) -> str:
-    """A line of a file of text, the number of which is for the error."""
+def decode(
+    raw: bytes, path: Path, number: int, encoding: str | None = None, others: bytes = b""
+) -> str:
+    """A line of a file of text; its number, and some of the ``others``, are for the error."""
     try:
         text = raw.decode(encoding or "utf-8")
         return text.removeprefix("\ufeff") if number == 1 else text
@@ -229,16 +231,18 @@ def decode(raw: bytes, path: Path, number: int, encoding: str | None = None) -> 
         raise InputError(f"encoding {encoding!r} is not known; try windows-1252") from error
     except UnicodeDecodeError as error:
         where = f"{path}:{number}: byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        raise InputError(f"{where} is not {encoding or 'UTF-8'}; {_recode(raw, path)}") from error
+        way_out = _recode(others + raw, path)
+        raise InputError(f"{where} is not {encoding or 'UTF-8'}; {way_out}") from error
 
 
-def _recode(raw: bytes, path: Path) -> str:
-    """What makes UTF-8 of a file with this line."""
+def _recode(content: bytes, path: Path) -> str:
+    """What makes UTF-8 of a file with this content."""
     names = f"{shlex.quote(str(path))} > {shlex.quote(str(_renamed(path)))}"
-    if not raw.decode(errors="ignore").isascii():  # UTF-8 otherwise
+    characters = content.decode(errors="replace")
+    if sum(not c.isascii() for c in characters) > 2 * characters.count("\ufffd"):
         return f"correct the line, or drop such bytes with iconv -c -f utf-8 -t utf-8 {names}"
     try:
-        raw.decode("windows-1252")  # latin1 would make control characters of its quotation marks
+        content.decode("windows-1252")  # in latin1 its quotation marks are control characters
     except UnicodeDecodeError:
         return "set encoding to the one that it was written in"
     return (

@@ -127,7 +127,7 @@ def read_table(
     A row that has not as many fields as the first gives the error instead.
     """
     reader = dialect.rows(_lines(path, encoding, on_read))
-    count, number, hint = None, 1, None
+    count, number, way_out = None, 1, None
     try:
         for row in reader:
             origin = f"{path}:{number}"
@@ -139,7 +139,10 @@ def read_table(
                 yield origin, row
                 continue
             first = "the header" if header else "the first line"
-            hint = hint or _way_out(path, dialect, encoding)
+            if len(row) > count and not any(row[count:]):
+                hint = f"take {dialect.delimiter!r} from the end of the line"
+            else:
+                hint = way_out = way_out or _way_out(path, dialect, encoding)
             yield (
                 origin,
                 InputError(f"{origin}: {len(row)} fields where {first} has {count}; {hint}"),

@@ -2,7 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -96,15 +97,16 @@ def read_records(
     try:
         return read(records)
     except InputError as error:
-        bad = {}
+        bad, reasons = set(), defaultdict(list)
         for i, record in enumerate(records):
             try:
                 read([record])
             except InputError as one:
-                bad[i] = str(one)
+                bad.add(i)
+                reasons[str(one).removeprefix(f"{record.origin}: ")].append(record.origin)
         if not bad or len(bad) == len(records):
             raise
-        named = "; ".join(list(bad.values())[:3]) + ("; …" if len(bad) > 3 else "")
+        named = "; ".join(f"{_some(places)}: {why}" for why, places in list(reasons.items())[:3])
         what = f"{len(bad):,} of {len(records):,} records cannot be used"
         if on_bad_row == "raise":
             raise InputError(
@@ -112,6 +114,11 @@ def read_records(
             ) from error
     note(f"{what}, and are left out: {named}")
     return read([record for i, record in enumerate(records) if i not in bad])
+
+
+def _some(places: list[str]) -> str:
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return ", ".join(places[:3]) + more
 
 
 def fingerprint(config: LabelledConfig) -> str:
@@ -122,12 +129,20 @@ def fingerprint(config: LabelledConfig) -> str:
     return hashlib.sha256(repr((sources, split)).encode()).hexdigest()
 
 
-def holds_records(source: Source, path: Path) -> bool:
-    """Whether a file is no plain text, by a known ending, that of ``source``, or what it holds."""
+def holds_records(source: Source, path: Path, names: Collection[str] = ()) -> bool:
+    """Whether a file is no plain text, by a known ending, that of ``source``, or what it holds.
+
+    A .txt file is plain text where its header has none of ``names``.
+    """
     ending = files.ending(path)
-    if path.is_file() and formats.kind_of(path, None) in ("arrow", "json"):
+    kind = formats.kind_of(path, None) if path.is_file() else None
+    if ending in _ENDINGS or kind in ("arrow", "json"):
         return True
-    return ending in _ENDINGS or (ending == _ending(source) and not path.is_fifo())
+    if ending != _ending(source) or path.is_fifo():
+        return False
+    if isinstance(source, Table) and ending in ("", ".txt") and names and kind is None:
+        return dataclasses.replace(source, path=str(path)).has_columns(names)
+    return True
 
 
 def like(source: Source, path: Path) -> Source:

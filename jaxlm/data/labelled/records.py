@@ -113,6 +113,16 @@ class Table:
                 raise InputError(f"{origin}: {len(row)} fields for {len(names)} columns={names}")
             yield origin, dict(zip(names, row, strict=True))
 
+    def has_columns(self, names: Collection[str]) -> bool:
+        """Whether the header has one of these; a table without header has any."""
+        path = _files(self.path)[0]
+        try:
+            rows = tabular.read_table(path, self._dialect(path), encoding=self.encoding)
+            _, first = next(rows, ("", []))
+        except InputError:
+            return False
+        return not self.header or (isinstance(first, list) and any(x in names for x in first))
+
     def _dialect(self, path: Path) -> tabular.Dialect:
         return tabular.dialect_of(path, self.delimiter, self.quoting, self.encoding)
 
