@@ -13,6 +13,11 @@ class InputError(Exception):
     """Bad input. Scripts print its message alone, without a traceback, and exit with 2."""
 
 
+def note(text: str) -> None:
+    """One line on stderr, away from answers: what was cut, dropped or changed in the input."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 @contextmanager
 def report_input_errors() -> Iterator[None]:
     """Around a script: bad input ends it with one line and exit code 2, Ctrl-C with 130.

@@ -19,7 +19,7 @@ import tyro
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import spelling
-from jaxlm.data.labelled.dataset import like
+from jaxlm.data.labelled.dataset import like, read_records
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
@@ -39,6 +39,7 @@ def main(
     step: int | None = None,
     base: str | None = None,
     out: Path | None = None,
+    on_bad_row: Literal["raise", "skip"] | None = None,
 ) -> None:
     """Metrics, printed and written to eval.json.
 
@@ -56,13 +57,17 @@ def main(
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
         out: The folder for these files; None = in the run folder.
+        on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
+            None = as in training.
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
     folder = locate(directory)
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(read_any_config(folder), FinetuneConfig):
-            result = evaluate_tuned(folder, Path(scratch), data, split, rows, step, base)
+            result = evaluate_tuned(
+                folder, Path(scratch), data, split, rows, step, base, on_bad_row
+            )
         else:
             result = evaluate_pretrained(folder, data, split, rows, step)
         if data is not None:
@@ -139,6 +144,7 @@ def evaluate_tuned(
     rows: int | None,
     step: int | None,
     base: str | None,
+    on_bad_row: Literal["raise", "skip"] | None,
 ) -> dict[str, Any]:
     """On labelled examples."""
     loaded = finetuned.open_finetuned(directory, step=step, base=base)
@@ -146,7 +152,11 @@ def evaluate_tuned(
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
-        examples, where = task.read(like(loaded.config.data.train, data).records()), str(data)
+        records = like(loaded.config.data.train, data).records()
+        examples = read_records(
+            records, task.read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
+        )
+        where = str(data)
     examples = spelling.alike(examples[:rows], labels)
     for note in spelling.notes(examples):
         print(f"note: {note}")

@@ -168,9 +168,10 @@ def read_records(
 
     ``names`` are the fields of a text: there must be one.
     """
-    source = like(train, file) if str(file) != "-" and holds_records(train, file) else None
+    is_table = str(file) != "-" and holds_records(train, file, names)
+    source = like(train, file) if is_table else None
     if isinstance(source, Conll):
-        is_text = file.suffix.lower() in ("", ".txt") and not source.begins_with(labels)
+        is_text = files.ending(file) in ("", ".txt") and not source.begins_with(labels)
         source = None if is_text else replace(source, tag_column=None)  # words may stand alone
     yield from source.records() if source is not None else read_lines(file, names)
 
@@ -285,8 +286,7 @@ def read_lines(file: Path, names: Sequence[str]) -> Iterator[Record]:
         name = "standard input"
         if sys.stdin is None:
             raise InputError("the standard input is closed: give a text, or name a file")
-        raw = enumerate(sys.stdin.buffer, start=1)
-        every = (files.decode(line, Path(name), n).rstrip("\r\n") for n, line in raw)
+        every = files.lines_of(sys.stdin.buffer, Path(name))
     lines = [(f"{name}:{n}", line) for n, line in enumerate(every, start=1)]
     while lines and not lines[-1][1].strip():
         lines.pop()

@@ -4,65 +4,211 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from jaxlm.data import files
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
 
+Quoting = Literal["double", "backslash", "none"]
+
 
 def delimiter_of(path: Path, delimiter: str | None) -> str:
     """What separates columns; None means a tab for .tsv files and a comma for all others."""
     if delimiter is None:
-        return "\t" if path.suffix.lower() == ".tsv" else ","
+        return "\t" if files.ending(path) == ".tsv" else ","
+    delimiter = "\t" if delimiter == r"\t" else delimiter  # as a command line has it
     if len(delimiter) != 1:
         raise InputError(f"delimiter {delimiter!r} is not one character")
     return delimiter
 
 
-def read_table(
-    path: Path, delimiter: str, *, header: bool = True, on_read: OnRead = ignore
-) -> Iterator[tuple[str, list[str]]]:
-    """Origin (file:line) and the fields of every row, the header's too; blank lines are skipped.
+class Dialect(NamedTuple):
+    """How a table is written."""
 
-    All rows have as many fields as the first. Fields may be quoted with ", except between tabs,
-    where a quotation mark is an ordinary character.
+    delimiter: str
+    quoting: Quoting = "double"
+    spaced: bool = False  # spaces before a field are none of it, as in: "a", "b"
+
+    def names(self) -> list[str]:
+        """What a fingerprint is made of: the delimiter, and what is unlike what it implies."""
+        usual = Dialect(self.delimiter, "none" if self.delimiter == "\t" else "double")
+        return [self.delimiter, *map(str, () if self == usual else self[1:])]
+
+    def rows(self, lines: Iterable[str]) -> Any:
+        """A reader of rows."""
+        return csv.reader(
+            lines,
+            delimiter=self.delimiter,
+            quoting=csv.QUOTE_NONE if self.quoting == "none" else csv.QUOTE_MINIMAL,
+            doublequote=self.quoting == "double",
+            escapechar="\\" if self.quoting == "backslash" else None,
+            skipinitialspace=self.spaced,
+            strict=True,
+        )
+
+
+def dialect_of(
+    path: Path, delimiter: str | None, quoting: Quoting | None, encoding: str | None = None
+) -> Dialect:
+    """That of a file.
+
+    Between tabs a quotation mark is an ordinary character, unless every field that begins with one
+    is well formed, as pandas, Excel and R write them.
     """
     csv.field_size_limit(sys.maxsize)  # the default refuses texts over 128 kB
-    lines = (line + "\n" for line in files.lines(path, on_read))
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
-    count, number = None, 1
+    plain = Dialect(delimiter_of(path, delimiter), quoting or "double")
+    if quoting is None and plain.delimiter == "\t":
+        return plain if _is_quoted(path, plain, encoding) else plain._replace(quoting="none")
+    first = files.head(path, encoding).decode(errors="ignore")
+    if quoting != "none" and re.search(re.escape(plain.delimiter) + ' +"', first):
+        spaced = plain._replace(spaced=True)
+        fields, widths = _survey(path, plain, encoding)
+        if (fields or len(widths) != 1) and len(_survey(path, spaced, encoding)[1]) == 1:
+            return spaced
+    return plain
+
+
+def _lines(path: Path, encoding: str | None, on_read: OnRead = ignore) -> Iterator[str]:
+    """As csv reads them; a carriage return inside of a line is white space."""
+    for line in files.lines(path, on_read, encoding):
+        yield line.replace("\r", " ") + "\n"
+
+
+def _survey(path: Path, dialect: Dialect, encoding: str | None) -> tuple[int, set[int]]:
+    """How many fields begin with a space and a quotation mark, and how many fields rows have."""
+    fields, widths = 0, set()
     try:
-        for row in rows:
+        for row in dialect.rows(_lines(path, encoding)):
+            fields += sum(field.lstrip(" ").startswith('"') and field[0] == " " for field in row)
+            widths |= {len(row)} if row else set()
+    except csv.Error:
+        return 0, set()
+    return fields, widths
+
+
+def _is_quoted(path: Path, dialect: Dialect, encoding: str | None) -> bool:
+    """Whether fields are quoted, and all rows have equally many of them if they are unquoted.
+
+    Where that would join lines that are rows by themselves, it is none.
+    """
+    plain: set[int] = set()
+    marks = False
+
+    def watched() -> Iterator[str]:
+        nonlocal marks
+        for line in _lines(path, encoding):
+            plain.update([line.count(dialect.delimiter)] if line.strip("\n") else [])
+            marks = marks or '"' in line
+            yield line
+
+    reader, widths, count = dialect.rows(watched()), set(), 0
+    try:
+        for row in reader:
+            widths |= {len(row)} if row else set()
+            count += 1
+    except csv.Error:
+        return False
+    return marks and len(widths) == 1 and (len(plain) > 1 or reader.line_num == count)
+
+
+def read_table(
+    path: Path,
+    dialect: Dialect,
+    *,
+    header: bool = True,
+    encoding: str | None = None,
+    on_read: OnRead = ignore,
+) -> Iterator[tuple[str, list[str] | InputError]]:
+    """Origin (file:line) and the fields of every row, the header's too; blank lines are skipped.
+
+    A row that has not as many fields as the first gives the error instead.
+    """
+    reader = dialect.rows(_lines(path, encoding, on_read))
+    count, number, way_out = None, 1, None
+    try:
+        for row in reader:
             origin = f"{path}:{number}"
-            number = rows.line_num + 1  # a quoted field may span lines
+            number = reader.line_num + 1  # a quoted field may span lines
             if not row:
                 continue
             count = count or len(row)
-            if len(row) != count:
-                first = "the header" if header else "the first line"
-                raise InputError(
-                    f"{origin}: {len(row)} fields where {first} has {count}; "
-                    f"quote the fields that contain {delimiter!r}, or set the delimiter"
-                )
-            yield origin, row
+            if len(row) == count:
+                yield origin, row
+                continue
+            first = "the header" if header else "the first line"
+            if len(row) > count and not any(row[count:]):
+                hint = f"take {dialect.delimiter!r} from the end of the line"
+            else:
+                hint = way_out = way_out or _way_out(path, dialect, encoding)
+            yield (
+                origin,
+                InputError(f"{origin}: {len(row)} fields where {first} has {count}; {hint}"),
+            )
     except csv.Error as error:
         raise InputError(
-            f"{path}:{number}: malformed quoting ({error}); double the quotation marks inside of "
-            f"quoted fields, and set the delimiter if it is not {delimiter!r}"
+            f"{path}:{number}: malformed quoting ({error}); {_way_out(path, dialect, encoding)}"
         ) from error
 
 
-def read_json_lines(path: Path, on_read: OnRead = ignore) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Origin (file:line) and the object of every line; blank lines are skipped."""
-    for number, line in enumerate(files.lines(path, on_read), start=1):
+def _way_out(path: Path, dialect: Dialect, encoding: str | None) -> str:
+    """The settings by which all rows have equally many fields, or else what to correct."""
+    ways = {
+        f"set the delimiter to {other!r}": Dialect(other, "none" if other == "\t" else "double")
+        for other in ";\t|,"
+        if other != dialect.delimiter
+    }
+    for quoting in ("double", "backslash", "none"):
+        ways[f"set quoting to {quoting}"] = dialect._replace(quoting=quoting)
+    for way, other in ways.items():
+        widths = _survey(path, other, encoding)[1]
+        if other != dialect and len(widths) == 1 and min(widths) > 1:
+            return way
+    if dialect.quoting == "none":
+        return f"take {dialect.delimiter!r} and line breaks out of the fields, or quote these"
+    return (
+        f"quote the fields that contain {dialect.delimiter!r} or a line break, and double the "
+        "quotation marks inside of them"
+    )
+
+
+def read_json_lines(
+    path: Path, on_read: OnRead = ignore, encoding: str | None = None
+) -> Iterator[tuple[str, dict[str, Any] | InputError]]:
+    """Origin (file:line) and the object of every line, or its error; blank lines are skipped."""
+    for number, line in enumerate(files.lines(path, on_read, encoding), start=1):
         if not line.strip():
             continue
         origin = f"{path}:{number}"
-        yield origin, read_json_line(line, origin)
+        try:
+            yield origin, read_json_line(line, origin)
+        except InputError as error:
+            yield origin, error
+
+
+def read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Origin (file: row) and the fields of every row of a Parquet or Arrow file."""
+    import pyarrow  # comes with tensorflow-datasets, and is slow to import
+    from pyarrow import ipc, parquet
+
+    first, number = files.head(path), 0
+    try:
+        with path.open("rb") as file:
+            if first.startswith(files.PARQUET):
+                batches = parquet.ParquetFile(file).iter_batches()
+            elif first.startswith(files.ARROW):
+                reader = ipc.open_file(file)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+            else:
+                batches = ipc.open_stream(file)
+            for batch in batches:
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path} cannot be read ({error!s:.80}); copy it again") from error
 
 
 def read_json_line(line: str, origin: str) -> dict[str, Any]:

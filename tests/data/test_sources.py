@@ -1,10 +1,16 @@
+import bz2
 import gzip
 import json
+import lzma
+import os
 import re
 from pathlib import Path
 
+import pyarrow.ipc
 import pytest
+from pyarrow import parquet
 
+from jaxlm.data.labelled.records import Table
 from jaxlm.data.sources import Csv, Jsonl, PyDocs, TextFiles
 from jaxlm.errors import InputError
 
@@ -75,16 +81,78 @@ def test_undecodable_bytes_name_file_and_line(write):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content"),
     [
-        (gzip.compress(b"fine\n", mtime=0), r"a\.txt is compressed; unpack it with gunzip"),
-        ("fine\n".encode("utf-16"), r"a\.txt is UTF-16; convert it with iconv -f utf-16"),
-        ("fine\n".encode("utf-16-le"), r"a\.txt is UTF-16; convert it with iconv -f utf-16"),
-        ("one\rtwo\r", r"the lines of .*a\.txt end in CR; convert it with tr '\\r' '\\n'"),
+        ("a.txt.gz", gzip.compress(b"fine\ncaf\xc3\xa9\n", mtime=0)),
+        ("a.txt", gzip.compress(b"fine\ncaf\xc3\xa9\n", mtime=0)),
+        ("a.txt", bz2.compress(b"fine\ncaf\xc3\xa9\n")),
+        ("a.txt", lzma.compress(b"fine\ncaf\xc3\xa9\n")),
+        ("a.txt", "fine\ncafé\n".encode("utf-16")),
+        ("a.txt", "fine\ncafé\n".encode("utf-16-le")),
+        ("a.txt", "fine\ncafé\n".encode("utf-16-be")),
+        ("a.txt", "fine\ncafé\n".encode("utf-32")),
+        ("a.txt", b"fine\rcaf\xc3\xa9\r"),
+        ("a.txt", b"fine\r\ncaf\xc3\xa9\r\n\x1a"),
+        ("a.txt", b"fine\r\ncaf\xc3\xa9\x1a"),
     ],
 )
-def test_files_of_another_form_are_named_with_the_way_out(write, content, message):
-    fails(TextFiles(glob=write("a.txt", content)), message)
+def test_what_the_first_bytes_say_is_read(write, name, content):
+    source = TextFiles(glob=write(name, content), document="line")
+    amounts = []
+    assert list(source.documents(amounts.append)) == ["fine", "café"]
+    assert sum(amounts) == source.size()
+
+
+def test_cut_archives_are_named(write):
+    path = write("a.gz", gzip.compress(b"fine\n" * 1000, mtime=0)[:-9])
+    fails(TextFiles(glob=path), r"a\.gz is compressed, and damaged .*; copy it again")
+
+
+def test_an_encoding_and_its_errors(write):
+    path = write("a.txt", b"caf\xe9 \x93fine\x94\n")
+    fails(TextFiles(glob=path), "byte 0xe9 at column 4 is not UTF-8; set encoding .*windows-1252")
+    source = TextFiles(glob=path, encoding="windows-1252")
+    assert read(source) == ["café “fine”"]
+    assert source.fingerprint() != TextFiles(glob=path).fingerprint()
+    fails(TextFiles(glob=path, encoding="ascii"), "is not ascii")
+    fails(TextFiles(glob=path, encoding="cp-fine"), "encoding 'cp-fine' is not known")
+
+
+@pytest.mark.parametrize("name", ["t [1].txt", "t*.txt", "t[12].txt"])
+def test_names_with_brackets_are_files_before_they_are_patterns(tmp_path, name):
+    folder = tmp_path / "data [v1]"
+    folder.mkdir()
+    (folder / "t [1].txt").write_text("one")
+    (folder / "t1.txt").write_text("two")
+    expected = {"t [1].txt": ["one"], "t*.txt": ["one", "two"], "t[12].txt": ["two"]}
+    assert read(TextFiles(glob=str(folder / name))) == expected[name]
+
+
+def test_folders_and_pipes(write, tmp_path):
+    write("b.txt", "two")
+    write("a.txt", "one")
+    write(".hidden", "three")
+    assert read(TextFiles(glob=str(tmp_path))) == ["one", "two"]
+    (tmp_path / "none").mkdir()
+    fails(TextFiles(glob=str(tmp_path / "none")), "the folder .*none holds no files")
+    os.mkfifo(tmp_path / "pipe")
+    fails(TextFiles(glob=str(tmp_path / "pipe")), "pipe is a pipe or a device")
+
+
+def test_parquet_and_arrow(tmp_path):
+    table = pyarrow.table({"text": ["one", "two"], "n": [1, 2]})
+    path = str(tmp_path / "a.dat")
+    parquet.write_table(table, path)
+    amounts = []
+    source = Jsonl(glob=path)
+    assert list(source.documents(amounts.append)) == ["one", "two"]
+    assert sum(amounts) == source.size()
+    fails(TextFiles(glob=path), "a.dat is a Parquet table, not text: .* source jsonl")
+    for write in (pyarrow.ipc.new_file, pyarrow.ipc.new_stream):
+        with write(path, table.schema) as writer:
+            writer.write_table(table)
+        assert read(Jsonl(glob=path)) == ["one", "two"]
+        fails(Csv(glob=path, column="text"), "a.dat is an Arrow table, not text")
 
 
 def test_jsonl(write):
@@ -109,6 +177,44 @@ def test_bad_jsonl_names_file_and_line(write, line, message):
     fails(Jsonl(glob=write("a.jsonl", f'{{"text": "good"}}\n{line}\n')), message)
 
 
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ('text\tn\n"a ""b"" c"\t1\nplain\t2\n', ['a "b" c', "plain"]),  # pandas, Excel
+        ('"text"\t"n"\n"a"\t"1"\n', ["a"]),  # R
+        ('text\tn\n"a\nb"\t1\n', ["a\nb"]),
+        ('text\tn\n"a" b\t1\n""c""\t2\n', ['"a" b', '""c""']),
+        ('text\tn\n"a\t1\nb"\t2\n', ['"a', 'b"']),  # two rows, not one
+        ('text\tn\na "b"\t1\n', ['a "b"']),
+    ],
+)
+def test_tsv_is_unquoted_where_all_of_it_is_well_formed(write, table, expected):
+    path = write("a.tsv", table)
+    assert read(Csv(glob=path, column="text")) == expected
+    if table.startswith("text"):
+        raw = Csv(glob=path, column="text", quoting="none")
+        assert "\nb" in table or read(raw)[0] == table.split("\n")[1].split("\t")[0]
+
+
+@pytest.mark.parametrize(
+    ("table", "expected"),
+    [
+        ('text,label\n"a, ""b""", "pos"\n', {"text": 'a, "b"', "label": "pos"}),
+        ('"text", "label"\n"a", "p, q"\n', {"text": "a", "label": "p, q"}),
+        ('text,label\n"he said, ""b""",pos\n', {"text": 'he said, "b"', "label": "pos"}),
+        ("text,label\n a, pos\n", {"text": " a", "label": " pos"}),
+        ("text,label\na\rb,pos\n", {"text": "a b", "label": "pos"}),
+        ("text,label\r\na\0,pos\r\n\x1a", {"text": "a\0", "label": "pos"}),
+        ("text,label,,\na,pos,,\n", {"text": "a", "label": "pos"}),
+        (",text,label\n0,a,pos\n", {"Unnamed: 0": "0", "text": "a", "label": "pos"}),
+    ],
+)
+def test_csv_as_programs_write_it(write, table, expected):
+    (record,) = Table(path=write("a.csv", table)).records()
+    assert record.fields | expected == record.fields
+    assert all(name in expected or not value for name, value in record.fields.items())
+
+
 def test_csv_quotes_and_tsv_does_not(write):
     table = 'id,text\n1,"a, ""b""\nc"\n2,d\n'
     assert read(Csv(glob=write("a.csv", table), column="text")) == ['a, "b"\nc', "d"]
@@ -129,7 +235,7 @@ def test_csv_fields_may_be_long(write):
         ("id,body\n1,x\n", r"a\.csv:1: no column 'text' among 'id', 'body'"),
         ("id,text\n1,x\n2,y,z\n", r"a\.csv:3: 3 fields where the header has 2"),
         ('id,text\n1,"x\n', r"a\.csv:2: malformed quoting"),
-        ('"id";"text"\n', r"a\.csv:1: malformed quoting .* set the delimiter if it is not ','"),
+        ('"id";"text"\n', r"a\.csv:1: malformed quoting .* set the delimiter to ';'"),
     ],
 )
 def test_bad_csv_names_file_and_line(write, table, message):

@@ -115,8 +115,11 @@ def test_predict_reads_words_without_tags_and_knows_a_closed_input(
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     predict = importlib.import_module("predict")
-    data = SimpleNamespace(train=Conll(path="train.words"))
-    run = SimpleNamespace(config=SimpleNamespace(data=data), task=Tagging(), labels=("B-x", "O"))
+
+    def read(train, path):
+        return predict.read_records(train, ("B-x", "O"), Tagging().text_fields, path)
+
+    train = Conll(path="train.words")
     words = [["john"], ["a", "b"]]
     for name, text in (
         ("a.words", "john\n\na\nb\n"),
@@ -125,20 +128,20 @@ def test_predict_reads_words_without_tags_and_knows_a_closed_input(
         ("a.txt", "john\na b\n"),
     ):
         (tmp_path / name).write_text(text)
-        records = predict.read_records(run, tmp_path / name)
+        records = read(train, tmp_path / name)
         assert [record.texts("tokens") for record in records] == words
-    data.train = Conll(path="train.txt")
+    train = Conll(path="train.txt")
     for text, expected in (
         ("-DOCSTART- -X-\n\njohn O\n\na O\nb O\n", words),
         ("john\n\na\nb\n", words),
         ("john lives\nmary works\n", [["john", "lives"], ["mary", "works"]]),
     ):
         (tmp_path / "a.txt").write_text(text)
-        records = predict.read_records(run, tmp_path / "a.txt")
+        records = read(train, tmp_path / "a.txt")
         assert [record.texts("tokens") for record in records] == expected
     (tmp_path / "a.txt").write_text("{x y")
     with pytest.raises(InputError, match=r"a.txt:1: not JSON .* begins with { goes into an object"):
-        list(predict.read_records(run, tmp_path / "a.txt"))
+        list(read(train, tmp_path / "a.txt"))
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match="the standard input is closed"):
-        list(predict.read_records(run, Path("-")))
+        list(read(train, Path("-")))

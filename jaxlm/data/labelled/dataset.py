@@ -2,18 +2,21 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from jaxlm.data.labelled import spelling, splits
+from jaxlm.data import files
+from jaxlm.data.labelled import formats, spelling, splits
 from jaxlm.data.labelled.augment import AugmentConfig
 from jaxlm.data.labelled.pydocs import PyDocsTopics
 from jaxlm.data.labelled.records import Conll, JsonLines, Record, Squad, Table, TfdsRecords
 from jaxlm.data.labelled.spelling import Labelled
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, note
 
+_ENDINGS = (".jsonl", ".json", ".conll", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 Source = Table | JsonLines | Conll | Squad | TfdsRecords | PyDocsTopics
 
 
@@ -41,6 +44,9 @@ class LabelledConfig:
     """Number of lengths that batches are padded to; each is compiled once."""
     augment: AugmentConfig | None = None
     """Random changes to training texts."""
+    on_bad_row: Literal["raise", "skip"] = "raise"
+    """What to do about records that cannot be used, such as those with an empty text or label:
+    name the first of them and stop, or leave all of them out and say how many."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "batch_size", "num_buckets"):
@@ -71,14 +77,14 @@ def read_splits(
 
     ``check`` raises where all training examples together show a mistake, or gives lines to be said.
     """
-    train = read(config.train.records())
+    train = read_records(config.train.records(), read, config.on_bad_row)
     if not train:
         raise InputError(f"{config.train} holds no examples")
     notes = [*_passed_over(config.train), *check(train), *spelling.notes(train)]
     if config.validation is None:
         train, validation = splits.stratified(train, config.validation_fraction, config.split_seed)
     else:
-        validation = read(config.validation.records())
+        validation = read_records(config.validation.records(), read, config.on_bad_row)
         if not validation:
             raise InputError(f"{config.validation} holds no examples")
         known = (label for e in train if isinstance(e, Labelled) for label in e.classes)
@@ -102,44 +108,100 @@ def _passed_over(source: Source) -> list[str]:
     return source.notes() if isinstance(source, Conll) else []
 
 
+def read_records(
+    records: Iterable[Record],
+    read: Callable[[Iterable[Record]], list[Any]],
+    on_bad_row: Literal["raise", "skip"],
+    option: str = "--data.on-bad-row",
+) -> list[Any]:
+    """The examples of all records; of those that are bad, all are counted and a few are named.
+
+    What no record is to blame for, or all of them are, is raised as it is: a wrong setting.
+    """
+    records = list(records)
+    try:
+        return read(records)
+    except InputError as error:
+        bad, reasons = set(), defaultdict(list)
+        for i, record in enumerate(records):
+            try:
+                read([record])
+            except InputError as one:
+                bad.add(i)
+                reasons[str(one).removeprefix(f"{record.origin}: ")].append(record.origin)
+        if not bad or len(bad) == len(records):
+            raise
+        named = "; ".join(f"{_some(places)}: {why}" for why, places in list(reasons.items())[:3])
+        what = f"{len(bad):,} of {len(records):,} records cannot be used"
+        if on_bad_row == "raise":
+            raise InputError(
+                f"{named}: {what}, correct them, or leave them out with {option} skip"
+            ) from error
+    note(f"{what}, and are left out: {named}")
+    return read([record for i, record in enumerate(records) if i not in bad])
+
+
+def _some(places: list[str]) -> str:
+    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
+    return ", ".join(places[:3]) + more
+
+
 def fingerprint(config: LabelledConfig) -> str:
     """A sha256 of what the examples are read from, and how they are split."""
     sources = [source.fingerprint() for source in (config.train, config.validation) if source]
     split = (config.validation_fraction, config.split_seed, config.few_shot)
+    split += ("skip",) if config.on_bad_row == "skip" else ()
     return hashlib.sha256(repr((sources, split)).encode()).hexdigest()
 
 
-def holds_records(source: Source, path: Path) -> bool:
-    """Whether its name says that it is no plain text: by a known ending, or that of ``source``."""
-    suffix = path.suffix.lower()
-    known = (".jsonl", ".json", ".conll", ".csv", ".tsv")
-    return suffix in known or (suffix == _suffix(source) and not path.is_fifo())
+def holds_records(source: Source, path: Path, names: Collection[str] = ()) -> bool:
+    """Whether a file is no plain text, by a known ending, that of ``source``, or what it holds.
+
+    A .txt file is plain text where its header has none of ``names``.
+    """
+    ending = files.ending(path)
+    kind = formats.kind_of(path, None) if path.is_file() else None
+    if ending in _ENDINGS or kind in ("arrow", "json"):
+        return True
+    if ending != _ending(source) or path.is_fifo():
+        return False
+    if isinstance(source, Table) and ending in ("", ".txt") and names and kind is None:
+        return dataclasses.replace(source, path=str(path)).has_columns(names)
+    return True
 
 
 def like(source: Source, path: Path) -> Source:
-    """Another file with the same columns as ``source``, of the kind that its name says."""
-    suffix = path.suffix.lower()
-    match suffix:
-        case ".jsonl":
-            return JsonLines(path=str(path))
-        case ".json":
-            return Squad(path=str(path))
+    """Another file with the same columns as ``source``, of the kind that its name says.
+
+    Its first bytes, where they say what it is, decide when it is read.
+    """
+    ending = files.ending(path)
+    match ending:
+        case ".json" | ".jsonl" | ".parquet" | ".arrow" | ".feather":
+            same = isinstance(source, JsonLines)
+            return (
+                dataclasses.replace(source, path=str(path)) if same else JsonLines(path=str(path))
+            )
         case ".conll" if not isinstance(source, Conll):
             return Conll(path=str(path))
         case ".csv" | ".tsv" if isinstance(source, Table):
-            delimiter = source.delimiter if suffix == _suffix(source) else None
+            delimiter = source.delimiter if ending == _ending(source) else None
             return dataclasses.replace(source, path=str(path), delimiter=delimiter)
-        case ".csv" if _suffix(source) != ".csv":
+        case ".csv" if _ending(source) != ".csv":
             return Table(path=str(path))
         case ".tsv" if not isinstance(source, Conll):
             return Table(path=str(path))
     if isinstance(source, Table | Conll):
         return dataclasses.replace(source, path=str(path))
+    if path.is_file() and formats.kind_of(path, None) is not None:
+        return JsonLines(path=str(path))
     raise InputError(
         f"{path}: the kind of its data is not known; name it .csv, .tsv, .conll or .jsonl"
     )
 
 
-def _suffix(source: Source) -> str | None:
+def _ending(source: Source) -> str | None:
     """The ending of files of tables and of words, which may have any."""
-    return Path(source.path).suffix.lower() if isinstance(source, Table | Conll) else None
+    if not isinstance(source, Table | Conll):
+        return None
+    return files.ending(Path(source.path if isinstance(source.path, str) else source.path[0]))

@@ -51,7 +51,10 @@ class Question:
 
 
 def read(records: Iterable[Record], fields: SpanFields) -> list[Question]:
-    """The questions of all records; an answer that is not where it should be raises."""
+    """The questions of all records; an answer that is not where it should be raises.
+
+    An empty answer at -1 says that there is none, as no answer does.
+    """
     questions = []
     for record in records:
         name = record.origin if fields.id is None else str(record.value(fields.id))
@@ -61,6 +64,8 @@ def read(records: Iterable[Record], fields: SpanFields) -> list[Question]:
             starts = _starts(record, fields.starts, len(answers))
         else:
             starts = [context.find(answer) for answer in answers]
+        given = [pair for pair in zip(answers, starts, strict=True) if pair != ("", -1)]
+        answers, starts = [answer for answer, _ in given], [start for _, start in given]
         for answer, start in zip(answers, starts, strict=True):
             if start < 0 or not answer.strip() or not context.startswith(answer, start):
                 where = "in its context" if fields.starts is None else f"at character {start}"

@@ -4,17 +4,18 @@ Every source has ``records()``, always in the same order, and ``fingerprint()``,
 that decides them.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxlm.data import files, tabular
+from jaxlm.data.labelled import formats
+from jaxlm.data.labelled.formats import Row
 from jaxlm.data.tfds import Tfds
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, note
 
 _ID = r"\d+([-.]\d+)?"  # of a word of CoNLL-U, a range of them, or an empty one
 
@@ -25,14 +26,20 @@ class Record:
 
     fields: dict[str, Any]
     origin: str
+    fault: InputError | None = None
+    """Why it has no fields, where it cannot be read; raised by who asks for one."""
 
     def value(self, name: str) -> Any:
         """A field; one that is missing raises."""
+        if self.fault is not None:
+            raise InputError(str(self.fault))
         if name in self.fields:
             return self.fields[name]
         hint = "check the column's name, the header and the delimiter"
         if len(self.fields) == 1:
             (only,) = self.fields
+            found = [mark for mark in ";\t|," if mark in only]
+            hint = f"set the delimiter to {found[0]!r}" if found else hint
             raise InputError(
                 f"{self.origin}: no field {name!r}, but a single one, {only!r:.60}; {hint}"
             )
@@ -62,18 +69,27 @@ class Record:
         return [tabular.check_text(item, what, self.origin) for item in value]
 
 
+Paths = str | tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A CSV or TSV file."""
+    """CSV or TSV; files that hold JSON, fastText's lines or a Parquet table are read as these."""
 
-    path: str
-    """Path of the file."""
+    path: Paths
+    """A file, several, a folder of them, or a pattern such as 'shards/*.csv'."""
     delimiter: str | None = None
     """What separates columns; None means a tab for .tsv files and a comma for all others."""
     header: bool = True
     """The first line names the columns."""
     columns: tuple[str, ...] | None = None
     """Names for the columns of a table without header; None means '0', '1' and so on."""
+    quoting: tabular.Quoting | None = None
+    """How a quotation mark stands inside of quoted fields: doubled or after a backslash; 'none':
+    nothing is quoted. None: double, but none between tabs if not all of such a file is well
+    formed."""
+    encoding: str | None = None
+    """What the file is written in, such as windows-1252; None: UTF-8, or UTF-16 where it is."""
 
     def __post_init__(self) -> None:
         if self.header and self.columns is not None:
@@ -84,48 +100,74 @@ class Table:
 
     def records(self) -> Iterator[Record]:
         """One for each row; blank lines are skipped."""
-        path = _file(self.path)
-        delimiter = tabular.delimiter_of(path, self.delimiter)
-        rows = tabular.read_table(path, delimiter, header=self.header)
+        return _records(self.path, self.encoding, self._rows)
+
+    def _rows(self, path: Path) -> Iterator[Row]:
+        dialect = self._dialect(path)
+        if dialect.delimiter == "\t" and dialect.quoting != "none" and self.quoting is None:
+            note(f"{path}: fields are quoted, and are read without the quotation marks around them")
+        rows = tabular.read_table(path, dialect, header=self.header, encoding=self.encoding)
         names = self.columns
-        count = 0
         for origin, row in rows:
+            if isinstance(row, InputError):
+                yield origin, row
+                continue
             if names is None and self.header:
-                names = tuple(row)
-                _check_names(names, origin)
+                names = _names(row, origin)
                 continue
             names = names or tuple(map(str, range(len(row))))
             if len(names) != len(row):
                 raise InputError(f"{origin}: {len(row)} fields for {len(names)} columns={names}")
-            yield Record(fields=dict(zip(names, row, strict=True)), origin=origin)
-            count += 1
-        _check_count(count, self.path)
+            yield origin, dict(zip(names, row, strict=True))
+
+    def has_columns(self, names: Collection[str]) -> bool:
+        """Whether the header has one of these; a table without header has any."""
+        path = _files(self.path)[0]
+        try:
+            rows = tabular.read_table(path, self._dialect(path), encoding=self.encoding)
+            _, first = next(rows, ("", []))
+        except InputError:
+            return False
+        return not self.header or (isinstance(first, list) and any(x in names for x in first))
+
+    def _dialect(self, path: Path) -> tabular.Dialect:
+        return tabular.dialect_of(path, self.delimiter, self.quoting, self.encoding)
 
     def fingerprint(self) -> str:
         """A sha256 of contents and settings, but not of the file's name."""
-        path = _file(self.path)
-        settings = (tabular.delimiter_of(path, self.delimiter), str(self.header))
-        return files.sha256([path], "table", *settings, *(self.columns or ()))
+        paths = _files(self.path)
+        if formats.kind_of(paths[0], self.encoding) is None:
+            first, *rest = self._dialect(paths[0]).names()
+        else:
+            first, rest = tabular.delimiter_of(paths[0], self.delimiter), []
+        settings = (first, str(self.header), *(self.columns or ()), *rest)
+        return files.sha256(paths, "table", *settings, *files.given(self.encoding))
 
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines:
-    """One JSON object a line; the field 'b' of an object under 'a' is named 'a/b'."""
+    """One JSON object a line, or one array of them, or the rows of a Parquet or Arrow file.
 
-    path: str
-    """Path of the file."""
+    The field 'b' of an object under 'a' is named 'a/b'.
+    """
+
+    path: Paths
+    """A file, several, a folder of them, or a pattern such as 'shards/*.jsonl'."""
+    encoding: str | None = None
+    """What the file is written in, such as windows-1252; None: UTF-8, or UTF-16 where it is."""
 
     def records(self) -> Iterator[Record]:
-        """One for each line; blank lines are skipped."""
-        count = 0
-        for origin, fields in tabular.read_json_lines(_file(self.path)):
-            yield json_record(fields, origin)
-            count += 1
-        _check_count(count, self.path)
+        """One for each line or object; blank lines are skipped."""
+        return _records(self.path, self.encoding, self._rows)
+
+    def _rows(self, path: Path) -> Iterator[Row]:
+        if files.ending(path) in (".csv", ".tsv"):
+            return Table(path=str(path), encoding=self.encoding)._rows(path)
+        return tabular.read_json_lines(path, encoding=self.encoding)
 
     def fingerprint(self) -> str:
         """A sha256 of the contents, but not of the file's name."""
-        return files.sha256([_file(self.path)], "jsonl")
+        return files.sha256(_files(self.path), "jsonl", *files.given(self.encoding))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,18 +179,22 @@ class Conll:
     empty words (8.1) of CoNLL-U are skipped.
     """
 
-    path: str
-    """Path of the file."""
+    path: Paths
+    """A file, several, a folder of them, or a pattern such as 'shards/*.conll'."""
     token_column: int = 0
     """Which column holds the word, from 0."""
     tag_column: int | None = -1
     """Which holds the tag, where -1 is the last; None: there are no tags."""
+    encoding: str | None = None
+    """What the file is written in, such as windows-1252; None: UTF-8, or UTF-16 where it is."""
 
     def records(self) -> Iterator[Record]:
         """One for each sentence."""
-        path = _file(self.path)
+        return _records(self.path, self.encoding, self._rows)
+
+    def _rows(self, path: Path) -> Iterator[Row]:
         sentence: list[list[str]] = []
-        start, width, count = 1, None, 0
+        start, width = 1, None
         for number, cells, kind in self._lines(path):
             if kind == "word":
                 width = width or len(cells)
@@ -159,14 +205,13 @@ class Conll:
                 start = start if sentence else number
                 sentence.append(self._chosen(cells, f"{path}:{number}"))
             elif kind == "end" and sentence:
-                yield self._record(sentence, f"{path}:{start}")
+                yield f"{path}:{start}", self._fields(sentence)
                 sentence = []
-                count += 1
-        _check_count(count, self.path)
 
     def notes(self) -> list[str]:
         """A line on what was skipped, if anything."""
-        kinds = Counter(kind for _, _, kind in self._lines(_file(self.path)))
+        words = [path for path in _files(self.path) if not formats.kind_of(path, self.encoding)]
+        kinds = Counter(kind for path in words for _, _, kind in self._lines(path))
         skipped = {
             "comment": "comments (a # and no tag)",
             "range": "ranges and empty words of CoNLL-U (1-2, 8.1)",
@@ -176,7 +221,10 @@ class Conll:
 
     def _lines(self, path: Path) -> Iterator[tuple[int, list[str], str]]:
         """Number, cells and kind of each line: word, end (of a sentence), comment or range."""
-        lines = [*files.lines(path), ""]  # the last sentence need not end in a blank line
+        lines = [
+            *files.lines(path, encoding=self.encoding),
+            "",
+        ]  # the last sentence need not end in a blank line
         words = [line for line in lines if line.strip() and line[0] != "#" and line[0] != "-"]
         cells = [_cells(line) for line in words]
         width = Counter(map(len, cells)).most_common(1)[0][0] if cells else None
@@ -216,15 +264,15 @@ class Conll:
             raise InputError(f"{origin}: an empty word or tag in {cells!r:.60}")
         return chosen
 
-    def _record(self, sentence: list[list[str]], origin: str) -> Record:
+    def _fields(self, sentence: list[list[str]]) -> dict[str, Any]:
         names = ("tokens",) if self.tag_column is None else ("tokens", "tags")
         columns = zip(*sentence, strict=True)
-        fields = {name: list(column) for name, column in zip(names, columns, strict=True)}
-        return Record(fields=fields, origin=origin)
+        return {name: list(column) for name, column in zip(names, columns, strict=True)}
 
     def begins_with(self, tags: Collection[str]) -> bool:
         """Whether the first line is a word alone, or has one of ``tags``; ordinary text has not."""
-        lines = (line for line in files.lines(_file(self.path)) if line.strip())
+        first = _files(self.path)[0]
+        lines = (line for line in files.lines(first, encoding=self.encoding) if line.strip())
         cells = next((_cells(line) for line in lines if not line.startswith("-DOCSTART-")), [])
         tag = [] if self.tag_column is None else cells[self.tag_column :][:1]
         return len(cells) == 1 or any(cell in tags for cell in tag)
@@ -232,48 +280,28 @@ class Conll:
     def fingerprint(self) -> str:
         """A sha256 of contents and settings, but not of the file's name."""
         columns = (str(self.token_column), str(self.tag_column))
-        return files.sha256([_file(self.path)], "conll", *columns)
+        return files.sha256(_files(self.path), "conll", *columns, *files.given(self.encoding))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Squad:
-    """Questions on paragraphs, in the JSON form of SQuAD 1.1 and 2.0.
+    """Questions on paragraphs, in the JSON form of SQuAD 1.1 and 2.0, or a flat list of them.
 
     The fields are ``id``, ``question``, ``context``, ``answers/text``, ``answers/answer_start``
     (lists of the same length, empty where there is no answer; neither where answers are not given)
     and ``is_impossible``.
     """
 
-    path: str
-    """Path of the file."""
+    path: Paths
+    """A file, several, a folder of them, or a pattern."""
 
     def records(self) -> Iterator[Record]:
         """One for each question."""
-        path = _file(self.path)
-        try:
-            articles = tabular.parse_json("\n".join(files.lines(path)))["data"]
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
-        except (KeyError, TypeError):
-            articles = None
-        if not isinstance(articles, list):
-            raise InputError(f"{path}: no list 'data' at its top; is it SQuAD's form?")
-        count = 0
-        for article in articles:
-            try:
-                for record in _questions(article, path):
-                    yield record
-                    count += 1
-            except (KeyError, TypeError, AttributeError) as error:
-                raise InputError(
-                    f"{path}: {error} is missing or wrong after {count} questions; in SQuAD's form "
-                    "paragraphs have a context and qas, and these an id, a question and answers"
-                ) from error
-        _check_count(count, self.path)
+        return _records(self.path, None, formats.read_json)
 
     def fingerprint(self) -> str:
         """A sha256 of the contents, but not of the file's name."""
-        return files.sha256([_file(self.path)], "squad")
+        return files.sha256(_files(self.path), "squad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,29 +336,37 @@ def json_record(fields: Mapping[str, Any], origin: str) -> Record:
         raise InputError(f"{origin}: too many objects inside of each other") from error
 
 
-def _file(name: str) -> Path:
-    path = Path(name)
-    try:
-        found = path.is_file()
-    except OSError as error:  # too long a name, or a folder that is closed
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if not found:
-        raise InputError(f"there is no file {name!r} (in {Path.cwd()}); check the path")
-    return path
+def _records(
+    paths: Paths, encoding: str | None, rows: Callable[[Path], Iterable[Row]]
+) -> Iterator[Record]:
+    """Of all files: ``rows`` are those of a file whose first bytes do not say what it is."""
+    for path in _files(paths):
+        count = 0
+        for origin, fields in formats.read(path, encoding) or rows(path):
+            if isinstance(fields, InputError):
+                yield Record(fields={}, origin=origin, fault=fields)
+            else:
+                yield json_record(fields, origin)
+            count += 1
+        if count == 0:
+            raise InputError(f"{path} holds no records; is it the right file?")
 
 
-def _check_count(count: int, path: str) -> None:
-    if count == 0:
-        raise InputError(f"{path} holds no records; is it the right file?")
+def _files(paths: Paths) -> list[Path]:
+    names = (paths,) if isinstance(paths, str) else paths
+    return [path for name in names for path in files.find(name)]
 
 
-def _check_names(names: tuple[str, ...], origin: str) -> None:
+def _names(row: list[str], origin: str) -> tuple[str, ...]:
+    """The names of columns; those without are numbered, from 0, as pandas does."""
+    names = [name if name.strip() else f"Unnamed: {i}" for i, name in enumerate(row)]
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise InputError(
             f"{origin}: the header names {name!r} {times} times; rename one, or set header to "
             "False if there is none"
         )
+    return tuple(names)
 
 
 def _cells(line: str) -> list[str]:
@@ -347,25 +383,3 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _questions(article: Mapping[str, Any], path: Path) -> Iterator[Record]:
-    for paragraph in article["paragraphs"]:
-        for question in paragraph["qas"]:
-            impossible = question.get("is_impossible", False)
-            if not isinstance(impossible, bool):
-                raise InputError(
-                    f"{path}: question {question['id']!r}: is_impossible is {impossible!r:.40}, "
-                    "which is neither true nor false"
-                )
-            fields = {
-                "id": question["id"],
-                "question": question["question"],
-                "context": paragraph["context"],
-                "is_impossible": impossible,
-            }
-            if impossible or "answers" in question:
-                answers = [] if impossible else question["answers"]
-                for name in ("text", "answer_start"):
-                    fields[f"answers/{name}"] = [answer[name] for answer in answers]
-            yield Record(fields=fields, origin=f"{path}: question {question['id']!r}")

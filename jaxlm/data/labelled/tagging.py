@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from jaxtyping import Int32
 
-from jaxlm.data.labelled import labels, spelling
+from jaxlm.data.labelled import labels, spans, spelling
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -60,9 +60,13 @@ class Sentence:
 
 
 def read(records: Iterable[Record], fields: TagFields) -> list[Sentence]:
-    """The sentences of all records; tags that do not match the words raise."""
+    """The sentences of all records; tags that do not match the words raise.
+
+    Where a record has no words, but a text with spans of characters, these make words and tags.
+    """
     sentences = []
     for record in records:
+        record = spans.as_words(record, fields.words, fields.tags)
         words, origin = record.texts(fields.words), record.origin
         if not all(words):
             raise InputError(f"{origin}: an empty word; remove it")

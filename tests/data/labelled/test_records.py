@@ -11,7 +11,12 @@ from jaxlm.errors import InputError
 
 
 def read(source) -> list[Record]:
-    return list(source.records())
+    """All records, none of which has a fault."""
+    records = list(source.records())
+    for record in records:
+        if record.fault is not None:
+            raise record.fault
+    return records
 
 
 def fields(source) -> list[dict]:
@@ -52,7 +57,7 @@ def test_a_table_without_header(write):
         ("x,1\n", {"header": False, "columns": ("t",)}, r"a\.csv:1: 2 fields for 1 columns"),
         ("text,text\nx,y\n", {}, r"a\.csv:1: the header names 'text' 2 times"),
         ("text,label\n", {}, r"a\.csv holds no records"),
-        ("", {}, r"a\.csv holds no records"),
+        ("", {}, r"a\.csv is empty"),
         (b"text\ncaf\xe9\n", {}, r"a\.csv:2: byte 0xe9 at column 4 is not UTF-8"),
         ('text\n"x\n', {}, r"a\.csv:2: malformed quoting"),
         ("text\nx\n", {"delimiter": "tab"}, "delimiter 'tab' is not one character"),
@@ -137,6 +142,8 @@ TEXTS = Table(path="train.txt", delimiter=";")
         (TEXTS, "a.txt", Table(path="a.txt", delimiter=";")),
         (TEXTS, "a.tsv", Table(path="a.tsv")),
         (TEXTS, "a.jsonl", JsonLines(path="a.jsonl")),
+        (TEXTS, "a.tsv.gz", Table(path="a.tsv.gz")),
+        (TEXTS, "a.parquet", JsonLines(path="a.parquet")),
         (WORDS, "a.txt", None),
         (JsonLines(path="train.txt"), "a.txt", None),
     ],
@@ -174,7 +181,7 @@ def test_squad(write):
     [
         ('{"data":\n[}', r"a\.json:2: not JSON"),
         ('{"data":\n' + "9" * 5_000, r"a\.json:2: not JSON \(a number of too many digits\)"),
-        ("[1]", r"a\.json: no list 'data'"),
+        ("[1]", r"a\.json: record 1: a JSON int where an object is expected"),
         ('{"data": null}', r"a\.json: no list 'data'"),
         ('{"data": [{"paragraphs": [{"qas": ["x"]}]}]}', r"a\.json: .* wrong after 0 questions"),
         (squad({"id": "1", "answers": []}), r"a\.json: 'question' is missing .* after 0 questions"),
