@@ -263,3 +263,9 @@ def test_what_is_a_word_in_conll(tmp_path, text, settings, sentences, skipped):
     assert [row for r in records for row in zip(*r.fields.values(), strict=True)] == sentences
     notes = source.notes()
     assert (skipped in notes[0]) if skipped else (notes == [])
+
+
+def test_a_column_that_is_not_there_is_named_also_where_a_comment_may_be(tmp_path):
+    (tmp_path / "a.conll").write_text("#\na\n")
+    with pytest.raises(InputError, match=r"a\.conll:1: no column 3 among 1"):
+        list(Conll(path=str(tmp_path / "a.conll"), tag_column=3).records())
