@@ -45,3 +45,12 @@ def test_words_without_tags_are_refused():
         find_mentions(["O"], [(0, 1), (2, 3)], "a b")
     with pytest.raises(InputError, match="2 tags, 2 words and 1 probabilities"):
         find_mentions(["O", "O"], [(0, 1), (2, 3)], "a b", [0.5])
+
+
+def test_other_letters_for_the_same_scheme():
+    iobes = ["B-x", "I-x", "E-x", "O", "S-y"]
+    for letters in ("BIESO", "BILUO", "BMESO", "BMEWO"):
+        begin, inside, end, single, _ = letters
+        names = dict(zip("BIES", (begin, inside, end, single), strict=True)) | {"O": "O"}
+        other = [names[tag[0]] + tag[1:] for tag in iobes]
+        assert read_entities(other) == read_entities(iobes)

@@ -15,13 +15,15 @@ from jaxlm.data.labelled import spelling
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 
+_SPACES = " \t\r\n"  # around a label, and not meant; what else there is, spelling.clean takes
+
 
 def read_label(record: Record, name: str) -> str:
     """The label under a name, as text; numbers are written out, an empty one raises."""
     value = record.value(name)
     if isinstance(value, list | dict) or value is None or value != value:  # NaN: a missing number
         raise InputError(f"{record.origin}: {name} is {value!r:.40}, which is not a single label")
-    label = tabular.check_text(str(value).strip(), name, record.origin)
+    label = tabular.check_text(str(value).strip(_SPACES), name, record.origin)
     if not spelling.clean(label):
         raise InputError(
             f"{record.origin}: {name} is {ascii(label) if label else 'empty'}"
@@ -45,7 +47,7 @@ def read_labels(record: Record, name: str, separator: str) -> tuple[str, ...]:
             f"{record.origin}: {name} is {record.value(name)!r:.40}, which is not a list of "
             "labels; [] is none"
         )
-    labels = [tabular.check_text(str(item).strip(), name, record.origin) for item in items]
+    labels = [tabular.check_text(str(item).strip(_SPACES), name, record.origin) for item in items]
     return tuple(dict.fromkeys(label for label in labels if spelling.clean(label)))
 
 

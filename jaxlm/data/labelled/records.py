@@ -221,16 +221,14 @@ class Conll:
 
     def _lines(self, path: Path) -> Iterator[tuple[int, list[str], str]]:
         """Number, cells and kind of each line: word, end (of a sentence), comment or range."""
-        lines = [
-            *files.lines(path, encoding=self.encoding),
-            "",
-        ]  # the last sentence need not end in a blank line
-        words = [line for line in lines if line.strip() and line[0] != "#" and line[0] != "-"]
+        # The last sentence need not end in a blank line.
+        lines = [*files.lines(path, encoding=self.encoding), ""]
+        words = [li for li in lines if li.strip() and not li.startswith(("#", "-DOCSTART-"))]
         cells = [_cells(line) for line in words]
         width = Counter(map(len, cells)).most_common(1)[0][0] if cells else None
         tabs = any("\t" in line for line in words)
         tag = self.tag_column
-        tags = None if tag is None else {own[tag] for own in cells if -len(own) <= tag < len(own)}
+        tags = {x for own in cells for x in ([] if tag is None else own[tag:][:1])}
         numbered = self.token_column > 0 and all(re.fullmatch(_ID, own[0]) for own in cells)
         inside = False
         for number, line in enumerate(lines, start=1):
@@ -240,7 +238,12 @@ class Conll:
             elif line[0] == "#" and (
                 (tabs and "\t" not in line)
                 or len(own) != (width or len(own))
-                or (own[0] == "#" and not inside and tags is not None and own[tag] not in tags)
+                or (
+                    own[0] == "#"
+                    and not inside
+                    and tag is not None
+                    and not tags.issuperset(own[tag:][:1])
+                )
             ):
                 kind = "comment"
             elif numbered and not own[0].isdecimal():

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 # Zero-width space, word joiner, BOM, soft hyphen, marks of direction, choices of a glyph.
 _INVISIBLE = re.compile(
@@ -80,7 +80,7 @@ def alike(examples: Sequence[T], known: Iterable[str] = ()) -> list[T]:
     names = {label: name for label, name in names.items() if label != name}
     if not names:
         return list(examples)
-    return [e.respelled(names) if isinstance(e, Labelled) else e for e in examples]
+    return [cast(T, e.respelled(names)) if isinstance(e, Labelled) else e for e in examples]
 
 
 def notes(examples: Iterable[object]) -> list[str]:

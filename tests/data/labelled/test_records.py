@@ -240,3 +240,39 @@ def test_tfds_records_are_plain(tmp_path):
     assert [record.fields for record in records] == [expected | {"label": None}, expected]
     assert {record.origin for record in records} == {"my_own train:0", "my_own train:1"}
     assert len(source.fingerprint()) == 64
+
+
+CONLLU = "# text = a b\n1-2\tab\t_\t_\n1\ta\ta\tX\n2\tb\tb\tY\n2.1\tc\tc\tZ\n\n#\n1\t#\t#\tX\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "sentences", "skipped"),
+    [
+        # comments by their columns, by their spaces between tabs, and by a tag that no word has
+        ("# id 7 x=en\na _ O\n# b\nb _ O\n", {}, [("a", "O"), ("b", "O")], "2 comments"),
+        ("# newdoc\na\tO\n", {}, [("a", "O")], "1 comments"),
+        ("# doc7\na O\n# O\n", {}, [("a", "O"), ("#", "O")], "1 comments"),
+        ("#tag B-x\n# B-x\nb B-x\n", {}, [("#tag", "B-x"), ("#", "B-x"), ("b", "B-x")], ""),
+        ("# a text\na\n#\n", {"tag_column": None}, [("a",), ("#",)], "1 comments"),
+        (CONLLU, {"token_column": 1}, [("a", "X"), ("b", "Y"), ("#", "X")], "2 comments"),
+        (CONLLU, {"token_column": 1}, [("a", "X"), ("b", "Y"), ("#", "X")], "2 ranges and empty"),
+        ("1-2 x O\na y O\n", {"token_column": 1}, [("x", "O"), ("y", "O")], ""),
+        # a word that nobody sees keeps its line
+        ("a\tO\n\u00a0\tO\n", {}, [("a", "O"), ("\u00a0", "O")], ""),
+        ("a O\n\u200b O\n", {}, [("a", "O"), ("\u200b", "O")], ""),
+        ("a\n\u00a0\n", {"tag_column": None}, [("a",), ("\u00a0",)], ""),
+    ],
+)
+def test_what_is_a_word_in_conll(tmp_path, text, settings, sentences, skipped):
+    (tmp_path / "a.conll").write_text(text, encoding="utf-8")
+    source = Conll(path=str(tmp_path / "a.conll"), **settings)
+    records = list(source.records())
+    assert [row for r in records for row in zip(*r.fields.values(), strict=True)] == sentences
+    notes = source.notes()
+    assert (skipped in notes[0]) if skipped else (notes == [])
+
+
+def test_a_column_that_is_not_there_is_named_also_where_a_comment_may_be(tmp_path):
+    (tmp_path / "a.conll").write_text("#\na\n")
+    with pytest.raises(InputError, match=r"a\.conll:1: no column 3 among 1"):
+        list(Conll(path=str(tmp_path / "a.conll"), tag_column=3).records())
