@@ -19,7 +19,8 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
-from jaxlm.evaluate import metrics
+from jaxlm.evaluate import baselines, metrics
+from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import EmbeddingHead, WithHead
 from jaxlm.objectives import contrastive, supervised
@@ -148,6 +149,16 @@ class Embedding:
         found = [examples[j].pair for j in nearest]
         hits = [example.pair == pair for example, pair in zip(examples, found, strict=True)]
         return {"accuracy": float(np.mean(hits))}
+
+    def baselines(
+        self, train: Sequence[TextExample], validation: Sequence[TextExample], labels: Labels
+    ) -> Baselines:
+        """Cosines of TF-IDF vectors, where they are few enough."""
+        texts = [text for e in validation for text in (e.text, e.pair or "")]
+        if len(texts) > 4096 or not baselines.takes_seconds(texts):
+            return {}
+        pairs = baselines.vectors(texts).reshape(len(validation), 2, -1)
+        return {"TF-IDF": self.metrics(validation, labels, {"embeddings": pairs})}
 
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
