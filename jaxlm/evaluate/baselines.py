@@ -5,10 +5,10 @@ TF-IDF weighs the words of a text (Salton and Buckley, 1988); a linear model lea
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Shaped
-from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -74,8 +74,8 @@ def vectors(texts: Sequence[str]) -> Float32[np.ndarray, "texts words"]:
 
 def _tf_idf(
     train: Sequence[str], texts: Sequence[str], max_features: int = 20_000
-) -> tuple[sparse.csr_matrix, sparse.csr_matrix] | tuple[None, None]:
-    """None where there are no words."""
+) -> tuple[Any, Any]:
+    """Sparse matrices, or None and None where there are no words."""
     words = TfidfVectorizer(
         sublinear_tf=True, max_features=max_features, token_pattern=r"\w+", lowercase=True
     )
