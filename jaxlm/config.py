@@ -123,6 +123,9 @@ class FinetuneConfig(RunConfig):
     TPUs and float32 on CPUs. CPUs with AVX-512 BF16 or AMX are faster in bfloat16."""
     monitor: str | None = None
     """Metric that decides which checkpoint is best; None: the task's own."""
+    baseline: bool = True
+    """Say at the end what is reached without a network: the most frequent class, or a linear model
+    on TF-IDF where that takes seconds."""
 
     def __post_init__(self) -> None:
         if self.base is None and self.model is None:

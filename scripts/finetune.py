@@ -9,26 +9,34 @@ from jaxlm.runtime.allocator import tune_process
 
 tune_process()
 
-from shlex import quote  # noqa: E402  (the allocator is settled before JAX starts)
+# ruff: noqa: E402  (the allocator is settled before JAX starts)
+from shlex import quote
 
-import jax  # noqa: E402  (the allocator is settled before JAX starts)
+import jax
 
-from jaxlm.config import FinetuneConfig  # noqa: E402
-from jaxlm.data.labelled.records import JsonLines  # noqa: E402
-from jaxlm.runs import command_line, finetuning  # noqa: E402
-from jaxlm.runtime.distributed import joined  # noqa: E402
+from jaxlm.config import FinetuneConfig
+from jaxlm.data.labelled.records import JsonLines
+from jaxlm.runs import command_line, finetuning
+from jaxlm.runtime.distributed import joined
+from jaxlm.runtime.storage import StoragePath
+
+
+def hints(config: FinetuneConfig, directory: StoragePath) -> tuple[str, str]:
+    """Commands that work as they are: to evaluate the run, and to use it."""
+    task, source, run = config.task, config.data.train, quote(str(directory))
+    usage = task.usage
+    if isinstance(source, JsonLines):
+        usage = usage.replace("FILE.jsonl", quote(source.path))
+    return (
+        f"python scripts/evaluate.py {run}",
+        f"python scripts/predict.py {run} {task.verb} {usage}",
+    )
+
 
 if __name__ == "__main__":
     with joined():
         wanted = command_line.load(FinetuneConfig)
         directory = finetuning.finetune(wanted)
         if jax.process_index() == 0:
-            source, usage = wanted.data.train, wanted.task.usage
-            if isinstance(source, JsonLines):  # a hint that works as it is
-                usage = usage.replace("FILE.jsonl", quote(source.path))
-            print(
-                f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try\n"
-                f"  python scripts/evaluate.py {quote(str(directory))}\n"
-                f"  python scripts/predict.py {quote(str(directory))} {wanted.task.verb} "
-                f"{usage}"
-            )
+            print(f"in {directory}: loss.png, metrics.jsonl, checkpoints. Try")
+            print(*(f"  {hint}" for hint in hints(wanted, directory)), sep="\n")

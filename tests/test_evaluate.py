@@ -1,38 +1,56 @@
-"""Where scripts/evaluate.py writes."""
+"""What scripts/evaluate.py writes where, and the commands that a finished run hints at."""
 
 import importlib
 import json
+import shlex
 import types
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tyro
 
-from jaxlm.config import FinetuneConfig
+from jaxlm.config import FinetuneConfig, LabelledTask
+from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
-from jaxlm.data.labelled.records import Table
+from jaxlm.data.labelled.records import JsonLines, Table
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.runs.finetuning import finetune
+from jaxlm.runs.folder import read_config
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.train.loop import TrainConfig
 
 
 @pytest.fixture
-def evaluate(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], types.ModuleType]:
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    return importlib.import_module("evaluate")
+    return importlib.import_module
+
+
+@pytest.fixture
+def evaluate(script: Callable[[str], types.ModuleType]) -> types.ModuleType:
+    return script("evaluate")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
+    return make_run(folder, Classification())
+
+
+def make_run(folder: Path, task: LabelledTask) -> Path:
     rows = "".join(f"{'good' if i % 2 else 'bad'} {i},{i % 2}\n" for i in range(40))
     for name in ("train.csv", "dev.csv", "other/dev.csv"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("text,label\n" + rows)
     config = FinetuneConfig(
-        name="run",
+        name="try [1] it's",
+        task=task,
         runs=folder,
         data=LabelledConfig(
             train=Table(path=str(folder / "train.csv")), batch_size=8, num_buckets=1
@@ -93,3 +111,25 @@ def test_a_folder_that_cannot_be_written_is_evaluated(
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="name another folder for --out"):
         evaluate.main(run, out=tmp_path / "file")
+
+
+def test_the_hints_of_a_run_of_pairs_work_as_they_are(
+    script: Callable[[str], types.ModuleType],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task = Classification(fields=TextFields(text="text", pair="label"))
+    run = make_run(tmp_path, task)
+    config = read_config(run, FinetuneConfig)
+    for hint in script("finetune").hints(config, run):
+        _, path, *arguments = shlex.split(hint)
+        tyro.cli(script(Path(path).stem).main, args=arguments)
+    printed = capsys.readouterr().out
+    assert "accuracy" in printed
+    last = printed.splitlines()[-2:]  # the classes of the text that the hint names
+    assert sorted(line.split("%")[1].strip() for line in last) == ["0", "1"]
+
+    choice = replace(
+        config, task=MultipleChoice(), data=replace(config.data, train=JsonLines(path="a b.jsonl"))
+    )
+    assert script("finetune").hints(choice, run)[1].endswith(" choose --file 'a b.jsonl'")

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -101,6 +101,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         )
 
     monitor = finetuned.monitor(config)
+    measured: dict[int, dict[str, float]] = {}
 
     def evaluation(state: TrainState) -> dict[str, float]:
         batch_size = config.data.batch_size
@@ -109,6 +110,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         metrics = {"loss": sums.means()["loss"]}
         metrics |= task.metrics(splits.validation, labels, outputs)
         finetuned.check_measured(monitor.name, metrics)
+        measured[int(state.step)] = metrics
         return metrics
 
     cursor = resume.make_cursor(
@@ -137,6 +139,13 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     if isinstance(task, Classification) and task.thresholds == ("chosen",):
         for line in finetuned.choose_thresholds(directory, splits.validation, base):
             console.print(Text(line))
+    if config.baseline and not console.quiet:
+        found = task.baselines(splits.train, splits.validation, labels)
+        known = measured.get(-1 if best is None else best, {})
+        if found:
+            console.print(_compared({"this run": known} | found, monitor.name, task.monitor))
+        if task.verb == "classify" and len(found) < 2:
+            console.print("TF-IDF is left out: on so many texts it takes more than seconds")
     return directory
 
 
@@ -187,6 +196,18 @@ def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
         return tokenizers.load(config.path)
     texts = [example.content for example in splits.train[: config.num_documents]]
     return tokenizers.train(config.kind, texts, config.vocab_size)
+
+
+def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:
+    """One line: a metric by a run and by baselines; the first that those have, and errors."""
+    (*_, baseline) = found.values()
+    name = next((name for name in names if name in baseline), next(iter(baseline)))
+    parts = []
+    for title, metrics in found.items():
+        values = [f"{metrics[x]:.4g}" for x in dict.fromkeys((name, "rmse")) if x in metrics]
+        parts += [f"{title} {' / '.join(values)}"] if values else []
+    shown = f"{name} / rmse" if "rmse" in baseline and name != "rmse" else name
+    return f"validation {shown}: {', '.join(parts).replace('nan', 'undefined')}"
 
 
 def _reference(config: FinetuneConfig, splits: Splits) -> dict[str, float]:

@@ -21,7 +21,8 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
-from jaxlm.evaluate import calibration, metrics, plots, report
+from jaxlm.evaluate import baselines, calibration, metrics, plots, report
+from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.evaluate.thresholds import best_thresholds
 from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
@@ -230,6 +231,38 @@ class Classification:
             thresholds = self._thresholds(labels)
             return metrics.multilabel(gold, outputs["probabilities"], threshold=thresholds)
         return metrics.classification(gold, outputs["probabilities"], labels)
+
+    def baselines(
+        self, train: Sequence[TextExample], validation: Sequence[TextExample], labels: Labels
+    ) -> Baselines:
+        """The most frequent class or set of labels, or the mean; linear models on TF-IDF."""
+        own, texts = [e.content for e in train], [e.content for e in validation]
+        gold: Any = data.label_array(train, labels)
+        quick = baselines.takes_seconds(own, max(len(labels), 1))
+        match self.fields.target:
+            case "class":
+                best = baselines.most_frequent(gold)
+                found = {f"always {labels[best]}": np.eye(len(labels))[[best] * len(texts)]}
+                if quick:
+                    linear = baselines.classes(own, gold, texts, len(labels))
+                    found["TF-IDF + logistic regression"] = linear
+            case "labels":
+                sets, counts = np.unique(gold, axis=0, return_counts=True)
+                found = {"always the commonest set": sets[[counts.argmax()] * len(texts)]}
+                if quick:
+                    linear = baselines.label_sets(own, gold, texts)
+                    found["TF-IDF + logistic regression"] = linear
+            case "number":
+                mean, deviation = self._scale
+                targets = (_numbers(train) - mean) / deviation
+                found = {"always the mean": np.full(len(texts), targets.mean())}
+                if quick:
+                    found["TF-IDF + ridge regression"] = baselines.numbers(own, targets, texts)
+        output = "values" if self.fields.target == "number" else "probabilities"
+        return {
+            name: self.metrics(validation, labels, {output: values})
+            for name, values in found.items()
+        }
 
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs

@@ -19,7 +19,8 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
-from jaxlm.evaluate import metrics, retrieval
+from jaxlm.evaluate import baselines, metrics, retrieval
+from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import POOLS, EmbeddingHead, Pooling, WithHead
 from jaxlm.objectives import contrastive, supervised
@@ -158,6 +159,16 @@ class Embedding:
         numbers = {pair: number for number, pair in enumerate(rows)}
         wanted = np.array([numbers[example.pair] for example in examples], np.int32)
         return retrieval.retrieval(first, second[list(rows.values())], wanted)
+
+    def baselines(
+        self, train: Sequence[TextExample], validation: Sequence[TextExample], labels: Labels
+    ) -> Baselines:
+        """Cosines of TF-IDF vectors, where they are few enough."""
+        texts = [text for e in validation for text in (e.text, e.pair or "")]
+        if len(texts) > 4096 or not baselines.takes_seconds(texts):
+            return {}
+        pairs = baselines.vectors(texts).reshape(len(validation), 2, -1)
+        return {"TF-IDF": self.metrics(validation, labels, {"embeddings": pairs})}
 
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs

@@ -15,7 +15,8 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.multiple_choice import Choice, ChoiceFields
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
-from jaxlm.evaluate import metrics
+from jaxlm.evaluate import baselines, metrics
+from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
 from jaxlm.objectives import classification
@@ -116,6 +117,15 @@ class MultipleChoice:
         """How often the right one is chosen."""
         gold = np.array([example.label for example in examples], np.int32)
         return metrics.choice(gold, outputs["logits"])
+
+    def baselines(
+        self, train: Sequence[Choice], validation: Sequence[Choice], labels: Labels
+    ) -> Baselines:
+        """The place where the right choice is most often."""
+        best = baselines.most_frequent(np.array([example.label for example in train]))
+        count = max(best + 1, *(len(example.choices) for example in validation))
+        always = {"logits": np.eye(count)[[best] * len(validation)]}
+        return {f"always choice {best}": self.metrics(validation, labels, always)}
 
     def predictions(
         self, examples: Sequence[Choice], labels: Labels, outputs: Outputs

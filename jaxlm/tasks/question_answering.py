@@ -17,6 +17,7 @@ from jaxlm.data.labelled.question_answering import Question, SpanFields
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
+from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.question_answering import Answer, Reading, Window, read_windows
 from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.models.heads import Pooling, TokenHead
@@ -141,6 +142,15 @@ class QuestionAnswering:
             return metrics.squad(texts, references)
         nulls = {str(i): reading.null_score for i, reading in enumerate(readings)}
         return metrics.squad(texts, references, nulls, threshold=self.null_threshold)
+
+    def baselines(
+        self, train: Sequence[Question], validation: Sequence[Question], labels: Labels
+    ) -> Baselines:
+        """No answer to any question, where some have none."""
+        references = {str(i): example.answers for i, example in enumerate(validation)}
+        if all(references.values()):
+            return {}
+        return {"never an answer": metrics.squad(dict.fromkeys(references, ""), references)}
 
     def predictions(
         self, examples: Sequence[Question], labels: Labels, outputs: Outputs

@@ -1,5 +1,6 @@
 """A tag for each word, such as BIO tags of named entities."""
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -18,6 +19,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.tagging import Sentence, TagFields
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
+from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.evaluate.tagging import find_mentions, read_entities
 from jaxlm.models.heads import Pooling, TokenHead
@@ -134,14 +136,31 @@ class Tagging:
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
         """Metrics for entities and for words; words that were cut off count as O, or as wrong."""
+        return self._measure(examples, [tags for tags, _ in _tags(examples, labels, outputs)])
+
+    def _measure(
+        self, examples: Sequence[Sentence], predicted: Sequence[Sequence[str | None]]
+    ) -> dict[str, float]:
         gold = [example.tags or [] for example in examples]
-        predicted = [tags for tags, _ in _tags(examples, labels, outputs)]
         words = zip(chain.from_iterable(gold), chain.from_iterable(predicted), strict=True)
         accuracy = {"accuracy": float(np.mean([a == b for a, b in words]))}
         if not self.entities:
             return accuracy
         found = [[tag or "O" for tag in tags] for tags in predicted]
         return metrics.entities(gold, found) | accuracy
+
+    def baselines(
+        self, train: Sequence[Sentence], validation: Sequence[Sentence], labels: Labels
+    ) -> Baselines:
+        """Each word's most frequent tag in training; of unknown words, that of all."""
+        counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for sentence in train:
+            for word, tag in zip(sentence.words, sentence.tags or (), strict=True):
+                counts[word][tag] += 1
+        ((usual, _),) = sum(counts.values(), Counter()).most_common(1)
+        own = {word: tags.most_common(1)[0][0] for word, tags in counts.items()}
+        tags = [[own.get(word, usual) for word in sentence.words] for sentence in validation]
+        return {"each word's most frequent tag": self._measure(validation, tags)}
 
     def predictions(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs

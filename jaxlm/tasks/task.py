@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
+from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import Pooling
 from jaxlm.models.model import ModelConfig
@@ -163,6 +164,12 @@ class Task(Protocol):
         self, examples: Sequence[Any], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
         """The task's metrics over a whole data set."""
+        ...
+
+    def baselines(
+        self, train: Sequence[Any], validation: Sequence[Any], labels: Labels
+    ) -> Baselines:
+        """Metrics of what needs no network, such as the most frequent class; may be empty."""
         ...
 
     def predictions(

@@ -1,5 +1,6 @@
 """Whole fine-tuning runs, tiny: from a CSV to a run folder, resumed, evaluated and used."""
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -375,6 +377,25 @@ def test_a_frequent_class_is_no_trained_model(config: FinetuneConfig, folder: Pa
     train = TrainConfig(steps=4, num_evals=2)
     directory = finetune(replace(config, name="rare", data=data, train=train))
     assert finetuned.open_finetuned(directory).state.step > 0
+
+
+def test_a_finished_run_is_compared_with_what_needs_no_network(
+    config: FinetuneConfig, tmp_path: Path
+) -> None:
+    printed = {}
+    for baseline in (True, False):
+        console = Console(file=io.StringIO(), width=200)
+        train = TrainConfig(steps=1, num_evals=1)
+        name = str(baseline)
+        finetune(
+            replace(config, runs=tmp_path, name=name, train=train, baseline=baseline),
+            console=console,
+        )
+        printed[baseline] = console.file.getvalue()
+    (line,) = [x for x in printed[True].splitlines() if x.startswith("validation accuracy: ")]
+    assert line.endswith(", always 0 0.5, TF-IDF + logistic regression 1")
+    assert ": this run 0." in line or ": this run 1" in line
+    assert "TF-IDF" not in printed[False]
 
 
 def test_dropout_from_scratch_is_the_model_s_own(config: FinetuneConfig, folder: Path) -> None:

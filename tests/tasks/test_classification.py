@@ -95,6 +95,23 @@ def test_metrics_name_the_class_they_are_of(records):
         finetuned.check_measured("f1", measured)
 
 
+@pytest.mark.parametrize("target", ["class", "labels", "number"])
+def test_baselines_are_measured_as_the_network_is(records, target):
+    given = {"class": ("no", "yes"), "labels": ("no", "no|yes"), "number": (100, 300)}[target]
+    fields = [{"text": f"{'fgh'[i % 3]} a", "label": given[i % 3 == 2]} for i in range(30)]
+    task = Classification(fields=TextFields(target=target))
+    examples = task.read(records(*fields))
+    task, labels = task.standardized(examples), task.labels(examples)
+    dull, linear = task.baselines(examples, examples[:6], labels).values()
+    name, values = {
+        "class": ("accuracy", [2 / 3, 1]),
+        "labels": ("exact_match", [2 / 3, 1]),
+        "number": ("rmse", [np.std([100, 100, 300]), 0]),
+    }[target]
+    assert [dull[name], linear[name]] == pytest.approx(values, abs=15 * (target == "number"))
+    assert linear[name] != dull[name]
+
+
 def test_a_run_learns_prices(train, write, records):
     """From the middle of their range, not from 0: untrained it is no worse than their mean."""
     rows = [

@@ -62,6 +62,13 @@ def test_given_similarities_choose_what_trains_and_are_compared(framer, records)
         assert found["spearman"] == pytest.approx(expected)
 
 
+def test_the_baseline_is_the_likeness_of_words(records):
+    task = Embedding()
+    pairs = [{"text": f"w{i} a", "pair": f"w{i} b"} for i in range(4)]
+    (found,) = task.baselines([], task.read(records(*pairs)), ()).values()
+    assert found["recall@1"] == 1.0
+
+
 def test_retrieval_counts_equal_partners_as_right_and_collapse_as_chance(records):
     task, eye = Embedding(), np.eye(4, dtype=np.float32)
     examples = task.read(records(*({"text": "a", "pair": pair} for pair in "xyzx")))

@@ -35,7 +35,9 @@ def test_metrics_and_predictions(records):
     outputs = {"probabilities": probabilities, "logits": np.log(probabilities)}
     assert task.classes(examples) == ["0", "1"]
     assert task.metrics(examples, (), outputs) == {"accuracy": 0.5}
+    assert task.baselines(examples[1:], examples, ()) == {"always choice 1": {"accuracy": 0.5}}
     right, wrong = task.predictions(examples, (), outputs)
+    assert (right.right, wrong.right) == (True, False)
     assert right.gold == right.predicted == wrong.predicted == "q x"
     assert (wrong.gold, wrong.loss) == ("q y", pytest.approx(np.log(4)))
 

@@ -109,6 +109,13 @@ def test_the_threshold_decides_whether_there_is_an_answer(framer, records):
     assert answers[100.0] == answers[None] is not None
 
 
+def test_the_baseline_never_answers(records):
+    task = QuestionAnswering()
+    examples = task.read(records(asked("john"), asked(None)))
+    assert task.baselines(examples, examples, ())["never an answer"]["exact_match"] == 0.5
+    assert task.baselines(examples, examples[:1], ()) == {}
+
+
 def test_questions_of_one_id_are_two(framer, records):
     task = QuestionAnswering(doc_stride=3)
     examples = task.read(records(asked("john"), asked(None)))

@@ -98,6 +98,16 @@ def test_the_wrong_ones_are_those_of_the_metric(framer, records):
     assert [p.origin for p in each] == ["x.jsonl:2", "x.jsonl:3"]  # by accuracy of words, both
 
 
+def test_the_baseline_is_each_word_s_most_frequent_tag(records):
+    task = Tagging(entities=False)
+    train = task.read(
+        records(*({"tokens": ["a", "b", "b"], "tags": ["X", *tags]} for tags in ("YY", "YX", "YY")))
+    )
+    new = task.read(records({"tokens": ["a", "b", "c"], "tags": ["X", "Y", "Y"]}))
+    (measured,) = task.baselines(train, new, ("X", "Y")).values()
+    assert measured == {"accuracy": 1.0}  # c is unknown, and Y the commonest
+
+
 def test_bad_input(framer, records):
     task = Tagging()
     with pytest.raises(InputError, match=r"x\.jsonl:1: 1 tags for 2 words"):
