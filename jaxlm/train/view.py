@@ -93,6 +93,7 @@ class View:
         if self._directory is not None:
             with self._throughput.paused(), self._disk_faults():
                 plot_loss(self._directory / METRICS, self._directory / PLOT, self._reference)
+                self._progress.picture(self._directory / PLOT)
 
     def print(self, text: str) -> None:
         """A line above the bar."""
