@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import nbclient
-import nbformat
 import pytest
 import tyro
 from tiny_runs import make_config
@@ -395,6 +393,9 @@ def test_the_readme_from_top_to_bottom(
 
 def run_notebook(sources: list[str]) -> Any:
     """Each in a cell, in a kernel of its own in the working directory; with what they show."""
+    import nbclient  # here, so that the other tests of this file run without
+    import nbformat
+
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     notebook = nbformat.v4.new_notebook(cells=cells)
     env = os.environ | {"PYTHONPATH": str(ROOT)}
