@@ -2,7 +2,8 @@
 
 The folder that comes out is a published encoder's in Hugging Face's layout, with its tokenizer: a
 base for further fine-tuning here, or a model for other libraries. The task's own head is left
-behind, and a RoBERTa comes out as the BERT that computes the same.
+behind, a RoBERTa comes out as the BERT that computes the same, and what was tuned for embeddings as
+a sentence encoder.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -20,6 +21,7 @@ import tyro
 from jaxlm.convert import huggingface
 from jaxlm.errors import report_input_errors
 from jaxlm.runs import finetuned
+from jaxlm.tasks.embedding import Embedding
 
 
 def main(
@@ -43,7 +45,9 @@ def main(
     model = loaded.config.model
     assert model is not None  # resolved
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
-    huggingface.save(out, kept, model, loaded.tokenizer)
+    task = loaded.task
+    pooling = (task.pooling or "mean") if isinstance(task, Embedding) else None
+    huggingface.save(out, kept, model, loaded.tokenizer, pooling=pooling)
     print(f"{run} at step {int(loaded.state.step)}, merged, is in {out}")
 
 

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,7 +131,8 @@ from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.data.sources import TextFiles
 
 real = lambda name: runpy.run_path({str(ROOT / "configs")!r} + "/" + name)["config"]
-short = lambda config: replace(config, train=replace(config.train, steps=2, num_evals=1))
+train = dict(steps=2, num_evals=1, log_every=1)
+short = lambda config: replace(config, train=replace(config.train, **train))
 """
     (folder / "configs" / "quickstart.py").write_text(
         start
@@ -386,7 +388,33 @@ def test_the_readme_from_top_to_bottom(
     pages = list(filter(needs_runs, FILES))
     assert pages
     for path in pages:
-        run_blocks(path.read_text())
+        check_notebook(run_notebook(blocks(path.read_text(), "python")))
+
+
+def run_notebook(sources: list[str]) -> Any:
+    """Each in a cell, in a kernel of its own in the working directory; with what they show."""
+    import nbclient  # here, so that the other tests of this file run without
+    import nbformat
+
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the kernel's client
+        nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute(env=env)
+    return notebook
+
+
+def check_notebook(notebook: Any) -> None:
+    """Training shows one line of progress, which is that of its end, and one plot."""
+    (cell,) = [cell for cell in notebook.cells if "finetune(" in cell.source]
+    shown = [output["data"] for output in cell.outputs if "data" in output]
+    bars = [one["text/plain"] for one in shown if one["text/plain"].startswith("━")]
+    assert len(bars) == 1, shown
+    assert re.match("━{20} step 2/2 · 100% · loss ", bars[0])
+    assert sum("image/png" in one for one in shown) == 1
+    printed = "".join(one["text/plain"] for one in shown)
+    assert printed.count("validation loss") == 2
 
 
 @pytest.mark.slow

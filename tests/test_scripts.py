@@ -110,6 +110,9 @@ def test_from_text_to_predictions(folder: Path) -> None:
     )
     assert code == 0, err
     answers = [json.loads(line) for line in out.splitlines()]
+    assert [answer["line"] for answer in answers] == [1, 2, 3]
+    assert answers.pop(1)["error"].endswith("in.txt:2: field 'text' is empty; remove the record")
+    assert "1 of 3 have no answer" in err
     assert [answer["text"] for answer in answers] == ["red [MASK] blue", "the [MASK] [MASK]"]
     assert [len(answer["blanks"]) for answer in answers] == [1, 2]
     assert len(answers[0]["blanks"][0]) == 5

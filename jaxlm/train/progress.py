@@ -1,8 +1,10 @@
-"""What a user sees while a run trains: a bar on a terminal, plain lines elsewhere."""
+"""What a user sees while a run trains: a bar on a terminal or in a notebook, else plain lines."""
 
+import base64
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -26,7 +28,8 @@ SHOWN: tuple[tuple[str, str], ...] = (
 class Progress:
     """A bar with step, loss, masked accuracy, speed and time left; a context manager.
 
-    Without a terminal each update is one plain line.
+    In a notebook it is one line, which is written anew, and the plots of the run stand below it.
+    Elsewhere each update is one plain line.
 
     Args:
         total_steps: None for a run that ends by the clock: then the share of its time is shown.
@@ -42,6 +45,9 @@ class Progress:
         self._fraction = 0.0
         self._parts: list[str] = []
         self._first: tuple[float, float] | None = None  # (time, fraction) of the first update
+        self._in_notebook = self._console.is_jupyter and not self._console.quiet
+        self._bar = ""
+        self._displays: dict[str, Any] = {}  # what a notebook shows, and can show anew
         self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=8)
 
     def __enter__(self) -> "Progress":
@@ -62,8 +68,13 @@ class Progress:
             *(form.format(values[key]) for key, form in SHOWN if key in values),
             self._time_left(),
         ]
-        if not self._console.is_terminal:
-            self._line(" · ".join(part for part in self._parts if part))
+        plain = " · ".join(part for part in self._parts if part)
+        if self._in_notebook:
+            done = round(20 * fraction)
+            self._bar = f"{'━' * done}{'┄' * (20 - done)} {plain}"
+            self._display("bar", {"text/plain": self._bar})
+        elif not self._console.is_terminal:
+            self._line(plain)
 
     def finish(self, step: int) -> None:
         """The run has all its steps: the bar, which updates in steps of its own, is full."""
@@ -80,19 +91,38 @@ class Progress:
         """A line above the bar that stands out."""
         self._line(f"warning: {text}", style="yellow")
 
+    def picture(self, path: Path) -> None:
+        """Show a PNG file in a notebook, in the place of what it was before; nowhere else."""
+        if self._in_notebook:
+            png = base64.b64encode(path.read_bytes()).decode()
+            self._display(str(path), {"image/png": png, "text/plain": str(path)})
+
     @contextmanager
     def status(self, doing: str) -> Iterator[None]:
         """Say what takes its time, such as "compiling the train step", then how long it took."""
         began = time.perf_counter()
         if self._console.is_terminal:
             self._status = Spinner("dots", Text(f"{doing} …"), style="cyan")
+        elif self._in_notebook:
+            self._display("bar", {"text/plain": f"{doing} …"})
         else:
             self._line(f"{doing} …")
         try:
             yield
         finally:
             self._status = None
+            if self._in_notebook:
+                self._display("bar", {"text/plain": self._bar})
         self._line(f"{doing}: {time.perf_counter() - began:.1f} s", style="dim")
+
+    def _display(self, name: str, content: dict[str, str]) -> None:
+        # A notebook has it; nothing else needs it.
+        from IPython.display import display  # pyright: ignore[reportMissingImports]
+
+        if name in self._displays:
+            self._displays[name].update(content, raw=True)
+        else:
+            self._displays[name] = display(content, raw=True, display_id=True)
 
     def _line(self, text: str, style: str = "") -> None:
         self._console.print(Text(text, style=style), soft_wrap=True)

@@ -101,6 +101,7 @@ class View:
                     self._reference,
                     deviation=self._deviation,
                 )
+                self._progress.picture(self._directory / PLOT)
 
     def finish(self, step: int) -> None:
         """The run has all its steps."""

@@ -114,7 +114,8 @@ def test_learns_and_leaves_a_folder_that_answers(directory: Path, folder: Path) 
     assert len(scores) == 3
     assert scores[-1] > 0.9
     loaded = finetuned.open_finetuned(directory)
-    answers = list(loaded.answer([record("j k l j"), record("a b"), record("l k l")]))
+    answers = loaded.answer(["j k l j", {"text": "a b", "id": 3}, record("l k l")])
+    assert answers[1]["id"] == 3
     assert [answer["label"] for answer in answers] == ["0", "1", "0"]
     assert [answer["text"] for answer in answers] == ["j k l j", "a b", "l k l"]
     assert sum(answers[0]["probabilities"].values()) == pytest.approx(1)
@@ -430,15 +431,19 @@ def script(name: str, run: Path, *options: str, given: bytes = b"") -> subproces
 
 
 def test_a_table_is_read_as_one(directory: Path, tmp_path: Path) -> None:
-    table = tmp_path / "new.csv"  # the columns of training, without labels
-    table.write_text("text\na b c\nj k l\n")
+    table = tmp_path / "new.csv"  # the columns of training and more
+    table.write_text("id,text,label\n7,a b c,x\n8,,\n9,j k l,\n")
     out = ["--out", str(tmp_path / "out")]
     same = script("predict.py", directory, "classify", "--file", str(table), "--out", str(table))
     assert b"is the file that is read" in same.stderr
     done = script("predict.py", directory, "classify", "--file", str(table), *out)
     assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert [answer["label"] for answer in answers] == ["1", "0"]
+    assert [answer.pop("label", None) for answer in answers] == ["1", None, "0"]
+    assert [(answer["line"], answer["id"]) for answer in answers] == [(2, "7"), (3, "8"), (4, "9")]
+    assert answers[0]["given_label"] == "x"
+    assert "field 'text' is empty" in answers[1]["error"]
+    assert b"1 of 3 have no answer" in done.stderr
 
 
 @pytest.mark.slow

@@ -42,11 +42,17 @@ def test_a_run_brings_pairs_together(train, write, records, eval_metrics, tmp_pa
     assert abs(vectors[5] - vectors[0]).max() > 1e-2
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    saved = []  # what is written: its head has no parameters
+    saved, pooled = [], []  # what is written: its head has no parameters
+
+    def save(path, kept, *_, pooling):
+        saved.append(kept)
+        pooled.append(pooling)
+
     merge_lora = importlib.import_module("merge_lora")
-    monkeypatch.setattr(merge_lora.huggingface, "save", lambda path, kept, *_: saved.append(kept))
+    monkeypatch.setattr(merge_lora.huggingface, "save", save)
     merge_lora.main(run.config.directory, tmp_path / "merged")
     assert saved[0].keys() == {"encoder"}
+    assert pooled == ["mean"]
 
 
 def test_given_similarities_choose_what_trains_and_are_compared(framer, records):

@@ -1,5 +1,7 @@
 import io
 import re
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -78,6 +80,58 @@ def test_a_finished_run_has_a_full_bar(clock):
     assert "100% finished" in last
     assert "left" not in last
     assert "loss 5.123" in last
+
+
+class Notebook(types.ModuleType):
+    """Stands for IPython.display: what is shown, in the order in which it came to be."""
+
+    def __init__(self):
+        super().__init__("IPython.display")
+        self.shown = []
+
+    def display(self, content, *, raw, display_id):
+        assert raw
+        assert display_id
+        self.shown.append(content)
+        place = len(self.shown) - 1
+        return types.SimpleNamespace(update=lambda new, raw: self.shown.__setitem__(place, new))
+
+
+def test_in_a_notebook_there_is_one_line_that_is_written_anew(clock, monkeypatch, tmp_path):
+    notebook, png = Notebook(), tmp_path / "loss.png"
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    console = Console(force_jupyter=True)
+    monkeypatch.setattr(console, "print", lambda text, **_: notebook.shown.append(str(text)))
+    with Progress(4, console=console) as bar:
+        with bar.status("compiling the train step"):
+            assert notebook.shown == [{"text/plain": "compiling the train step …"}]
+            clock[0] += 1
+        assert notebook.shown[0] == {"text/plain": ""}
+        bar.update(1, 0.25, VALUES)
+        assert notebook.shown[0]["text/plain"].startswith("━━━━━┄┄┄┄┄┄┄┄┄┄┄┄┄┄┄ step 1/4 · 25% · ")
+        with bar.status("evaluating"):
+            assert notebook.shown[0] == {"text/plain": "evaluating …"}
+        assert notebook.shown.pop() == "evaluating: 0.0 s"
+        for content in (b"1", b"2"):
+            png.write_bytes(content)
+            bar.picture(png)
+        bar.update(4, 1.0, {"loss": 4.0})
+    assert notebook.shown == [
+        {"text/plain": "━━━━━━━━━━━━━━━━━━━━ step 4/4 · 100% · loss 4.000"},
+        "compiling the train step: 1.0 s",
+        {"image/png": "Mg==", "text/plain": str(png)},
+    ]
+    notebook.shown.clear()
+    with Progress(4, console=Console(force_jupyter=True, quiet=True)) as bar:
+        bar.update(1, 0.25, VALUES)
+        bar.picture(png)
+    assert notebook.shown == []
+
+
+def test_elsewhere_no_picture_is_shown(tmp_path):
+    plain = console(terminal=False)
+    Progress(4, console=plain).picture(tmp_path / "none.png")
+    assert plain.file.getvalue() == ""
 
 
 def test_an_invisible_one_is_silent(capfd):
