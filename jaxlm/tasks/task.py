@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jaxlm.data.labelled.examples import Examples
@@ -49,6 +51,10 @@ class PretrainTask(Protocol):
 
     def num_predicted(self, length: int) -> int:
         """Positions of a row of ``length`` tokens that reach the head in training."""
+        ...
+
+    def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
+        """Why rows such as these are not what it is meant for, and a way out; empty: they are."""
         ...
 
     def make_model(self, config: ModelConfig) -> nn.Module:
