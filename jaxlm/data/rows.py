@@ -126,12 +126,8 @@ class Rows:
             records = []  # one by one, to name the row that is damaged
         # A full row's record is the same bytes as another's, but for its tokens.
         before, after = self._around or self._learn_layout(records, indices)
-        starts, stop = len(before), -len(after)
-        if (
-            records
-            and before
-            and all(record[:starts] == before and record[stop:] == after for record in records)
-        ):
+        starts, stop = len(before), -len(after) or None
+        if records and before and all(r.startswith(before) and r.endswith(after) for r in records):
             shape, dtype = self._features["tokens"].shape, self._features["tokens"].np_dtype
             joined = b"".join([record[starts:stop] for record in records])
             tokens = np.frombuffer(joined, dtype).reshape(-1, *shape)
@@ -144,7 +140,7 @@ class Rows:
         for record, index in zip(records, indices.tolist(), strict=False):
             row = self[index]
             parts = record.split(row["tokens"].tobytes())
-            if row["length"] == len(row["tokens"]) and len(parts) == 2 and all(parts):
+            if row["length"] == len(row["tokens"]) and len(parts) == 2:
                 self._around = parts[0], parts[1]
                 return self._around
         return b"", b""

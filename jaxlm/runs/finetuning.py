@@ -48,7 +48,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
         splits = read_splits(config.data, task.read)
     base = None if config.base is None else bases.load(config.base)
-    config = replace(config, base=base and bases.lasting(base.name))
+    task = task.settled(splits.train)
+    config = replace(config, base=base and bases.lasting(base.name), task=task)
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
     config = resolve(config, base, tokenizer, jax.default_backend())
     labels = task.labels(splits.train)

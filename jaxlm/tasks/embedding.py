@@ -88,6 +88,9 @@ class Embedding:
         fields = self.fields if labelled else replace(self.fields, pair=None, label=None)
         return data.read(records, fields)
 
+    def settled(self, examples: Sequence[TextExample]) -> "Embedding":
+        return self
+
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         return ()
 

@@ -65,6 +65,9 @@ class MultipleChoice:
         label = self.fields.label if labelled else None
         return data.read(records, replace(self.fields, label=label))
 
+    def settled(self, examples: Sequence[Choice]) -> "MultipleChoice":
+        return self
+
     def labels(self, examples: Sequence[Choice]) -> Labels:
         """None: the head gives every choice one number, however many there are."""
         return ()

@@ -118,6 +118,10 @@ class Task(Protocol):
         """The examples; with ``labelled=False`` no label is looked for."""
         ...
 
+    def settled(self, examples: Sequence[Any]) -> "Task":
+        """The task with what it left to the training examples, as the run folder keeps it."""
+        ...
+
     def labels(self, examples: Sequence[Any]) -> Labels:
         """The labels of the training examples, that the head distinguishes; empty for numbers."""
         ...
