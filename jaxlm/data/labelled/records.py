@@ -291,7 +291,7 @@ def _check_names(names: tuple[str, ...], origin: str) -> None:
 
 def _cells(line: str) -> list[str]:
     if "\t" in line:
-        return [cell.strip() for cell in line.split("\t")]
+        return [cell.strip(" ") for cell in line.split("\t")]
     return re.split(" +", line.strip(" "))  # not at every white space: a word may be one
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxlm.data.labelled import tagging
-from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.records import Conll, Record
 from jaxlm.data.labelled.tagging import TagFields
 from jaxlm.data.labelled.words import find_split, split_words
 
@@ -52,7 +52,10 @@ def test_places_are_in_the_text_as_given():
     assert (listed.words, listed.text, listed.places) == (["a", "b,"], "a b,", [(0, 1), (2, 4)])
 
 
-def test_invisible_words_keep_their_lines():
+def test_invisible_words_keep_their_lines(write):
+    conll = Conll(path=write("a.conll", "a\tO\n\u00a0\tO\nb\tB-x\n"))
+    (sentence,) = tagging.read(conll.records(), TagFields())
+    assert (sentence.words, sentence.tags) == (["a", "\u00a0", "b"], ["O", "O", "B-x"])
     words = ["a", "\u00a0", " ", "\u200b", "b"]
     record = Record(fields={"tokens": words, "tags": ["O"] * 5}, origin="x")
     (sentence,) = tagging.read([record], TagFields())
