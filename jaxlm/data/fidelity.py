@@ -65,8 +65,8 @@ class Letters:
         """A small letter for a capital one is no change."""
         letters = {c: n for c, n in characters.items() if unicodedata.category(c)[0] in "LM"}
         changes = {}
-        for letter in letters if normalizer else ():
-            written = normalizer.normalize_str(letter)
+        for letter in letters:
+            written = letter if normalizer is None else normalizer.normalize_str(letter)
             if letter not in written and letter.lower() not in written:
                 changes[letter] = written.strip()
         examples = dict(list(changes.items())[:3])

@@ -140,7 +140,7 @@ class Rows:
         for record, index in zip(records, indices.tolist(), strict=False):
             row = self[index]
             parts = record.split(row["tokens"].tobytes())
-            if row["length"] == len(row["tokens"]) and len(parts) == 2:
+            if row["length"] == row["tokens"].size and len(parts) == 2:
                 self._around = parts[0], parts[1]
                 return self._around
         return b"", b""
