@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, processors
 
 from jaxlm.data import tokenizers
+from jaxlm.data.fidelity import Tally
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.data.sources import Source
 from jaxlm.data.tokenizers import SpecialTokens
@@ -120,14 +121,22 @@ def make_spools(directory: Path, vocab_size: int) -> dict[str, Spool]:
     return {split: Spool(directory, split, dtype) for split in SPLITS}
 
 
+class Encoded(NamedTuple):
+    """The tokens of a corpus by split, and what was counted on the way."""
+
+    spools: dict[str, Spool]
+    tally: Tally
+
+
 def encode(
     corpus: Corpus, tokenizer: Tokenizer, directory: Path, on_read: OnRead = ignore
-) -> dict[str, Spool]:
+) -> Encoded:
     """Tokenise every document as [CLS] … [SEP] into new spools."""
     result = make_spools(directory, tokenizers.vocab_size(tokenizer))
-    framed = _framing(tokenizer)
+    framed, tally = _framing(tokenizer), Tally(SpecialTokens.of(tokenizer).unk)
     for batch in _batches(corpus.documents(on_read)):
         texts = [document.text for document in batch]
+        tally.add_texts(texts)
         encoded = [encoding.ids for encoding in framed.encode_batch_fast(texts)]
         for split, spool in result.items():
             chosen = [
@@ -139,8 +148,9 @@ def encode(
             tokens = np.fromiter(
                 chain.from_iterable(ids for ids, _ in chosen), np.int32, lengths.sum()
             )
+            tally.add_tokens(tokens)
             spool.append(tokens, lengths, np.array([number for _, number in chosen]))
-    return result
+    return Encoded(result, tally)
 
 
 def _framing(tokenizer: Tokenizer) -> Tokenizer:

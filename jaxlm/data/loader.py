@@ -8,8 +8,10 @@ from typing import Any
 
 import grain
 import numpy as np
+from grain.experimental import index_shuffle
 
 from jaxlm.data.prepared import Prepared
+from jaxlm.data.rows import Rows
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.typing import HostBatch
@@ -64,11 +66,12 @@ def train_batches(
     """
     _check_alike(datasets)
     local = batch_rows.rows(config.batch_size)
-    rows = _endless(datasets, config.weights, seed)
+    sources = [dataset.source("train") for dataset in datasets]
+    order = _Order(list(map(len, sources)), config.weights, seed)
 
     def batch(step: int) -> HostBatch:
         numbers = examples_seen + step * config.batch_size + local
-        return _stack([rows[i] for i in numbers.tolist()], numbers)
+        return _stack(_read(sources, *order.at(numbers.tolist())), numbers)
 
     steps = sys.maxsize // config.batch_size - examples_seen
     return _read_ahead(batch, steps, config.num_threads, config.prefetch)
@@ -90,13 +93,13 @@ def eval_batches(
     local = batch_rows.rows(batch_size)
     rows = dataset.source(split)
     num_rows = len(rows) if max_rows is None else min(max_rows, len(rows))
-    padding = dict(rows[0])
-    padding["tokens"] = np.full_like(padding["tokens"], dataset.info.special.pad)
-    padding["length"] = np.int32(0)
 
     def batch(step: int) -> HostBatch:
         numbers = step * batch_size + local
-        found = [rows[i] if i < num_rows else padding for i in numbers.tolist()]
+        found = rows.read(np.minimum(numbers, num_rows - 1))
+        beyond = numbers >= num_rows
+        found["tokens"] = np.where(beyond[:, None], dataset.info.special.pad, found["tokens"])
+        found["length"] = np.where(beyond, 0, found["length"])
         return _stack(found, numbers)
 
     return _read_ahead(batch, -(-num_rows // batch_size), num_threads=1, prefetch=2)
@@ -114,24 +117,66 @@ def _check_alike(datasets: Sequence[Prepared]) -> None:
                 )
 
 
-def _endless(
-    datasets: Sequence[Prepared], weights: Sequence[float] | None, seed: int
-) -> grain.MapDataset:
-    sources = [dataset.source("train") for dataset in datasets]
-    endless = []
-    for i, source in enumerate(sources):
-        (own_seed,) = np.random.SeedSequence([seed, i]).generate_state(1)
-        dataset = grain.MapDataset.source(source).seed(int(own_seed))
-        endless.append(dataset.shuffle().repeat())  # repeat reseeds the shuffle in every epoch
-    if len(endless) == 1:
-        return endless[0]
-    return grain.MapDataset.mix(endless, weights=weights or [len(source) for source in sources])
+class _Order:
+    """Which row of which data set each row of a run is, without end.
+
+    It is that of grain's ``MapDataset.mix`` of ``source.seed(own_seed).shuffle().repeat()``, which
+    would call several Python functions for every row.
+    """
+
+    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
+        self._sizes, self._seeds = sizes, []
+        for i in range(len(sizes)):
+            (own_seed,) = np.random.SeedSequence([seed, i]).generate_state(1)
+            (shuffled,) = np.random.SeedSequence([int(own_seed), 1]).generate_state(1)
+            self._seeds.append(int(shuffled))
+        endless = [grain.MapDataset.source(_Endless(i)) for i in range(len(sizes))]
+        self._mixed = None
+        if len(sizes) > 1:
+            self._mixed = grain.MapDataset.mix(endless, weights=weights or list(sizes))
+
+    def at(self, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The data set and the row in it, of each of those rows of the run."""
+        mixed = self._mixed
+        owners = [0] * len(numbers) if mixed is None else []
+        if mixed is not None:
+            owners, numbers = zip(*(mixed[number] for number in numbers), strict=True)
+        rows = []
+        for owner, number in zip(owners, numbers, strict=True):
+            size = self._sizes[owner]
+            epoch, place = divmod(number, size)  # every epoch is shuffled in another way
+            seed = (self._seeds[owner] + epoch) % 2**32
+            rows.append(index_shuffle(place, max_index=size - 1, seed=seed, rounds=4))
+        return np.array(owners), np.array(rows)
 
 
-def _stack(records: list[Any], numbers: np.ndarray) -> HostBatch:
+class _Endless(Sequence[tuple[int, int]]):
+    """The rows of a data set, epoch after epoch, by number."""
+
+    def __init__(self, owner: int):
+        self._owner = owner
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._owner, number
+
+
+def _read(
+    sources: Sequence[Rows], owners: np.ndarray, numbers: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Rows of several data sets, in the order given."""
+    present = np.unique(owners)
+    parts = [sources[owner].read(numbers[owners == owner]) for owner in present]
+    back = np.argsort(np.argsort(owners, kind="stable"))
+    return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+
+def _stack(rows: dict[str, np.ndarray], numbers: np.ndarray) -> HostBatch:
     return {
-        "tokens": np.stack([record["tokens"] for record in records]),
-        "lengths": np.array([record["length"] for record in records], np.int32),
+        "tokens": rows["tokens"],
+        "lengths": rows["length"].astype(np.int32),
         "index": (numbers % 2**31).astype(np.int32),
     }
 

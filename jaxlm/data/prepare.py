@@ -16,30 +16,16 @@ from tokenizers import Tokenizer
 
 from jaxlm.data import rows, tokenizers
 from jaxlm.data.corpus import Corpus, Spool, encode
+from jaxlm.data.fidelity import report
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo, read_info
 from jaxlm.data.sources import PyDocs, Source
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.tokenizers import SpecialTokens, TokenizerConfig
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, absolute, locate
 
 _FORMAT = 1  # of the files written; part of every recipe and fingerprint
 _CHUNK = 1 << 24  # tokens counted at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """A tokenizer to train on the training documents, or one to load."""
-
-    path: Path | None = None
-    """A tokenizer.json, a vocab.txt, or a folder with one of them (such as other prepared data).
-    None means to train one."""
-    kind: tokenizers.Kind = "wordpiece"
-    """Which algorithm to train; bpe works on bytes."""
-    vocab_size: int = 16_384
-    """Number of tokens to train, the five special ones among them."""
-    num_documents: int | None = None
-    """Train on no more than the first so many documents; None means on all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +77,12 @@ def prepare(
         tokenizer = _make_tokenizer(config.tokenizer, corpus, console)
         start = time.perf_counter()
         with bar(console, "tokenising", config.source.size()) as on_read:
-            spools = encode(corpus, tokenizer, scratch, on_read)
-        name = dataset_name(directory)
-        info = finish(scratch, name, spools, tokenizer, recipe, corpus.duplicates, console)
+            encoded = encode(corpus, tokenizer, scratch, on_read)
+        name, duplicates = dataset_name(directory), corpus.duplicates
+        info = finish(scratch, name, encoded.spools, tokenizer, recipe, duplicates, console)
     tokens, seconds = sum(info.tokens.values()), time.perf_counter() - start
     say(console, f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} M a second")
+    report(console, tokenizer, encoded.tally, config.tokenizer)
     return info
 
 
@@ -112,7 +99,7 @@ def make_recipe(config: PrepareConfig) -> dict[str, Any]:
     """Everything that decides the content, in JSON: equal recipes give equal rows."""
     chosen = config.tokenizer
     if chosen.path is None:
-        tokenizer = f"{chosen.kind} {chosen.vocab_size} on {chosen.num_documents or 'all'}"
+        tokenizer = chosen.describe()
     else:
         tokenizer = tokenizers.fingerprint(tokenizers.load(chosen.path))
     return {
@@ -158,7 +145,7 @@ def _make_tokenizer(config: TokenizerConfig, corpus: Corpus, console: Console | 
         return tokenizers.load(config.path)
     texts = _TrainingTexts(corpus, config.num_documents)
     with bar(console, f"training a {config.kind} tokenizer", None):
-        return tokenizers.train(config.kind, texts, config.vocab_size)
+        return config.train(texts)
 
 
 def dataset_name(directory: StoragePath) -> str:

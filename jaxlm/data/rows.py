@@ -1,6 +1,7 @@
 """Rows of token ids as a data set of TensorFlow Datasets, in array_record files."""
 
 import os
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Int, Shaped
 
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.errors import InputError
@@ -93,20 +95,52 @@ class Rows:
 
     def __init__(self, directory: StoragePath, split: str):
         builder: Any = tfds.builder_from_directory(os.fspath(directory / VERSION))
-        self._source = builder.as_data_source(split=split)
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        self._records = builder.as_data_source(split=split, deserialize_method=raw)
+        self._features = builder.info.features
         self._place = f"{directory} ({split})"
+        self._around: tuple[bytes, bytes] | None = None
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | np.int32]:
         """``{"tokens": [row_length], "length": int32}``."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         try:
-            record = self._source[int(index)]
+            record = self._features.deserialize_example_np(self._records[int(index)])
         except (RuntimeError, ValueError) as error:  # array_record checks sums as it reads
             raise InputError(
                 f"{self._place}: row {index} is damaged ({error}); prepare the data again"
             ) from error
         return {"tokens": record["tokens"], "length": np.int32(record["length"])}
+
+    def read(self, indices: Int[np.ndarray, " rows"]) -> dict[str, Shaped[np.ndarray, "rows ..."]]:
+        """``{"tokens": [rows, row_length], "length": int32 [rows]}``, as one by one but faster."""
+        if not len(indices) or indices.min() < 0 or indices.max() >= len(self):
+            raise IndexError(f"rows {indices.tolist()} of {len(self)}")
+        try:
+            records = self._records.__getitems__(indices.tolist())
+        except (RuntimeError, ValueError):
+            records = []  # one by one, to name the row that is damaged
+        # A full row's record is the same bytes as another's, but for its tokens.
+        before, after = self._around or self._learn_layout(records, indices)
+        starts, stop = len(before), -len(after) or None
+        if records and before and all(r.startswith(before) and r.endswith(after) for r in records):
+            shape, dtype = self._features["tokens"].shape, self._features["tokens"].np_dtype
+            joined = b"".join([record[starts:stop] for record in records])
+            tokens = np.frombuffer(joined, dtype).reshape(-1, *shape)
+            return {"tokens": tokens, "length": np.full(len(records), shape[0], np.int32)}
+        rows = [self[index] for index in indices.tolist()]
+        return {name: np.stack([row[name] for row in rows]) for name in ("tokens", "length")}
+
+    def _learn_layout(self, records: Sequence[bytes], indices: np.ndarray) -> tuple[bytes, bytes]:
+        """What stands before and after the tokens in the record of a full row; empty: not known."""
+        for record, index in zip(records, indices.tolist(), strict=False):
+            row = self[index]
+            parts = record.split(row["tokens"].tobytes())
+            if row["length"] == row["tokens"].size and len(parts) == 2:
+                self._around = parts[0], parts[1]
+                return self._around
+        return b"", b""

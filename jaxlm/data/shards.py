@@ -9,6 +9,7 @@ from rich.console import Console
 
 from jaxlm.data import tokenizers
 from jaxlm.data.corpus import Corpus, Shard, encode, interleave, make_spools
+from jaxlm.data.fidelity import report
 from jaxlm.data.prepare import (
     PrepareConfig,
     check_place,
@@ -57,10 +58,11 @@ def prepare_shard(
         )
         tokenizer = tokenizers.load(config.tokenizer.path)
         with bar(console, f"tokenising {shard}", config.source.size()) as on_read:
-            encode(corpus, tokenizer, scratch, on_read)
+            tally = encode(corpus, tokenizer, scratch, on_read).tally
         tokenizers.save(tokenizer, scratch / TOKENIZER)
         facts = {"count": part.count, "duplicates": corpus.duplicates, "recipe": recipe}
         (scratch / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    report(console, tokenizer, tally, config.tokenizer)
     return target
 
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -26,7 +26,61 @@ from jaxlm.runtime.storage import StoragePath, locate, on_disk
 
 Kind = Literal["wordpiece", "bpe", "unigram"]
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_MAX_ALPHABET = 1000  # rarer characters become [UNK] in WordPiece and Unigram
+# Characters that always have a token. Rarer ones have one where there is room, unless they are
+# rarer than one in a million: such a token would learn nothing.
+_MIN_ALPHABET, _RARE = 1000, 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokenizer to train on the training documents, or one to load."""
+
+    path: Path | None = None
+    """A tokenizer.json, a vocab.txt, or a folder with one of them (such as other prepared data).
+    None means to train one."""
+    kind: Kind = "wordpiece"
+    """Which algorithm to train; bpe works on bytes, so that it knows every character."""
+    vocab_size: int = 16_384
+    """Number of tokens to train, the five special ones among them."""
+    cased: bool = False
+    """A wordpiece tokenizer keeps capital letters, and accents; bpe and unigram always do."""
+    marks: bool = False
+    """A wordpiece tokenizer makes letters small, but keeps their accents and vowel signs, without
+    which words of Hindi, Thai, Vietnamese and others are no longer told apart."""
+    alphabet: int | None = None
+    """The most characters with a token of their own, for wordpiece and unigram; None means all
+    that there is room for, but those that are rarer than one in a million."""
+    num_documents: int | None = None
+    """Train on no more than the first so many documents; None means on all."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("cased", "marks", "alphabet") if vars(self)[name]]
+        if given and self.path is not None:
+            raise InputError(
+                f"tokenizer.{given[0]} is of one to train, and {self.path} is trained: leave out "
+                "either"
+            )
+        if (self.cased or self.marks) and self.kind != "wordpiece":
+            raise InputError(
+                f"tokenizer.{given[0]} is for wordpiece; {self.kind} keeps capitals and marks "
+                "anyway: leave it out"
+            )
+        if self.alphabet is not None and (self.kind == "bpe" or self.alphabet < 1):
+            why = "is not above 0" if self.kind != "bpe" else "has no meaning for bpe, of bytes"
+            raise InputError(f"tokenizer.alphabet={self.alphabet} {why}; leave it out")
+
+    def describe(self) -> str:
+        """Which tokenizer it trains: equal texts are equal tokenizers on equal documents."""
+        own = [name for name in ("cased", "marks") if vars(self)[name]]
+        own += [f"alphabet {self.alphabet}"] if self.alphabet else []
+        return " ".join(
+            [self.kind, str(self.vocab_size), *own, f"on {self.num_documents or 'all'}"]
+        )
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        """A new one; ``num_documents`` is up to the caller."""
+        own = {"cased": self.cased, "marks": self.marks, "alphabet": self.alphabet}
+        return train(self.kind, texts, self.vocab_size, **own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +113,33 @@ def _find(tokenizer: Tokenizer, *names: str) -> int:
     return found[0]
 
 
-def train(kind: Kind, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train(
+    kind: Kind,
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    cased: bool = False,
+    marks: bool = False,
+    alphabet: int | None = None,
+) -> Tokenizer:
     """A tokenizer whose first five ids are [PAD] [UNK] [CLS] [SEP] [MASK].
 
     The same texts give the same file, byte for byte. They are read twice, so an iterator (which
-    can be read only once) is first held in memory.
+    can be read only once) is first held in memory. ``cased`` and ``marks`` are for wordpiece alone,
+    as the others keep all letters; ``alphabet`` is the most characters with a token of their own.
     """
     texts = list(texts) if isinstance(texts, Iterator) else texts
     match kind:
         case "wordpiece":
-            tokenizer = _train_wordpiece(texts, vocab_size)
+            # Longer words become [UNK] whole; without spaces, as in Thai, a line is a word.
+            longest = 1000 if cased or marks else 100  # BERT's
+            model = models.WordPiece(unk_token=UNK, max_input_chars_per_word=longest)
+            bare = _bert(model, lowercase=not cased, marks=marks)
+            tokenizer = _train_wordpiece(texts, vocab_size, bare, alphabet)
         case "bpe":
             tokenizer = _train_bpe(texts, vocab_size)
         case "unigram":
-            tokenizer = _train_unigram(texts, vocab_size)
+            tokenizer = _train_unigram(texts, vocab_size, alphabet)
     return _with_specials(tokenizer)
 
 
@@ -86,16 +153,26 @@ def _with_specials(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """BERT's (uncased).
+def _train_wordpiece(
+    texts: Iterable[str], vocab_size: int, tokenizer: Tokenizer, most: int | None
+) -> Tokenizer:
+    """BERT's (uncased, unless told otherwise).
 
     The trainer numbers characters inside words in the order of a hash map, and breaks ties between
     merges by these numbers. Naming all of them beforehand makes it deterministic.
     """
-    tokenizer = _bert(models.WordPiece(unk_token=UNK))
-    alphabet = _alphabet(texts, tokenizer)
-    inside = [f"##{character}" for character in alphabet]
-    _check_size(vocab_size, len(SPECIALS) + 2 * len(alphabet), "each character twice")
+    counts = _characters(texts, tokenizer)
+    rare = _RARE * counts.total()
+    ranked = [c for i, c in enumerate(counts) if most or i < _MIN_ALPHABET or counts[c] >= rare]
+    ranked = ranked[:most]
+    least = min(len(ranked), _MIN_ALPHABET)
+    needed = len(SPECIALS) + 2 * least
+    _check_size(vocab_size, needed, "each character twice")
+    # What BERT sets apart from its neighbours, such as a Chinese character, is never inside a word.
+    twice = {c: not _is_apart(c, tokenizer) for c in ranked[least:]}
+    places = np.cumsum([1 + inside for inside in twice.values()])
+    alphabet = sorted(ranked[: least + int((places <= vocab_size - needed).sum())])
+    inside = [f"##{character}" for character in alphabet if twice.get(character, True)]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=[*SPECIALS, *inside],
@@ -103,14 +180,32 @@ def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
+    rebuilt = Tokenizer.from_str(tokenizer.to_str())
+    longest = tokenizer.model.max_input_chars_per_word
     tokenizer.train_from_iterator(texts, trainer)
     # Rebuilt, because here '##a' is a special token, which would match in raw text.
-    return _bert(models.WordPiece(_numbered(tokenizer.get_vocab()), unk_token=UNK))
+    rebuilt.model = models.WordPiece(
+        _numbered(tokenizer.get_vocab()), unk_token=UNK, max_input_chars_per_word=longest
+    )
+    return rebuilt
 
 
-def _bert(model: models.WordPiece, lowercase: bool = True) -> Tokenizer:
+def _is_apart(character: str, tokenizer: Tokenizer) -> bool:
+    assert tokenizer.normalizer is not None
+    assert tokenizer.pre_tokenizer is not None
+    text = tokenizer.normalizer.normalize_str(f"a{character}a")
+    return len(tokenizer.pre_tokenizer.pre_tokenize_str(text)) > 1
+
+
+def bert_normalizer(*, lowercase: bool = True, marks: bool = False) -> normalizers.Normalizer:
+    """BERT's; with ``marks`` a lower-cased text keeps its accents, vowel signs and syllables."""
+    strip = False if marks else None  # None: if lower-cased
+    return normalizers.BertNormalizer(lowercase=lowercase, strip_accents=strip)
+
+
+def _bert(model: models.WordPiece, *, lowercase: bool = True, marks: bool = False) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = bert_normalizer(lowercase=lowercase, marks=marks)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
@@ -132,7 +227,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def _train_unigram(texts: Iterable[str], vocab_size: int, most: int | None) -> Tokenizer:
     """SentencePiece's unigram model (Kudo 2018).
 
     The trainer finds the same pieces every time, but sums their probabilities in the order of a
@@ -140,8 +235,11 @@ def _train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Viterbi EM from a uniform start; measured on 12 MB, the text is as short as before to 1e-5.
     """
     tokenizer = _sentencepiece(models.Unigram())
-    alphabet = _alphabet(texts, tokenizer)
-    _check_size(vocab_size, len(SPECIALS) + len(alphabet), "each character")
+    ranked = list(_characters(texts, tokenizer))[:most]
+    _check_size(vocab_size, len(SPECIALS) + min(len(ranked), _MIN_ALPHABET), "each character")
+    room = vocab_size - len(SPECIALS) - 2  # for spaces; a trainer that is full goes beyond it
+    alphabet = sorted(ranked[:room])
+    texts = _Only(texts, frozenset(alphabet))
     trainer = trainers.UnigramTrainer(
         vocab_size=vocab_size,
         special_tokens=list(SPECIALS),
@@ -168,6 +266,24 @@ def _train_unigram(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+@dataclass(frozen=True)
+class _Only:
+    """Texts with a space for each character outside an alphabet; can be read more than once."""
+
+    texts: Iterable[str]
+    alphabet: frozenset[str]
+
+    def __iter__(self) -> Iterator[str]:
+        outside: dict[int, str | None] = {}
+        for text in self.texts:
+            for character in set(text) - self.alphabet:
+                if ord(character) not in outside:
+                    normal = normalizers.NFKC().normalize_str(character)
+                    kept = all(c in self.alphabet or c.isspace() for c in normal)
+                    outside[ord(character)] = character if kept else " "
+            yield text.translate(outside)
+
+
 def _sentencepiece(model: models.Unigram) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFKC()
@@ -176,19 +292,21 @@ def _sentencepiece(model: models.Unigram) -> Tokenizer:
     return tokenizer
 
 
-def _alphabet(texts: Iterable[str], tokenizer: Tokenizer) -> list[str]:
-    """The most frequent characters, after normalisation, sorted."""
+def _characters(texts: Iterable[str], tokenizer: Tokenizer) -> Counter[str]:
+    """How often each character is there after normalisation, the most frequent first."""
     raw: Counter[str] = Counter()
     for text in texts:
         raw.update(text)
     counts: Counter[str] = Counter()
+    assert tokenizer.normalizer is not None
     for character, count in raw.items():
         for normal in tokenizer.normalizer.normalize_str(character):
             counts[normal] += count
-    counts = Counter({c: n for c, n in counts.items() if not c.isspace()})
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))
+    counts = Counter({c: counts[c] for c in ranked if not c.isspace()})
     if not counts:
         raise InputError("there is no text to train a tokenizer on")
-    return sorted(sorted(counts, key=lambda c: (-counts[c], c))[:_MAX_ALPHABET])
+    return counts
 
 
 def _numbered(vocab: Iterable[str]) -> dict[str, int]:
@@ -255,26 +373,3 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 def vocab_size(tokenizer: Tokenizer) -> int:
     """One more than the largest id; ids may have gaps, so it can exceed the number of tokens."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-
-def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " vocab"]:
-    """True where a token begins a word; special tokens stand alone, so they do."""
-    definition = json.loads(tokenizer.to_str())
-    pre_tokenizer = json.dumps(definition["pre_tokenizer"])
-    if definition["model"]["type"] == "WordPiece":
-        inside = definition["model"]["continuing_subword_prefix"]
-        begins = lambda token: not token.startswith(inside)
-    elif "ByteLevel" in pre_tokenizer:
-        begins = lambda token: token.startswith("Ġ")
-    elif "Metaspace" in pre_tokenizer:
-        begins = lambda token: token.startswith("▁")
-    else:
-        raise InputError(
-            f"where words begin is unknown for a {definition['model']['type']} tokenizer that is "
-            "neither byte-level nor uses '▁'; mask by token instead"
-        )
-    special = {token["content"] for token in definition["added_tokens"] if token["special"]}
-    table = np.zeros(vocab_size(tokenizer), bool)
-    for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
-        table[i] = token in special or begins(token)
-    return table

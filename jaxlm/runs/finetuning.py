@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from jaxlm import tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
+from jaxlm.data.fidelity import report
 from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batches import make_buckets, train_batches
 from jaxlm.data.labelled.dataset import Splits, read_splits
-from jaxlm.data.labelled.statistics import describe, render
-from jaxlm.data.prepare import TokenizerConfig
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.labelled.statistics import describe, longer, render, tally
+from jaxlm.data.tokenizers import SpecialTokens, TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
@@ -51,7 +51,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     config = finetuned.with_scale(config, splits.train)
     task = config.task
     base = None if config.base is None else bases.load(config.base)
-    config = replace(config, base=base and bases.lasting(base.name))
+    task = task.settled(splits.train)
+    config = replace(config, base=base and bases.lasting(base.name), task=task)
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
     config = resolve(config, base, tokenizer, jax.default_backend())
     task = config.task
@@ -75,6 +76,14 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
             f"numbers have mean {mean:,.6g} and deviation {deviation:,.6g}: the loss is in squared "
             "deviations, answers and other metrics are in the unit of the data"
         )
+    texts = [example.content for example in splits.train]
+    report(
+        console,
+        tokenizer,
+        tally(examples, texts, framer.special.unk),
+        None if base else config.tokenizer or TokenizerConfig(),
+        longer=longer(examples, config.model and config.model.max_length),
+    )
     lengths = np.concatenate([examples.lengths, validation.lengths])
     buckets = make_buckets(lengths, config.data.num_buckets, max_length=framer.max_length)
 
@@ -195,7 +204,7 @@ def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
     if config.path is not None:
         return tokenizers.load(config.path)
     texts = [example.content for example in splits.train[: config.num_documents]]
-    return tokenizers.train(config.kind, texts, config.vocab_size)
+    return config.train(texts)
 
 
 def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
@@ -30,6 +31,8 @@ from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
 
+_SAMPLE = 256  # rows that are looked at before training
+
 
 def pretrain(config: PretrainConfig, *, console: Console | None = None) -> StoragePath:
     """Prepare what is missing, train, and leave a self-contained run folder; returns it.
@@ -45,7 +48,13 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     info = infos[0]
     config = pretrained.resolve(config, infos, jax.default_backend(), base and base.config)
     tokenizer = tokenizers.load(datasets[0].tokenizer_path)
-    placement = pretrained.make_placement(config, make_vocabulary(tokenizer))
+    vocabulary = make_vocabulary(tokenizer)
+    placement = pretrained.make_placement(config, vocabulary)
+    for dataset in datasets:
+        rows = dataset.source("train")
+        sample = rows.read(np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(int))
+        if doubt := config.task.warning(sample["tokens"], vocabulary):
+            console.print(f"warning: {doubt}", style="yellow", markup=False, soft_wrap=True)
     given = {} if base is None else base_params(config, placement, base, console)
     console.print(
         f"{config.name}: {tree.num_params(placement.abstract_state.trainable):,} parameters, "

@@ -99,6 +99,9 @@ class Embedding:
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         return []
 
+    def settled(self, examples: Sequence[TextExample]) -> "Embedding":
+        return self
+
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         return ()
 

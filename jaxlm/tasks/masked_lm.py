@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
+from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jaxlm.decode.fill_mask import MASK, FillMask
@@ -13,6 +15,8 @@ from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.typing import Apply, Loss, Variables
+
+_LONG_WORD, _MOST_IN_LONG_WORDS = 16, 0.05  # tokens; share of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,21 @@ class MaskedLm:
     def num_predicted(self, length: int) -> int:
         """Positions of a row that reach the head in training."""
         return self.masking.num_predicted(length)
+
+    def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
+        """Where whole words are hidden: words that are lines, of text without spaces."""
+        ordinary = np.asarray(vocabulary.is_ordinary)[tokens]
+        begins = np.asarray(vocabulary.word_starts)[tokens] | ~ordinary
+        begins[:, 0] = True
+        words = np.cumsum(begins) - 1
+        sizes = np.bincount(words, ordinary.ravel())
+        share = sizes[sizes > _LONG_WORD].sum() / max(ordinary.sum(), 1)
+        if self.masking.unit != "word" or share <= _MOST_IN_LONG_WORDS:
+            return ""
+        return (
+            f"{share:.0%} of the tokens are in words of more than {_LONG_WORD} tokens, as in text "
+            "without spaces, and are hidden together: --task.masking.unit token or span hides parts"
+        )
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder with the head of its architecture."""

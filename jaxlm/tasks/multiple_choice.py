@@ -75,6 +75,9 @@ class MultipleChoice:
     def check(self, examples: Sequence[Choice]) -> list[str]:
         return []
 
+    def settled(self, examples: Sequence[Choice]) -> "MultipleChoice":
+        return self
+
     def labels(self, examples: Sequence[Choice]) -> Labels:
         """None: the head gives every choice one number, however many there are."""
         return ()

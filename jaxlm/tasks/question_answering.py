@@ -84,6 +84,9 @@ class QuestionAnswering:
     def check(self, examples: Sequence[Question]) -> list[str]:
         return []
 
+    def settled(self, examples: Sequence[Question]) -> "QuestionAnswering":
+        return self
+
     def labels(self, examples: Sequence[Question]) -> Labels:
         return ()
 

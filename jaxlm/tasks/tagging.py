@@ -17,11 +17,12 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.tagging import Sentence, TagFields
+from jaxlm.data.labelled.words import Split, find_split
 from jaxlm.errors import InputError
 from jaxlm.evaluate import metrics
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction, surprise
-from jaxlm.evaluate.tagging import find_mentions, read_entities
+from jaxlm.evaluate.tagging import OUTSIDE, find_mentions, read_entities
 from jaxlm.models.heads import Pooling, TokenHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
@@ -38,6 +39,9 @@ class Tagging:
     entities: bool = True
     """Tags mark the words of entities (BIO, IOBES); else each word's tag stands for itself, such as
     a part of speech."""
+    split: Split | None = None
+    """Where a text that is given to be tagged is split into words: at white space, at punctuation
+    as well, or at Chinese characters, too; None: as the training data are."""
     label_smoothing: float = 0.0
     """Probability that is spread over all tags in training."""
 
@@ -68,7 +72,11 @@ class Tagging:
 
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[Sentence]:
         tags = self.fields.tags if labelled else None
-        return data.read(records, replace(self.fields, tags=tags))
+        return data.read(records, replace(self.fields, tags=tags), self.split or "punctuation")
+
+    def settled(self, examples: Sequence[Sentence]) -> "Tagging":
+        """Texts will be split as the training data are."""
+        return replace(self, split=self.split or find_split(one.words for one in examples))
 
     def check(self, examples: Sequence[Sentence]) -> list[str]:
         """Tags that are words for a missing value raise."""
@@ -92,14 +100,8 @@ class Tagging:
         return [tag for example in examples for tag in example.tags or ()]
 
     def encode(self, framer: Framer, examples: Sequence[Sentence], labels: Labels) -> Examples:
-        """Rows of tokens; ``words`` numbers, from 1, the word that each token begins, else 0."""
-        tagged = data.encode(framer, examples, labels)
-        for row, positions in zip(tagged.examples.rows, tagged.first_positions, strict=True):
-            present = np.flatnonzero(positions >= 0)
-            row["words"] = np.zeros(len(row["tokens"]), np.int32)
-            row["words"][positions[present]] = present + 1
-        along_length = tagged.examples.along_length | {"words"}
-        return replace(tagged.examples, along_length=along_length)
+        """Rows of windows; ``words`` numbers, from 1, the word that each token begins, else 0."""
+        return data.encode(framer, examples, labels)
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
         """Labels and weights at every position."""
@@ -120,7 +122,7 @@ class Tagging:
         predict = classification.make_predict(apply)
         return lambda variables, batch: {
             "probabilities": predict(variables, batch)["probabilities"],
-            "words": batch["words"],
+            **{name: batch[name] for name in ("words", "sentence")},
         }
 
     def metric_names(self, examples: Sequence[Sentence], labels: Labels) -> tuple[str, ...]:
@@ -135,8 +137,9 @@ class Tagging:
     def metrics(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
-        """Metrics for entities and for words; words that were cut off count as O, or as wrong."""
-        return self._measure(examples, [tags for tags, _ in _tags(examples, labels, outputs)])
+        """Metrics for entities and for words; those the tokenizer drops count as O, or as wrong."""
+        tagged = _tags(examples, labels, outputs)
+        return self._measure(examples, [self._shown(tags) for tags, _, _ in tagged])
 
     def _measure(
         self, examples: Sequence[Sentence], predicted: Sequence[Sequence[str | None]]
@@ -146,7 +149,7 @@ class Tagging:
         accuracy = {"accuracy": float(np.mean([a == b for a, b in words]))}
         if not self.entities:
             return accuracy
-        found = [[tag or "O" for tag in tags] for tags in predicted]
+        found = [[tag or OUTSIDE for tag in tags] for tags in predicted]
         return metrics.entities(gold, found) | accuracy
 
     def baselines(
@@ -167,25 +170,17 @@ class Tagging:
     ) -> list[Prediction]:
         """The worst word of each sentence with something wrong: by its own tag's probability.
 
-        Of a word that was cut off there is no prediction. Tags that mark the same entities, such as
-        I- for the B- of a first word, are right, as the metric has it.
+        Of a word that the tokenizer drops there is no prediction. Tags that mark the same entities,
+        such as I- for the B- of a first word, are right, as the metric has it.
         """
         found = []
         tagged, numbers = _tags(examples, labels, outputs), {tag: i for i, tag in enumerate(labels)}
-        rows = zip(outputs["probabilities"], outputs["words"], strict=True)
-        for example, (tags, probabilities), (row, words) in zip(
-            examples, tagged, rows, strict=True
-        ):
+        for example, (tags, probabilities, rows) in zip(examples, tagged, strict=True):
             gold = example.tags or []
             wrong = [i for i in self._wrong(gold, tags) if tags[i] not in (gold[i], None)]
             if not wrong:
                 continue
-            losses = {
-                words[position] - 1: surprise(
-                    float(row[position, numbers[gold[words[position] - 1]]])
-                )
-                for position in np.flatnonzero(words)
-            }
+            losses = {i: surprise(float(rows[i][numbers[gold[i]]])) for i in wrong}
             worst = max(wrong, key=losses.__getitem__)
             text = " ".join(example.words)
             found.append(
@@ -218,38 +213,41 @@ class Tagging:
     def answers(
         self, examples: Sequence[Sentence], labels: Labels, outputs: Outputs
     ) -> list[dict[str, Any]]:
-        """The words, their tags (none for words that were cut off), and the entities with their
-        places in the joined text."""
+        """The text, its words' tags, and the entities with their places in the text as given.
+
+        A word that the tokenizer drops, such as an invisible one, is of no entity; without
+        entities it has no tag.
+        """
         answers = []
         tagged = _tags(examples, labels, outputs)
-        for example, (tags, probabilities) in zip(examples, tagged, strict=True):
-            text = " ".join(example.words)
-            ends = np.cumsum([len(word) + 1 for word in example.words]) - 1
-            places = [
-                (int(end) - len(word), int(end))
-                for word, end in zip(example.words, ends, strict=True)
-            ]
-            answer = {"text": text, "tags": tags}
+        for example, (tags, probabilities, _) in zip(examples, tagged, strict=True):
+            answer: dict[str, Any] = {"text": example.text, "tags": self._shown(tags)}
+            if example.given is not None:
+                answer["words"] = example.words
             if self.entities:
-                marks = [tag or "O" for tag in tags]
-                mentions = find_mentions(marks, places, text, probabilities)
+                marks = [tag or OUTSIDE for tag in tags]
+                mentions = find_mentions(marks, example.places, example.text, probabilities)
                 answer["entities"] = [vars(mention) for mention in mentions]
             answers.append(answer)
         return answers
 
+    def _shown(self, tags: Sequence[str | None]) -> list[str | None]:
+        return [tag or (OUTSIDE if self.entities else None) for tag in tags]
+
 
 def _tags(
     examples: Sequence[Sentence], labels: Labels, outputs: Outputs
-) -> list[tuple[list[str | None], list[float]]]:
-    """The likeliest tag of each word and its probability; None for words that were cut off."""
-    tagged = []
-    rows = zip(examples, outputs["probabilities"], outputs["words"], strict=True)
-    for example, probabilities, words in rows:
-        tags: list[str | None] = [None] * len(example.words)
-        likely = [0.0] * len(example.words)
+) -> list[tuple[list[str | None], list[float], dict[int, np.ndarray]]]:
+    """The likeliest tag of each word, its probability, and those of all; None: it was dropped."""
+    tagged: list[tuple[list[str | None], list[float], dict[int, np.ndarray]]] = [
+        ([None] * len(example.words), [0.0] * len(example.words), {}) for example in examples
+    ]
+    rows = zip(outputs["sentence"], outputs["probabilities"], outputs["words"], strict=True)
+    for number, probabilities, words in rows:
+        tags, likely, rows_of_words = tagged[number]
         for position in np.flatnonzero(words):
-            best = int(probabilities[position].argmax())
-            tags[words[position] - 1] = labels[best]
-            likely[words[position] - 1] = float(probabilities[position, best])
-        tagged.append((tags, likely))
+            best, word = int(probabilities[position].argmax()), int(words[position]) - 1
+            tags[word] = labels[best]
+            likely[word] = float(probabilities[position, best])
+            rows_of_words[word] = probabilities[position]
     return tagged

@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jaxlm.data.labelled.examples import Examples
@@ -51,6 +53,10 @@ class PretrainTask(Protocol):
 
     def num_predicted(self, length: int) -> int:
         """Positions of a row of ``length`` tokens that reach the head in training."""
+        ...
+
+    def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
+        """Why rows such as these are not what it is meant for, and a way out; empty: they are."""
         ...
 
     def make_model(self, config: ModelConfig) -> nn.Module:
@@ -126,6 +132,10 @@ class Task(Protocol):
 
     def check(self, examples: Sequence[Any]) -> list[str]:
         """Raise where all training examples together show a mistake; lines on what is odd."""
+        ...
+
+    def settled(self, examples: Sequence[Any]) -> "Task":
+        """The task with what it left to the training examples, as the run folder keeps it."""
         ...
 
     def labels(self, examples: Sequence[Any]) -> Labels:

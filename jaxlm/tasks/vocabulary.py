@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.word_starts import word_starts
 from jaxlm.objectives.masking import Vocabulary
 
 
@@ -21,5 +22,5 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
         start_id=special.cls,
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
-        word_starts=jnp.asarray(tokenizers.word_starts(tokenizer)),
+        word_starts=jnp.asarray(word_starts(tokenizer)),
     )

@@ -3,12 +3,14 @@ import subprocess
 import sys
 from itertools import islice
 
+import grain
 import numpy as np
 import pytest
 
 from jaxlm.data.loader import DataConfig, eval_batches, train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
+from jaxlm.data.rows import Rows
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import BatchRows
 
@@ -77,6 +79,61 @@ def test_any_number_of_processes_gives_the_same_global_batches(prepared, other, 
         for step in zip(*parts, strict=True)
     ]
     assert same(joined, whole)
+
+
+class OneByOne:
+    """The rows of a split, each read alone."""
+
+    def __init__(self, dataset: Prepared):
+        self._rows = dataset.source("train")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self._rows[int(index)]["tokens"].tobytes()
+
+
+@pytest.mark.parametrize("weights", [None, (3.0, 1.0)])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_order_is_that_of_grain_row_by_row(prepared, other, mixed, weights):
+    """In which rows came before they were read in batches, also after resuming, and far on."""
+    datasets = [prepared, other] if mixed else [prepared]
+    config = dataclasses.replace(CONFIG, paths=tuple("ab"[: len(datasets)]))
+    if mixed:
+        config = dataclasses.replace(config, weights=weights)
+    endless = []
+    for i, dataset in enumerate(datasets):
+        (own,) = np.random.SeedSequence([3, i]).generate_state(1)
+        source = grain.MapDataset.source(OneByOne(dataset)).seed(int(own))
+        endless.append(source.shuffle().repeat())
+    sizes = [len(all_rows(dataset)) for dataset in datasets]
+    whole = grain.MapDataset.mix(endless, weights or sizes) if mixed else endless[0]
+    for start in (0, 3208, 2**40):
+        batches = take(40, datasets, config, seed=3, examples_seen=start)
+        assert keys(batches) == [whole[start + i] for i in range(40 * 8)]
+
+
+def test_rows_at_once_are_rows_one_by_one(prepared, monkeypatch):
+    for split in ("train", "validation"):
+        source = prepared.source(split)
+        indices = np.random.default_rng(0).permutation(len(source))
+        alone = [source[i] for i in indices.tolist()]
+        for part in (slice(None), slice(0, 1)):  # the last row, which is not full, among them
+            found = source.read(indices[part])
+            for name in ("tokens", "length"):
+                expected = np.stack([row[name] for row in alone[part]])
+                np.testing.assert_array_equal(found[name], expected)
+                assert found[name].dtype == expected.dtype
+    full = np.arange(20)
+    source.read(full)
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "__getitem__", None)  # full rows are not read one by one
+        source.read(full[::-1])
+        with pytest.raises(TypeError):
+            prepared.source("train").read(full)  # but for the first, which tells their layout
+    with pytest.raises(IndexError):
+        source.read(np.array([0, len(source)]))
 
 
 def test_resuming_is_going_on_even_with_another_batch_size(prepared, other):

@@ -1,3 +1,4 @@
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizers import SPECIALS, SpecialTokens
+from jaxlm.data.word_starts import word_starts
 from jaxlm.errors import InputError
 
 SIZES = {"wordpiece": 200, "bpe": 400, "unigram": 100}
@@ -62,7 +64,7 @@ def test_a_piece_inside_a_word_is_not_special(trained, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_word_starts(trained, kind):
     tokenizer = trained[kind]
-    starts = tokenizers.word_starts(tokenizer)
+    starts = word_starts(tokenizer)
     assert starts.shape == (SIZES[kind],)
     assert starts[:5].all()
     ids = tokenizer.encode("abcdefgh ijklmnop abcd", add_special_tokens=False).ids
@@ -71,11 +73,28 @@ def test_word_starts(trained, kind):
     assert starts[ids[0]]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "script", ["中文没有空格，一行很长。", "日本語のテキスト", "ภาษาไทยเป็นภาษา"]
+)
+def test_without_spaces_no_line_is_a_word(kind, script):
+    tokenizer = tokenizers.train(kind, [script] * 3 + list(script), 420)
+    starts = word_starts(tokenizer)
+    ids = tokenizer.encode(script[::-1], add_special_tokens=False).ids  # into small pieces
+    assert len(ids) > 4
+    if kind == "wordpiece":  # bpe's pieces may be parts of characters; unigram makes ， a comma
+        assert starts[ids].all()
+    assert starts[ids].sum() > len(script) / 2
+    latin = tokenizers.train(kind, ["unbelievable words", "é ü"], 300)
+    ids = latin.encode("unwords éü", add_special_tokens=False).ids
+    assert word_starts(latin)[ids].sum() == 2
+
+
 def test_word_starts_of_an_unknown_kind():
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(InputError, match="unknown for a WordLevel tokenizer"):
-        tokenizers.word_starts(tokenizer)
+        word_starts(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +163,89 @@ def test_bad_files(tmp_path):
     (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
     with pytest.raises(InputError, match=r"lacks the special tokens \[PAD\] \[CLS\]"):
         tokenizers.load(tmp_path / "vocab.txt")
+
+
+SCRIPTS = {
+    "hindi": "यह हिन्दी में लिखा हुआ",
+    "thai": "ภาษาไทยเป็นภาษาที่มีระดับเสียง " + "น้ำ" * 60,  # a word of 180 characters
+    "vietnamese": "Tiếng Việt có dấu",
+    "korean": "한국어 문장입니다",
+    "french": "Élan naïf à Noël",
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("option", "lowered"), [("marks", True), ("cased", False)])
+def test_letters_are_kept_where_that_is_asked_for(script, option, lowered):
+    text = SCRIPTS[script]
+    tokenizer = tokenizers.train("wordpiece", [text] * 3, 600, **{option: True})
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.token_to_id("[UNK]") not in ids
+    assert tokenizer.decode(ids) == (text.lower() if lowered else text)
+    plain = tokenizers.train("wordpiece", [text] * 3, 600)
+    assert plain.decode(plain.encode(text).ids) != text.lower()  # the default is BERT's
+
+
+@pytest.fixture(scope="module")
+def chinese() -> list[str]:
+    """3,000 characters, the rarest once, in lines of 60."""
+    rng = random.Random(0)
+    characters = [chr(0x4E00 + i) for i in range(3000)]
+    text = characters + rng.choices(characters[:1200], k=9000)
+    rng.shuffle(text)
+    return ["".join(text[i : i + 60]) for i in range(0, len(text), 60)]
+
+
+def unknown_share(tokenizer: Tokenizer, texts: list[str]) -> float:
+    ids = [i for encoding in tokenizer.encode_batch(texts) for i in encoding.ids]
+    return ids.count(1) / len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_character_is_unknown_where_the_vocabulary_has_room(chinese, kind):
+    tokenizer = tokenizers.train(kind, chinese, 8000)
+    assert tokenizers.vocab_size(tokenizer) <= 8000
+    assert unknown_share(tokenizer, chinese) == 0
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_a_full_vocabulary_and_a_given_alphabet_leave_out_the_rarest(chinese, kind):
+    small = tokenizers.train(kind, chinese, 2600)
+    assert tokenizers.vocab_size(small) == 2600
+    limited = tokenizers.train(kind, chinese, 8000, alphabet=1200)
+    assert 0 < unknown_share(small, chinese) < unknown_share(limited, chinese) < 0.25
+    assert (
+        unknown_share(limited, [line[:1] for line in chinese if line[0] < chr(0x4E00 + 900)]) == 0
+    )
+
+
+def test_characters_inside_words_have_room_twice():
+    syllables = [chr(0xAC00 + 7 * i) for i in range(1500)]  # Korean: BERT does not set them apart
+    texts = [" ".join(syllables[i : i + 30]) for i in range(0, 1500, 30)]
+    tokenizer = tokenizers.train("wordpiece", texts, 3005, marks=True)
+    assert unknown_share(tokenizer, ["".join(syllables[:90]), *texts]) == 0
+    with_less = tokenizers.train("wordpiece", texts, 3003, marks=True)
+    assert tokenizers.vocab_size(with_less) == 3003
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "bpe", "cased": True}, "cased is for wordpiece; bpe keeps"),
+        ({"kind": "unigram", "marks": True}, "marks is for wordpiece; unigram keeps"),
+        ({"kind": "bpe", "alphabet": 5}, "alphabet=5 has no meaning for bpe"),
+        ({"alphabet": 0}, "alphabet=0 is not above 0"),
+        ({"path": Path("there"), "cased": True}, "there is trained: leave out either"),
+    ],
+)
+def test_settings_that_would_do_nothing(settings, message):
+    with pytest.raises(InputError, match=message):
+        tokenizers.TokenizerConfig(**settings)
+
+
+def test_what_decides_the_content_is_named_and_the_default_as_ever():
+    config = tokenizers.TokenizerConfig()
+    assert config.describe() == "wordpiece 16384 on all"
+    others = [{"cased": True}, {"marks": True}, {"alphabet": 9}, {"num_documents": 3}]
+    descriptions = {tokenizers.TokenizerConfig(**other).describe() for other in others}
+    assert len(descriptions - {config.describe()}) == len(others)

@@ -3,7 +3,6 @@
 import importlib
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,26 +28,42 @@ def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metr
         assert answer["tags"] == [TAGS.get(word, "O") for word in sentence]
         for entity in answer["entities"]:
             assert answer["text"][entity["start"] : entity["end"]] == entity["text"]
-
-
-def test_tags_are_those_of_first_subwords_and_none_where_a_text_was_cut(framer, records):
-    task, labels = Tagging(), ("B-x", "I-x", "O")
-    words = [["aing", "b"], [*"abcdefgh", "john", "in", "new"]]  # 11 words, and room for 10
-    examples = task.read(records(*({"tokens": own} for own in words)), labelled=False)
-    encoded = task.encode(framer, examples, labels)
-    assert [row["words"].tolist() for row in encoded.rows] == [
-        [0, 1, 0, 2, 0],
-        [0, *range(1, 11), 0],
+    assert run.task.split == "punctuation"  # found out and kept with the run
+    text = "a  John\tSmith, b york."
+    (answer,) = run.answer(records({"tokens": text}))
+    assert answer["text"] == text
+    assert answer["words"] == ["a", "John", "Smith", ",", "b", "york", "."]
+    assert answer["tags"] == ["O", "B-per", "I-per", "O", "O", "B-loc", "O"]
+    assert [(found["text"], found["start"]) for found in answer["entities"]] == [
+        ("John\tSmith", 3),
+        ("york", 17),
     ]
-    outputs = {"words": [row["words"] for row in encoded.rows], "probabilities": []}
-    for row in encoded.rows:  # lists, because rows differ in length
+
+
+def outputs_of(rows, probabilities):
+    names = ("words", "sentence")
+    return {name: [row[name] for row in rows] for name in names} | {"probabilities": probabilities}
+
+
+def test_every_word_of_a_long_sentence_has_a_tag(framer, records):
+    task, labels = Tagging(), ("B-x", "I-x", "O")
+    words = [["aing", "b"], [*"abcdefgh", "john", "\u200d", "in", "new"]]  # room for 10 tokens
+    examples = task.read(records(*({"tokens": own} for own in words)), labelled=False)
+    rows = task.encode(framer, examples, labels).rows
+    assert [row["words"].tolist() for row in rows] == [
+        [0, 1, 0, 2, 0],
+        [0, *range(1, 10), 0, 0],
+        [0, 0, 11, 12, 0],
+    ]
+    probabilities = []
+    for row in rows:  # lists, because rows differ in length
         likely = np.full((len(row["tokens"]), 3), 0.1, np.float32)
         likely[np.arange(len(likely)), np.where(row["words"] > 0, 0, 1)] = 0.8
-        outputs["probabilities"].append(likely)
-    short, long = task.answers(examples, labels, outputs)
+        probabilities.append(likely)
+    short, long = task.answers(examples, labels, outputs_of(rows, probabilities))
     assert short["tags"] == ["B-x", "B-x"]
-    assert long["tags"] == ["B-x"] * 10 + [None]
-    assert [entity["text"] for entity in long["entities"]] == words[1][:10]
+    assert long["tags"] == ["B-x"] * 9 + ["O"] + ["B-x"] * 2
+    assert [entity["text"] for entity in long["entities"]] == words[1][:9] + words[1][10:]
 
 
 def test_tags_that_mark_no_entities(framer, records):
@@ -58,29 +73,30 @@ def test_tags_that_mark_no_entities(framer, records):
     assert (labels, task.monitor) == (("DT", "NN"), "accuracy")
     with pytest.raises(InputError, match=r"'DT' is neither O .* give --task.no-entities"):
         Tagging().labels(examples)
-    encoded = task.encode(framer, examples, labels)
-    row = encoded.rows[0]["words"]  # of 12 words the first 10
-    probabilities = np.full((len(row), 2), 0.5, np.float32)
-    probabilities[:, 0] = np.where(row <= 2, 0.9, 0.1)  # the second word is wrong
-    outputs = {"words": [row], "probabilities": [probabilities]}
-    assert task.metrics(examples, labels, outputs) == {"accuracy": 9 / 12}
+    rows = task.encode(framer, examples, labels).rows  # of 12 words, in two windows
+    probabilities = []
+    for row in rows:
+        probabilities.append(np.full((len(row["words"]), 2), 0.5, np.float32))
+        probabilities[-1][:, 0] = np.where(row["words"] == 1, 0.9, 0.1)
+        probabilities[-1][row["words"] == 2, 0] = 0.9  # the second word is wrong
+    outputs = outputs_of(rows, probabilities)
+    assert task.metrics(examples, labels, outputs) == {"accuracy": 11 / 12}
     (worst,) = task.predictions(examples, labels, outputs)
-    assert worst.text.startswith("b: a b c")  # and none of those that were cut off
+    assert worst.text.startswith("b: a b c")
     (answer,) = task.answers(examples, labels, outputs)
     assert answer.keys() == {"text", "tags"}
 
 
-def outputs_of(framer, task, examples, labels, guesses, sure=0.6):
+def guessed(framer, task, examples, labels, guesses, sure=0.6):
     """As if the model gave ``sure`` to each of these tags, and the rest to the others alike."""
-    outputs = {"words": [], "probabilities": []}
-    for row, tags in zip(task.encode(framer, examples, labels).rows, guesses, strict=True):
+    rows, probabilities = task.encode(framer, examples, labels).rows, []
+    for row, tags in zip(rows, guesses, strict=True):
         rest = (1 - sure) / (len(labels) - 1)
-        probabilities = np.full((len(row["words"]), len(labels)), rest, np.float32)
+        likely = np.full((len(row["words"]), len(labels)), rest, np.float32)
         for place in np.flatnonzero(row["words"]):
-            probabilities[place, labels.index(tags[row["words"][place] - 1])] = sure
-        outputs["words"].append(row["words"])
-        outputs["probabilities"].append(probabilities)
-    return outputs
+            likely[place, labels.index(tags[row["words"][place] - 1])] = sure
+        probabilities.append(likely)
+    return outputs_of(rows, probabilities)
 
 
 def test_the_wrong_ones_are_those_of_the_metric(framer, records):
@@ -88,7 +104,7 @@ def test_the_wrong_ones_are_those_of_the_metric(framer, records):
     gold = ["B-x", "I-x", "O", "O"]
     examples = task.read(records(*[{"tokens": [*"abcd"], "tags": gold}] * 3))
     guesses = [gold, ["I-x", "I-x", "O", "O"], ["B-x", "O", "O", "O"]]
-    outputs = outputs_of(framer, task, examples, labels, guesses)
+    outputs = guessed(framer, task, examples, labels, guesses)
     assert task.metrics(examples[:2], labels, {k: v[:2] for k, v in outputs.items()})["f1"] == 1
     (wrong,) = task.predictions(examples, labels, outputs)  # I- for the B- of a first word is none
     assert (wrong.origin, wrong.gold, wrong.predicted) == ("x.jsonl:3", "I-x", "O")

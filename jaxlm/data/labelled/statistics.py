@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from jaxlm.data.fidelity import TOO_MUCH, Tally
 from jaxlm.data.labelled.examples import Examples
 
 _BINS, _BAR, _ROWS = 8, 20, 20  # at most: bins of lengths, characters of a bar, rows of classes
@@ -48,6 +49,31 @@ def describe(examples: Examples, classes: Iterable[str], *, duplicates: int = 0)
         median=int(np.median(sizes)),
         truncated=float(np.mean(sizes > examples.lengths)),
         duplicates=duplicates,
+    )
+
+
+def tally(examples: Examples, texts: Iterable[str], unk: int) -> Tally:
+    """Count what is kept of texts in encoded examples of them."""
+    counts = Tally(unk)
+    counts.add_texts(texts)
+    for row, size in zip(examples.rows, examples.untruncated.tolist(), strict=True):
+        tokens = row["tokens"]
+        counts.add_tokens(tokens[tokens != examples.pad], max(size - tokens.shape[-1], 0))
+    return counts
+
+
+def longer(examples: Examples, most: int | None) -> str:
+    """Which maximal length cuts few tokens, as far as a model reads: ``most`` tokens."""
+    sizes = examples.untruncated.astype(int)
+    lengths = np.arange(8, sizes.max() + 8, 8)
+    cut = np.array([np.maximum(sizes - length, 0).sum() / sizes.sum() for length in lengths])
+    enough = int((cut > TOO_MUCH).sum())
+    if most is None or lengths[enough] <= most:
+        return f"--data.max-length {lengths[enough]} cuts {cut[enough]:.1%}"
+    left = np.maximum(sizes - most, 0).sum() / sizes.sum()
+    return (
+        f"the model reads {most} at most, where --data.max-length {most} cuts {left:.1%}; give the "
+        "parts of long texts as examples of their own"
     )
 
 

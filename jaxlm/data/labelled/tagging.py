@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int
 
 from jaxlm.data.labelled import labels, spans, spelling
-from jaxlm.data.labelled.examples import Examples
+from jaxlm.data.labelled.examples import Examples, Row
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.words import Split, split_words
 from jaxlm.errors import InputError
 
 
@@ -38,6 +39,23 @@ class Sentence:
     origin: str
     written: tuple[str, ...] = ()
     """The tags as they stand in the file."""
+    given: str | None = None
+    """The text that the words were cut from; None: they were given as words."""
+
+    @property
+    def text(self) -> str:
+        """As it was given, or the words with spaces between."""
+        return " ".join(self.words) if self.given is None else self.given
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Where each word stands in the text: its first character, and past its last."""
+        text, end, places = self.text, 0, []
+        for word in self.words:
+            start = text.index(word, end)
+            end = start + len(word)
+            places.append((start, end))
+        return places
 
     @property
     def content(self) -> str:
@@ -59,19 +77,24 @@ class Sentence:
         return replace(self, tags=[names.get(tag, tag) for tag in self.classes])
 
 
-def read(records: Iterable[Record], fields: TagFields) -> list[Sentence]:
+def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -> list[Sentence]:
     """The sentences of all records; tags that do not match the words raise.
 
-    Where a record has no words, but a text with spans of characters, these make words and tags.
+    A text without tags is split into words as ``split`` says; one with tags at white space, or
+    where it has spans of characters, which make its tags, as these need it.
     """
     sentences = []
     for record in records:
-        record = spans.as_words(record, fields.words, fields.tags)
-        words, origin = record.texts(fields.words), record.origin
-        if not all(words):
-            raise InputError(f"{origin}: an empty word; remove it")
-        if not words:
-            raise InputError(f"{origin}: no words; remove it")
+        origin, given = record.origin, None
+        name = fields.words if fields.words in record.fields else "text"
+        if fields.tags is None and isinstance(record.fields.get(name), str):
+            given = record.text(name)
+            words = split_words(given, split)
+        else:
+            record = spans.as_words(record, fields.words, fields.tags)
+            words = record.texts(fields.words)
+        if not words or not all(words):
+            raise InputError(f"{origin}: {'an empty word' if words else 'no words'}; remove it")
         written = () if fields.tags is None else _tags(record, fields.tags, fields.names)
         if fields.tags is not None and len(written) != len(words):
             raise InputError(
@@ -84,7 +107,9 @@ def read(records: Iterable[Record], fields: TagFields) -> list[Sentence]:
                 "give each word a tag"
             )
         tags = None if fields.tags is None else list(used)
-        sentences.append(Sentence(words=words, tags=tags, origin=origin, written=written))
+        sentences.append(
+            Sentence(words=words, tags=tags, origin=origin, written=written, given=given)
+        )
     return sentences if fields.as_written else spelling.alike(sentences)
 
 
@@ -112,49 +137,60 @@ def label_names(sentences: Sequence[Sentence]) -> tuple[str, ...]:
     return labels.discover_tags(tag for sentence in sentences for tag in sentence.tags or ())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tagged:
-    """Encoded sentences, and what leads from positions back to words."""
+def encode(framer: Framer, sentences: Sequence[Sentence], names: Sequence[str]) -> Examples:
+    """Rows of windows: a sentence that is too long for one has several, which overlap.
 
-    examples: Examples
-    first_positions: list[Int32[np.ndarray, " _"]]
-    """For each sentence, where each word's first subword is; -1 for words that were cut off, or
-    that the tokenizer drops."""
-
-
-def encode(framer: Framer, sentences: Sequence[Sentence], names: Sequence[str]) -> Tagged:
-    """``tokens``, ``token_type_ids``, ``lengths``, ``labels`` and ``weights`` [length].
-
-    The first subword of each word carries its tag, at weight 1; all else has weight 0. Sentences
-    without tags have no ``labels``.
+    ``tokens``, ``token_type_ids``, ``lengths``, ``labels``, ``weights`` and ``words`` [length], and
+    ``sentence`` [], whose window it is. The first subword of each word carries its tag at weight 1,
+    and in ``words`` its number, from 1, in the window that shows most around it; all else has 0.
+    Words that the tokenizer drops are nowhere. Sentences without tags have no ``labels``.
     """
-    rows, sizes, first_positions = [], [], []
+    rows: list[Row] = []
+    room = framer.room(1)
     encodings = framer.encodings([sentence.words for sentence in sentences])
-    for sentence, encoding in zip(sentences, encodings, strict=True):
+    for number, (sentence, encoding) in enumerate(zip(sentences, encodings, strict=True)):
         ids = np.array(encoding.ids, np.int32)
-        framed = framer.frame(ids)
-        length = len(framed.tokens)
-        kept, firsts = np.unique(np.array(encoding.word_ids, int)[: framer.room(1)], True)
-        positions = np.full(len(sentence.words), -1, np.int32)
-        positions[kept] = firsts + framed.starts[0]
-        row = {
-            "tokens": framed.tokens,
-            "token_type_ids": framed.token_type_ids,
-            "lengths": np.array(length, np.int32),
-            "weights": np.zeros(length, np.float32),
-        }
-        row["weights"][positions[kept]] = 1
+        present, firsts = np.unique(np.array(encoding.word_ids, int), return_index=True)
+        begins = np.arange(0, max(len(ids) - room // 4, 1), max(room - room // 4, 1))
+        begins = begins if len(ids) > room else np.zeros(1, int)
+        best = _best_windows(firsts, begins, room, len(ids))
+        numbers = np.zeros(len(sentence.words), np.int32)
         if sentence.tags is not None:
-            numbers = [labels.number_of(tag, names, sentence.origin) for tag in sentence.tags]
-            row["labels"] = np.zeros(length, np.int32)
-            row["labels"][positions[kept]] = np.array(numbers, np.int32)[kept]
-        rows.append(row)
-        sizes.append(framer.size(ids))
-        first_positions.append(positions)
-    examples = Examples(
+            all_numbers = [labels.number_of(tag, names, sentence.origin) for tag in sentence.tags]
+            numbers = np.array(all_numbers, np.int32)
+        for window, begin in enumerate(begins.tolist()):
+            framed = framer.frame(ids[begin : begin + room])
+            own = best == window
+            places = firsts[own] - begin + framed.starts[0]
+            row = {
+                "tokens": framed.tokens,
+                "token_type_ids": framed.token_type_ids,
+                "lengths": np.array(len(framed.tokens), np.int32),
+                "sentence": np.array(number, np.int32),
+            }
+            for name, values in (
+                ("words", present[own] + 1),
+                ("weights", np.ones(len(places), np.float32)),
+                *([] if sentence.tags is None else [("labels", numbers[present[own]])]),
+            ):
+                dtype = np.float32 if name == "weights" else np.int32
+                row[name] = np.zeros(len(framed.tokens), dtype)
+                row[name][places] = values
+            rows.append(row)
+    return Examples(
         rows=rows,
-        along_length=frozenset({"tokens", "token_type_ids", "labels", "weights"}),
+        along_length=frozenset({"tokens", "token_type_ids", "labels", "weights", "words"}),
         pad=framer.special.pad,
-        untruncated=np.array(sizes, np.int32),
+        untruncated=np.array([row["lengths"] for row in rows], np.int32),
     )
-    return Tagged(examples=examples, first_positions=first_positions)
+
+
+def _best_windows(
+    firsts: np.ndarray, begins: np.ndarray, room: int, size: int
+) -> Int[np.ndarray, " words"]:
+    """For the first token of each word the window with the most tokens on its poorer side."""
+    ends = np.minimum(begins + room, size)
+    left = np.where(begins == 0, size, firsts[:, None] - begins)  # nothing is before the text
+    right = np.where(ends == size, size, ends - 1 - firsts[:, None])
+    inside = (firsts[:, None] >= begins) & (firsts[:, None] < ends)
+    return np.where(inside, np.minimum(left, right), -1).argmax(axis=1)

@@ -1,5 +1,6 @@
 """Tags of words, at subwords."""
 
+import numpy as np
 import pytest
 
 from jaxlm.data import tokenizers
@@ -18,28 +19,51 @@ def sentence(words: str, tags: str | None = None) -> Sentence:
 
 def test_tags_are_at_first_subwords(framer, words):
     encoded = tagging.encode(framer, [sentence("John playing unknown", "B-per O I-per")], NAMES)
-    (row,) = encoded.examples.rows
+    (row,) = encoded.rows
     assert words(row["tokens"]) == "[CLS] john play ##ing un ##known [SEP]"
     assert row["labels"].tolist() == [0, 0, 2, 0, 1, 0, 0]
     assert row["weights"].tolist() == [0, 1, 1, 0, 1, 0, 0]
-    assert encoded.first_positions[0].tolist() == [1, 2, 4]
+    assert row["words"].tolist() == [0, 1, 2, 0, 3, 0, 0]
 
 
-def test_words_cut_off_or_dropped_have_no_position(framer, words):
-    cut = tagging.encode(framer, [sentence("a playing " * 5, "O " * 10)], NAMES)
-    assert cut.examples.rows[0]["lengths"] == 12
-    assert cut.first_positions[0].tolist() == [1, 2, 4, 5, 7, 8, 10, -1, -1, -1]
-    assert cut.examples.untruncated.tolist() == [17]
-    dropped = tagging.encode(framer, [sentence("a \u200d b", "O B-per I-per")], NAMES)
-    assert dropped.first_positions[0].tolist() == [1, -1, 2]
-    assert dropped.examples.rows[0]["labels"].tolist() == [0, 2, 1, 0]
+def test_dropped_words_have_no_position(framer):
+    (row,) = tagging.encode(framer, [sentence("a \u200d b", "O B-per I-per")], NAMES).rows
+    assert row["words"].tolist() == [0, 1, 3, 0]
+    assert row["labels"].tolist() == [0, 2, 1, 0]
+    assert row["weights"].tolist() == [0, 1, 1, 0]
+
+
+def test_long_sentences_have_windows(framer, words):
+    """Of 10 tokens, that share 2; a word counts where there is more around it."""
+    long = sentence("a b c d e f g h john smith new york a", "O " * 8 + "B-per I-per O O O")
+    first, second = tagging.encode(framer, [sentence("a", "O"), long], NAMES).rows[1:]
+    assert words(first["tokens"]) == "[CLS] a b c d e f g h john smith [SEP]"
+    assert words(second["tokens"]) == "[CLS] john smith new york a [SEP]"
+    assert first["words"].tolist() == [0, *range(1, 10), 0, 0]
+    assert second["words"].tolist() == [0, 0, 10, 11, 12, 13, 0]
+    assert second["labels"].tolist() == [0, 0, 1, 2, 2, 2, 0]
+    assert [int(row["sentence"]) for row in (first, second)] == [1, 1]
+
+
+@pytest.mark.parametrize("length", [*range(1, 12), 19, 20, 27, 40])
+@pytest.mark.parametrize("word", ["a", "playing", "unknown " + "a " * 3])
+def test_each_word_counts_once(framer, word, length):
+    own = ((word + " ") * length).split()[:length]
+    encoded = tagging.encode(framer, [Sentence(words=own, tags=["O"] * length, origin="x")], NAMES)
+    counted = np.concatenate([row["words"] for row in encoded.rows])
+    assert sorted(counted[counted > 0]) == list(range(1, length + 1))
+    assert sum(row["weights"].sum() for row in encoded.rows) == length
+    assert (encoded.lengths <= 12).all()
+    for row in encoded.rows:
+        assert ((row["words"] > 0) == (row["weights"] > 0)).all()
 
 
 def test_byte_level_words_begin_with_a_space():
     tokenizer = tokenizers.train("bpe", ["who lives in new york"] * 5, 400)
     encoded = tagging.encode(Framer(tokenizer, 12), [sentence("new york who")], ())
-    (row,) = encoded.examples.rows
-    firsts = [tokenizer.id_to_token(int(row["tokens"][p])) for p in encoded.first_positions[0]]
+    (row,) = encoded.rows
+    firsts = [tokenizer.id_to_token(int(token)) for token in row["tokens"][row["words"] > 0]]
+    assert len(firsts) == 3
     assert all(token.startswith("Ġ") for token in firsts)
     assert "labels" not in row
 

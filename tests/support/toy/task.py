@@ -29,6 +29,9 @@ class NextToken:
     def usage(self) -> str:
         return "TEXT"
 
+    def warning(self, tokens, vocabulary) -> str:
+        return ""
+
     def for_evaluation(self) -> "NextToken":
         return self
 

@@ -1,0 +1,62 @@
+"""Texts split into words, and where the words stand."""
+
+import pytest
+
+from jaxlm.data.labelled import tagging
+from jaxlm.data.labelled.records import Conll, Record
+from jaxlm.data.labelled.tagging import TagFields
+from jaxlm.data.labelled.words import find_split, split_words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("He lives in New York.", "He|lives|in|New|York|."),
+        ("(Oslo), wow!", "(|Oslo|)|,|wow|!"),
+        ("U.S. and O'Neill: 3.5% of $7", "U.S.|and|O'Neill|:|3.5|%|of|$|7"),
+        ("a@b.com, @joe #tag don't e-mail", "a@b.com|,|@joe|#tag|don't|e-mail"),
+        ("He lives in the U.S.A , Mr. Smith", "He|lives|in|the|U.S.A|,|Mr.|Smith"),  # split already
+        ("हिन्दी में।", "हिन्दी|में|।"),
+        ("他说北京，好。", "他说北京|，|好|。"),
+        ("...", ".|.|."),
+    ],
+)
+def test_punctuation_stands_apart(text, words):
+    assert split_words(text, "punctuation") == words.split("|")
+    assert split_words(text, "space") == text.split()
+
+
+def test_chinese_characters_stand_apart():
+    assert split_words("他说ABC，Tokyo。", "characters") == [*"他说", "ABC", "，", "Tokyo", "。"]
+
+
+def test_the_split_of_training_data():
+    apart = [["John", "lives", "in", "York", "."], ["Mr.", "Smith", ",", "too", "!"]]
+    assert find_split(apart) == "punctuation"
+    assert find_split([["John", "lives", "in", "York."], ["well,", "Smith", "too!"]]) == "space"
+    assert find_split([["john"]]) == "punctuation"
+    assert find_split([[*"他说北京。"]]) == "characters"
+    assert find_split([["他", "北京", "中国人", "。"]]) == "punctuation"
+
+
+def test_places_are_in_the_text_as_given():
+    text = "Yesterday  Anna   Smith went\tto Oslo, for 3 days. "
+    record = Record(fields={"tokens": text}, origin="x")
+    (sentence,) = tagging.read([record], TagFields(tags=None), "punctuation")
+    assert sentence.text == text
+    assert [text[a:b] for a, b in sentence.places] == sentence.words
+    assert sentence.words[5:7] == ["Oslo", ","]
+    (listed,) = tagging.read(
+        [Record(fields={"tokens": ["a", "b,"]}, origin="x")], TagFields(tags=None)
+    )
+    assert (listed.words, listed.text, listed.places) == (["a", "b,"], "a b,", [(0, 1), (2, 4)])
+
+
+def test_invisible_words_keep_their_lines(write):
+    conll = Conll(path=write("a.conll", "a\tO\n\u00a0\tO\nb\tB-x\n"))
+    (sentence,) = tagging.read(conll.records(), TagFields())
+    assert (sentence.words, sentence.tags) == (["a", "\u00a0", "b"], ["O", "O", "B-x"])
+    words = ["a", "\u00a0", " ", "\u200b", "b"]
+    record = Record(fields={"tokens": words, "tags": ["O"] * 5}, origin="x")
+    (sentence,) = tagging.read([record], TagFields())
+    assert sentence.words == words
