@@ -20,6 +20,7 @@ import tyro
 
 from jaxlm.convert import huggingface
 from jaxlm.errors import report_input_errors
+from jaxlm.peft import tuning
 from jaxlm.runs import finetuned
 from jaxlm.tasks.embedding import Embedding
 
@@ -40,7 +41,9 @@ def main(
         base: The encoder of the adapter, if it has moved: a run folder, a folder or a hub name.
     """
     loaded = finetuned.open_finetuned(run, step=step, base=base)
-    params = jax.tree.map(np.asarray, loaded.merged())
+    merged = loaded.merged()
+    lost = tuning.lost_in_bfloat16(loaded.variables["params"], merged)
+    params = jax.tree.map(np.asarray, merged)
     head = {name: leaf for name, leaf in params.get("head", {}).items() if name == "pooler"}
     model = loaded.config.model
     assert model is not None  # resolved
@@ -48,7 +51,10 @@ def main(
     task = loaded.task
     pooling = (task.pooling or "mean") if isinstance(task, Embedding) else None
     huggingface.save(out, kept, model, loaded.tokenizer, pooling=pooling)
-    print(f"{run} at step {int(loaded.state.step)}, merged, is in {out}")
+    print(
+        f"{run} at step {int(loaded.state.step)}, merged, is in {out}, in float32: rounded to "
+        f"bfloat16 its weights would differ by {lost:.1%} of what was added"
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval as pe
 
 # These give their operands' values, or some of them, without computing anything.
 MOVES = {
@@ -26,6 +27,11 @@ def changed_names(program: core.ClosedJaxpr) -> set[str]:
     through (``jit``, ``checkpoint``, ``scan``) are left out.
     """
     return _walk(program.jaxpr, [True] * len(program.jaxpr.invars))[0]
+
+
+def read_arguments(program: core.ClosedJaxpr) -> list[bool]:
+    """Which of the program's arguments its results depend on."""
+    return pe.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))[1]
 
 
 def _walk(jaxpr: core.Jaxpr, given: Sequence[bool]) -> tuple[set[str], list[bool]]:

@@ -38,11 +38,11 @@ def dropout(x: Float[Array, "..."], rate: float, key: PRNGKey) -> Float[Array, "
     """Zero each element with probability ``rate``, scale the others by ``1 / (1 - rate)``.
 
     What ``x``'s precision makes of that factor decides the rate, so that the mean is kept: in
-    bfloat16 0.1 is 0.0986, and what is below 0.004 may be 0. Hand-written gradient: forward mode
-    only inside :func:`custom_vjp.plain`.
+    bfloat16 0.1 is 0.0986. A rate so low, below 0.004 there, that the factor is 1 is kept instead.
+    Hand-written gradient: forward mode only inside :func:`custom_vjp.plain`.
     """
     scale = np.asarray(1 / (1 - rate), x.dtype)
-    share = 1 - 1 / float(scale)
+    share = 1 - 1 / float(scale) or rate
     keep = hash_bits(key, x.shape) >= np.uint32(round(share * 2**32))
     return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 

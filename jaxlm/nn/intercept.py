@@ -10,13 +10,15 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlm.errors import InputError
-from jaxlm.nn.dataflow import changed_names
+from jaxlm.nn.dataflow import changed_names, read_arguments
+from jaxlm.tree import leaves_with_path
 from jaxlm.typing import Apply, Params
 
 Leaves = dict[str, Array]  # what a collection holds for one module
@@ -156,18 +158,29 @@ def find_sites(call: Callable[[Any], Any], variables: Mapping[str, PyTree]) -> F
                 f"its module applies {weight.shape} of {params[path].shape}, and layers are "
                 "supported along the first axis only (nn.scan with variable_axes={True: 0})"
             )
-        return call.run(call.x)
+        # Nothing of the result, so that whatever else reads the parameter stands out.
+        return jnp.zeros_like(call.run(call.x))
 
     def pass_over(module: nn.Module, reason: str) -> None:
         path = "/".join(module.path)
         for name in module.variables.get("params", ()):
             refused.setdefault(_join(path, name), reason)  # a layer's helpers know less than it
 
-    def inside(variables: Mapping[str, PyTree]) -> None:  # a new function: no trace is cached
+    def inside(variables: Mapping[str, PyTree]) -> list[Any]:  # a new function: no trace is cached
         with nn.intercept_methods(_interceptor(see, pass_over)):
-            call(variables)
+            return [x for x in jax.tree.leaves(call(variables)) if isinstance(x, jax.Array)]
 
-    for path in changed_names(jax.make_jaxpr(inside)(variables)):
+    program = jax.make_jaxpr(inside)(variables)
+    for (path, _), is_read in zip(
+        leaves_with_path(variables), read_arguments(program), strict=True
+    ):
+        name = path.removeprefix("params/")
+        if is_read and name != path and sites.pop(name, None) is not None:
+            refused[name] = (
+                "it is read beside the calls of its module, too, as where it is used transposed, "
+                "and no adapter would be seen there"
+            )
+    for path in changed_names(program):
         if sites.pop(path, None) is not None:
             refused[path] = (
                 "its module applies what is computed from it, as under nn.WeightNorm, "

@@ -80,5 +80,13 @@ def add_bias(y: Float[Array, "*batch n"], bias: Float[Array, "n"]) -> Float[Arra
     return y + jnp.expand_dims(bias.astype(y.dtype), tuple(range(y.ndim - 1)))
 
 
+def multiply(x: Float[Array, "..."], factor: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``factor x`` in the precision of ``x``, for a float32 ``factor`` that may be near 1.
+
+    As ``x + (factor - 1) x``: in bfloat16 the numbers next to 1 are 0.8 % above and 0.4 % below.
+    """
+    return x + (factor - 1).astype(x.dtype) * x
+
+
 def _row_major(x: Array) -> Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))

@@ -26,6 +26,7 @@ from jaxlm.nn.intercept import (
     intercept,
     match,
 )
+from jaxlm.nn.products import multiply
 from jaxlm.typing import Apply, Params, Variables
 
 
@@ -75,28 +76,27 @@ def adapt(apply: Apply) -> Apply:
     def rewrite(call: Call, scales: Leaves) -> Array:
         x = call.x
         if "input" in scales:
-            scale = scales["input"].astype(x.dtype)
             if call.kind == "conv":
                 raise InputError(
                     f"(IA)³ scales no inputs of a convolution: name {call.path}/kernel in outputs"
                 )
             axes = [axis for axis in range(x.ndim) if axis not in call.axes]
-            x = x * jnp.expand_dims(scale, axes)
+            x = multiply(x, jnp.expand_dims(scales["input"], axes))
         y = call.run(x)
         if "output" in scales:
-            scale = scales["output"].astype(y.dtype)
-            y = y * jnp.expand_dims(scale, tuple(range(y.ndim - scale.ndim)))
+            scale = scales["output"]
+            y = multiply(y, jnp.expand_dims(scale, tuple(range(y.ndim - scale.ndim))))
         return y
 
     return intercept(apply, "ia3", rewrite)
 
 
 def merge(params: Params, ia3: Params, sites: Sites) -> Params:
-    """Parameters with the scales multiplied in, in float32: the same model without ``ia3``."""
+    """The same model without ``ia3``; what the scales are multiplied into stays in float32."""
     merged = flatten(params)
 
-    def multiply(path: str, scale: Array) -> None:
-        merged[path] = (merged[path].astype(jnp.float32) * scale).astype(merged[path].dtype)
+    def scaled(path: str, scale: Array) -> None:
+        merged[path] = merged[path].astype(jnp.float32) * scale
 
     for path, scale in flatten(ia3).items():
         parent, slash, name = path.rpartition("/")
@@ -106,7 +106,7 @@ def merge(params: Params, ia3: Params, sites: Sites) -> Params:
         first, ndim = sites[kernel].num_stack, merged[kernel].ndim
         split = first + sites[kernel].num_inputs
         others = range(first, split) if name == "output" else range(split, ndim)
-        multiply(kernel, jnp.expand_dims(scale, tuple(others)))
+        scaled(kernel, jnp.expand_dims(scale, tuple(others)))
         if name == "output" and bias in merged:
-            multiply(bias, scale)
+            scaled(bias, scale)
     return tree.replace(params, merged)

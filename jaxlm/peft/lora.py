@@ -30,6 +30,7 @@ from jaxtyping import Array, Int, PyTree
 from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.nn import custom_vjp
+from jaxlm.nn.dropout import dropout
 from jaxlm.nn.intercept import (
     ADAPTABLE,
     Call,
@@ -42,6 +43,7 @@ from jaxlm.nn.intercept import (
     intercept,
     match,
 )
+from jaxlm.nn.products import multiply
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 
@@ -143,8 +145,7 @@ def init_at(key: PRNGKey, params: Params, sites: Sites, config: LoraConfig) -> P
 def adapt(apply: Apply, config: LoraConfig) -> Apply:
     """``apply`` that reads the collection ``lora`` of its variables, on any linen module.
 
-    What is adapted are calls: a kernel that is read beside them (``embed.embedding.T``) is that of
-    the base until it is merged. The result takes ``adapter_ids`` (int, [batch]) besides: for each
+    The result takes ``adapter_ids`` (int, [batch]) besides: for each
     example, which of the adapters joined by :func:`stack`. Every adapted call must then have the
     examples along its first axis, which nothing can check where another is as long. Dropout needs
     ``rngs={"dropout": key}``; ``deterministic=True`` turns it off. What compiles or checkpoints
@@ -170,7 +171,7 @@ def adapt(apply: Apply, config: LoraConfig) -> Apply:
 
 
 def merge(params: Params, lora: Params, config: LoraConfig) -> Params:
-    """The same model without ``lora``: added in float32, stored in each kernel's own dtype."""
+    """The same model without ``lora``; what is added to is float32, whose digits it needs."""
     return _add(params, lora, config, sign=1)
 
 
@@ -234,7 +235,7 @@ def _add(params: Params, lora: Params, config: LoraConfig, sign: int) -> Params:
             gain = _over_root(leaves["magnitude"], _squares(new, site))
             axes = range(site.num_stack, site.num_stack + site.num_inputs)
             new = new * jnp.expand_dims(gain, tuple(axes))
-        merged[target] = new.astype(weight.dtype)
+        merged[target] = new
     return tree.replace(params, merged)
 
 
@@ -294,7 +295,7 @@ def _apply_adapter(
         low_rank, matmul = jax.vmap(_low_rank), jax.vmap(jnp.matmul)
 
     def scaled(y: Array) -> Array:
-        return y if gain is None else y * _spread(gain, y.ndim, ids).astype(y.dtype)
+        return y if gain is None else multiply(y, _spread(gain, y.ndim, ids))
 
     def biased(y: Array, delta: Array) -> Array:
         if gain is None:
@@ -317,8 +318,7 @@ def _apply_adapter(
             rows = a.at[jnp.expand_dims(ids, tuple(range(1, x.ndim))), x].get(mode="clip")
         return scaled(y + matmul(rows.astype(y.dtype), b.astype(y.dtype)))
     if rate > 0 and call.module.has_rng("dropout"):
-        keep = jax.random.bernoulli(call.module.make_rng("dropout"), 1 - rate, x.shape)
-        x = jnp.where(keep, x / (1 - rate), 0)
+        x = dropout(x.astype(y.dtype), rate, call.module.make_rng("dropout"))
     if call.kind == "conv":
         convolve = call.convolve if ids is None else jax.vmap(call.convolve)
         h = convolve(x.astype(y.dtype), a.astype(y.dtype))

@@ -1,5 +1,6 @@
 """Which parameters learn: all, a head, biases, or adapters beside frozen ones."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def lr_factor(tuning: Tuning) -> Callable[[str], float] | None:
 
 
 def merge(tuning: Tuning, variables: Variables, call: Callable[[Variables], Any]) -> Params:
-    """The parameters of a plain model that computes the same."""
+    """The parameters of a plain model that computes the same: what is merged into is float32."""
     variables = plain(variables)
     if isinstance(tuning, LoraConfig):
         return lora.merge(variables["params"], variables["lora"], tuning)
@@ -114,6 +115,20 @@ def merge(tuning: Tuning, variables: Variables, call: Callable[[Variables], Any]
         sites = find_sites(call, {"params": variables["params"]})
         return ia3.merge(variables["params"], variables["ia3"], sites)
     return variables["params"]
+
+
+def lost_in_bfloat16(base: Params, merged: Params) -> float:
+    """What rounding merged weights changes, as a share of what was merged into those of ``base``.
+
+    Root mean squares; 0 where nothing was merged.
+    """
+    weights, off, added = dict(tree.leaves_with_path(base)), 0.0, 0.0
+    for path, leaf in tree.leaves_with_path(merged):
+        delta = leaf.astype(jnp.float32) - weights[path].astype(jnp.float32)
+        if delta.any():
+            off += float(jnp.square(leaf.astype(jnp.bfloat16).astype(jnp.float32) - leaf).sum())
+            added += float(jnp.square(delta).sum())
+    return math.sqrt(off / added) if added else 0.0
 
 
 def plain(variables: PyTree) -> PyTree:

@@ -26,6 +26,7 @@ import tyro
 from jaxlm import config as configs
 from jaxlm.config import C, Config, FinetuneConfig, PretrainConfig, RunConfig
 from jaxlm.errors import InputError
+from jaxlm.runs.idle import idle
 
 SYNTAX = (
     "An option with classes in braces takes the name of one: --{path} {other} puts it in the place "
@@ -304,9 +305,9 @@ def _settle(config: C, before: RunConfig, given: Mapping[str, list[str]]) -> C:
         values = " and ".join(f"{name}={value:g}" for name, value in ends.items())
         off = next((name for name in ends if name not in given), next(iter(ends)))
         _note(f"{values}: the first of them that is reached ends the run ({_flag(off)} None)")
-    is_split = not isinstance(config, FinetuneConfig) or config.data.validation is None
-    if "data.validation_fraction" in given and not is_split:
-        _note("data.validation_fraction has no effect beside data.validation (which can be None)")
+    for name, why in idle(config).items():
+        if name in given:
+            _note(f"{name} has no effect: {why}")
     return config
 
 

@@ -31,6 +31,13 @@ class MaskedLm:
     isolate_documents: bool = False
     """Documents that share a row do not attend to each other, and each counts positions from 0."""
 
+    def __post_init__(self) -> None:
+        if self.eval_masking.final_rate is not None:
+            raise InputError(
+                f"task.eval_masking.final_rate={self.eval_masking.final_rate}, but evaluation "
+                "hides the same all the run: set task.eval_masking.rate alone"
+            )
+
     @property
     def verb(self) -> str:
         """What scripts/predict.py calls its use."""

@@ -203,6 +203,53 @@ def transposed(dense):
     return lambda x: read(dense, x)
 
 
+def spectral(dense):
+    return lambda x: nn.SpectralNorm(dense)(x, update_stats=False)
+
+
+class Tied(nn.Module):
+    """A map that is called twice: by itself both times, or once otherwise."""
+
+    second: Callable[[nn.Module, Any], Any]
+    first: Callable[[], nn.Module] = partial(nn.Dense, 16, name="tied")
+
+    @nn.compact
+    def __call__(self, x):
+        tied = self.first()
+        return self.second(tied, nn.tanh(tied(x)))
+
+
+class Shared(nn.Module):
+    """One module, given to two others."""
+
+    @nn.compact
+    def __call__(self, x):
+        shared = nn.Dense(16, name="shared")
+        return Calls(shared)(nn.tanh(Calls(shared)(x)))
+
+
+class Calls(nn.Module):
+    inner: nn.Module
+
+    @nn.compact
+    def __call__(self, x):
+        return self.inner(x)
+
+
+def kernel_of(module):
+    return module.variables["params"]["kernel"]
+
+
+def batched(variable_axes, in_axes=0):
+    """A map for each example, or one for all."""
+    return nn.vmap(
+        nn.Dense,
+        variable_axes=variable_axes,
+        split_rngs={"params": True not in variable_axes or variable_axes[True] is not None},
+        in_axes=in_axes,
+    )
+
+
 class Recurrent(nn.Module):
     cell: Callable[[], nn.Module]
     variable_broadcast: Any = True
@@ -254,7 +301,27 @@ ADAPTED = {
     "scan of remat": (Stack(partial(nn.remat(nn.Dense), 16)), FLOATS),
     "scan of convolutions": (Stack(partial(nn.Conv, 16, (3,))), FLOATS),
     "bfloat16": (nn.Dense(8, dtype=jnp.bfloat16), FLOATS),
+    "two calls of one module": (Tied(lambda tied, x: tied(x)), FLOATS),
+    "a module that two share": (Shared(), FLOATS),
+    "a table and its scores": (
+        Tied(lambda tied, x: tied.attend(x), partial(nn.Embed, 32, 8, name="tied")),
+        IDS,
+    ),
+    "vmap with a map for each": (batched({True: 0})(8), FLOATS),
+    "vmap with one for all": (batched({True: None})(8), FLOATS),
+    "remat of a call": (Tied(lambda tied, x: nn.remat(lambda m, x: m(x))(tied, x)), FLOATS),
+    "map_variables that changes nothing": (
+        Wrapped(
+            lambda dense: (
+                lambda x: nn.map_variables(
+                    lambda dense, x: dense(x), "params", init=dense.is_initializing()
+                )(dense, x)
+            )
+        ),
+        FLOATS,
+    ),
 }
+BESIDE = "it is read beside the calls of its module"
 OF_OTHERS = "applies what is computed from it, as under nn.WeightNorm"
 REFUSED = {
     "DenseGeneral": (nn.DenseGeneral(5, batch_dims=(0,)), FLOATS, "kernel", r"batch_dims=\(0,\)"),
@@ -287,6 +354,43 @@ REFUSED = {
         FLOATS,
         "kernel",
         OF_OTHERS,
+    ),
+    "SpectralNorm": (Wrapped(spectral), FLOATS, "inside/kernel", OF_OTHERS),
+    "WeightNorm at one of two calls": (
+        Tied(lambda tied, x: nn.WeightNorm(tied)(x)),
+        FLOATS,
+        "tied/kernel",
+        OF_OTHERS,
+    ),
+    "used transposed": (
+        Tied(lambda tied, x: x @ kernel_of(tied).T),
+        FLOATS,
+        "tied/kernel",
+        BESIDE,
+    ),
+    "used transposed in a loop": (
+        Stack(partial(Tied, lambda tied, x: x @ kernel_of(tied).T)),
+        FLOATS,
+        "tied/kernel",
+        BESIDE,
+    ),
+    "a table used transposed": (
+        Tied(lambda tied, x: x @ tied.embedding.T, partial(nn.Embed, 32, 8, name="tied")),
+        IDS,
+        "tied/embedding",
+        BESIDE,
+    ),
+    "a norm of the kernel": (
+        Tied(lambda tied, x: x + jnp.sum(kernel_of(tied) ** 2)),
+        FLOATS,
+        "tied/kernel",
+        BESIDE,
+    ),
+    "vmap along another axis": (
+        batched({True: 1})(8),
+        FLOATS,
+        "kernel",
+        "layers are supported along the first axis",
     ),
     "map_variables": (Wrapped(transposed), FLOATS, "inside/kernel", OF_OTHERS),
     "read without a module": (Raw(), FLOATS, "w", "Raw reads it itself, and not through nn.Dense"),

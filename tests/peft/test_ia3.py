@@ -62,7 +62,9 @@ class TwoAxes(nn.Module):
         return nn.DenseGeneral(4, axis=(1, -1), name="second")(x)
 
 
+LOW = replace(tiny_models.BERT, unroll=1, dtype="bfloat16").make()
 CONFIGS = {
+    "bert in bfloat16": (LOW, IDS, Ia3Config(inputs=(r"(mlp/down|attention/out)/kernel",))),
     "bert": (BERT, IDS, Ia3Config(inputs=(r"(mlp/down|attention/out)/kernel",))),
     "two axes": (
         TwoAxes(),
@@ -81,7 +83,10 @@ def test_adapted_is_merged(name):
     apply = jax.jit(module.apply)
     size = np.abs(adapted).max()
     merged = apply({"params": merge(params, scales, sites)}, x)
-    np.testing.assert_allclose(adapted, merged, atol=2e-6 * size)
+    # Two layers' roundings: of 2^-24 each in float32, of 2^-8 in bfloat16, where few add up.
+    limit = 32 * 2**-24 if adapted.dtype == jnp.float32 else 8 * 2**-8
+    adapted, merged = (np.asarray(y, np.float32) for y in (adapted, merged))
+    np.testing.assert_allclose(adapted, merged, atol=limit * size)
     assert np.abs(adapted - apply({"params": params}, x)).max() > 1e-3 * size
 
 
@@ -96,6 +101,30 @@ def test_outputs_of_convolutions_are_scaled_but_not_their_inputs():
     params, _, scales = made(conv, x, Ia3Config(outputs=(), inputs=("kernel",)))
     with pytest.raises(InputError, match="no inputs of a convolution"):
         adapt(conv.apply)({"params": params, "ia3": scales}, x)
+
+
+def test_scales_near_1_have_their_effect_in_bfloat16():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4096, 24)), jnp.bfloat16)
+    dense = nn.Dense(24, use_bias=False, dtype=jnp.bfloat16)
+    # In bfloat16 the next number above 1 is 1.0078.
+    near_one = 1 + 0.003 * jnp.asarray(rng.choice([-1.0, 1.0], 24), jnp.float32)
+    params = {"kernel": jnp.eye(24)}
+    for name in ("input", "output"):
+        y = adapt(dense.apply)({"params": params, "ia3": {name: near_one}}, x)
+        found = (y.astype(jnp.float32) * x).sum(0) / jnp.square(x.astype(jnp.float32)).sum(0)
+        # Each product is rounded, by 2^-8 at most, and of 4096 the errors are not all alike.
+        np.testing.assert_allclose(found, near_one, atol=2**-8 / 4)
+
+
+def test_scales_are_not_lost_on_a_bfloat16_base():
+    dense, x = nn.Dense(24), jnp.ones((4, 16))
+    params, sites, scales = made(dense, x, Ia3Config(outputs=("kernel",), inputs=()))
+    low = params | {"kernel": params["kernel"].astype(jnp.bfloat16)}
+    scales = jax.tree.map(lambda s: 1 + 1e-3 * filled({"s": s}, 1)["s"], scales)
+    merged = merge(low, scales, sites)
+    y = adapt(dense.apply)({"params": low, "ia3": scales}, x)
+    np.testing.assert_allclose(dense.apply({"params": merged}, x), y, atol=2e-6)
 
 
 def test_misuse_raises():

@@ -67,3 +67,12 @@ def test_the_table_of_sizes():
         "full tuning 1,000 1,000 (100.00%) 0.0 MB 0.0 MB 0.0 MB 0.0 MB",
     ]
     assert len({len(line) for line in lines.splitlines()}) == 1
+
+
+def test_what_rounding_would_lose_of_what_was_merged():
+    base = {"kernel": jnp.full((4, 4), 1.0, jnp.bfloat16), "bias": jnp.full(4, 1 / 3)}
+    assert tuning.lost_in_bfloat16(base, base) == 0
+    # 2^-9 above 1 is rounded away; 2^-7 is a number of bfloat16.
+    for more, lost in ((2**-9, 1.0), (2**-7, 0.0)):
+        merged = base | {"kernel": base["kernel"].astype(jnp.float32) + more}
+        assert tuning.lost_in_bfloat16(base, merged) == lost

@@ -1,5 +1,6 @@
 """The command line behind a config file: it reaches every field of every class, and says how."""
 
+import ast
 import dataclasses
 import itertools
 import random
@@ -138,6 +139,30 @@ def test_the_fields_are_found() -> None:
         "prepare.tokenizer.TokenizerConfig.kind",
     } <= paths
     assert len(paths) > 150
+
+
+def names_that_are_read() -> set[str]:
+    """Attributes read anywhere but in a class's check of itself."""
+    found: set[str] = set()
+    for path in [*ROOT.glob("jaxlm/**/*.py"), *ROOT.glob("scripts/*.py")]:
+        for node in ast.walk(checks_left_out(ast.parse(path.read_text(encoding="utf-8")))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+    return found
+
+
+def checks_left_out(module: ast.Module) -> ast.Module:
+    for node in ast.walk(module):
+        if isinstance(node, ast.ClassDef):
+            node.body = [x for x in node.body if getattr(x, "name", "") != "__post_init__"]
+            node.body = [x for x in node.body if not isinstance(x, ast.AnnAssign)]
+    return module
+
+
+def test_every_field_is_read_somewhere() -> None:
+    fields = {name for reached in REACHED for name in reached.hints()}
+    assert len(fields) > 100
+    assert fields - names_that_are_read() == set()
 
 
 # Whole configs.

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,7 @@ def test_merged_and_saved_is_a_base(directory: Path, tmp_path: Path) -> None:
     merged = jax.tree.map(np.asarray, loaded.merged())
     done = script("merge_lora.py", directory, str(tmp_path / "merged"))
     assert b", merged, is in " in done.stdout, done.stderr
+    assert re.search(rb"rounded to bfloat16 its weights would differ by \d+\.\d% of", done.stdout)
     read = base.load(str(tmp_path / "merged"))
     assert read.config == replace(loaded.config.model, dtype=None)
     for path, leaf in tree.leaves_with_path(read.encoder):

@@ -59,6 +59,8 @@ class Case(NamedTuple):
     inputs: jax.Array
     targets: tuple[str, ...]
 
+    rounding: float = 2**-24  # half the distance of the numbers next to 1 in the dtype computed in
+
     @property
     def apply(self):
         return self.module.apply
@@ -69,6 +71,14 @@ CASES = {
         WithLmHead(replace(BERT, unroll=1, remat="full").make(), MlmHead()), IDS, EVERYTHING
     ),
     "bert without a loop": Case(WithLmHead(BERT.make(), MlmHead()), IDS, EVERYTHING),
+    "bert in bfloat16": Case(
+        WithLmHead(
+            replace(BERT, unroll=1, dtype="bfloat16").make(), MlmHead(dtype=jnp.dtype("bfloat16"))
+        ),
+        IDS,
+        EVERYTHING,
+        2**-8,
+    ),
     "attention": Case(AttentionBlocks(), FLOATS, (LINEAR,)),
     "mixer": Case(Mixer(), IDS, EVERYTHING),
 }
@@ -129,7 +139,7 @@ def assert_close(a, b, atol):
 
 def made(module, x, **changes):
     """Parameters and an adapter, of all kernels if ``changes`` name no other targets."""
-    params = module.init(jax.random.key(0), x)["params"]
+    variables = module.init(jax.random.key(0), x)
     config = LoraConfig(**({"targets": (r"(.*/)?kernel",), "rank": 2} | changes))
     call = lambda variables: module.apply(variables, x)
-    return params, init(jax.random.key(0), {"params": params}, config, call), config
+    return variables["params"], init(jax.random.key(0), variables, config, call), config

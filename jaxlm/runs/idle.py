@@ -1,0 +1,65 @@
+"""Fields of a config that nothing reads, as its other fields are."""
+
+from typing import Any
+
+from jaxlm.config import Config, FinetuneConfig, PretrainConfig
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.tasks.masked_lm import MaskedLm
+
+
+def idle(config: Config) -> dict[str, str]:
+    """The paths of such fields, each with why it has no effect."""
+    found: dict[str, str] = {}
+
+    def put(why: str, path: str, *names: str) -> None:
+        found.update({f"{path}.{name}" if path else name: why for name in names})
+
+    optimizer = config.optimizer
+    if optimizer.schedule != "wsd":
+        put(f"optimizer.schedule is {optimizer.schedule}, not wsd", "optimizer", "decay_share")
+    if optimizer.schedule in ("inverse_sqrt", "constant"):
+        why = f"optimizer.schedule={optimizer.schedule} has its own end"
+        put(why, "optimizer", "final_lr_share")
+    if optimizer.name != "muon":
+        put(f"optimizer.name is {optimizer.name}, not muon", "optimizer", "momentum")
+    if optimizer.name == "adafactor":
+        put("optimizer.name is adafactor, which has none", "optimizer", "b2", "epsilon")
+    if isinstance(config, PretrainConfig):
+        _of_pretraining(config, put)
+    else:
+        _of_fine_tuning(config, put)
+    return found
+
+
+def _of_pretraining(config: PretrainConfig, put: Any) -> None:
+    if config.base is not None:
+        names = ("path", "kind", "vocab_size", "num_documents")
+        put("the base has its own tokenizer", "prepare.tokenizer", *names)
+    elif config.prepare is not None and config.prepare.tokenizer.path is not None:
+        why = "prepare.tokenizer.path names one that is trained already"
+        put(why, "prepare.tokenizer", "kind", "vocab_size", "num_documents")
+    if isinstance(config.task, MaskedLm):
+        for name in ("masking", "eval_masking"):
+            if (unit := vars(config.task)[name].unit) != "span":
+                put(f"task.{name}.unit is {unit}, not span", f"task.{name}", "mean_span")
+    if len(config.data.paths) == 1:
+        put("data.paths is one folder", "data", "weights")
+
+
+def _of_fine_tuning(config: FinetuneConfig, put: Any) -> None:
+    put("fine-tuning evaluates on all of its examples", "train", "eval_rows")
+    if config.data.validation is not None:
+        why = "data.validation (which can be None) names the examples"
+        put(why, "data", "validation_fraction")
+        if config.data.few_shot is None:
+            put(f"{why}, and few_shot is None", "data", "split_seed")
+    if config.tokenizer is not None and config.tokenizer.path is not None:
+        why = "tokenizer.path names one that is trained already"
+        put(why, "tokenizer", "kind", "vocab_size", "num_documents")
+    if config.dropout_rate is not None:
+        why = f"dropout_rate={config.dropout_rate} takes its place"
+        put(why, "model", "dropout_rate", "attention_dropout_rate")
+    if config.dtype is not None:
+        put(f"dtype={config.dtype} takes its place", "model", "dtype")
+    if isinstance(config.tuning, LoraConfig) and config.tuning.ranks is not None:
+        put("tuning.ranks are given", "tuning", "rank")
