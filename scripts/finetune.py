@@ -15,7 +15,7 @@ from shlex import quote
 import jax
 
 from jaxlm.config import FinetuneConfig
-from jaxlm.data.labelled.records import JsonLines
+from jaxlm.data.labelled.records import JsonLines, first_path
 from jaxlm.runs import command_line, finetuning
 from jaxlm.runtime.distributed import joined
 from jaxlm.runtime.storage import StoragePath
@@ -26,7 +26,7 @@ def hints(config: FinetuneConfig, directory: StoragePath) -> tuple[str, str]:
     task, source, run = config.task, config.data.train, quote(str(directory))
     usage = task.usage
     if isinstance(source, JsonLines):
-        usage = usage.replace("FILE.jsonl", quote(source.path))
+        usage = usage.replace("FILE.jsonl", quote(first_path(source.path)))
     return (
         f"python scripts/evaluate.py {run}",
         f"python scripts/predict.py {run} {task.verb} {usage}",

@@ -11,6 +11,7 @@ FILES = (
     "model-*-of-*.safetensors",
     "tokenizer.json",
     "vocab.txt",
+    "tokenizer_config.json",  # whether that is lower-cased
     "modules.json",  # and what else a sentence encoder has
     "*_*/config.json",
     "*sentence*.json",

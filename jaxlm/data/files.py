@@ -57,8 +57,7 @@ def find(pattern: str) -> list[Path]:
     Names that begin with . or _ in a folder are left out, as other programs do. Brackets are
     ordinary characters where nothing matches them as a pattern.
     """
-    on_disk(pattern)
-    path = Path(pattern)
+    path = on_disk(pattern)
     try:
         found, is_folder = path.is_file(), path.is_dir()
         special = path.exists() and not (found or is_folder)

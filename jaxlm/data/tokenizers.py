@@ -324,6 +324,7 @@ def _check_size(vocab_size: int, needed: int, what: str) -> None:
 def load(path: StoragePath | str) -> Tokenizer:
     """From a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder that holds one of them.
 
+    What a ``tokenizer_config.json`` beside a ``vocab.txt`` says of lower case and accents holds.
     Truncation and padding that the file may prescribe are switched off.
     """
     path = locate(path)
@@ -356,7 +357,14 @@ def _load_vocab(path: StoragePath) -> Tokenizer:
     if missing:
         raise InputError(f"{path} lacks the special tokens {' '.join(missing)}")
     cased = any(token != token.lower() for token in vocab if token not in SPECIALS)
-    return _with_specials(_bert(models.WordPiece(vocab, unk_token=UNK), lowercase=not cased))
+    beside = path.with_name("tokenizer_config.json")
+    said = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    model = models.WordPiece(vocab, unk_token=UNK)
+    # A vocabulary without capitals may still be cased: Chinese or Hindi has none.
+    lowercase = said.get("do_lower_case", not cased)
+    return _with_specials(
+        _bert(model, lowercase=lowercase, marks=said.get("strip_accents") is False)
+    )
 
 
 def save(tokenizer: Tokenizer, path: StoragePath | str) -> None:

@@ -305,7 +305,8 @@ def _settle(config: C, before: RunConfig, given: Mapping[str, list[str]]) -> C:
         values = " and ".join(f"{name}={value:g}" for name, value in ends.items())
         off = next((name for name in ends if name not in given), next(iter(ends)))
         _note(f"{values}: the first of them that is reached ends the run ({_flag(off)} None)")
-    for name, why in idle(config).items():
+    idle_fields = idle(config) if isinstance(config, PretrainConfig | FinetuneConfig) else {}
+    for name, why in idle_fields.items():
         if name in given:
             _note(f"{name} has no effect: {why}")
     return config

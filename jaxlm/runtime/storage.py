@@ -22,14 +22,14 @@ _PERIOD_S = 60.0
 
 
 def locate(path: StoragePath | str) -> StoragePath:
-    """A path on a disk as it is, and one of ``gs://bucket/…`` as what reads and writes there.
+    """A path on a disk (``~`` expanded), or one of ``gs://bucket/…`` as what reads and writes it.
 
     ``gs:/bucket``, which pathlib makes of that, is taken for it too.
     """
     text = os.fspath(path)
     scheme = re.match(r"(\w{2,}):/+", text)
     if scheme is None:
-        return Path(path)
+        return _expanded(text)
     if scheme[1] != "gs":
         raise InputError(
             f"{text}: {scheme[1]}:// is not supported; use gs://, or copy it to a disk"
@@ -112,7 +112,12 @@ def on_disk(path: StoragePath | str) -> Path:
             f"{text} is in a bucket, which is not supported for this: name a folder on a disk, and "
             "copy it with gcloud storage cp -r"
         )
-    return Path(path)
+    return _expanded(text)
+
+
+def _expanded(path: str) -> Path:
+    """With the user's own folder for ``~``, as in a config, which no shell has expanded."""
+    return Path(path).expanduser() if path == "~" or path.startswith("~/") else Path(path)
 
 
 def size_of(file: StoragePath) -> int:

@@ -10,6 +10,7 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jaxlm.decode.fill_mask import MASK, FillMask
+from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import masked_lm

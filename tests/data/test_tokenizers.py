@@ -1,3 +1,4 @@
+import json
 import random
 import subprocess
 import sys
@@ -136,6 +137,21 @@ def test_vocab_txt(tmp_path, word, cased):
     expected = [2, 5 if cased else 1, 3] if cased else [2, 5, 3]
     assert tokenizer.encode("Word").ids == expected
     assert tokenizer.encode(f"{word}s [MASK]").ids == [2, 5, 6, 4, 3]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, ["berlin", "e"]),
+        ({"do_lower_case": False}, ["[UNK]", "é"]),
+        ({"do_lower_case": True, "strip_accents": False}, ["berlin", "é"]),
+    ],
+    ids=str,
+)
+def test_a_vocabulary_without_capitals_may_be_cased(tmp_path, said, expected):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, "berlin", "é", "e"]) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    assert tokenizers.load(tmp_path).encode("Berlin é").tokens[1:-1] == expected
 
 
 def test_roberta_names():

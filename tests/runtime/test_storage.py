@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 from jaxlm.convert import huggingface
+from jaxlm.data import files
 from jaxlm.data.prepare import PrepareConfig, prepare
 from jaxlm.data.shards import merge, prepare_shard
 from jaxlm.data.sources import TextFiles
@@ -155,6 +156,7 @@ import sys
 from pathlib import Path
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
+from jaxlm.data import files
 from jaxlm.data.sources import TextFiles
 source = TextFiles(glob="text.txt", document="line")
 config = PrepareConfig(source=source, tokenizer=TokenizerConfig(vocab_size=60), row_length=16)
@@ -269,3 +271,13 @@ def test_a_link_is_made_in_a_folder_of_one_s_own(
     link.parent.symlink_to(foreign)
     with pytest.raises(InputError, match="somebody else's"):
         storage.without_patterns(named)
+
+
+def test_home_is_found_where_no_shell_expands_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("a")
+    assert locate("~/a.txt") == tmp_path / "a.txt"
+    assert files.find("~/*.txt") == files.find("~/a.txt") == [tmp_path / "a.txt"]
+    assert locate("~nobody-here/a") == Path("~nobody-here/a")

@@ -12,7 +12,15 @@ from jaxlm.data import files
 from jaxlm.data.labelled import formats, spelling, splits
 from jaxlm.data.labelled.augment import AugmentConfig
 from jaxlm.data.labelled.pydocs import PyDocsTopics
-from jaxlm.data.labelled.records import Conll, JsonLines, Record, Squad, Table, TfdsRecords
+from jaxlm.data.labelled.records import (
+    Conll,
+    JsonLines,
+    Record,
+    Squad,
+    Table,
+    TfdsRecords,
+    first_path,
+)
 from jaxlm.data.labelled.spelling import Labelled
 from jaxlm.errors import InputError, note
 
@@ -204,4 +212,4 @@ def _ending(source: Source) -> str | None:
     """The ending of files of tables and of words, which may have any."""
     if not isinstance(source, Table | Conll):
         return None
-    return files.ending(Path(source.path if isinstance(source.path, str) else source.path[0]))
+    return files.ending(Path(first_path(source.path)))

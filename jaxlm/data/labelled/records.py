@@ -72,6 +72,11 @@ class Record:
 Paths = str | tuple[str, ...]
 
 
+def first_path(paths: Paths) -> str:
+    """The only one, or the first of several."""
+    return paths if isinstance(paths, str) else paths[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """CSV or TSV; files that hold JSON, fastText's lines or a Parquet table are read as these."""
