@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,7 +102,7 @@ def _flat(entry: Any, path: Path, number: int) -> Row:
     return origin, entry
 
 
-def _columns(answers: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def _columns(answers: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
 
 
