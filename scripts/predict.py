@@ -179,7 +179,7 @@ def read_records(
 def with_column(records: Iterable[Record], column: str) -> Iterator[Record]:
     """The records, the first of which must have that field."""
     for number, record in enumerate(records):
-        if number == 0 and column not in record.fields:
+        if number == 0 and column not in record.fields and record.fault is None:
             raise InputError(
                 f"{record.origin}: no field {column!r} among "
                 f"{', '.join(map(repr, record.fields))}: name the one of the text with --column"

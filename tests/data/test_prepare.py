@@ -321,5 +321,5 @@ def test_the_command_line(corpus_path, tmp_path):
 
     failed = run("--out", str(tmp_path / "other"), "text", "--glob", "no/such/file")
     assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.startswith("error: no file matches 'no/such/file'")
+    assert failed.stderr.startswith("error: there is no file 'no/such/file'")
     assert failed.stderr.count("\n") == 1

@@ -79,12 +79,14 @@ def samples(hint: Any, name: str) -> list[tuple[list[str], Any]]:
     """Options for a field, and the values that they give it: several for each type it may have."""
     flag, last = f"--{name}", name.rfind(".") + 1
     found: list[tuple[list[str], Any]] = []
-    for kind in command_line.alternatives(hint):
+    kinds = command_line.alternatives(hint)
+    for kind in kinds:
         if get_origin(kind) is Literal:
             found += [([flag, str(value)], value) for value in get_args(kind)]
         elif get_origin(kind) is tuple:
             (one, two, *_) = samples(get_args(kind)[0], name)
-            found += [(one[0], (one[1],)), ([*two[0], *one[0][1:]], (two[1], one[1])), ([flag], ())]
+            found += [([*two[0], *one[0][1:]], (two[1], one[1])), ([flag], ())]
+            found += [] if str in kinds else [(one[0], (one[1],))]  # one word is no tuple there
         elif not dataclasses.is_dataclass(kind):
             found += {
                 types.NoneType: [([flag, "None"], None)],

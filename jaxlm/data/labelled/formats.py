@@ -102,7 +102,7 @@ def _flat(entry: Any, path: Path, number: int) -> Row:
     return origin, entry
 
 
-def _columns(answers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+def _columns(answers: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
 
 

@@ -362,6 +362,8 @@ def _records(
 
 def _files(paths: Paths) -> list[Path]:
     names = (paths,) if isinstance(paths, str) else paths
+    if not names:
+        raise InputError("path names no file; give at least one")
     return [path for name in names for path in files.find(name)]
 
 

@@ -71,6 +71,7 @@ def test_bad_tables(write, content, settings, message):
 def test_bad_table_settings(tmp_path):
     fails(lambda: Table(path="a.csv", columns=("text",)), "columns=.* a.csv, whose header")
     fails(lambda: read(Table(path=str(tmp_path / "no.csv"))), r"there is no file '.*no\.csv'")
+    fails(lambda: read(Table(path=())), "path names no file")
     fails(lambda: read(Table(path="n" * 300)), "n{300} cannot be read: File name too long")
 
 
