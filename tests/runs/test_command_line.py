@@ -85,7 +85,10 @@ def samples(hint: Any, name: str) -> list[tuple[list[str], Any]]:
             found += [([flag, str(value)], value) for value in get_args(kind)]
         elif get_origin(kind) is tuple:
             (one, two, *_) = samples(get_args(kind)[0], name)
-            found += [([*two[0], *one[0][1:]], (two[1], one[1])), ([flag], ())]
+            found += [([*two[0], *one[0][1:]], (two[1], one[1]))]
+            if get_args(kind)[-1] is not Ellipsis:  # of so many, no more and no fewer
+                continue
+            found += [([flag], ())]
             found += [] if str in kinds else [(one[0], (one[1],))]  # one word is no tuple there
         elif not dataclasses.is_dataclass(kind):
             found += {

@@ -61,7 +61,9 @@ def read(request, tmp_path):
 
 
 @pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
-def test_twins_are_one_label_and_it_is_said(read, twin):
+def test_twins_are_one_label_and_it_is_said(request, read, twin):
+    if twin.startswith('"') and "tsv" in request.node.name:
+        pytest.skip("tables read fields that are well quoted without the marks")
     values = ["caf\u00e9"] * 8 + ["bar"] * 8 + [twin] * 4
     classes, notes = read(values)
     assert sorted(classes) == ["bar"] * 8 + ["caf\u00e9"] * 12
