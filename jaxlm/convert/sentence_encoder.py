@@ -76,7 +76,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _modes(config: dict[str, Any]) -> list[str]:
-    """Of one flag for each, the mean's being the default, or of newer files' list."""
+    """The pooling of one flag for each, the mean's being the default, or of newer files' list."""
     given = config.get("pooling_mode")
     if given:
         return [given] if isinstance(given, str) else list(given)

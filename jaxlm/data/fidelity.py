@@ -40,7 +40,7 @@ class Tally:
 
     @property
     def cut_share(self) -> float:
-        """Of all tokens that the texts have."""
+        """A share of all tokens that the texts have."""
         return self.cut / max(self.cut + self.tokens, 1)
 
     @property
@@ -74,7 +74,7 @@ class Letters:
 
     @property
     def share(self) -> float:
-        """Of all letters."""
+        """A share of all letters."""
         return self.changed / max(self.total, 1)
 
 

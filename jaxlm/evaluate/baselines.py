@@ -86,5 +86,5 @@ def _tf_idf(
 
 
 def most_frequent(values: Shaped[np.ndarray, "values"]) -> int:
-    """Of small whole numbers; the least of several."""
+    """The most frequent of small whole numbers, the least of several."""
     return int(np.bincount(values).argmax())

@@ -170,8 +170,8 @@ def find_sites(call: Callable[[Any], Any], variables: Mapping[str, PyTree]) -> F
         with nn.intercept_methods(_interceptor(see, pass_over)):
             return [x for x in jax.tree.leaves(call(variables)) if isinstance(x, jax.Array)]
 
-    # nn.jit keeps the traces of its modules by the settings they were made under. What is traced here
-    # computes nothing, and must not be found again: a setting that is not the caller's sets it apart.
+    # nn.jit keeps the traces of its modules by the settings they were made under. One made here
+    # computes nothing and must not be used again: a setting that is not the caller's sets it apart.
     own = "bfloat16" if jax.config.jax_default_matmul_precision == "float32" else "float32"
     with jax.default_matmul_precision(own):
         program = jax.make_jaxpr(inside)(variables)

@@ -49,8 +49,8 @@ class Job:
     reference: Mapping[str, float]
     """Losses to draw beside the run's, by name."""
     deviation: float | None = None
-    """Of the numbers that are learned, whose squared errors divided by its square the losses are;
-    None: losses are in nats."""
+    """Deviation of the numbers that are learned: losses are squared errors over its square;
+    None: they are in nats."""
     flops_per_token: float | None = None
     """Operations of a training step for each token."""
     files: Mapping[str, str]

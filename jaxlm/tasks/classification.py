@@ -181,14 +181,14 @@ class Classification:
     def _weights(
         self, numbers: Int[np.ndarray, "examples"], labels: Labels
     ) -> Float[np.ndarray, "labels"]:
-        """Of each class."""
+        """The weight of each class."""
         if self.class_weights == ("balanced",):
             counts = np.maximum(np.bincount(numbers, minlength=len(labels)), 1)
             return len(numbers) / (len(labels) * counts)
         return _by_label(self.class_weights, labels, 1.0, "task.class_weights")
 
     def _thresholds(self, labels: Labels) -> Float[np.ndarray, "labels"]:
-        """Of each label; 0.5 before they are chosen."""
+        """The threshold of each label: 0.5 before they are chosen."""
         given = () if self.thresholds == ("chosen",) else self.thresholds
         return _by_label(given, labels, 0.5, "task.thresholds")
 
@@ -330,7 +330,7 @@ class Classification:
     def chosen_thresholds(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> dict[str, float]:
-        """Of each label, the one with the best F1 on these examples; where none is better, 0.5."""
+        """The threshold of each label with the best F1 on these examples; where none is, 0.5."""
         gold = np.asarray(data.label_array(examples, labels))
         values = best_thresholds(gold, np.asarray(outputs["probabilities"]))
         return dict(zip(labels, values.tolist(), strict=True))
