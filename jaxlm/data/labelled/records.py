@@ -347,7 +347,7 @@ def json_record(fields: Mapping[str, Any], origin: str) -> Record:
 def _records(
     paths: Paths, encoding: str | None, rows: Callable[[Path], Iterable[Row]]
 ) -> Iterator[Record]:
-    """The records of all files: ``rows`` are those of a file whose first bytes do not say what it is."""
+    """The records of all files; ``rows`` are those of a file whose bytes do not say what it is."""
     for path in _files(paths):
         count = 0
         for origin, fields in formats.read(path, encoding) or rows(path):
