@@ -172,7 +172,8 @@ def find_sites(call: Callable[[Any], Any], variables: Mapping[str, PyTree]) -> F
 
     # nn.jit keeps the traces of its modules by the settings they were made under. One made here
     # computes nothing and must not be used again: a setting that is not the caller's sets it apart.
-    own = "bfloat16" if jax.config.jax_default_matmul_precision == "float32" else "float32"
+    used = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    own = "bfloat16" if used == "float32" else "float32"
     with jax.default_matmul_precision(own):
         program = jax.make_jaxpr(inside)(variables)
     for (path, _), is_read in zip(
