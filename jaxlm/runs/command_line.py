@@ -25,7 +25,7 @@ import tyro
 
 from jaxlm import config as configs
 from jaxlm.config import C, Config, FinetuneConfig, PretrainConfig, RunConfig
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, note
 from jaxlm.runs.idle import idle
 
 SYNTAX = (
@@ -293,7 +293,7 @@ def _settle(config: C, before: RunConfig, given: Mapping[str, list[str]]) -> C:
         assert isinstance(before, PretrainConfig)
         is_theirs = any(name.partition(".")[0] == "prepare" for name in given)
         if config.data.paths[:1] != before.data.paths[:1] and not is_theirs:
-            _note(
+            note(
                 f"{' '.join(config.data.paths)} is read as it is, since what the config prepares "
                 f"is {before.data.paths[0]} (to prepare this in the same way: "
                 "--prepare PrepareConfig)"
@@ -304,16 +304,12 @@ def _settle(config: C, before: RunConfig, given: Mapping[str, list[str]]) -> C:
     if len(ends) > 1 and given.keys() & ends.keys():
         values = " and ".join(f"{name}={value:g}" for name, value in ends.items())
         off = next((name for name in ends if name not in given), next(iter(ends)))
-        _note(f"{values}: the first of them that is reached ends the run ({_flag(off)} None)")
+        note(f"{values}: the first of them that is reached ends the run ({_flag(off)} None)")
     idle_fields = idle(config) if isinstance(config, PretrainConfig | FinetuneConfig) else {}
     for name, why in idle_fields.items():
         if name in given:
-            _note(f"{name} has no effect: {why}")
+            note(f"{name} has no effect: {why}")
     return config
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def _flag(path: str) -> str:
