@@ -1,7 +1,7 @@
 """A fine-tuned model put together from its configuration: what training and using it share."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,7 @@ from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.storage import StoragePath, locate, write_whole
 from jaxlm.sums import Sums, add_all
-from jaxlm.tasks.classification import Classification
-from jaxlm.tasks.task import Labels, Outputs, Task
+from jaxlm.tasks.task import Labels, Outputs, Task, Thresholded
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor, Monitor
@@ -51,20 +50,11 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
     return replace(config, model=model, dropout_rate=rate, monitor=monitor(config).name)
 
 
-def with_scale(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
-    """The config whose task, if it learns numbers, has their scale.
-
-    It is that of a run that is there already, for its head was trained to it; else that of the
-    training examples. Runs of before had none, and learn numbers as they are.
-    """
-    task = config.task
-    if not isinstance(task, Classification) or task.scale is not None:
-        return config
-    if restore.list_steps(config.directory / CHECKPOINTS):
-        before = read_config(config.directory, FinetuneConfig).task
-        scale = before.scale if isinstance(before, Classification) else None
-        return replace(config, task=replace(task, scale=scale))
-    return replace(config, task=task.standardized(examples))
+def settled(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
+    """The config whose task has what it left to the training examples, or to the run so far."""
+    is_there = restore.list_steps(config.directory / CHECKPOINTS)
+    before = read_config(config.directory, FinetuneConfig).task if is_there else None
+    return replace(config, task=config.task.settled(examples, before))
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
@@ -331,7 +321,7 @@ def open_finetuned(
             f"{directory / LABELS} does not hold the labels that the run was trained with: write "
             f"{json.dumps(cursor['labels'])} there"
         )
-    if isinstance(config.task, Classification) and config.task.thresholds == ("chosen",):
+    if isinstance(config.task, Thresholded) and config.task.chooses_thresholds:
         config = replace(config, task=_with_thresholds(config.task, directory))
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
@@ -365,13 +355,13 @@ def choose_thresholds(
 ) -> Iterator[str]:
     """Write a run's thresholds, the best of its best checkpoint on these examples; says them."""
     loaded = open_finetuned(directory, base=base)
-    assert isinstance(loaded.task, Classification)
+    assert isinstance(loaded.task, Thresholded)
     _, outputs = loaded.outputs(examples)
     before = loaded.task.metrics(examples, loaded.labels, outputs)
     chosen = loaded.task.chosen_thresholds(examples, loaded.labels, outputs)
     if jax.process_index() == 0:
         write_whole(directory / THRESHOLDS, json.dumps(chosen))
-    task = replace(loaded.task, thresholds=_given(chosen))
+    task = loaded.task.with_thresholds(chosen)
     after = task.metrics(examples, loaded.labels, outputs)
     values = ", ".join(f"{label} {value:.3f}" for label, value in list(chosen.items())[:20])
     yield f"thresholds chosen on the validation data ({THRESHOLDS}): {values}"
@@ -384,16 +374,12 @@ def choose_thresholds(
     )
 
 
-def _with_thresholds(task: Classification, directory: StoragePath) -> Classification:
+def _with_thresholds(task: Any, directory: StoragePath) -> Any:
     """With those that were chosen, if they were yet."""
     path = directory / THRESHOLDS
     try:
-        return replace(task, thresholds=_given(json.loads(path.read_text())))
+        return task.with_thresholds(json.loads(path.read_text()))
     except FileNotFoundError:
-        return replace(task, thresholds=())
+        return task
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def _given(thresholds: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(f"{label}={value!r}" for label, value in thresholds.items())

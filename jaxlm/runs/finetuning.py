@@ -1,8 +1,6 @@
 """Fine-tuning from a configuration: the whole way from labelled records to a run folder."""
 
 import json
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -33,7 +31,7 @@ from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath
-from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.task import Thresholded
 from jaxlm.train.restore import best_step
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
@@ -48,11 +46,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
         splits = read_splits(config.data, config.task.read, config.task.check)
-    config = finetuned.with_scale(config, splits.train)
-    task = config.task
+    config = finetuned.settled(config, splits.train)
     base = None if config.base is None else bases.load(config.base)
-    task = task.settled(splits.train)
-    config = replace(config, base=base and bases.lasting(base.name), task=task)
+    config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
     config = resolve(config, base, tokenizer, jax.default_backend())
     task = config.task
@@ -70,11 +66,11 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     console.print(render(described))
     for note in splits.notes:
         console.print(Text(f"note: {note}"))
-    if isinstance(task, Classification) and task.scale is not None:
-        mean, deviation = task.scale
+    reference = task.reference(splits.train, splits.validation)
+    if reference.deviation is not None:
         console.print(
-            f"numbers have mean {mean:,.6g} and deviation {deviation:,.6g}: the loss is in squared "
-            "deviations, answers and other metrics are in the unit of the data"
+            f"numbers have a deviation of {reference.deviation:,.6g}: the loss is in its squares, "
+            "answers and other metrics are in the unit of the data"
         )
     texts = [example.content for example in splits.train]
     report(
@@ -138,14 +134,13 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         batches=batches,
         evaluate=evaluation,
         monitor=monitor,
-        reference=_reference(config, splits),
-        deviation=task.deviation if isinstance(task, Classification) else None,
+        reference=reference,
         files={finetuned.LABELS: json.dumps(labels)},
     )
     directory = train(job, console)
     best = best_step(directory / CHECKPOINTS, monitor)
     console.print(f"the best checkpoint by {monitor.name} is that of step {best}")
-    if isinstance(task, Classification) and task.thresholds == ("chosen",):
+    if isinstance(task, Thresholded) and task.chooses_thresholds:
         for line in finetuned.choose_thresholds(directory, splits.validation, base):
             console.print(Text(line))
     if config.baseline and not console.quiet:
@@ -217,17 +212,3 @@ def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:
         parts += [f"{title} {' / '.join(values)}"] if values else []
     shown = f"{name} / rmse" if "rmse" in baseline and name != "rmse" else name
     return f"validation {shown}: {', '.join(parts).replace('nan', 'undefined')}"
-
-
-def _reference(config: FinetuneConfig, splits: Splits) -> dict[str, float]:
-    """The loss of a constant predictor: of numbers their mean, of one class each their entropy."""
-    task = config.task
-    if isinstance(task, Classification) and task.fields.target == "number":
-        return {"always the mean": task.loss_of_mean(splits.train, splits.validation)}
-    if isinstance(task, Classification) and task.fields.target == "labels":
-        return {}  # of as many labels as texts there would be an entropy, but of another loss
-    classes, num_examples = task.classes(splits.validation), len(splits.validation)
-    if len(classes) != num_examples:
-        return {}
-    shares = [count / num_examples for count in Counter(classes).values()]
-    return {"class entropy": -sum(share * math.log(share) for share in shares)}

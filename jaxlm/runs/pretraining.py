@@ -27,6 +27,7 @@ from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train.loop import evaluate
 from jaxlm.train.placement import Placement
+from jaxlm.train.plots import Reference
 from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
@@ -99,7 +100,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         batches=batches,
         evaluate=evaluation,
         monitor=monitor,
-        reference={"unigram entropy": pretrained.unigram_entropy(infos)},
+        reference=Reference({"unigram entropy": pretrained.unigram_entropy(infos)}),
         flops_per_token=pretrained.flops_per_token(config, info.row_length),
         files={},
     )

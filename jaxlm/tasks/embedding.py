@@ -25,7 +25,8 @@ from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import POOLS, EmbeddingHead, Pooling, WithHead
 from jaxlm.objectives import contrastive, supervised
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, rows_of_tokens, shape
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 Embed = Callable[[Sequence[str]], Float32[np.ndarray, "texts embed"]]
@@ -99,7 +100,7 @@ class Embedding:
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         return []
 
-    def settled(self, examples: Sequence[TextExample]) -> "Embedding":
+    def settled(self, examples: Sequence[TextExample], before: Task | None = None) -> "Embedding":
         return self
 
     def labels(self, examples: Sequence[TextExample]) -> Labels:
@@ -162,6 +163,11 @@ class Embedding:
         numbers = {pair: number for number, pair in enumerate(rows)}
         wanted = np.array([numbers[example.pair] for example in examples], np.int32)
         return retrieval.retrieval(first, second[list(rows.values())], wanted)
+
+    def reference(
+        self, train: Sequence[TextExample], validation: Sequence[TextExample]
+    ) -> Reference:
+        return Reference()
 
     def baselines(
         self, train: Sequence[TextExample], validation: Sequence[TextExample], labels: Labels

@@ -21,7 +21,16 @@ from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import (
+    AbstractBatch,
+    Labels,
+    Outputs,
+    Task,
+    class_entropy,
+    rows_of_tokens,
+    shape,
+)
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 
@@ -75,7 +84,7 @@ class MultipleChoice:
     def check(self, examples: Sequence[Choice]) -> list[str]:
         return []
 
-    def settled(self, examples: Sequence[Choice]) -> "MultipleChoice":
+    def settled(self, examples: Sequence[Choice], before: Task | None = None) -> "MultipleChoice":
         return self
 
     def labels(self, examples: Sequence[Choice]) -> Labels:
@@ -120,6 +129,9 @@ class MultipleChoice:
         """How often the right one is chosen."""
         gold = np.array([example.label for example in examples], np.int32)
         return metrics.choice(gold, outputs["logits"])
+
+    def reference(self, train: Sequence[Choice], validation: Sequence[Choice]) -> Reference:
+        return class_entropy(self.classes(validation), len(validation))
 
     def baselines(
         self, train: Sequence[Choice], validation: Sequence[Choice], labels: Labels

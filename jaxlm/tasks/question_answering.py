@@ -23,7 +23,8 @@ from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.models.heads import Pooling, TokenHead
 from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, rows_of_tokens, shape
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 
@@ -84,7 +85,9 @@ class QuestionAnswering:
     def check(self, examples: Sequence[Question]) -> list[str]:
         return []
 
-    def settled(self, examples: Sequence[Question]) -> "QuestionAnswering":
+    def settled(
+        self, examples: Sequence[Question], before: Task | None = None
+    ) -> "QuestionAnswering":
         return self
 
     def labels(self, examples: Sequence[Question]) -> Labels:
@@ -145,6 +148,9 @@ class QuestionAnswering:
             return metrics.squad(texts, references)
         nulls = {str(i): reading.null_score for i, reading in enumerate(readings)}
         return metrics.squad(texts, references, nulls, threshold=self.null_threshold)
+
+    def reference(self, train: Sequence[Question], validation: Sequence[Question]) -> Reference:
+        return Reference()
 
     def baselines(
         self, train: Sequence[Question], validation: Sequence[Question], labels: Labels

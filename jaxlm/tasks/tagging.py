@@ -26,7 +26,16 @@ from jaxlm.evaluate.tagging import OUTSIDE, find_mentions, read_entities
 from jaxlm.models.heads import Pooling, TokenHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import (
+    AbstractBatch,
+    Labels,
+    Outputs,
+    Task,
+    class_entropy,
+    rows_of_tokens,
+    shape,
+)
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 
@@ -74,7 +83,7 @@ class Tagging:
         tags = self.fields.tags if labelled else None
         return data.read(records, replace(self.fields, tags=tags), self.split or "punctuation")
 
-    def settled(self, examples: Sequence[Sentence]) -> "Tagging":
+    def settled(self, examples: Sequence[Sentence], before: Task | None = None) -> "Tagging":
         """Texts will be split as the training data are."""
         return replace(self, split=self.split or find_split(one.words for one in examples))
 
@@ -151,6 +160,9 @@ class Tagging:
             return accuracy
         found = [[tag or OUTSIDE for tag in tags] for tags in predicted]
         return metrics.entities(gold, found) | accuracy
+
+    def reference(self, train: Sequence[Sentence], validation: Sequence[Sentence]) -> Reference:
+        return class_entropy(self.classes(validation), len(validation))
 
     def baselines(
         self, train: Sequence[Sentence], validation: Sequence[Sentence], labels: Labels

@@ -1,5 +1,7 @@
 """What a task is to the one driver: of pretraining, on rows of tokens, or of labelled examples."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +22,7 @@ from jaxlm.models.heads import Pooling
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.supervised import Predict
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss, Variables
 
 # Of all rows of a data set, in its order: arrays, or lists of them where lengths differ. A row is
@@ -134,8 +137,12 @@ class Task(Protocol):
         """Raise where all training examples together show a mistake; lines on what is odd."""
         ...
 
-    def settled(self, examples: Sequence[Any]) -> "Task":
-        """The task with what it left to the training examples, as the run folder keeps it."""
+    def settled(self, examples: Sequence[Any], before: "Task | None" = None) -> "Task":
+        """The task with what it left to the training examples, as the run folder keeps it.
+
+        ``before`` is the task of a run that is there already: its head was trained to what that
+        settled.
+        """
         ...
 
     def labels(self, examples: Sequence[Any]) -> Labels:
@@ -176,6 +183,10 @@ class Task(Protocol):
         """The task's metrics over a whole data set."""
         ...
 
+    def reference(self, train: Sequence[Any], validation: Sequence[Any]) -> Reference:
+        """What the validation loss is compared with."""
+        ...
+
     def baselines(
         self, train: Sequence[Any], validation: Sequence[Any], labels: Labels
     ) -> Baselines:
@@ -199,6 +210,34 @@ class Task(Protocol):
     ) -> list[dict[str, Any]]:
         """What a user is told about each example, in JSON."""
         ...
+
+
+@runtime_checkable
+class Thresholded(Protocol):
+    """What a task has as well whose answers depend on thresholds, one for each label."""
+
+    @property
+    def chooses_thresholds(self) -> bool:
+        """Whether they are left to the validation data."""
+        ...
+
+    def chosen_thresholds(
+        self, examples: Sequence[Any], labels: Labels, outputs: Outputs
+    ) -> dict[str, float]:
+        """The best on these examples, by label."""
+        ...
+
+    def with_thresholds(self, chosen: Mapping[str, float]) -> "Task":
+        """The task with these."""
+        ...
+
+
+def class_entropy(classes: Sequence[str], num_examples: int) -> Reference:
+    """The least loss of always answering the same, where every example has one class."""
+    if len(classes) != num_examples:
+        return Reference()
+    shares = [count / num_examples for count in Counter(classes).values()]
+    return Reference({"class entropy": -sum(share * math.log(share) for share in shares)})
 
 
 def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:
