@@ -128,8 +128,10 @@ def evaluate_pretrained(
     batch_size = loaded.config.data.batch_size
     batches = pretrained.eval_rows(datasets, batch_size, split=split, max_rows=rows)
     where = ", ".join(str(dataset.directory) for dataset in datasets)
-    unigram = pretrained.unigram_entropy([dataset.info for dataset in datasets])
+    infos = [dataset.info for dataset in datasets]
+    unigram = pretrained.unigram_entropy(infos)
     metrics = loop.evaluate(loaded.placement, loaded.state, batches)
+    metrics |= loaded.task.metrics(metrics["loss"], infos, split)
     print(f"{directory} at step {loaded.step}, {split} split of {where}:")
     show(metrics)
     print(f"  {'unigram':<18} {unigram:.4f}  (entropy of single tokens)")

@@ -20,12 +20,13 @@ from jaxlm.train.placement import Placement, jit_placement, pmap_placement
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
 
-ROWS, LENGTH, START, MASK, FIRST, SIZE = 16, 16, 1, 3, 4, 64
+ROWS, LENGTH, START, END, MASK, FIRST, SIZE = 16, 16, 1, 2, 3, 4, 64
 CONFIG = replace(BERT, vocab_size=SIZE, hidden_dim=32, mlp_dim=32, max_length=LENGTH, unroll=1)
 DROPS = replace(CONFIG, dropout_rate=0.3, attention_dropout_rate=0.3)
 VOCABULARY = Vocabulary(
     mask_id=MASK,
     start_id=START,
+    end_id=END,
     ordinary=jnp.arange(FIRST, SIZE),
     is_ordinary=jnp.arange(SIZE) >= FIRST,
     word_starts=jnp.arange(SIZE) >= 0,

@@ -118,10 +118,11 @@ def base_config(base: str) -> ModelConfig | None:
 
 
 def _vocabulary(size: int) -> Vocabulary:
-    is_ordinary = np.arange(size) > max(dataclasses.asdict(SPECIAL).values())
+    is_ordinary = np.arange(size) > max(SPECIAL.ids)
     return Vocabulary(
         mask_id=SPECIAL.mask,
         start_id=SPECIAL.cls,
+        end_id=SPECIAL.sep,
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
         word_starts=jnp.asarray(is_ordinary),

@@ -123,7 +123,11 @@ def save(
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.max_length,
             "model_input_names": inputs if config.num_token_types > 1 else inputs[::2],
-            **{f"{name}_token": tokenizer.id_to_token(i) for name, i in special.items()},
+            **{
+                f"{name}_token": tokenizer.id_to_token(i)
+                for name, i in special.items()
+                if i is not None
+            },
         },
     }
     tensors = {name: np.ascontiguousarray(x) for name, x in to_huggingface(params, config).items()}

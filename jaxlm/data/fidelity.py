@@ -21,7 +21,7 @@ _CODE_POINTS = 0x110000
 class Tally:
     """Counts of the characters of texts, and of their tokens."""
 
-    def __init__(self, unk: int) -> None:
+    def __init__(self, unk: int | None) -> None:
         self._unk = unk
         self._characters = np.zeros(_CODE_POINTS, np.int64)
         self.tokens = self.unknown = self.cut = 0
@@ -35,7 +35,7 @@ class Tally:
     def add_tokens(self, tokens: Integer[np.ndarray, " tokens"], cut: int = 0) -> None:
         """Count those that are kept, unknown ones among them, and those that are ``cut``."""
         self.tokens += len(tokens)
-        self.unknown += int((tokens == self._unk).sum())
+        self.unknown += 0 if self._unk is None else int((tokens == self._unk).sum())
         self.cut += cut
 
     @property

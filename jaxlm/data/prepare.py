@@ -166,7 +166,7 @@ def finish(
     """Turn the spools in ``directory`` into rows, ``tokenizer.json`` and ``info.json``."""
     special = SpecialTokens.of(tokenizer)
     contents = {split: spool.read() for split, spool in spools.items()}
-    documents = {split: len(lengths) for split, (_, lengths, _) in contents.items() if len(lengths)}
+    documents = {split: len(each[1]) for split, each in contents.items() if len(each[1])}
     _check_splits(documents, recipe["validation_fraction"])
 
     tokens = {split: contents[split][0] for split in documents}
@@ -189,6 +189,7 @@ def finish(
         duplicates=duplicates,
         rows=num_rows,
         tokens={split: len(ids) for split, ids in tokens.items()},
+        bytes={split: int(contents[split][3].sum()) for split in documents},
         fill={split: len(ids) / (num_rows[split] * row_length) for split, ids in tokens.items()},
         unigram_entropy=_entropy(tokens.get("validation", tokens["train"]), special),
         fingerprint=hashlib.sha256(decisive.encode()).hexdigest(),
@@ -216,7 +217,7 @@ def _entropy(tokens: np.ndarray, special: SpecialTokens) -> float:
     counts = np.zeros(int(tokens.max()) + 1, np.int64)
     for start in range(0, len(tokens), _CHUNK):
         counts += np.bincount(tokens[start : start + _CHUNK], minlength=len(counts))
-    framing = np.array([special.pad, special.cls, special.sep, special.mask])
+    framing = np.array([i for i in special.ids if i != special.unk])
     counts[framing[framing < len(counts)]] = 0
     rates = counts[counts > 0] / counts.sum()
     return round(float(-(rates * np.log(rates)).sum()), 6)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -47,6 +47,8 @@ class PreparedInfo:
     """Hash of the tokenizer, as :func:`jaxlm.data.tokenizers.fingerprint` gives it."""
     source_fingerprint: str
     """Hash of what the documents were read from."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each split's text; empty for data of before they were counted."""
     recipe: dict[str, Any]
     """All settings that decide the content, in a form that can be compared."""
 

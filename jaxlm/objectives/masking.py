@@ -62,18 +62,20 @@ class MaskingConfig:
 
 @flax.struct.dataclass
 class Vocabulary:
-    """What masking has to know of the tokenizer.
+    """What objectives have to know of the tokenizer.
 
     Attributes:
-        mask_id: shown in place of a masked token.
+        mask_id: shown in place of a masked token; None: there is none.
         start_id: begins every document.
+        end_id: ends every document; may be the same.
         ordinary: ids that may be predicted and drawn: all but the special tokens, ``[ordinary]``.
         is_ordinary: the same as a table, ``[vocab]``.
         word_starts: True where a token begins a word, ``[vocab]``.
     """
 
-    mask_id: int = flax.struct.field(pytree_node=False)
+    mask_id: int | None = flax.struct.field(pytree_node=False)
     start_id: int = flax.struct.field(pytree_node=False)
+    end_id: int = flax.struct.field(pytree_node=False)
     ordinary: Int[Array, "ordinary"]
     is_ordinary: Bool[Array, "vocab"]
     word_starts: Bool[Array, "vocab"]
@@ -109,6 +111,10 @@ def corrupt(
         index: a number for each row: its stream of random numbers.
         progress: share of the run that is done, for ``final_rate``.
     """
+    if vocabulary.mask_id is None:
+        raise InputError(
+            "the tokenizer has no token [MASK] or <mask>; add it, or use another, or task=CausalLm"
+        )
     rate = config.rate
     if config.final_rate is not None:
         rate = rate + (config.final_rate - rate) * progress

@@ -82,7 +82,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             max_rows=config.train.eval_rows,
             batch_rows=placement.batch_rows,
         )
-        return evaluate(placement, state, rows)
+        metrics = evaluate(placement, state, rows)
+        return metrics | config.task.metrics(metrics["loss"], infos, "validation")
 
     monitor = Monitor()
     job = Job(

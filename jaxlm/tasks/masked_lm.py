@@ -1,6 +1,6 @@
 """Masked language modelling: what is hidden, what fills it in, and how it is used afterwards."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Integer
 from tokenizers import Tokenizer
 
+from jaxlm.data.prepared import PreparedInfo
 from jaxlm.decode.fill_mask import MASK, FillMask
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
@@ -74,7 +75,16 @@ class MaskedLm:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder with the head of its architecture."""
+        if config.is_causal:
+            raise InputError(
+                f"task=MaskedLm fills in blanks from both sides, and {type(config).__name__} reads "
+                "one way: use task=CausalLm"
+            )
         return WithLmHead(config.make(), config.make_lm_head())
+
+    def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
+        """None: what is not hidden counts nothing."""
+        return {}
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
         """The cross-entropy of what is hidden."""

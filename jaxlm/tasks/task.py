@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
+from jaxlm.data.prepared import PreparedInfo
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import Pooling
@@ -63,7 +64,14 @@ class PretrainTask(Protocol):
         ...
 
     def make_model(self, config: ModelConfig) -> nn.Module:
-        """The encoder and its head, as parameters ``encoder`` and ``head``."""
+        """The encoder and its head, as parameters ``encoder`` and ``head``.
+
+        Raises where the architecture sees what is to be predicted, or does not see enough.
+        """
+        ...
+
+    def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
+        """What the mean loss on a split says of the text that it was made of; may be empty."""
         ...
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:

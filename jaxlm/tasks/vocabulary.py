@@ -1,7 +1,5 @@
 """What pretraining has to know of a tokenizer."""
 
-from dataclasses import asdict
-
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
@@ -16,10 +14,11 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """The ids of a tokenizer by their use: which may be hidden, which begin words."""
     special = SpecialTokens.of(tokenizer)
     is_ordinary = np.ones(tokenizers.vocab_size(tokenizer), bool)
-    is_ordinary[list(asdict(special).values())] = False
+    is_ordinary[list(special.ids)] = False
     return Vocabulary(
         mask_id=special.mask,
         start_id=special.cls,
+        end_id=special.sep,
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
         word_starts=jnp.asarray(word_starts(tokenizer)),

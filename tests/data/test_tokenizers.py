@@ -160,7 +160,14 @@ def test_roberta_names():
     assert SpecialTokens.of(tokenizer) == SpecialTokens(cls=0, pad=1, sep=2, unk=3, mask=4)
 
 
-@pytest.mark.parametrize("lacking", SPECIALS)
+def test_gpt2_names():
+    vocab = {"a": 0, "<|endoftext|>": 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    assert SpecialTokens.of(tokenizer) == SpecialTokens(cls=1, pad=1, sep=1, unk=None, mask=None)
+    assert SpecialTokens.of(tokenizer).ids == (1,)
+
+
+@pytest.mark.parametrize("lacking", ["[CLS]", "[SEP]"])
 def test_a_missing_special_token_is_named(lacking):
     vocab = {name: i for i, name in enumerate(SPECIALS) if name != lacking}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))

@@ -7,13 +7,14 @@ import pytest
 from tiny_models import BERT
 
 from jaxlm.models.heads import MlmHead, WithLmHead
-from jaxlm.objectives.masked_lm import make_loss, positions_within, segment_ids
+from jaxlm.objectives.masked_lm import make_loss
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
 
-START, MASK, FIRST, SIZE, LENGTH = 1, 3, 4, 32, 12
+START, END, MASK, FIRST, SIZE, LENGTH = 1, 2, 3, 4, 32, 12
 VOCABULARY = Vocabulary(
     mask_id=MASK,
     start_id=START,
+    end_id=END,
     ordinary=jnp.arange(FIRST, SIZE),
     is_ordinary=jnp.arange(SIZE) >= FIRST,
     word_starts=jnp.arange(SIZE) >= 0,
@@ -40,13 +41,6 @@ def make_batch(lengths=(12, 5, 1, 0)):
 
 
 VARIABLES, BATCH, KEY = make_variables(), make_batch(), jax.random.key(0)
-
-
-def test_segment_ids_by_hand():
-    tokens = jnp.asarray(np.array([[5, 6, 1, 7, 1, 0], [1, 5, 5, 1, 1, 9], [1, 5, 5, 5, 5, 5]]))
-    ids = segment_ids(tokens, jnp.asarray(np.array([5, 6, 0])), START)
-    assert ids.tolist() == [[0, 0, 1, 1, 2, -1], [1, 1, 1, 2, 3, 3], [-1] * 6]
-    assert positions_within(ids).tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 0, 1], [*range(6)]]
 
 
 def fake_apply(told, logits_of):

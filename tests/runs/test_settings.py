@@ -32,6 +32,7 @@ from jaxlm.train.loop import TrainConfig
 VOCABULARY = Vocabulary(
     mask_id=4,
     start_id=2,
+    end_id=3,
     ordinary=jnp.arange(5, 32),
     is_ordinary=jnp.arange(32) >= 5,
     word_starts=jnp.arange(32) >= 5,

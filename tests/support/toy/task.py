@@ -29,6 +29,9 @@ class NextToken:
     def usage(self) -> str:
         return "TEXT"
 
+    def metrics(self, loss, infos, split) -> dict[str, float]:
+        return {}
+
     def warning(self, tokens, vocabulary) -> str:
         return ""
 
