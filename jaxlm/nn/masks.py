@@ -18,3 +18,9 @@ def segments(
 def padding(lengths: Int[Array, "batch"], kv_length: int) -> Bool[Array, "batch 1 1 kv_length"]:
     """The first ``lengths`` positions of each row may be attended to."""
     return (jnp.arange(kv_length)[None, :] < lengths[:, None])[:, None, None, :]
+
+
+def causal(length: int) -> Bool[Array, "1 1 length length"]:
+    """Each position sees itself and those before it."""
+    places = jnp.arange(length)
+    return (places[None, :] <= places[:, None])[None, None]
