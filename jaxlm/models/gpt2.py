@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -22,13 +21,11 @@ from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import Cache, LayerCache
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
-from jaxlm.nn.feedforward import Mlp, gelu, gelu_tanh
+from jaxlm.nn.feedforward import ACTIVATIONS, Activation, Mlp
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack
 from jaxlm.sharding import constrain
 from jaxlm.typing import Dtype, Hidden, Mask, Tokens
-
-ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu": gelu, "relu": jax.nn.relu, "silu": jax.nn.silu}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,7 @@ class Gpt2Config:
     mlp_dim: int = 3072
     max_length: int = 1024
     """Rows of the position table, and so the longest input, in tokens."""
-    activation: Literal["gelu_tanh", "gelu", "relu", "silu"] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     """Inside the feed-forward blocks; gelu_tanh is called gelu_new elsewhere."""
     tied: bool = True
     """Logits by the token table; otherwise by a kernel of their own."""
@@ -206,11 +203,7 @@ class Gpt2(nn.Module):
             raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
         if positions is None:
             positions = jnp.arange(length)[None, :]
-        seen = masks.causal(length)
-        if mask is not None:
-            seen = seen & mask
-        if segment_ids is not None:
-            seen = seen & masks.segments(segment_ids, segment_ids)
+        seen = masks.causal(length, segment_ids, mask)
         x = self.token_embed(tokens) + self.position_embed(positions)
         x = self.embed_dropout(x, deterministic=deterministic)
         x = constrain(x, ("batch", "length", "embed"))

@@ -1,6 +1,7 @@
 """Position-wise feed-forward blocks."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,15 @@ def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     Hand-written gradient: forward mode only inside :func:`custom_vjp.plain`.
     """
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+ACTIVATIONS: dict[Activation, Callable[..., Float[Array, "..."]]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
 
 
 class Mlp(nn.Module):
