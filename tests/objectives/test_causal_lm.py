@@ -19,12 +19,13 @@ VOCABULARY = Vocabulary(
 )
 TABLE = np.random.default_rng(0).normal(size=(SIZE, SIZE)).astype(np.float32)
 TOKENS = np.array([[1, 5, 6, 2, 1, 7, 2, 1], [8, 2, 1, 9, 2, 0, 0, 0]])
+VARIABLES = {"params": jnp.asarray(TABLE)}
 # Pairs of neighbours of one document: (row, position of the first).
 PAIRS = [(0, 0), (0, 1), (0, 2), (0, 4), (0, 5), (1, 0), (1, 2), (1, 3)]
 
 
 def bigram(variables, tokens, **told):
-    return variables[tokens]
+    return variables["params"][tokens]
 
 
 def make_batch(**more):
@@ -34,9 +35,7 @@ def make_batch(**more):
 
 def measure(batch, **options):
     loss = make_loss(bigram, VOCABULARY, **options)
-    return loss(
-        jnp.asarray(TABLE), batch, jax.random.key(0), progress=jnp.zeros(()), deterministic=True
-    )
+    return loss(VARIABLES, batch, jax.random.key(0), progress=jnp.zeros(()), deterministic=True)
 
 
 def cost(pairs):
@@ -72,12 +71,12 @@ def test_the_model_is_told_of_documents():
 
     def apply(variables, tokens, **options):
         told.update(options)
-        return variables[tokens]
+        return variables["params"][tokens]
 
     loss = make_loss(apply, VOCABULARY)
     for deterministic in (True, False):
         loss(
-            jnp.asarray(TABLE),
+            VARIABLES,
             make_batch(),
             jax.random.key(0),
             progress=jnp.zeros(()),
