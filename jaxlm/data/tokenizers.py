@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -24,7 +25,7 @@ from tokenizers import (
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, locate, on_disk
 
-Kind = Literal["wordpiece", "bpe", "unigram"]
+Kind = Literal["wordpiece", "bpe", "unigram", "characters"]
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Characters that always have a token. Rarer ones have one where there is room, unless they are
 # rarer than one in a million: such a token would learn nothing.
@@ -39,7 +40,8 @@ class TokenizerConfig:
     """A tokenizer.json, a vocab.txt, or a folder with one of them (such as other prepared data).
     None means to train one."""
     kind: Kind = "wordpiece"
-    """Which algorithm to train; bpe works on bytes, so that it knows every character."""
+    """Which algorithm to train; bpe works on bytes, so that it knows every character; of characters
+    each is a token, spaces and line breaks as well."""
     vocab_size: int = 16_384
     """Number of tokens to train, the five special ones among them."""
     cased: bool = False
@@ -48,8 +50,8 @@ class TokenizerConfig:
     """A wordpiece tokenizer makes letters small, but keeps their accents and vowel signs, without
     which words of Hindi, Thai, Vietnamese and others are no longer told apart."""
     alphabet: int | None = None
-    """The most characters with a token of their own, for wordpiece and unigram; None means all
-    that there is room for, but those that are rarer than one in a million."""
+    """The most characters with a token of their own, for all but bpe; None means all that there is
+    room for, but those that are rarer than one in a million."""
     num_documents: int | None = None
     """Train on no more than the first so many documents; None means on all."""
 
@@ -157,12 +159,15 @@ def train(
             tokenizer = _train_bpe(texts, vocab_size)
         case "unigram":
             tokenizer = _train_unigram(texts, vocab_size, alphabet)
-    return _with_specials(tokenizer)
+        case "characters":
+            tokenizer = _train_characters(texts, vocab_size, alphabet)
+    return _with_specials(tokenizer, with_space=kind != "characters")
 
 
-def _with_specials(tokenizer: Tokenizer) -> Tokenizer:
+def _with_specials(tokenizer: Tokenizer, *, with_space: bool = True) -> Tokenizer:
     # lstrip: [MASK] replaces a word together with the space that subwords carry before it.
-    tokenizer.add_special_tokens([AddedToken(name, lstrip=name == MASK) for name in SPECIALS])
+    blank = AddedToken(MASK, lstrip=with_space)
+    tokenizer.add_special_tokens([blank if name == MASK else name for name in SPECIALS])
     frame = [(name, tokenizer.token_to_id(name)) for name in (CLS, SEP)]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS} $A {SEP}", pair=f"{CLS} $A {SEP} $B:1 {SEP}:1", special_tokens=frame
@@ -299,6 +304,23 @@ class _Only:
                     kept = all(c in self.alphabet or c.isspace() for c in normal)
                     outside[ord(character)] = character if kept else " "
             yield text.translate(outside)
+
+
+def _train_characters(texts: Iterable[str], vocab_size: int, most: int | None) -> Tokenizer:
+    """A token for each character, the most frequent first."""
+    counts = Counter[str]()
+    for text in texts:
+        counts.update(text)
+    if not counts:
+        raise InputError("there is no text to train a tokenizer on")
+    rare, ranked = _RARE * counts.total(), sorted(counts, key=lambda c: (-counts[c], c))
+    kept = [c for c in ranked if most or counts[c] >= rare][:most]
+    _check_size(vocab_size, len(SPECIALS) + min(len(kept), _MIN_ALPHABET), "each character")
+    tokens = [*SPECIALS, *kept][:vocab_size]
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
 
 
 def _sentencepiece(model: models.Unigram) -> Tokenizer:

@@ -70,7 +70,7 @@ class Vocabulary:
         end_id: ends every document; may be the same.
         ordinary: ids that may be predicted and drawn: all but the special tokens, ``[ordinary]``.
         is_ordinary: the same as a table, ``[vocab]``.
-        word_starts: True where a token begins a word, ``[vocab]``.
+        word_starts: True where a token begins a word, ``[vocab]``; None: not known.
     """
 
     mask_id: int | None = flax.struct.field(pytree_node=False)
@@ -78,7 +78,7 @@ class Vocabulary:
     end_id: int = flax.struct.field(pytree_node=False)
     ordinary: Int[Array, "ordinary"]
     is_ordinary: Bool[Array, "vocab"]
-    word_starts: Bool[Array, "vocab"]
+    word_starts: Bool[Array, "vocab"] | None
 
 
 class Corrupted(NamedTuple):
@@ -115,6 +115,11 @@ def corrupt(
         raise InputError(
             "the tokenizer has no token [MASK] or <mask>; add it, or use another, or task=CausalLm"
         )
+    if config.unit == "word" and vocabulary.word_starts is None:
+        raise InputError(
+            "where words begin is not known of this tokenizer: set task.masking.unit and "
+            "task.eval_masking.unit to token or span"
+        )
     rate = config.rate
     if config.final_rate is not None:
         rate = rate + (config.final_rate - rate) * progress
@@ -125,7 +130,7 @@ def corrupt(
         keys = jax.random.split(jax.random.fold_in(key, index), 4)
         position = jnp.arange(tokens.size)
         allowed = vocabulary.is_ordinary[tokens] & (position < length)
-        if config.unit == "word":
+        if config.unit == "word" and vocabulary.word_starts is not None:
             begins = vocabulary.word_starts[tokens]
         elif config.unit == "span":
             begins = jax.random.uniform(keys[3], tokens.shape) < 1 / config.mean_span

@@ -60,13 +60,15 @@ class MaskedLm:
 
     def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
         """Where whole words are hidden: words that are lines, of text without spaces."""
+        if self.masking.unit != "word" or vocabulary.word_starts is None:
+            return ""
         ordinary = np.asarray(vocabulary.is_ordinary)[tokens]
         begins = np.asarray(vocabulary.word_starts)[tokens] | ~ordinary
         begins[:, 0] = True
         words = np.cumsum(begins) - 1
         sizes = np.bincount(words, ordinary.ravel())
         share = sizes[sizes > _LONG_WORD].sum() / max(ordinary.sum(), 1)
-        if self.masking.unit != "word" or share <= _MOST_IN_LONG_WORDS:
+        if share <= _MOST_IN_LONG_WORDS:
             return ""
         return (
             f"{share:.0%} of the tokens are in words of more than {_LONG_WORD} tokens, as in text "

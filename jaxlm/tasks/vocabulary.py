@@ -15,11 +15,12 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     special = SpecialTokens.of(tokenizer)
     is_ordinary = np.ones(tokenizers.vocab_size(tokenizer), bool)
     is_ordinary[list(special.ids)] = False
+    starts = word_starts(tokenizer)
     return Vocabulary(
         mask_id=special.mask,
         start_id=special.cls,
         end_id=special.sep,
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
-        word_starts=jnp.asarray(word_starts(tokenizer)),
+        word_starts=None if starts is None else jnp.asarray(starts),
     )

@@ -109,7 +109,7 @@ def test_tensorflow_stays_out(prepared):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram", "characters"])
 def test_preparing_twice_gives_the_same_bytes(config, tmp_path, kind):
     tokenizer = TokenizerConfig(kind=kind, vocab_size=300)
     config = dataclasses.replace(config, tokenizer=tokenizer)
