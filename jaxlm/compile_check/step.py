@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.config import UNKNOWN_BASE, Config, FinetuneConfig, Model, PretrainConfig
 from jaxlm.convert import huggingface
 from jaxlm.data.prepared import PreparedInfo
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary

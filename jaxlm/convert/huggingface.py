@@ -18,6 +18,7 @@ from jaxlm.convert.bert import Architecture
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.convert.table import Tensors, Weights
 from jaxlm.data import tokenizers
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import Pooling
@@ -114,7 +115,7 @@ def save(
         )
     if path.exists():
         raise InputError(f"{path} exists: name a new folder")
-    special = asdict(tokenizers.SpecialTokens.of(tokenizer))
+    special = asdict(SpecialTokens.of(tokenizer))
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     configs = {
         folder.CONFIG: bert.write_config(config, special["pad"]),

@@ -15,7 +15,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import Tally
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 
 SPLITS = ("train", "validation")

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
 
 from jaxlm.data import tokenizers
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.data.tokenizers import TokenizerConfig
 
 TOO_MUCH = 0.01
@@ -130,7 +131,7 @@ def unknown_characters(
     tokenizer: Tokenizer, characters: Sequence[str] | dict[str, int]
 ) -> list[str]:
     """Those that become an unknown token where they stand alone."""
-    unk = tokenizers.SpecialTokens.of(tokenizer).unk
+    unk = SpecialTokens.of(tokenizer).unk
     encoded = tokenizer.encode_batch(list(characters), add_special_tokens=False)
     pairs = zip(characters, encoded, strict=True)
     return [character for character, encoding in pairs if unk in encoding.ids]

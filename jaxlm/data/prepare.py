@@ -19,7 +19,8 @@ from jaxlm.data.corpus import Corpus, Spool, encode
 from jaxlm.data.fidelity import report
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo, read_info
 from jaxlm.data.sources import PyDocs, Source
-from jaxlm.data.tokenizers import SpecialTokens, TokenizerConfig
+from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, absolute, locate

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 
 from jaxlm.data import rows, tokenizers
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, locate, size_of
 

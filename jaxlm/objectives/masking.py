@@ -111,7 +111,8 @@ def corrupt(
         index: a number for each row: its stream of random numbers.
         progress: share of the run that is done, for ``final_rate``.
     """
-    if vocabulary.mask_id is None:
+    mask_id = vocabulary.mask_id
+    if mask_id is None:
         raise InputError(
             "the tokenizer has no token [MASK] or <mask>; add it, or use another, or task=CausalLm"
         )
@@ -152,7 +153,7 @@ def corrupt(
         fate = jax.random.uniform(keys[2], labels.shape)
         shown = jnp.where(
             fate < mask_share,
-            vocabulary.mask_id,
+            mask_id,
             jnp.where(fate < mask_share + random_share, vocabulary.ordinary[draw], labels),
         )
         tokens = tokens.at[predicted].set(jnp.where(weights, shown, labels))

@@ -20,7 +20,8 @@ from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batches import make_buckets, train_batches
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
-from jaxlm.data.tokenizers import SpecialTokens, TokenizerConfig
+from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases

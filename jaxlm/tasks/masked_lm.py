@@ -1,6 +1,6 @@
 """Masked language modelling: what is hidden, what fills it in, and how it is used afterwards."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +11,13 @@ from tokenizers import Tokenizer
 
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.decode.fill_mask import MASK, FillMask
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
+from jaxlm.tasks.task import Given
 from jaxlm.typing import Apply, Loss, Variables
 
 _LONG_WORD, _MOST_IN_LONG_WORDS = 16, 0.05  # tokens; share of all
@@ -96,18 +98,19 @@ class MaskedLm:
 
     def answers(
         self,
-        apply: Apply,
+        config: ModelConfig,
         variables: Variables,
         tokenizer: Tokenizer,
-        texts: Mapping[str, str],
+        texts: Sequence[Given],
         *,
-        max_length: int,
         top_k: int,
+        generate: GenerateConfig,
     ) -> Iterator[dict[str, Any]]:
         """For each text the likeliest fillings of each blank, best first, or what is wrong."""
-        fill = FillMask(apply, variables, tokenizer, max_length)
-        blanks = fill((text for text in texts.values() if MASK in text), top_k=top_k)
-        for origin, text in texts.items():
+        apply = self.make_model(config).apply
+        fill = FillMask(apply, variables, tokenizer, config.max_length or 512)
+        blanks = fill((text for *_, text in texts if MASK in text), top_k=top_k)
+        for _, origin, text in texts:
             if MASK in text:
                 yield {
                     "text": text,

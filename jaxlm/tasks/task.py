@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -17,6 +17,7 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.prepared import PreparedInfo
+from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import Pooling
@@ -31,6 +32,16 @@ from jaxlm.typing import Apply, Loss, Variables
 Outputs = Mapping[str, Any]
 Labels = tuple[str, ...]
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
+
+
+class Given(NamedTuple):
+    """A text that a pretrained model is asked about."""
+
+    number: int
+    """Among all texts, from 0."""
+    origin: str
+    """Where it is from, as messages name it."""
+    text: str
 
 
 @runtime_checkable
@@ -80,22 +91,34 @@ class PretrainTask(Protocol):
 
     def answers(
         self,
-        apply: Apply,
+        config: ModelConfig,
         variables: Variables,
         tokenizer: Tokenizer,
-        texts: Mapping[str, str],
+        texts: Sequence[Given],
         *,
-        max_length: int,
         top_k: int,
+        generate: GenerateConfig,
     ) -> Iterator[dict[str, Any]]:
-        """What the pretrained model says of each of ``texts``, keyed by where they are from.
+        """What the pretrained model says of each of ``texts``.
 
-        That is only an ``error`` for one of which it can say nothing.
+        That is only an ``error`` for one of which it can say nothing. ``top_k`` is for tasks that
+        name candidates, ``generate`` for those that write.
         """
         ...
 
     def lines(self, answer: dict[str, Any]) -> Iterator[str]:
         """An answer as a person reads it."""
+        ...
+
+
+@runtime_checkable
+class Generative(Protocol):
+    """What a task has as well whose models write."""
+
+    def make_generate(
+        self, config: ModelConfig, variables: Variables, tokenizer: Tokenizer
+    ) -> Generate:
+        """What continues texts."""
         ...
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.data import tokenizers
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.data.word_starts import word_starts
 from jaxlm.objectives.masking import Vocabulary
 

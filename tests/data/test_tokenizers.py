@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlm.data import tokenizers
-from jaxlm.data.tokenizers import SPECIALS, SpecialTokens
+from jaxlm.data.special_tokens import SPECIALS, SpecialTokens
 from jaxlm.data.word_starts import word_starts
 from jaxlm.errors import InputError
 

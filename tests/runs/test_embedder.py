@@ -21,6 +21,7 @@ from jaxlm.convert import huggingface, sentence_encoder
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.runs import base, finetuning, resume
 from jaxlm.runs.embedder import open_embedder
@@ -70,7 +71,7 @@ def hidden(folder: Path, text: str, length: int) -> np.ndarray:
     """Of one text alone, without padding."""
     published = huggingface.load(folder)
     ids = published.tokenizer.encode(text, add_special_tokens=False).ids[: length - 2]
-    special = tokenizers.SpecialTokens.of(published.tokenizer)
+    special = SpecialTokens.of(published.tokenizer)
     tokens = jnp.array([[special.cls, *ids, special.sep]])
     params = jax.tree.map(jnp.asarray, published.params["encoder"])
     return np.asarray(published.config.make().apply({"params": params}, tokens))[0]

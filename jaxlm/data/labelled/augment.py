@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxlm.data.labelled.examples import Row
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 
 Augment = Callable[[Row, int, int], Row]  # (row, example, epoch) -> row
