@@ -282,7 +282,7 @@ def _find(
 
 def _fingerprint(config: Known, tree: Weights) -> str:
     # Of a BERT, all else shows in the shapes.
-    said = config.epsilon if isinstance(config, BertConfig) else config.with_dropout(0)
+    said = config.epsilon if isinstance(config, BertConfig) else config.with_dropout(0.0)
     digest = hashlib.sha256(repr(said).encode())
     for path, leaf in sorted(flatten_dict(tree, sep="/").items()):
         digest.update(f"{path} {leaf.shape}\n".encode())
