@@ -21,6 +21,8 @@ from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.llama import LlamaConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import StoragePath, locate
@@ -34,7 +36,7 @@ from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
 # What a run's configuration may hold: another architecture or task is added here.
-Model = BertConfig | BilstmConfig
+Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig
 PretrainingTask = MaskedLm
 LabelledTask = Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding
 UNKNOWN_BASE = BertConfig()  # what the compile check takes a base for that is not there

@@ -51,6 +51,7 @@ AXES: tuple[tuple[str, str], ...] = (
     (r"recurrent_kernel", "state -> gates state"),
     (r"(\w+_)?norm/(scale|bias)", "norm"),
     (r"head/bias", "vocab"),
+    (r"unembed/kernel", "embed -> vocab"),
 )
 
 # What stands beside a linear map's or a table's parameter W, or in its place, has axes of W.
@@ -368,7 +369,7 @@ def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
         _MESH.reset(token)
 
 
-def constrain(x: Float[Array, "..."], names: tuple[str, ...]) -> Float[Array, "..."]:
+def constrain(x: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
     """Pin how an activation is laid out; the identity where no mesh is set (one device, pmap)."""
     if (used := _MESH.get()) is None:
         return x

@@ -10,9 +10,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.models import bert
+from jaxlm.models import bert, gpt2
+from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
-from jaxlm.models.heads import ClassificationHead, MlmHead, WithHead, WithLmHead
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.heads import ClassificationHead, WithHead, WithLmHead
 from jaxlm.nn.intercept import Site
 from jaxlm.peft import lora
 from jaxlm.sharding import (
@@ -27,7 +29,13 @@ from jaxlm.sharding import (
     use_mesh,
 )
 
-PRESETS = {name: value for name, value in vars(bert).items() if isinstance(value, bert.BertConfig)}
+PRESETS = {
+    prefix + name: value
+    for prefix, module in (("", bert), ("GPT2_", gpt2))
+    for name, value in vars(module).items()
+    if isinstance(value, BertConfig | Gpt2Config)
+}
+PRESETS["UNTIED"] = replace(gpt2.SMALL, tied=False)
 MESHES = [
     MeshConfig(),
     MeshConfig(data=None, fsdp=8),
@@ -40,7 +48,7 @@ CUBE = MESHES[2]
 @cache
 def shapes_of(preset):
     config = replace(PRESETS[preset], vocab_size=30528)
-    model = WithLmHead(config.make(), MlmHead())
+    model = WithLmHead(config.make(), config.make_lm_head())
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
 
 
@@ -59,6 +67,7 @@ def shape_tree(path, *shape):
 
 def test_presets_are_found():
     assert {"TINY", "MINI", "SMALL", "MEDIUM", "BASE", "LARGE", "ROBERTA_BASE"} <= PRESETS.keys()
+    assert {"GPT2_SMALL", "GPT2_MEDIUM", "GPT2_LARGE", "GPT2_XL"} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -66,6 +75,10 @@ def test_every_parameter_of_every_preset_has_a_place(preset):
     shapes = shapes_of(preset)
     for config in MESHES:
         mesh = make_mesh(config)
+        if PRESETS[preset].num_heads % mesh.shape["tensor"]:  # the largest GPT-2 has 25
+            with pytest.raises(InputError, match="the axis heads of size 25 cannot be split"):
+                tree_shardings(shapes, mesh)
+            continue
         places = tree_shardings(shapes, mesh)
         parts = jax.tree.map(lambda leaf, place: place.shard_shape(leaf.shape), shapes, places)
         sizes = [

@@ -4,30 +4,12 @@ RoBERTa's position table has two unused rows in front; positions there count fro
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from jaxlm.convert.architecture import NUMBER, Architecture, Fields
 from jaxlm.convert.table import Row, Sizes, linear, norm
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """How one kind of model is written."""
-
-    prefix: str
-    """Prefix of the encoder's and the pooler's names; files of a bare encoder lack it."""
-    encoder: tuple[Row, ...]
-    """Always there."""
-    heads: tuple[tuple[Row, ...], ...]
-    """Each is there whole, or not at all."""
-    copies: Mapping[str, str]
-    """Second names of tied tensors -> first names."""
-    ignored: tuple[str, ...]
-    """What names begin with that hold nothing to read."""
-    unused_positions: int = 0
-    """Leading rows of the position table."""
 
 
 def _encoder(prefix: str, unused_positions: int) -> tuple[Row, ...]:
@@ -86,7 +68,7 @@ BERT = Architecture(
         f"{_PREDICTIONS}.decoder.weight": "bert.embeddings.word_embeddings.weight",
         f"{_PREDICTIONS}.decoder.bias": f"{_PREDICTIONS}.bias",
     },
-    ignored=("bert.embeddings.position_ids", "cls.seq_relationship."),
+    ignored=r"bert\.embeddings\.position_ids|cls\.seq_relationship\.",
 )
 ROBERTA = Architecture(
     prefix="roberta.",
@@ -99,7 +81,7 @@ ROBERTA = Architecture(
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
         "lm_head.decoder.bias": "lm_head.bias",
     },
-    ignored=("roberta.embeddings.position_ids",),
+    ignored=r"roberta\.embeddings\.position_ids",
     unused_positions=2,
 )
 
@@ -122,19 +104,8 @@ def sizes(config: BertConfig) -> Sizes:
 
 def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, BertConfig]:
     """What a ``config.json`` describes; errors call it ``source``."""
-
-    def get(key: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
-        value = default if raw.get(key) is None else raw[key]
-        if value is None:
-            raise InputError(f"{source} lacks {key}")
-        if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise InputError(f"{source}: {key}={value!r} is of the wrong type")
-        return value
-
-    def require(key: str, kind: type, value: Any) -> None:
-        if get(key, kind, value) != value:
-            raise InputError(f"{source}: {key}={raw[key]!r} is not supported; {value!r} is")
-
+    fields = Fields(raw, source)
+    get, require = fields.get, fields.require
     match get("model_type", str):
         case "bert":
             architecture = BERT
@@ -142,15 +113,12 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Bert
             architecture = ROBERTA
             require("pad_token_id", int, 1)  # where positions count from
         case other:
-            raise InputError(
-                f"{source}: model_type={other!r} is not supported; bert and roberta are"
-            )
+            raise AssertionError(f"{other} is no model of this table")
     # A key that is missing means the library's default, but for the sizes, which files always say.
     require("hidden_act", str, "gelu")
     require("position_embedding_type", str, "absolute")
     require("is_decoder", bool, False)
     require("add_cross_attention", bool, False)
-    number = (int, float)
     values: dict[str, Any] = {
         "vocab_size": get("vocab_size", int),
         "num_layers": get("num_hidden_layers", int),
@@ -159,10 +127,10 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Bert
         "mlp_dim": get("intermediate_size", int),
         "max_length": get("max_position_embeddings", int) - architecture.unused_positions,
         "num_token_types": get("type_vocab_size", int, 2),
-        "dropout_rate": float(get("hidden_dropout_prob", number, 0.1)),
-        "attention_dropout_rate": float(get("attention_probs_dropout_prob", number, 0.1)),
-        "epsilon": float(get("layer_norm_eps", number, 1e-12)),
-        "initializer_std": float(get("initializer_range", number, 0.02)),
+        "dropout_rate": float(get("hidden_dropout_prob", NUMBER, 0.1)),
+        "attention_dropout_rate": float(get("attention_probs_dropout_prob", NUMBER, 0.1)),
+        "epsilon": float(get("layer_norm_eps", NUMBER, 1e-12)),
+        "initializer_std": float(get("initializer_range", NUMBER, 0.02)),
     }
     try:
         return architecture, BertConfig(**values)

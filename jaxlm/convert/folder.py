@@ -1,6 +1,7 @@
 """Reading a model's folder in Hugging Face's layout: JSON and safetensors, whole or in shards."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
-def read_tensors(folder: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """All tensors by name, each in the dtype of its file."""
-    tensors: dict[str, np.ndarray] = {}
-    for path in _shards(folder):
-        try:
-            with safe_open(path, framework="np") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error}") from error
-        except SafetensorError as error:
-            raise InputError(
-                f"{path} is not a complete safetensors file ({error}); download it again"
-            ) from error
-    return tensors
+class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
+    """The tensors of a folder by name, in the dtype of their file; each is read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in _shards(folder):
+            try:
+                file = safe_open(path, framework="np")
+                self._files |= dict.fromkeys(file.keys(), file)
+            except OSError as error:
+                raise InputError(f"{path} cannot be read: {error}") from error
+            except SafetensorError as error:
+                raise InputError(
+                    f"{path} is not a complete safetensors file ({error}); download it again"
+                ) from error
+
+    def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
 
 def _shards(folder: Path) -> list[Path]:

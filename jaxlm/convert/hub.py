@@ -11,6 +11,8 @@ FILES = (
     "model-*-of-*.safetensors",
     "tokenizer.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
     "tokenizer_config.json",  # whether that is lower-cased
     "modules.json",  # and what else a sentence encoder has
     "*_*/config.json",

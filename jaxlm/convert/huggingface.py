@@ -1,28 +1,39 @@
-"""Published encoders: a model of Hugging Face's, as our configuration, parameters and tokenizer."""
+"""Published models: one of Hugging Face's, as our configuration, parameters and tokenizer."""
 
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
-from flax.traverse_util import flatten_dict
-from jaxtyping import Array, Float, Float32, PyTree
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, PyTree, Shaped
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from jaxlm.convert import bert, folder, hub, sentence_encoder, table
-from jaxlm.convert.bert import Architecture
+from jaxlm import sharding
+from jaxlm.convert import bert, folder, gpt2, hub, llama, sentence_encoder, table
+from jaxlm.convert.architecture import Architecture, Fields
 from jaxlm.convert.sentence_encoder import SentenceEncoder
-from jaxlm.convert.table import Tensors, Weights
+from jaxlm.convert.table import Row, Sizes, Tensors, Weights
 from jaxlm.data import tokenizers
+from jaxlm.data.text_ends import text_ends
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import Pooling
+from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
 from jaxlm.runtime.storage import on_disk
+from jaxlm.sharding import AxisTable, Rules
+from jaxlm.typing import Params
+
+Known = BertConfig | Gpt2Config | LlamaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +42,13 @@ class Published:
 
     path: Path
     """The folder it was read from."""
-    config: BertConfig
+    config: Known
     params: Weights
     """``{"encoder": …}``."""
     pooler: Weights | None
     """``{"kernel", "bias"}`` of ``tanh(W hidden[:, 0] + b)``, if the file has it."""
-    mlm_head: Weights | None
-    """Weights of a ``models.heads.MlmHead`` with the config's epsilon, if the file has them."""
+    lm_head: Weights | None
+    """Weights of the config's ``make_lm_head()``, if it has any and the file has them."""
     tokenizer: Tokenizer
     sentence_encoder: SentenceEncoder | None
     """What follows the hidden states, if it is one."""
@@ -46,52 +57,88 @@ class Published:
 
 
 def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Published:
-    """The BERT or RoBERTa in a folder of Hugging Face's layout, or of that name on the hub.
+    """The BERT, RoBERTa, GPT-2 or Llama in a folder of Hugging Face's layout, or on the hub.
 
     The folder holds ``config.json``, ``model.safetensors`` (or its shards and their index), and
-    ``tokenizer.json`` or ``vocab.txt``. Heads of tasks are not read, and a file with one is
-    refused, as is whatever else is unknown, missing or of another shape. ``cache`` is the folder
-    that keeps downloads; None, the one of ``huggingface_hub``.
+    ``tokenizer.json``, ``vocab.txt``, or ``vocab.json`` and ``merges.txt``. Heads of tasks are not
+    read, and a file with one is refused, as is whatever else is unknown, missing or of another
+    shape. ``cache`` is the folder that keeps downloads; None, the one of ``huggingface_hub``.
     """
     path = hub.find(name_or_path, cache)
-    source = str(path / folder.CONFIG)
-    architecture, config = bert.read_config(folder.read_config(path), source)
+    architecture, config = _describe(path)
     tokenizer = tokenizers.load(path)
-    num_tokens, vocab_size = tokenizers.vocab_size(tokenizer), bert.sizes(config)["vocab"]
+    num_tokens, vocab_size = tokenizers.vocab_size(tokenizer), _sizes(config)["vocab"]
     if num_tokens > vocab_size:
         raise InputError(
             f"{path}: the tokenizer's vocabulary of {num_tokens} is larger than the model's "
             f"vocab_size={vocab_size}"
         )
-    tree = _read(architecture, config, folder.read_tensors(path), str(path))
+    rows, tensors = _find(architecture, config, folder.Tensors(path), str(path))
+    tree = table.read(rows, tensors, _sizes(config), str(path))
     head = dict(tree.get("head", {}))
     return Published(
         path=path,
         config=config,
         params={"encoder": tree["encoder"]},
         pooler=head.pop("pooler", None),
-        mlm_head=head or None,
+        lm_head=head or None,
         tokenizer=tokenizer,
         sentence_encoder=sentence_encoder.read(path),
         fingerprint=_fingerprint(config, tree),
     )
 
 
+def place(
+    name_or_path: str | Path,
+    mesh: Mesh,
+    *,
+    cache: str | Path | None = None,
+    axes: AxisTable = sharding.AXES,
+    rules: Rules = sharding.RULES,
+) -> tuple[Known, Params]:
+    """The configuration, and the parameters ``{"encoder": …, "head": …}`` laid out on a mesh.
+
+    For models that do not fit into a host's memory twice, or at all: each process reads tensor
+    after tensor, and keeps of each what its own devices hold.
+    """
+    path = hub.find(name_or_path, cache)
+    architecture, config = _describe(path)
+    rows, tensors = _find(architecture, config, folder.Tensors(path), str(path))
+    sizes = _sizes(config)
+    shapes = {row.ours: jax.ShapeDtypeStruct(row.shape(sizes), np.float32) for row in rows}
+    places = sharding.tree_shardings(shapes, mesh, axes, rules)
+
+    def put(row: Row) -> Array:
+        def part(index: tuple[slice, ...] | None) -> Float32[np.ndarray, "..."]:
+            return row.read(tensors, sizes, str(path), index)
+
+        return jax.make_array_from_callback(row.shape(sizes), places[row.ours], part)
+
+    return config, unflatten_dict({row.ours: put(row) for row in rows}, sep="/")
+
+
 def read_config(path: Path) -> ModelConfig:
     """The model that a folder in Hugging Face's layout describes, without its weights."""
-    return bert.read_config(folder.read_config(path), str(path / folder.CONFIG))[1]
+    return _describe(path)[1]
 
 
 def to_huggingface(
-    params: PyTree[Float[Array | np.ndarray, "..."]], config: BertConfig
+    params: PyTree[Float[Array | np.ndarray, "..."]], config: Known
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """The tensors of a ``BertForPreTraining``, or the part of it that ``params`` holds.
+    """The tensors of a ``BertForPreTraining``, a ``GPT2LMHeadModel`` or a ``LlamaForCausalLM``.
 
-    The paths are those of a run: ``encoder/…``, ``head/pooler/…`` and, of the masked-language-model
-    head, ``head/{transform,norm,bias}``.
+    Or the part of it that ``params`` holds. The paths are those of a run: ``encoder/…``,
+    ``head/pooler/…`` and, of the head that scores the vocabulary, ``head/{transform,norm,bias}`` or
+    ``head/unembed``.
     """
-    rows = [*bert.BERT.encoder, *(row for head in bert.BERT.heads for row in head)]
-    return table.write(rows, params, bert.sizes(config))
+    match config:
+        case BertConfig():
+            architecture = bert.BERT
+        case Gpt2Config():
+            architecture = gpt2.architecture(tied=config.tied)
+        case LlamaConfig():
+            architecture = llama.architecture(config)
+    return table.write(_all_rows(architecture), params, _sizes(config))
 
 
 def save(
@@ -107,22 +154,31 @@ def save(
     With ``pooling`` it is a sentence encoder's, whose vectors have length 1.
     """
     path = on_disk(path)
-    if not isinstance(config, BertConfig):
+    if not isinstance(config, Known):
         raise InputError(
             f"a {type(config).__name__} cannot be saved for other libraries, which have no such "
             "model: use it from its run folder"
         )
     if path.exists():
         raise InputError(f"{path} exists: name a new folder")
-    special = asdict(tokenizers.SpecialTokens.of(tokenizer))
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    if isinstance(config, BertConfig):
+        special = asdict(tokenizers.SpecialTokens.of(tokenizer))
+        written = bert.write_config(config, special["pad"])
+        inputs = ["input_ids", "token_type_ids", "attention_mask"]
+        inputs = inputs if config.num_token_types > 1 else inputs[::2]
+    else:
+        special = text_ends(tokenizer)
+        written = gpt2.write_config(config) if isinstance(config, Gpt2Config) else None
+        written = llama.write_config(config) if isinstance(config, LlamaConfig) else written
+        written = {**(written or {}), **{f"{name}_token_id": i for name, i in special.items()}}
+        inputs = ["input_ids", "attention_mask"]
     configs = {
-        folder.CONFIG: bert.write_config(config, special["pad"]),
+        folder.CONFIG: written,
         # Without it, other libraries take every BERT's tokenizer for WordPiece.
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.max_length,
-            "model_input_names": inputs if config.num_token_types > 1 else inputs[::2],
+            "model_input_names": inputs,
             **{f"{name}_token": tokenizer.id_to_token(i) for name, i in special.items()},
         },
     }
@@ -143,41 +199,91 @@ def save(
         raise InputError(f"{path} cannot be written: {error}") from error
 
 
-def _read(architecture: Architecture, config: BertConfig, raw: Tensors, source: str) -> Weights:
-    sizes = bert.sizes(config)
+def _describe(path: Path) -> tuple[Architecture, Known]:
+    """How the model in a folder is written, and its configuration."""
+    raw, source = folder.read_config(path), str(path / folder.CONFIG)
+    match Fields(raw, source).get("model_type", str):
+        case "bert" | "roberta":
+            return bert.read_config(raw, source)
+        case "gpt2":
+            return gpt2.read_config(raw, source)
+        case "llama":
+            return llama.read_config(raw, source)
+        case other:
+            raise InputError(
+                f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2 and llama "
+                "are"
+            )
+
+
+def _sizes(config: Known) -> Sizes:
+    match config:
+        case BertConfig():
+            return bert.sizes(config)
+        case Gpt2Config():
+            return gpt2.sizes(config)
+        case LlamaConfig():
+            return llama.sizes(config)
+
+
+def _all_rows(architecture: Architecture) -> list[Row]:
+    return [*architecture.encoder, *(row for head in architecture.heads for row in head)]
+
+
+class _Renamed(Mapping[str, Shaped[np.ndarray, "..."]]):
+    """Tensors under other names."""
+
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _find(
+    architecture: Architecture, config: Known, raw: Tensors, source: str
+) -> tuple[list[Row], Tensors]:
+    """The rows that the file has, and its tensors by the names that these look up."""
+    sizes = _sizes(config)
     bare = not any(name.startswith(architecture.prefix) for name in raw)
 
     def full(name: str) -> str:
         name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)  # in the oldest files
         name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        return f"{architecture.prefix}{name}" if bare else name
+        inside = bare and not name.startswith("lm_head.")
+        return f"{architecture.prefix}{name}" if inside else name
 
     names = {full(name): name for name in raw}  # ours to look up -> the file's, for messages
-    tensors = {
-        name: raw[names[name]] for name in names if not name.startswith(architecture.ignored)
-    }
+    names = {name: old for name, old in names.items() if not re.match(architecture.ignored, name)}
     for copy, original in architecture.copies.items():
-        if copy in tensors:
-            value = tensors.pop(copy)
-            if not np.array_equal(tensors.setdefault(original, value), value):
-                raise InputError(
-                    f"{source}: {copy} differs from {original}; untied weights are not supported"
-                )
+        if copy in names:
+            old = names.pop(copy)
+            first = names.setdefault(original, old)
+            if first != old and not np.array_equal(raw[first], raw[old]):
+                raise InputError(f"{source}: {old} differs from {first}; {architecture.untied}")
     rows = list(architecture.encoder)
     for head in architecture.heads:
-        if any(name in tensors for row in head for name in row.names(sizes)):
+        if any(name in names for row in head for name in row.names(sizes)):
             rows += head
-    unknown = tensors.keys() - {name for row in rows for name in row.names(sizes)}
+    unknown = names.keys() - {name for row in rows for name in row.names(sizes)}
     if unknown:
         raise InputError(
             f"{source}: the tensor {names[min(unknown)]} does not belong to this architecture of "
             f"{config.num_layers} layers (heads of tasks are not read)"
         )
-    return table.read(rows, tensors, sizes, source)
+    return rows, _Renamed(raw, names)
 
 
-def _fingerprint(config: BertConfig, tree: Weights) -> str:
-    digest = hashlib.sha256(repr(config.epsilon).encode())  # all else shows in the shapes
+def _fingerprint(config: Known, tree: Weights) -> str:
+    # Of a BERT, all else shows in the shapes.
+    said = config.epsilon if isinstance(config, BertConfig) else config.with_dropout(0)
+    digest = hashlib.sha256(repr(said).encode())
     for path, leaf in sorted(flatten_dict(tree, sep="/").items()):
         digest.update(f"{path} {leaf.shape}\n".encode())
         digest.update(leaf)

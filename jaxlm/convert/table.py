@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,38 +33,53 @@ class Row:
     unused: int = 0
     """Leading entries of the first axis that theirs has and ours has not."""
 
+    part: int = 0
+    """Which of the equal ``parts`` of theirs it is, along its last axis."""
+    parts: int = 1
+    factors: tuple[float, ...] | None = None
+    """What ours is multiplied by when it is read, for each layer."""
+
+    def times(self, factors: tuple[float, ...] | None) -> "Row":
+        """The same with these factors; where all are 1, with none."""
+        return replace(self, factors=None if set(factors or ()) <= {1.0} else factors)
+
     def names(self, sizes: Sizes) -> list[str]:
         """Names of all tensors that make up the parameter."""
-        layers = range(sizes["layers"]) if "{layer}" in self.theirs else [0]
+        layers = range(sizes["layers"]) if self._stacked else [0]
         return [self.theirs.format(layer=layer) for layer in layers]
 
-    def read(self, tensors: Tensors, sizes: Sizes, source: str) -> Float32[np.ndarray, "..."]:
-        """Ours, from theirs; ``source`` names their origin in errors."""
-        there, _ = self.layout.split(" -> ")
-        first, *rest = _shape(there, sizes)
-        shape = (first + self.unused, *rest)
-        parts = []
-        for name in self.names(sizes):
-            if name not in tensors:
-                raise InputError(f"{source} lacks the tensor {name}")
-            tensor = tensors[name]
-            if tensor.dtype.name not in _FLOATS:
-                raise InputError(
-                    f"{source}: {name} is {tensor.dtype.name}; quantised weights cannot be read"
-                )
-            _check(f"{source}: {name}", tensor.shape, shape)
-            part = tensor[self.unused :].astype(np.float32)
-            parts.append(rearrange(part, self.layout, **_axes(self.layout, sizes)))
-        return np.ascontiguousarray(np.stack(parts) if "{layer}" in self.theirs else parts[0])
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """That of ours."""
+        ours = _shape(self.layout.split(" -> ")[1], sizes)
+        return (sizes["layers"], *ours) if self._stacked else ours
+
+    def read(
+        self,
+        tensors: Tensors,
+        sizes: Sizes,
+        source: str,
+        index: tuple[slice, ...] | None = None,
+    ) -> Float32[np.ndarray, "..."]:
+        """Ours, or a part of it, from theirs, one after the other; ``source`` is for errors."""
+        shape, names = self.shape(sizes), self.names(sizes)
+        index = index or (slice(None),) * len(shape)
+        if not self._stacked:
+            return np.ascontiguousarray(self._one(0, names[0], tensors, sizes, source)[index])
+        layers = range(len(names))[index[0]]
+        size = [len(range(n)[i]) for n, i in zip(shape[1:], index[1:], strict=True)]
+        ours = np.empty((len(layers), *size), np.float32)
+        for place, layer in enumerate(layers):
+            ours[place] = self._one(layer, names[layer], tensors, sizes, source)[index[1:]]
+        return ours
 
     def write(
         self, parameter: Float[Array | np.ndarray, "..."], sizes: Sizes
     ) -> dict[str, Float32[np.ndarray, "..."]]:
-        """Theirs, from ours; unused entries are 0."""
+        """Theirs, from ours; unused entries are 0. Of parts, this one alone."""
         there, here = self.layout.split(" -> ")
         names = self.names(sizes)
         parts = np.asarray(parameter, np.float32)
-        if "{layer}" not in self.theirs:
+        if not self._stacked:
             parts = parts[None]
         _check(self.ours, parts.shape, (len(names), *_shape(here, sizes)))
         tensors = {}
@@ -73,6 +88,32 @@ class Row:
             padding = [(self.unused, 0), *[(0, 0)] * (tensor.ndim - 1)]
             tensors[name] = np.ascontiguousarray(np.pad(tensor, padding))
         return tensors
+
+    @property
+    def _stacked(self) -> bool:
+        return "{layer}" in self.theirs
+
+    def _one(
+        self, layer: int, name: str, tensors: Tensors, sizes: Sizes, source: str
+    ) -> Float32[np.ndarray, "..."]:
+        """Ours, of one layer."""
+        first, *rest = _shape(self.layout.split(" -> ")[0], sizes)
+        shape = [first + self.unused, *rest]
+        width = shape[-1]
+        shape[-1] *= self.parts
+        if name not in tensors:
+            raise InputError(f"{source} lacks the tensor {name}")
+        tensor = tensors[name]
+        if tensor.dtype.name not in _FLOATS:
+            raise InputError(
+                f"{source}: {name} is {tensor.dtype.name}; quantised weights cannot be read"
+            )
+        _check(f"{source}: {name}", tensor.shape, tuple(shape))
+        tensor = tensor[..., self.part * width : (self.part + 1) * width]
+        ours = rearrange(
+            tensor[self.unused :].astype(np.float32), self.layout, **_axes(self.layout, sizes)
+        )
+        return ours if self.factors is None else ours * np.float32(self.factors[layer])
 
 
 def linear(theirs: str, ours: str, axes: str) -> tuple[Row, Row]:
@@ -108,12 +149,21 @@ def write(
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     known = {row.ours: row for row in rows}
     tensors: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
     for path, parameter in flat.items():
         if path not in known:
             raise InputError(
                 f"{path} has no name there: take it out, or merge it into what has one"
             )
-        tensors |= known[path].write(parameter, sizes)
+        row = known[path]
+        for name, tensor in row.write(parameter, sizes).items():
+            parts.setdefault(name, {})[row.part] = tensor
+            if len(parts[name]) == row.parts:
+                whole = [parts[name][number] for number in range(row.parts)]
+                tensors[name] = whole[0] if row.parts == 1 else np.concatenate(whole, axis=-1)
+                del parts[name]
+    if parts:
+        raise InputError(f"the parameters hold a part of {min(parts)}, and not all of it")
     return tensors
 
 

@@ -322,26 +322,28 @@ def _check_size(vocab_size: int, needed: int, what: str) -> None:
 
 
 def load(path: StoragePath | str) -> Tokenizer:
-    """From a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder that holds one of them.
+    """From a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder with one of them.
 
-    What a ``tokenizer_config.json`` beside a ``vocab.txt`` says of lower case and accents holds.
-    Truncation and padding that the file may prescribe are switched off.
+    Or with GPT-2's ``vocab.json`` and ``merges.txt``. What a ``tokenizer_config.json`` beside a
+    ``vocab.txt`` says of lower case and accents holds. Truncation and padding that the file may
+    prescribe are switched off.
     """
     path = locate(path)
     if path.is_dir():
-        candidates = [path / "tokenizer.json", path / "vocab.txt"]
+        candidates = [path / "tokenizer.json", path / "vocab.txt", path / "vocab.json"]
         present = [candidate for candidate in candidates if candidate.is_file()]
         if not present:
-            raise InputError(f"{path} holds neither tokenizer.json nor vocab.txt")
+            raise InputError(f"{path} holds neither tokenizer.json nor vocab.txt nor vocab.json")
         path = present[0]
     if not path.is_file():
         raise InputError(f"there is no tokenizer file {path}")
     try:
-        tokenizer = (
-            _load_vocab(path)
-            if path.suffix == ".txt"
-            else Tokenizer.from_str(path.read_text("utf-8"))
-        )
+        if path.suffix == ".txt":
+            tokenizer = _load_vocab(path)
+        elif path.name == "vocab.json":
+            tokenizer = _load_merges(path)
+        else:
+            tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
     except InputError:
         raise
     except Exception as error:  # the library raises bare Exception
@@ -365,6 +367,20 @@ def _load_vocab(path: StoragePath) -> Tokenizer:
     return _with_specials(
         _bert(model, lowercase=lowercase, marks=said.get("strip_accents") is False)
     )
+
+
+def _load_merges(path: StoragePath) -> Tokenizer:
+    """GPT-2's byte-level BPE, which unlike ours puts no space before the text."""
+    merges = path.with_name("merges.txt")
+    if not merges.is_file():
+        raise InputError(f"{path} needs merges.txt beside it, which is not there")
+    tokenizer = Tokenizer(models.BPE.from_file(str(on_disk(path)), str(on_disk(merges))))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"  # its only special token
+    if tokenizer.token_to_id(end) is not None:
+        tokenizer.add_special_tokens([end])
+    return tokenizer
 
 
 def save(tokenizer: Tokenizer, path: StoragePath | str) -> None:

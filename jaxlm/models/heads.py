@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxlm.nn.cache import Cache
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import gelu
@@ -43,6 +44,37 @@ class MlmHead(nn.Module):
         x = LayerNorm(self.epsilon, self.dtype, name="norm")(gelu(x))
         bias = self.param("bias", nn.initializers.zeros, (table.num_embeddings,), jnp.float32)
         return table.attend(x, bias)
+
+
+class TiedLmHead(nn.Module):
+    """``E x`` with the encoder's token table E: float32 logits without parameters of their own."""
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "*batch embed"], table: Embed
+    ) -> Float[Array, "*batch vocab"]:
+        return table.attend(hidden)
+
+
+class UntiedLmHead(nn.Module):
+    """``x W``: float32 logits by a kernel of its own; of the table only the size is used."""
+
+    dtype: Dtype = jnp.float32
+    initializer_std: float = 0.02
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "*batch embed"], table: Embed
+    ) -> Float[Array, "*batch vocab"]:
+        unembed = Linear(
+            table.num_embeddings,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.normal(self.initializer_std),
+            result_dtype=jnp.float32,
+            name="unembed",
+        )
+        return unembed(hidden)
 
 
 class WithLmHead(nn.Module):
@@ -78,6 +110,23 @@ class WithLmHead(nn.Module):
         if predicted is not None:
             hidden = jnp.take_along_axis(hidden, predicted[:, :, None], axis=1)
         return self.head(hidden, self.encoder.token_embed)
+
+    def extend(
+        self,
+        tokens: Tokens,
+        cache: Cache,
+        *,
+        positions: Int[Array, "batch length"],
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+        """Float32 logits for what follows each row's last position, and the longer cache.
+
+        Of an encoder with an ``extend``, such as :class:`jaxlm.models.gpt2.Gpt2`.
+        """
+        hidden, cache = self.encoder.extend(
+            tokens, cache, positions=positions, segment_ids=segment_ids
+        )
+        return self.head(hidden[:, -1], self.encoder.token_embed), cache
 
 
 Pool = Callable[..., Float[Array, "batch embed"]]  # (hidden, segment_ids) -> one vector a row

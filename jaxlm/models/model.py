@@ -8,6 +8,9 @@ from typing import Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 
+from jaxlm.nn.cache import Cache
+from jaxlm.typing import Dtype
+
 
 @runtime_checkable
 class ModelConfig(Protocol):
@@ -66,4 +69,18 @@ class ModelConfig(Protocol):
 
     def with_dropout(self, rate: float) -> "ModelConfig":
         """The same with that rate wherever the model drops out."""
+        ...
+
+
+@runtime_checkable
+class CausalConfig(ModelConfig, Protocol):
+    """The configuration of a model in which no position sees a later one: it can generate.
+
+    Its module has a second method, ``extend(tokens, cache, *, positions, segment_ids) -> (hidden,
+    cache)``, which goes on from what is in the cache. Rows that are shorter are padded on their
+    left, with a segment id of -1.
+    """
+
+    def make_cache(self, batch: int, kv_length: int, dtype: Dtype | None = None) -> Cache:
+        """An empty cache of ``kv_length`` slots a row; of the model's dtype unless told."""
         ...

@@ -145,7 +145,12 @@ linear = gradient(_linear_forward, _linear_backward)
 """In bfloat16 the product is rounded before the bias is added, but for CPUs."""
 
 
-def _attend_forward(x: Array, table: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+def _attend_forward(
+    x: Array, table: Array, bias: Array | None
+) -> tuple[Array, tuple[Array | None, ...]]:
+    if bias is None:
+        return contract(x, table, (x.ndim - 1,), (1,)), (x, table, bias)
+
     def narrow(x: Array, table: Array, bias: Array) -> Array:
         return add_bias(contract(x, table, (x.ndim - 1,), (1,)), bias)
 
@@ -157,9 +162,12 @@ def _attend_forward(x: Array, table: Array, bias: Array) -> tuple[Array, tuple[A
     return logits, (x, table, bias)
 
 
-def _attend_backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+def _attend_backward(residuals: tuple[Any, ...], g: Array) -> tuple[Array, Array, Array | None]:
     x, table, bias = residuals
     g = g.astype(x.dtype)
+    if bias is None:
+        dx = contract(g, table, (g.ndim - 1,), (0,)).astype(x.dtype)
+        return dx, outer(g, x).astype(table.dtype), None
 
     def narrow(x: Array, table: Array, bias: Array, g: Array) -> tuple[Array, Array, Array]:
         return contract(g, table, (g.ndim - 1,), (0,)), outer(g, x), sum_rows(g)
@@ -198,6 +206,21 @@ def gelu(equation: Callable[P, R]) -> _HandWritten[P, R]:
     """
     run: Callable[..., Any] = equation
     return _HandWritten(equation, lambda x: (run(x), x), _gelu_backward)
+
+
+def _gelu_tanh_backward(x: Array, g: Array) -> tuple[Array]:
+    x32 = x.astype(jnp.float32)
+    slope = np.float32(np.sqrt(2 / np.pi))
+    square = x32 * x32
+    tanh = jnp.tanh(slope * x32 * (1 + np.float32(0.044715) * square))
+    inner = slope * (1 + np.float32(3 * 0.044715) * square)
+    return ((g * (0.5 * (1 + tanh) + 0.5 * x32 * (1 - tanh * tanh) * inner)).astype(x.dtype),)
+
+
+def gelu_tanh(equation: Callable[P, R]) -> _HandWritten[P, R]:
+    """Only ``x`` is kept for the gradient."""
+    run: Callable[..., Any] = equation
+    return _HandWritten(equation, lambda x: (run(x), x), _gelu_tanh_backward)
 
 
 def dropout(equation: Callable[P, R]) -> _HandWritten[P, R]:

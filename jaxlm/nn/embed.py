@@ -16,13 +16,14 @@ from jaxlm.typing import Dtype
 def attend(
     x: Float[Array, "*batch embed"],
     table: Float[Array, "vocab embed"],
-    bias: Float[Array, "vocab"],
+    bias: Float[Array, "vocab"] | None = None,
 ) -> Float[Array, "*batch vocab"]:
     """``x @ tableᵀ + bias``, in float32: logits from a tied embedding.
 
     Hand-written gradient: forward mode only inside :func:`custom_vjp.plain`.
     """
-    return add_bias(product("...e,ve->...v", x, table), bias)
+    logits = product("...e,ve->...v", x, table)
+    return logits if bias is None else add_bias(logits, bias)
 
 
 class Embed(nn.Module):
@@ -51,7 +52,7 @@ class Embed(nn.Module):
         return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
 
     def attend(
-        self, x: Float[Array, "*batch embed"], bias: Float[Array, "vocab"]
+        self, x: Float[Array, "*batch embed"], bias: Float[Array, "vocab"] | None = None
     ) -> Float[Array, "*batch vocab"]:
         """Logits in float32: the inner products with every row of the table, plus ``bias``."""
         return attend(x.astype(self.dtype), self.embedding.astype(self.dtype), bias)

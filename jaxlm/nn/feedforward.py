@@ -1,6 +1,7 @@
 """Position-wise feed-forward blocks."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -22,26 +23,58 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
+@custom_vjp.gelu_tanh
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))) / 2``, near :func:`gelu` (there, section 2).
+
+    Hand-written gradient: forward mode only inside :func:`custom_vjp.plain`.
+    """
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
+ACTIVATIONS: dict[Activation, Callable[..., Float[Array, "..."]]] = {
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
 class Mlp(nn.Module):
-    """``activation(x W_up) W_down`` (Vaswani et al. 2017, section 3.3)."""
+    """``activation(x W_up) W_down`` (Vaswani et al. 2017, section 3.3).
+
+    Attributes:
+        out_init: initializer of ``down``, if it is not ``kernel_init``.
+    """
 
     mlp_dim: int
     activation: Callable[[Array], Array] = gelu
     use_bias: bool = True
     dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    out_init: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(self, x: Hidden) -> Hidden:
-        def linear(features: int, name: str) -> Linear:
-            return Linear(
-                features,
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                kernel_init=self.kernel_init,
-                name=name,
-            )
-
-        h = self.activation(linear(self.mlp_dim, "up")(x))
+        h = self.activation(self._linear(self.mlp_dim, "up", self.kernel_init)(x))
         h = constrain(h, ("batch", "length", "mlp"))
-        return linear(x.shape[-1], "down")(h)
+        return self._linear(x.shape[-1], "down", self.out_init or self.kernel_init)(h)
+
+    def _linear(self, features: int, name: str, init: Callable[..., Array]) -> Linear:
+        return Linear(
+            features, use_bias=self.use_bias, dtype=self.dtype, kernel_init=init, name=name
+        )
+
+
+class GatedMlp(Mlp):
+    """``(activation(x W_gate) * (x W_up)) W_down`` (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+
+    activation: Callable[[Array], Array] = jax.nn.silu
+
+    @nn.compact
+    def __call__(self, x: Hidden) -> Hidden:
+        gate = self.activation(self._linear(self.mlp_dim, "gate", self.kernel_init)(x))
+        h = gate * self._linear(self.mlp_dim, "up", self.kernel_init)(x)
+        h = constrain(h, ("batch", "length", "mlp"))
+        return self._linear(x.shape[-1], "down", self.out_init or self.kernel_init)(h)

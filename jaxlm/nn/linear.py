@@ -36,12 +36,13 @@ class Linear(nn.Module):
 
     The kernel has its final shape ``[*inputs, *features]``, so the sharding table and LoRA see the
     real axes; the initializer sees a matrix, from which alone it can tell inputs from outputs.
-    Operands are cast to ``dtype``, and so is the result.
+    Operands are cast to ``dtype``, and so is the result, unless it has a type of its own.
 
     Attributes:
         features: the output axes, such as ``(num_heads, head_dim)``.
         num_inputs: how many trailing axes of ``x`` are contracted.
         dtype: of the operands and the result; parameters are float32.
+        result_dtype: of the result, such as float32 for logits; None: ``dtype``.
     """
 
     features: int | tuple[int, ...]
@@ -49,6 +50,7 @@ class Linear(nn.Module):
     use_bias: bool = True
     dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    result_dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -66,4 +68,4 @@ class Linear(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, features, jnp.float32).reshape(-1)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = linear(x.reshape(*batch, matrix[0]), kernel.reshape(matrix), bias)
-        return y.astype(self.dtype).reshape(*batch, *features)
+        return y.astype(self.result_dtype or self.dtype).reshape(*batch, *features)

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxlm.typing import Mask
+
 # The score of what is masked: finite, so that a row that may attend to nothing gives the mean of
 # the values and no NaN.
 NEGATIVE = -1e30
@@ -18,3 +20,16 @@ def segments(
 def padding(lengths: Int[Array, "batch"], kv_length: int) -> Bool[Array, "batch 1 1 kv_length"]:
     """The first ``lengths`` positions of each row may be attended to."""
     return (jnp.arange(kv_length)[None, :] < lengths[:, None])[:, None, None, :]
+
+
+def causal(
+    length: int,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    mask: Mask | None = None,
+) -> Mask:
+    """Each position sees itself and those before it: of its segment, and where ``mask`` is True."""
+    places = jnp.arange(length)
+    seen = (places[None, :] <= places[:, None])[None, None]
+    if segment_ids is not None:
+        seen = seen & segments(segment_ids, segment_ids)
+    return seen if mask is None else seen & mask

@@ -27,3 +27,22 @@ class LayerNorm(nn.Module):
         x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
         scale, bias = (jnp.expand_dims(p, tuple(range(x.ndim - 1))) for p in (scale, bias))
         return (x * scale + bias).astype(self.dtype)
+
+
+class RmsNorm(nn.Module):
+    """``x / sqrt(mean(x²) + epsilon) * scale`` over the last axis (Zhang and Sennrich 2019, eq. 4).
+
+    Rounded to ``dtype`` before the scale is applied, as Llama's code does: in bfloat16 the other
+    order differs.
+    """
+
+    epsilon: float = 1e-6
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+        scale = jnp.expand_dims(scale.astype(self.dtype), tuple(range(x.ndim - 1)))
+        return x.astype(self.dtype) * scale

@@ -1,13 +1,16 @@
 """A stack of equal blocks, with one parameter tree however it is computed."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import PyTree
 
+from jaxlm.nn.cache import Cache, LayerCache
 from jaxlm.typing import Hidden
 
 Remat = Literal["full", "dots"]
@@ -54,6 +57,27 @@ def apply_stack(
         unroll=1 if block.is_initializing() else unroll or num_layers,
     )
     return scan(block, x, None)[0]
+
+
+def extend_stack(
+    block: nn.Module, num_layers: int, x: Hidden, cache: Cache, *args: Any
+) -> tuple[Hidden, Cache]:
+    """``x, layer_cache = block.extend(x, layer_cache, *args)`` for each layer of the cache.
+
+    With the parameters of :func:`apply_stack`, and without a loop: each layer reads its own slice
+    of them, which XLA copies every time unless they are :class:`Layers` under :func:`join`.
+    """
+    layers: list[LayerCache] = []
+    for number in range(num_layers):
+        take = lambda stacked, i=number: jax.tree.map(
+            lambda leaf: lax.index_in_dim(leaf, i, keepdims=False), stacked
+        )
+        run = lambda block, *inputs: block.extend(*inputs)
+        one = nn.map_variables(run, mapped_collections=True, trans_in_fn=take)
+        x, layer = one(block, x, cache.layer(number), *args)
+        layers.append(layer)
+    keys, values = tuple(layer.key for layer in layers), tuple(layer.value for layer in layers)
+    return x, replace(cache, keys=keys, values=values, index=cache.index + x.shape[1])
 
 
 @flax.struct.dataclass

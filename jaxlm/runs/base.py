@@ -64,7 +64,7 @@ def load(name: str, *, step: int | None = None) -> Base:
         published = huggingface.load(name)
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler
         tokenizer_path, sentence_encoder = published.path, published.sentence_encoder
-        encoder, head = published.params["encoder"], published.mlm_head
+        encoder, head = published.params["encoder"], published.lm_head
     digest = hashlib.sha256(repr(sorted(checksums(encoder).items())).encode())
     return Base(
         name=name,

@@ -64,7 +64,7 @@ def run(config, params, tokens, token_type_ids, segment_ids):
 def outputs(published, golden):
     """Hidden states and logits."""
     tokens, types = (golden.arrays[name] for name in ("tokens", "token_type_ids"))
-    params = published.params | {"head": published.mlm_head}
+    params = published.params | {"head": published.lm_head}
     segments = np.where(golden.real, 0, -1)
     arrays = (jnp.asarray(x, jnp.int32) for x in (tokens, types, segments))
     return run(published.config, params, *arrays)
@@ -98,7 +98,7 @@ def test_the_tree_is_the_models(golden, tmp_path):
     published = huggingface.load(write(tmp_path / "model", golden.config, golden.weights))
     model = WithLmHead(published.config.make(), MlmHead())
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
-    ours = published.params | {"head": published.mlm_head}
+    ours = published.params | {"head": published.lm_head}
     assert [(path, leaf.shape) for path, leaf in leaves_with_path(ours)] == [
         (path, leaf.shape) for path, leaf in leaves_with_path(shapes)
     ]
@@ -122,7 +122,7 @@ def test_the_config():
 
 def test_export_is_the_inverse(folder):
     published = huggingface.load(folder)
-    params = published.params | {"head": {"pooler": published.pooler, **published.mlm_head}}
+    params = published.params | {"head": {"pooler": published.pooler, **published.lm_head}}
     tensors = huggingface.to_huggingface(jax.tree.map(jnp.asarray, params), published.config)
     expected = {
         name: value for name, value in BERT.weights.items() if "seq_relationship" not in name
@@ -207,12 +207,12 @@ def test_layouts_of_the_same_model(folder, tmp_path):
     for i, weights in enumerate((old, BERT.weights | extra, moved)):
         same = huggingface.load(write(tmp_path / str(i), BERT.config, weights))
         assert same.fingerprint == published.fingerprint
-        jax.tree.map(np.testing.assert_array_equal, same.mlm_head, published.mlm_head)
+        jax.tree.map(np.testing.assert_array_equal, same.lm_head, published.lm_head)
 
     encoder = huggingface.load(write(tmp_path / "bare", BERT.config, bare(BERT.weights)))
     jax.tree.map(np.testing.assert_array_equal, encoder.params, published.params)
     jax.tree.map(np.testing.assert_array_equal, encoder.pooler, published.pooler)
-    assert encoder.mlm_head is None
+    assert encoder.lm_head is None
     weights = {name: value for name, value in bare(BERT.weights).items() if "pooler" not in name}
     assert huggingface.load(write(tmp_path / "none", BERT.config, weights)).pooler is None
 
@@ -370,7 +370,7 @@ def spoil_the_index(folder):
         (lambda f: (f / "config.json").write_text('{\n"a": 1,,\n}'), "config.json:2: not JSON"),
         (lambda f: (f / "config.json").write_bytes(b"\xff"), "config.json is not JSON, because"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
-        (lambda f: (f / "vocab.txt").unlink(), "holds neither tokenizer.json nor vocab.txt"),
+        (lambda f: (f / "vocab.txt").unlink(), "holds neither tokenizer.json nor vocab.txt nor"),
         (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (keep_torch, "holds pytorch_model.bin but no model.safetensors: .* save_pretrained"),
         (cut, "model.safetensors is not a complete safetensors file .*; download it again"),

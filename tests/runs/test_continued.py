@@ -126,10 +126,10 @@ def test_continues_from_a_published_model_with_its_head(
     directory = pretrain(adapted)
     assert "encoder and head" in capsys.readouterr().out
     published = huggingface.load(model)
-    assert published.mlm_head is not None
+    assert published.lm_head is not None
     read = pretrained.open_pretrained(directory)
     assert read.config.model is not None
-    params = jax.tree.map(jnp.asarray, {**published.params, "head": published.mlm_head})
+    params = jax.tree.map(jnp.asarray, {**published.params, "head": published.lm_head})
     plain = WithLmHead(published.config.make(), published.config.make_lm_head())
     rows = next(eval_batches(open_prepared(adapted.data.paths[0]), 16))
     tokens = jnp.asarray(rows["tokens"], jnp.int32)
