@@ -17,6 +17,8 @@ from jaxlm.decode.decoding import Progress
 from jaxlm.decode.sampling import Sampling
 from jaxlm.errors import InputError
 
+_ROOM = 128  # there is for so many new tokens at least: it costs little, and limits share programs
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
@@ -106,8 +108,9 @@ class Generate:
     """Continues texts, a batch at a time.
 
     Prompts are padded to the lengths of :func:`~jaxlm.decode.causal_model.bucket`, and so is the
-    room for prompt and continuation. For each pair of these, and each number of rows (a power of
-    two), two programs are compiled, whatever the configuration: one reads prompts, one goes on.
+    room for prompt and continuation, of which limits up to 128 need the same. For each pair of
+    these, and each number of rows (a power of two), two programs are compiled, whatever the
+    configuration: one reads prompts, one goes on.
     """
 
     def __init__(self, model: CausalModel):
@@ -239,27 +242,26 @@ class _Rows:
                 + ": leave some"
             )
 
-        def full(value: float | None, off: float, dtype: Any = np.float32) -> Any:
-            return np.full(count, off if value is None else value, dtype)
+        def full(value: Any, dtype: Any = np.float32) -> Any:
+            return np.full(count, value, dtype)
 
         numbers: Any = np.arange(self._first, self._first + count, dtype=np.int32)
         limits: Any = np.array([*self._limits, *[1] * spare], np.int32)
-
         sampling = Sampling(
-            temperature=full(config.temperature, 0),
-            top_k=full(min(config.top_k or model.vocab_size, model.vocab_size), 0, np.int32),
-            top_p=full(config.top_p, 1),
-            min_p=full(config.min_p, 0),
-            repetition_penalty=full(config.repetition_penalty, 1),
+            temperature=full(config.temperature),
+            top_k=full(min(config.top_k or model.vocab_size, model.vocab_size), np.int32),
+            top_p=full(config.top_p or 1),
+            min_p=full(config.min_p or 0),
+            repetition_penalty=full(config.repetition_penalty or 1),
             banned=banned,
             stops=stops,
-            min_tokens=full(config.min_new_tokens, 0, np.int32),
+            min_tokens=full(config.min_new_tokens, np.int32),
             max_tokens=limits,
-            seed=full(config.seed, 0, np.uint32),
+            seed=full(config.seed, np.uint32),
             number=numbers,
         )
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        room = bucket(length + max(self._limits))
+        room = bucket(length + max(_ROOM, *self._limits))
         return left_padded(prompts, length), lengths, sampling, room
 
     def extend(self, progress: Progress) -> list[bool]:

@@ -19,7 +19,7 @@ search for a threshold by which 5 and 6 are done 2. Nor does 8 draw a number for
 each row.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def _threshold(
     """
     bits = lax.bitcast_convert_type(below, jnp.int32)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = low + (high - low) // 2
         reached = jnp.where(bits <= middle[:, None], weights, 0).sum(axis=-1) >= target
