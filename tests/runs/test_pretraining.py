@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from rounding import DTYPES
 from tiny_runs import make_config
 
 from jaxlm import tree
@@ -70,10 +71,14 @@ def test_run_folder_is_self_contained(whole: Path) -> None:
     assert wanted <= lines[1].keys()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_interrupted_and_resumed_is_bit_identical(
-    config: PretrainConfig, whole: Path, monkeypatch: pytest.MonkeyPatch
+    config: PretrainConfig, dtype: Any, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config_b = replace(config, name="interrupted")
+    if dtype == "bfloat16":
+        config = replace(config, name="low", model=replace(config.model, dtype=dtype))
+        whole = pretrain(config)
+    config_b = replace(config, name=f"interrupted {dtype}")
     with monkeypatch.context() as patch:
         stop_at(2, patch)
         pretrain(config_b)
