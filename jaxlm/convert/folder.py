@@ -45,6 +45,11 @@ def read_tensors(folder: Path) -> dict[str, Shaped[np.ndarray, "..."]]:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error}") from error
+        except (AttributeError, TypeError) as error:  # numpy has no such dtype
+            raise InputError(
+                f"{path} holds numbers of a kind that is not supported ({error}), such as 8-bit "
+                "floats: take a copy of the model in float32, float16 or bfloat16"
+            ) from error
         except SafetensorError as error:
             raise InputError(
                 f"{path} is not a complete safetensors file ({error}); download it again"

@@ -4,7 +4,7 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +15,16 @@ from jaxlm.errors import InputError
 Quoting = Literal["double", "backslash", "none"]
 
 
+_SEPARATOR = re.compile(r'"?sep=(.)"?[\r\n]*', re.IGNORECASE)  # a first line that Excel obeys
+
+
 def delimiter_of(path: Path, delimiter: str | None) -> str:
-    """What separates columns; None means a tab for .tsv files and a comma for all others."""
+    """What separates columns; None means what a first line such as sep=; says, else a tab for .tsv
+    files and a comma for all others."""
     if delimiter is None:
+        first = files.head(path).split(b"\n")[0].decode(errors="ignore").removeprefix("\ufeff")
+        if said := _SEPARATOR.fullmatch(first):
+            return said[1]
         return "\t" if files.ending(path) == ".tsv" else ","
     delimiter = "\t" if delimiter == r"\t" else delimiter  # as a command line has it
     if len(delimiter) != 1:
@@ -72,9 +79,11 @@ def dialect_of(
 
 
 def _lines(path: Path, encoding: str | None, on_read: OnRead = ignore) -> Iterator[str]:
-    """As csv reads them; a carriage return inside of a line is white space."""
-    for line in files.lines(path, on_read, encoding):
-        yield line.replace("\r", " ") + "\n"
+    """As csv reads them; a carriage return inside of a line is white space, and Excel's sep= in the
+    first is nothing."""
+    for number, line in enumerate(files.lines(path, on_read, encoding)):
+        is_mark = number == 0 and _SEPARATOR.fullmatch(line)
+        yield "\n" if is_mark else line.replace("\r", " ") + "\n"
 
 
 def _survey(path: Path, dialect: Dialect, encoding: str | None) -> tuple[int, set[int]]:
@@ -189,7 +198,10 @@ def read_json_lines(
 
 
 def read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Origin (file: row) and the fields of every row of a Parquet or Arrow file."""
+    """Origin (file: row) and the fields of every row of a Parquet or Arrow file.
+
+    Numbers of classes are given by their names, where the file has these as `datasets` writes them.
+    """
     import pyarrow  # comes with tensorflow-datasets, and is slow to import
     from pyarrow import ipc, parquet
 
@@ -204,11 +216,37 @@ def read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             else:
                 batches = ipc.open_stream(file)
             for batch in batches:
+                names = _class_names(batch.schema.metadata or {})
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    named = {name: _named(row.get(name), own) for name, own in names.items()}
+                    yield f"{path}: row {number}", row | named
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} cannot be read ({error!s:.80}); copy it again") from error
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """The names of classes, for each column that holds their numbers, or lists of these."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        found = {}
+        for column, feature in features.items():
+            feature = feature[0] if isinstance(feature, list) else feature
+            feature = feature.get("feature") or feature  # of a list's items
+            if feature.get("_type") == "ClassLabel" and feature.get("names"):
+                found[column] = list(map(str, feature["names"]))
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return {}
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """Numbers as names; -1, which stands for no label, as None."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    if type(value) is not int or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
 
 
 def read_json_line(line: str, origin: str) -> dict[str, Any]:

@@ -270,16 +270,19 @@ class Classification:
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> list[Prediction]:
-        """Only for classes."""
-        if self.fields.target != "class":
-            return []
-        return report.classified(
-            [example.content for example in examples],
+        """By their own loss; several labels are right together, and a number where it is met."""
+        texts, origins = [e.content for e in examples], [e.origin for e in examples]
+        if self.fields.target == "number":
+            own = _numbers(examples)
+            return report.regressed(texts, own, self._values(outputs), self._scale[1], origins)
+        gold, probabilities = (
             np.asarray(data.label_array(examples, labels)),
             outputs["probabilities"],
-            labels,
-            [example.origin for example in examples],
         )
+        if self.fields.target == "labels":
+            thresholds = self._thresholds(labels)
+            return report.labelled(texts, gold, probabilities, thresholds, labels, origins)
+        return report.classified(texts, gold, probabilities, labels, origins)
 
     def plots(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs, folder: Path

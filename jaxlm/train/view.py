@@ -103,9 +103,9 @@ class View:
                 )
                 self._progress.picture(self._directory / PLOT)
 
-    def finish(self, step: int) -> None:
-        """The run has all its steps."""
-        self._progress.finish(step)
+    def finish(self, step: int, how: str = "finished") -> None:
+        """The run is at its end."""
+        self._progress.finish(step, how)
 
     def print(self, text: str) -> None:
         """A line above the bar."""

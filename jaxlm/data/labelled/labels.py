@@ -105,8 +105,8 @@ def read_indicator(record: Record, name: str) -> bool:
 def read_target(record: Record, name: str) -> float:
     """The number under a name; what is none, or not finite in float32, raises."""
     value = record.value(name)
-    try:
-        target = math.nan if isinstance(value, bool) else float(value)
+    try:  # Python would read 1_000, as its own programs write a number
+        target = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         target = math.nan
     if not abs(target) <= float(np.finfo(np.float32).max):

@@ -84,7 +84,8 @@ class Table:
     path: Paths
     """A file, several, a folder of them, or a pattern such as 'shards/*.csv'."""
     delimiter: str | None = None
-    """What separates columns; None means a tab for .tsv files and a comma for all others."""
+    """What separates columns; None means what a first line such as sep=; says, else a tab for .tsv
+    files and a comma for all others."""
     header: bool = True
     """The first line names the columns."""
     columns: tuple[str, ...] | None = None
