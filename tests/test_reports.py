@@ -14,7 +14,7 @@ from pyarrow import ipc, parquet
 from test_evaluate import make_run
 
 from jaxlm.convert import folder
-from jaxlm.data import files
+from jaxlm.data import files, tokenizers
 from jaxlm.data.labelled import classification, question_answering, tagging
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import read_records
@@ -196,3 +196,55 @@ def test_the_last_batch_is_evaluated_once(run: FinetunedRun) -> None:
     true = [int(row["label"]) for row in rows]
     losses = -np.log(outputs["probabilities"][np.arange(len(given)), true])
     assert sums.means()["loss"] == pytest.approx(losses.mean(), rel=1e-4)
+
+
+def test_a_quotation_mark_too_many_is_one_bad_row(tmp_path: Path) -> None:
+    """pandas-dev/pandas #47073: one stray quotation mark ended all, where bad lines were to be
+    skipped."""
+    rows = ['"a, b",x', '"an "odd" one",x', "c,y", '"never closed,y', '"d\ne",x', "f,y"]
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["text,label", *rows]) + "\n")
+    own = lambda given: classification.read(given, TextFields())
+    with pytest.raises(InputError, match=r"a\.csv:3, \S+:5: malf.* 2 of 6 records .* skip$"):
+        read_records(Table(path=str(path)).records(), own, "raise")
+    found = read_records(Table(path=str(path)).records(), own, "skip")
+    assert [example.text for example in found] == ["a, b", "c", "d\ne", "f"]
+    assert [e.origin.rpartition(":")[2] for e in found] == ["2", "4", "6", "8"]
+
+
+@pytest.mark.parametrize(
+    ("written", "numbers"),
+    [
+        (["3,5", "-4", "1,250"], [3.5, -4, 1.25]),
+        (["1,000", "2"], "write 1000 for it, without separators"),
+        (["1_000", "2"], "write 1000 for it, without separators"),
+        (["3,5", "4.5"], r"write 3\.5 for it, as others have a decimal point"),
+        (["5 stars", "4"], "is not a finite float32 number: 1 of 2"),
+    ],
+)
+def test_numbers_of_other_countries(
+    tmp_path: Path, written: list[str], numbers: list[float] | str
+) -> None:
+    """pandas-dev/pandas #59299: an error named numbers with a decimal comma that were right. What
+    may be thousands is never taken for a fraction, nor 1_000 for a number."""
+    path = tmp_path / "a.csv"
+    path.write_text("".join(f"{row}\n" for row in ["text;n", *(f"a;{n}" for n in written)]))
+    source = Table(path=str(path), delimiter=";")
+    if isinstance(numbers, str):
+        with pytest.raises(InputError, match=numbers):
+            examples(source, label="n", target="number")
+        return
+    assert [label for _, label in examples(source, label="n", target="number")] == numbers
+    task = Classification(fields=TextFields(label="n", target="number"))
+    assert task.check(task.read(source.records())) == ["n has decimal commas: 3,5 is read so"]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+def test_line_breaks_are_no_unknown_tokens(kind: tokenizers.Kind) -> None:
+    """google/sentencepiece #101: each line break inside of a text became an unknown token."""
+    texts = ["one two\nthree\tfour\r\nfive six\u2028seven\xa0eight\x85nine"] * 2
+    trained = tokenizers.train(kind, texts, 400)
+    encoded = trained.encode(texts[0], add_special_tokens=False)
+    assert tokenizers.UNK not in encoded.tokens
+    (end,) = [end for _, end in encoded.offsets[-1:]]
+    assert end == len(texts[0])  # places are those of the text as it was given

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -133,33 +134,70 @@ def read_table(
 ) -> Iterator[tuple[str, list[str] | InputError]]:
     """Origin (file:line) and the fields of every row, the header's too; blank lines are skipped.
 
-    A row that has not as many fields as the first gives the error instead.
+    A row that has not as many fields as the first, or whose quoting is malformed, gives the error
+    instead; the next is looked for in the line behind its first.
     """
-    reader = dialect.rows(_lines(path, encoding, on_read))
-    count, number, way_out = None, 1, None
-    try:
-        for row in reader:
-            origin = f"{path}:{number}"
-            number = reader.line_num + 1  # a quoted field may span lines
-            if not row:
-                continue
-            count = count or len(row)
-            if len(row) == count:
-                yield origin, row
-                continue
-            first = "the header" if header else "the first line"
-            if len(row) > count and not any(row[count:]):
-                hint = f"take {dialect.delimiter!r} from the end of the line"
-            else:
-                hint = way_out = way_out or _way_out(path, dialect, encoding)
-            yield (
-                origin,
-                InputError(f"{origin}: {len(row)} fields where {first} has {count}; {hint}"),
-            )
-    except csv.Error as error:
-        raise InputError(
-            f"{path}:{number}: malformed quoting ({error}); {_way_out(path, dialect, encoding)}"
-        ) from error
+    lines = _Record(_lines(path, encoding, on_read))
+    reader, count, way_out = dialect.rows(lines), None, None
+    while True:
+        origin = f"{path}:{lines.begin()}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            way_out = way_out or _way_out(path, dialect, encoding)
+            fault = InputError(f"{origin}: malformed quoting ({error}); {way_out}")
+            if count is None:
+                raise fault from error
+            lines.give_back()
+            reader = dialect.rows(lines)
+            yield origin, fault
+            continue
+        if row is None:
+            return
+        if not row:
+            continue
+        count = count or len(row)
+        if len(row) == count:
+            yield origin, row
+            continue
+        first = "the header" if header else "the first line"
+        if len(row) > count and not any(row[count:]):
+            hint = f"take {dialect.delimiter!r} from the end of the line"
+        else:
+            hint = way_out = way_out or _way_out(path, dialect, encoding)
+        yield (
+            origin,
+            InputError(f"{origin}: {len(row)} fields where {first} has {count}; {hint}"),
+        )
+
+
+class _Record:
+    """Lines for a reader of rows, which may take back all but the first of a row's."""
+
+    def __init__(self, lines: Iterator[str]):
+        self._lines = lines
+        self._next: deque[str] = deque()
+        self._taken: list[str] = []
+        self._number = 1
+
+    def __iter__(self) -> "_Record":
+        return self
+
+    def __next__(self) -> str:
+        line = self._next.popleft() if self._next else next(self._lines)
+        self._taken.append(line)
+        return line
+
+    def begin(self) -> int:
+        """The number of the next row's first line; a quoted field may span lines."""
+        self._number += len(self._taken)
+        self._taken.clear()
+        return self._number
+
+    def give_back(self) -> None:
+        """A quotation mark too many has joined them to a row that is none: read them anew."""
+        self._next.extendleft(reversed(self._taken[1:]))
+        del self._taken[1:]
 
 
 def _way_out(path: Path, dialect: Dialect, encoding: str | None) -> str:

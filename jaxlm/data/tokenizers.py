@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -252,7 +253,7 @@ def _train_unigram(texts: Iterable[str], vocab_size: int, most: int | None) -> T
 
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(normalizers.NFKC().normalize_str(text).split(" "))
+        counts.update(_nfkc().normalize_str(text).split(" "))
     words = sorted(counts)
     scores = np.full(len(pieces), -10.0)
     for _ in range(4):
@@ -284,9 +285,15 @@ class _Only:
             yield text.translate(outside)
 
 
+def _nfkc() -> normalizers.Normalizer:
+    """NFKC, with a space for each line break and tab, which would be unknown tokens."""
+    spaces = normalizers.Replace(Regex(r"\s"), " ")
+    return normalizers.Sequence([normalizers.NFKC(), spaces])
+
+
 def _sentencepiece(model: models.Unigram) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.normalizer = _nfkc()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer

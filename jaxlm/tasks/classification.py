@@ -141,7 +141,10 @@ class Classification:
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         """Labels that nobody meant raise."""
         fields, name = self.fields, str(self.fields.label)
-        if fields.target == "number" or fields.as_written:
+        if fields.target == "number":
+            written = next((e.written for e in examples if e.written and "," in e.written[0]), ())
+            return [f"{name} has decimal commas: {x} is read so" for x in written]
+        if fields.as_written:
             return []
         checks.check_missing(examples, name)
         if fields.target == "class":
