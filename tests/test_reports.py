@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -13,7 +15,7 @@ from matplotlib.axes import Axes
 from pyarrow import ipc, parquet
 from test_evaluate import make_run
 
-from jaxlm.convert import folder
+from jaxlm.convert import folder, huggingface, sentence_encoder
 from jaxlm.data import files, tokenizers
 from jaxlm.data.labelled import classification, question_answering, tagging
 from jaxlm.data.labelled.classification import TextFields
@@ -22,6 +24,7 @@ from jaxlm.data.labelled.records import JsonLines, Squad, Table
 from jaxlm.data.labelled.tagging import TagFields
 from jaxlm.errors import InputError
 from jaxlm.evaluate import plots
+from jaxlm.models.bert import BertConfig
 from jaxlm.runs import finetuned
 from jaxlm.runs.answers import as_records
 from jaxlm.runs.finetuned import FinetunedRun
@@ -248,3 +251,41 @@ def test_line_breaks_are_no_unknown_tokens(kind: tokenizers.Kind) -> None:
     assert tokenizers.UNK not in encoded.tokens
     (end,) = [end for _, end in encoded.offsets[-1:]]
     assert end == len(texts[0])  # places are those of the text as it was given
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ("text , label", None),
+        ("Text,LABEL", r"no field 'text' among 'Text', 'LABEL'; did you mean 'Text'\?$"),
+        ("text", r"has 1; all other lines have one field more .* \(R leaves out"),
+        ("# made by hand,,", r"has 3; all other lines have 2: remove the first, if it is a title"),
+    ],
+)
+def test_headers_that_are_a_little_off(tmp_path: Path, head: str, message: str | None) -> None:
+    """pandas-dev/pandas #9067 and #4623, label-sleuth #315: spaces, capitals, a title above."""
+    path = tmp_path / "a.csv"
+    path.write_text(f"{head}\na,x\nb,y\n")
+    if message is None:
+        assert examples(Table(path=str(path))) == [("a", "x"), ("b", "y")]
+        return
+    with pytest.raises(InputError, match=message):
+        examples(Table(path=str(path)))
+
+
+def test_a_sentence_encoder_that_lowers_its_texts(tmp_path: Path) -> None:
+    """vllm-project/vllm #11815: do_lower_case of sentence_bert_config.json is for the text, whatever
+    the tokenizer does."""
+    config = BertConfig(
+        vocab_size=80, num_layers=1, hidden_dim=8, num_heads=2, mlp_dim=8, max_length=16
+    )
+    encoder = config.make()
+    params = encoder.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    cased = tokenizers.train("wordpiece", ["One two Three", "one TWO three"], 80, cased=True)
+    huggingface.save(tmp_path / "own", {"encoder": params}, config, cased, pooling="mean")
+    text = "Two threE"
+    alone = huggingface.load(tmp_path / "own").tokenizer.encode(text).tokens
+    settings = tmp_path / "own" / sentence_encoder.LENGTHS
+    settings.write_text(json.dumps({"max_seq_length": 16, "do_lower_case": True}))
+    lowered = huggingface.load(tmp_path / "own").tokenizer
+    assert lowered.encode(text).tokens == cased.encode("two three").tokens != alone

@@ -56,7 +56,10 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
     path = hub.find(name_or_path, cache)
     source = str(path / folder.CONFIG)
     architecture, config = bert.read_config(folder.read_config(path), source)
+    says = sentence_encoder.read(path)
     tokenizer = tokenizers.load(path)
+    if says is not None and says.lowered:
+        tokenizers.lower(tokenizer)
     num_tokens, vocab_size = tokenizers.vocab_size(tokenizer), bert.sizes(config)["vocab"]
     if num_tokens > vocab_size:
         raise InputError(
@@ -72,7 +75,7 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
         pooler=head.pop("pooler", None),
         mlm_head=head or None,
         tokenizer=tokenizer,
-        sentence_encoder=sentence_encoder.read(path),
+        sentence_encoder=says,
         fingerprint=_fingerprint(config, tree),
     )
 

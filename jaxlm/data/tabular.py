@@ -99,6 +99,14 @@ def _survey(path: Path, dialect: Dialect, encoding: str | None) -> tuple[int, se
     return fields, widths
 
 
+def _widths(path: Path, dialect: Dialect, encoding: str | None) -> list[int]:
+    """How many fields each row has; none where one cannot be read."""
+    try:
+        return [len(row) for row in dialect.rows(_lines(path, encoding)) if row]
+    except csv.Error:
+        return []
+
+
 def _is_quoted(path: Path, dialect: Dialect, encoding: str | None) -> bool:
     """Whether fields are quoted, and all rows have equally many of them if they are unquoted.
 
@@ -134,8 +142,9 @@ def read_table(
 ) -> Iterator[tuple[str, list[str] | InputError]]:
     """Origin (file:line) and the fields of every row, the header's too; blank lines are skipped.
 
-    A row that has not as many fields as the first, or whose quoting is malformed, gives the error
-    instead; the next is looked for in the line behind its first.
+    Spaces around names in a header are none of them. A row that has not as many fields as the
+    first, or whose quoting is malformed, gives the error instead; the next is looked for in the
+    line behind its first.
     """
     lines = _Record(_lines(path, encoding, on_read))
     reader, count, way_out = dialect.rows(lines), None, None
@@ -156,7 +165,9 @@ def read_table(
             return
         if not row:
             continue
-        count = count or len(row)
+        if count is None:
+            count = len(row)
+            row = [name.strip() for name in row] if header else row
         if len(row) == count:
             yield origin, row
             continue
@@ -213,6 +224,14 @@ def _way_out(path: Path, dialect: Dialect, encoding: str | None) -> str:
         widths = _survey(path, other, encoding)[1]
         if other != dialect and len(widths) == 1 and min(widths) > 1:
             return way
+    first, *others = _widths(path, dialect, encoding) or (0,)
+    if len(set(others)) == 1 < len(others) and first == others[0] - 1:
+        return (
+            "all other lines have one field more than the first: name the first column as well "
+            "there (R leaves out that of row names), or remove the line, if it is a title"
+        )
+    if len(set(others)) == 1 < len(others) and first != others[0]:
+        return f"all other lines have {others[0]}: remove the first, if it is a title or a comment"
     if dialect.quoting == "none":
         return f"take {dialect.delimiter!r} and line breaks out of the fields, or quote these"
     return (

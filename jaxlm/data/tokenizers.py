@@ -374,6 +374,12 @@ def _load_vocab(path: StoragePath) -> Tokenizer:
     )
 
 
+def lower(tokenizer: Tokenizer) -> None:
+    """Let it see small letters alone, whatever else it does."""
+    own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+
+
 def save(tokenizer: Tokenizer, path: StoragePath | str) -> None:
     """Write a ``tokenizer.json``."""
     locate(path).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
