@@ -44,7 +44,7 @@ def main(
     """Metrics, printed and written to eval.json.
 
     Of a pretrained run: loss, perplexity, and accuracy at masks. Of a fine-tuned run: its task's
-    metrics; confusion.png, reliability.png, and the most wrong examples in wrong.jsonl, where there
+    metrics; the most wrong examples in wrong.jsonl; confusion.png and reliability.png, where there
     are classes. On the run's own validation data these files are in the run folder, on others in
     a folder of theirs in its eval/.
 

@@ -152,9 +152,7 @@ def main(
     (answer,) = loaded.answer([record_of(loaded, text or "", pair)])
     probabilities = answer.get("probabilities")
     if isinstance(probabilities, dict):
-        best = sorted(probabilities.items(), key=lambda item: -item[1])[:top_k]
-        for name, probability in best:
-            print(f"{probability:6.1%}  {name}")
+        print(*ranked(probabilities, answer.get("labels", ()), top_k), sep="\n")
     else:
         print_json(answer)
 
@@ -165,6 +163,15 @@ def show_pieces(text: str, pieces: Iterable[str]) -> None:
         encoding = sys.stdout.encoding or "utf-8"
         print(piece.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
     print()
+
+
+def ranked(probabilities: dict[str, float], chosen: Collection[str], top_k: int) -> list[str]:
+    """A line for each of the most probable; of several labels first those that are chosen."""
+    best = sorted(probabilities.items(), key=lambda item: (item[0] not in chosen, -item[1]))
+    return [
+        f"{probability:6.1%}  {name}{'  (chosen)' if name in chosen else ''}"
+        for name, probability in best[: max(top_k, len(chosen))]
+    ]
 
 
 def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:

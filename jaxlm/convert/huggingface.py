@@ -66,7 +66,10 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
     """
     path = hub.find(name_or_path, cache)
     architecture, config = _describe(path)
+    says = sentence_encoder.read(path)
     tokenizer = tokenizers.load(path)
+    if says is not None and says.lowered:
+        tokenizers.lower(tokenizer)
     num_tokens, vocab_size = tokenizers.vocab_size(tokenizer), _sizes(config)["vocab"]
     if num_tokens > vocab_size:
         raise InputError(
@@ -83,7 +86,7 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
         pooler=head.pop("pooler", None),
         lm_head=head or None,
         tokenizer=tokenizer,
-        sentence_encoder=sentence_encoder.read(path),
+        sentence_encoder=says,
         fingerprint=_fingerprint(config, tree),
     )
 

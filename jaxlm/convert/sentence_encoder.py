@@ -41,6 +41,8 @@ class SentenceEncoder:
     prompts: tuple[str, ...] = ()
     """What may stand before a text, such as "query: "; nothing is added here."""
     problem: str = ""
+    lowered: bool = False
+    """Texts are in small letters before they are tokenised."""
 
 
 def read(path: Path) -> SentenceEncoder | None:
@@ -68,6 +70,7 @@ def read(path: Path) -> SentenceEncoder | None:
         max_length=lengths.get("max_seq_length"),
         prompts=tuple(filter(None, (prompts["prompts"] or {}).values())),
         problem=problem,
+        lowered=lengths.get("do_lower_case") is True,
     )
 
 

@@ -12,6 +12,7 @@ from tokenizers.normalizers import Normalizer
 
 from jaxlm.data import tokenizers
 from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.tokenizer_training import bert_normalizer
 from jaxlm.data.tokenizers import TokenizerConfig
 
 TOO_MUCH = 0.01
@@ -158,7 +159,7 @@ def _change_less(config: TokenizerConfig | None, characters: dict[str, int]) -> 
     if config is None:
         return "choose a base whose tokenizer keeps them, such as a cased or multilingual one"
     without = "without --tokenizer.path, " if config.path is not None else ""
-    kept = Letters.of(tokenizers.bert_normalizer(marks=True), characters)
+    kept = Letters.of(bert_normalizer(marks=True), characters)
     if config.kind == "wordpiece" and kept.share <= TOO_MUCH:
         return (
             f"{without}--tokenizer.marks keeps them (then {kept.share:.2%} are), and "

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from jaxlm.data import rows, tokenizers
 from jaxlm.data.corpus import Corpus, Spool, encode
-from jaxlm.data.fidelity import report
+from jaxlm.data.fidelity import Letters, report
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo, read_info
 from jaxlm.data.sources import PyDocs, Source
 from jaxlm.data.special_tokens import SpecialTokens
@@ -80,7 +80,10 @@ def prepare(
         with bar(console, "tokenising", config.source.size()) as on_read:
             encoded = encode(corpus, tokenizer, scratch, on_read)
         name, duplicates = dataset_name(directory), corpus.duplicates
-        info = finish(scratch, name, encoded.spools, tokenizer, recipe, duplicates, console)
+        letters = Letters.of(tokenizer.normalizer, encoded.tally.characters)
+        info = finish(
+            scratch, name, encoded.spools, tokenizer, recipe, duplicates, letters.share, console
+        )
     tokens, seconds = sum(info.tokens.values()), time.perf_counter() - start
     say(console, f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} M a second")
     report(console, tokenizer, encoded.tally, config.tokenizer)
@@ -162,6 +165,7 @@ def finish(
     tokenizer: Tokenizer,
     recipe: dict[str, Any],
     duplicates: int,
+    changed_share: float | None,
     console: Console | None,
 ) -> PreparedInfo:
     """Turn the spools in ``directory`` into rows, ``tokenizer.json`` and ``info.json``."""
@@ -197,6 +201,9 @@ def finish(
         tokenizer_sha256=tokenizer_sha256,
         source_fingerprint=recipe["source_sha256"],
         recipe=recipe,
+        unknown_share=sum(int((ids == special.unk).sum()) for ids in tokens.values())
+        / sum(map(len, tokens.values())),
+        changed_share=changed_share,
     )
     info.write(directory)
     for spool in spools.values():

@@ -51,6 +51,10 @@ class PreparedInfo:
     """Bytes of each split's text; empty for data of before they were counted."""
     recipe: dict[str, Any]
     """All settings that decide the content, in a form that can be compared."""
+    unknown_share: float | None = None
+    """Share of the tokens that are unknown; None: older versions did not keep it."""
+    changed_share: float | None = None
+    """Share of the letters that the tokenizer changes; None: older versions did not keep it."""
 
     def write(self, directory: StoragePath) -> None:
         """Into ``directory/info.json``."""

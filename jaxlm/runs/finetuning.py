@@ -1,7 +1,7 @@
 """Fine-tuning from a configuration: the whole way from labelled records to a run folder."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,15 +25,15 @@ from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import finetuned, resume, steps
+from jaxlm.runs import finetuned, resume, steps, thresholds
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
-from jaxlm.runtime.storage import StoragePath
+from jaxlm.runtime.storage import StoragePath, write_whole
 from jaxlm.tasks.task import Thresholded
-from jaxlm.train.restore import best_step
+from jaxlm.train import restore
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
 
@@ -107,7 +107,6 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         )
 
     monitor = finetuned.monitor(config)
-    measured: dict[int, dict[str, float]] = {}
 
     def evaluation(state: TrainState) -> dict[str, float]:
         batch_size = config.data.batch_size
@@ -116,7 +115,6 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         metrics = {"loss": sums.means()["loss"]}
         metrics |= task.metrics(splits.validation, labels, outputs)
         finetuned.check_measured(monitor.name, metrics)
-        measured[int(state.step)] = metrics
         return metrics
 
     cursor = resume.make_cursor(
@@ -139,14 +137,14 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         files={finetuned.LABELS: json.dumps(labels)},
     )
     directory = train(job, console)
-    best = best_step(directory / CHECKPOINTS, monitor)
+    best = restore.best_step(directory / CHECKPOINTS, monitor)
     console.print(f"the best checkpoint by {monitor.name} is that of step {best}")
     if isinstance(task, Thresholded) and task.chooses_thresholds:
-        for line in finetuned.choose_thresholds(directory, splits.validation, base):
+        for line in _choose_thresholds(directory, splits.validation, base):
             console.print(Text(line))
     if config.baseline and not console.quiet:
         found = task.baselines(splits.train, splits.validation, labels)
-        known = measured.get(-1 if best is None else best, {})
+        known = {} if best is None else restore.measured(directory / CHECKPOINTS, best)
         if found:
             console.print(_compared({"this run": known} | found, monitor.name, task.monitor))
         if task.verb == "classify" and len(found) < 2:
@@ -213,3 +211,27 @@ def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:
         parts += [f"{title} {' / '.join(values)}"] if values else []
     shown = f"{name} / rmse" if "rmse" in baseline and name != "rmse" else name
     return f"validation {shown}: {', '.join(parts).replace('nan', 'undefined')}"
+
+
+def _choose_thresholds(
+    directory: StoragePath, examples: Sequence[Any], base: Base | None
+) -> Iterator[str]:
+    """Write a run's thresholds, the best of its best checkpoint on these examples; says them."""
+    loaded = finetuned.open_finetuned(directory, base=base)
+    assert isinstance(loaded.task, Thresholded)
+    _, outputs = loaded.outputs(examples)
+    before = loaded.task.metrics(examples, loaded.labels, outputs)
+    chosen = loaded.task.chosen_thresholds(examples, loaded.labels, outputs)
+    if jax.process_index() == 0:
+        write_whole(directory / thresholds.THRESHOLDS, json.dumps(chosen))
+    task = loaded.task.with_thresholds(chosen)
+    after = task.metrics(examples, loaded.labels, outputs)
+    values = ", ".join(f"{label} {value:.3f}" for label, value in list(chosen.items())[:20])
+    yield f"thresholds chosen on the validation data ({thresholds.THRESHOLDS}): {values}"
+    yield (
+        ", ".join(
+            f"{name} {after[name]:.4f} with them, {before[name]:.4f} with 0.5"
+            for name in ("micro_f1", "macro_f1")
+        )
+        + ", on the data that they were chosen by"
+    )

@@ -131,7 +131,10 @@ class Classification:
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         """Labels that nobody meant raise."""
         fields, name = self.fields, str(self.fields.label)
-        if fields.target == "number" or fields.as_written:
+        if fields.target == "number":
+            written = next((e.written for e in examples if e.written and "," in e.written[0]), ())
+            return [f"{name} has decimal commas: {x} is read so" for x in written]
+        if fields.as_written:
             return []
         checks.check_missing(examples, name)
         if fields.target == "class":
@@ -284,16 +287,19 @@ class Classification:
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> list[Prediction]:
-        """Only for classes."""
-        if self.fields.target != "class":
-            return []
-        return report.classified(
-            [example.content for example in examples],
+        """By their own loss; several labels are right together, and a number where it is met."""
+        texts, origins = [e.content for e in examples], [e.origin for e in examples]
+        if self.fields.target == "number":
+            own = _numbers(examples)
+            return report.regressed(texts, own, self._values(outputs), self._scale[1], origins)
+        gold, probabilities = (
             np.asarray(data.label_array(examples, labels)),
             outputs["probabilities"],
-            labels,
-            [example.origin for example in examples],
         )
+        if self.fields.target == "labels":
+            thresholds = self._thresholds(labels)
+            return report.labelled(texts, gold, probabilities, thresholds, labels, origins)
+        return report.classified(texts, gold, probabilities, labels, origins)
 
     def plots(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs, folder: Path

@@ -88,10 +88,16 @@ class Tagging:
         return replace(self, split=self.split or find_split(one.words for one in examples))
 
     def check(self, examples: Sequence[Sentence]) -> list[str]:
-        """Tags that are words for a missing value raise."""
+        """Tags that are words for a missing value raise; lines on spans of characters."""
         if not self.fields.as_written:
             checks.check_missing(examples, str(self.fields.tags))
-        return []
+        cut = [example.origin for example in examples if example.is_cut]
+        said = [f"spans count {examples[0].unit}, and are read so"] if examples[0].unit else []
+        return said + [
+            f"in {len(cut):,} of {len(examples):,} texts, first at {one}, a span begins or ends "
+            "inside of a word, which is cut there: correct it, if it is not meant"
+            for one in cut[:1]
+        ]
 
     def labels(self, examples: Sequence[Sentence]) -> Labels:
         names = data.label_names(examples)

@@ -95,9 +95,9 @@ class View:
                 plot_loss(self._directory / METRICS, self._directory / PLOT, self._reference)
                 self._progress.picture(self._directory / PLOT)
 
-    def finish(self, step: int) -> None:
-        """The run has all its steps."""
-        self._progress.finish(step)
+    def finish(self, step: int, how: str = "finished") -> None:
+        """The run is at its end."""
+        self._progress.finish(step, how)
 
     def print(self, text: str) -> None:
         """A line above the bar."""

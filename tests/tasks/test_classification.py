@@ -44,6 +44,11 @@ def test_labels_and_numbers(records):
     answers = several.answers(examples, labels, outputs)
     assert [answer["labels"] for answer in answers] == [["x", "y"], ["y", "z"]]
     assert several.metrics(examples, labels, outputs)["exact_match"] == 0.5
+    right, wrong = several.predictions(examples, labels, outputs)
+    assert (right.right, right.gold, right.predicted) == (True, "x, y", "x, y")
+    assert (wrong.right, wrong.gold, wrong.predicted) == (False, "z", "y, z")
+    assert wrong.loss == pytest.approx(-np.log([0.8, 0.4, 0.7]).mean())
+    assert wrong.probability == pytest.approx(0.8 * 0.6 * 0.7)
 
     number = Classification(fields=TextFields(pair="other", target="number"))
     examples = number.read(records(*({"text": "a", "other": "b", "label": x} for x in (1, 2, 4))))
@@ -51,6 +56,12 @@ def test_labels_and_numbers(records):
     assert number.labels(examples) == ()
     assert number.answers(examples, (), outputs)[1] == {"text": "a", "pair": "b", "value": 3.0}
     assert number.metrics(examples, (), outputs)["mse"] == pytest.approx(1 / 3)
+    found = number.predictions(examples, (), outputs)
+    assert [(one.right, one.gold, one.predicted, one.loss) for one in found] == [
+        (True, "1", "1", 0.0),
+        (False, "2", "3", 1.0),
+        (True, "4", "4", 0.0),
+    ]
 
 
 def test_numbers_are_learned_by_their_deviation_and_answered_in_their_unit(framer, records):
