@@ -67,11 +67,12 @@ class CausalLm:
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
         """Bits for each byte of the text (UTF-8), by which tokenizers compare.
 
-        Each document has a token that is not predicted, its first.
+        An isolated document has a token that is not predicted, its first.
         """
         if not all(split in info.bytes for info in infos):
             return {}
-        predicted = sum(info.tokens[split] - info.documents[split] for info in infos)
+        firsts = sum(info.documents[split] for info in infos) if self.isolate_documents else 0
+        predicted = sum(info.tokens[split] for info in infos) - firsts
         return {
             "bits_per_byte": loss / math.log(2) * predicted / sum(i.bytes[split] for i in infos)
         }

@@ -63,7 +63,8 @@ class Classification:
     and kept in thresholds.json. Empty: 0.5."""
     pooling: Pooling | None = None
     """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
-    their mean, or their maximum; None: as a sentence encoder's folder says, else bert."""
+    the last, their mean, or their maximum; None: as a sentence encoder's folder says, else bert, or
+    last of a model in which no position sees a later one."""
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of numbers: by them those are brought to about -2 to 2 to be
     learned, and back to be answered and measured. None: those of the training data."""
