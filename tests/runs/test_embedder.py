@@ -23,6 +23,7 @@ from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.runs import base, finetuning, resume
 from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuning import resolve
@@ -127,16 +128,10 @@ def test_what_is_not_supported_is_refused(pooled):
 
 def test_a_causal_base_pools_the_last_token(pooled, folder):
     loaded = base.load(str(folder))
-    causal = replace(
-        loaded, config=Gpt2Config(vocab_size=16, num_layers=1, hidden_dim=16, num_heads=2)
-    )
-    for task, pooling in (
-        (Classification(), "last"),
-        (Embedding(), "last"),
-        (MultipleChoice(), "last"),
-    ):
+    causal = replace(loaded, config=Gpt2Config(vocab_size=16))
+    for task in (Classification(), Embedding(), MultipleChoice()):
         config = resolve(tuned(folder, task), causal, loaded.tokenizer, "cpu")
-        assert vars(config.task)["pooling"] == pooling
+        assert vars(config.task)["pooling"] == "last"
     for first in ("bert", "cls"):
         with pytest.raises(InputError, match=f"pooling={first} takes the first token"):
             resolve(tuned(folder, Classification(pooling=first)), causal, loaded.tokenizer, "cpu")
