@@ -17,6 +17,10 @@ from jaxlm.models.heads import WithLmHead
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import CausalConfig, ModelConfig
 from jaxlm.nn import stack
+from jaxlm.nn.intercept import find_sites
+from jaxlm.peft import lora
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.quantize import dequantize, quantize
 
 SIZES = {"vocab_size": 40, "num_layers": 2, "hidden_dim": 16, "mlp_dim": 24, "max_length": 12}
 CONFIGS = {
@@ -215,6 +219,33 @@ def test_a_cache_in_bfloat16_stays_near(kind):
     near, cache = extend(config, VARIABLES[kind], TOKENS, rounded, *arguments)
     assert cache.keys[0].dtype == jnp.bfloat16
     assert 0 < difference(logits, near) < 0.1
+
+
+@both
+def test_adapters_and_quantized_weights_with_a_cache(kind):
+    config, variables = CONFIGS[kind], VARIABLES[kind]
+    apply, cache = model_of(config).apply, config.make_cache(2, 10)
+
+    def extended(apply, variables):
+        positions = jnp.asarray(COUNTED)
+        call = partial(apply, positions=positions, segment_ids=0 * positions, method="extend")
+        return jax.jit(lambda v: call(v, ARRAY, cache)[0])(variables)
+
+    sites = find_sites(lambda variables: apply(variables, ARRAY), variables)
+    kernels = LoraConfig(targets=(r".*/kernel",), rank=2)
+    make = partial(lora.init_at, params=variables["params"], sites=sites, config=kernels)
+    adapter = random_like(jax.eval_shape(make, jax.random.key(0)))
+    adapted = extended(lora.adapt(apply, kernels), {**variables, "lora": adapter})
+    merged = extended(apply, {"params": lora.merge(variables["params"], adapter, kernels)})
+    assert difference(adapted, merged) < 1e-4
+    plain = extended(apply, variables)
+    assert difference(adapted, plain) > 0.1
+
+    packed = quantize(variables["params"], sites)
+    table = variables["params"]["encoder"]["token_embed"]["embedding"]
+    assert tree.num_bytes(packed) < 0.5 * tree.num_bytes(variables) + table.nbytes
+    near = extended(apply, {"params": dequantize(packed)})
+    assert 0 < difference(near, plain) < 0.1 * float(jnp.abs(plain).max())
 
 
 @both
