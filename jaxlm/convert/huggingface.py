@@ -141,7 +141,15 @@ def to_huggingface(
             architecture = gpt2.architecture(tied=config.tied)
         case LlamaConfig():
             architecture = llama.architecture(config)
-    return table.write(_all_rows(architecture), params, _sizes(config))
+    sizes = _sizes(config)
+    if not isinstance(config, BertConfig) and (tokens := config.num_tokens) is not None:
+        sizes = {**sizes, "vocab": tokens}
+        cut = {"token_embed/embedding": (slice(tokens),), "unembed/kernel": (..., slice(tokens))}
+        flat = flatten_dict(params, sep="/")
+        ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
+        flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
+        params = unflatten_dict(flat, sep="/")
+    return table.write(_all_rows(architecture), params, sizes)
 
 
 def save(
