@@ -138,7 +138,15 @@ def to_huggingface(
             architecture = gpt2.architecture(tied=config.tied)
         case LlamaConfig():
             architecture = llama.architecture(config)
-    return table.write(_all_rows(architecture), params, _sizes(config))
+    sizes = _sizes(config)
+    if not isinstance(config, BertConfig) and (tokens := config.num_tokens) is not None:
+        sizes = {**sizes, "vocab": tokens}
+        cut = {"token_embed/embedding": (slice(tokens),), "unembed/kernel": (..., slice(tokens))}
+        flat = flatten_dict(params, sep="/")
+        ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
+        flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
+        params = unflatten_dict(flat, sep="/")
+    return table.write(_all_rows(architecture), params, sizes)
 
 
 def save(
@@ -282,7 +290,7 @@ def _find(
 
 def _fingerprint(config: Known, tree: Weights) -> str:
     # Of a BERT, all else shows in the shapes.
-    said = config.epsilon if isinstance(config, BertConfig) else config.with_dropout(0)
+    said = config.epsilon if isinstance(config, BertConfig) else config.with_dropout(0.0)
     digest = hashlib.sha256(repr(said).encode())
     for path, leaf in sorted(flatten_dict(tree, sep="/").items()):
         digest.update(f"{path} {leaf.shape}\n".encode())

@@ -93,9 +93,9 @@ def padded_vocab_size(size: int, mesh: MeshConfig) -> int:
 def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
     """A base's encoder for this mesh: its token table is filled up as pretraining would."""
     assert published.vocab_size is not None
-    model: Any = published  # a dataclass, which its protocol cannot say
     rows = padded_vocab_size(published.vocab_size, mesh)
-    return dataclasses.replace(model, dtype=None, vocab_size=rows)
+    model: Any = published.with_vocab_size(rows)  # a dataclass, which its protocol cannot say
+    return dataclasses.replace(model, dtype=None)
 
 
 def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
@@ -109,6 +109,10 @@ def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
 
 def with_bias(head: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """A base's head for that many rows; those that stand for no token are never likely."""
+    if "unembed" in head:  # such a head knows the number of tokens
+        kernel = np.asarray(head["unembed"]["kernel"])
+        more = _missing(kernel.shape[1], model)
+        return head | {"unembed": {"kernel": np.pad(kernel, ((0, 0), (0, more)))}}
     bias = np.asarray(head.get("bias", ()))
     if not bias.size:
         return head
