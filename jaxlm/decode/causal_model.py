@@ -25,8 +25,11 @@ class CausalModel:
     """A model that predicts the next token, as :mod:`jaxlm.decode.decoding` describes it."""
 
     step: Step
+    """With the logits of all positions, or of the last alone, which is faster at prompts."""
     make_state: MakeState
     variables: Variables
+    """Best with stacked parameters split into layers (``jaxlm.nn.stack``), or each step copies
+    them."""
     tokenizer: Tokenizer
     max_length: int
     """The most tokens of a prompt and its continuation together."""
@@ -34,6 +37,8 @@ class CausalModel:
     """Tokens before every text, as in training."""
     end: Sequence[int] = ()
     """Tokens with which a text ends, as in training."""
+    step_all: Step | None = None
+    """The same with the logits of all positions, if ``step`` has only the last: for choices."""
     mesh: Mesh | None = None
     """Where the variables lie, if on several devices; rows are split over it as in training."""
     rules: Rules = RULES

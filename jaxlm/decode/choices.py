@@ -159,6 +159,8 @@ def _scores(
     first = logits[:, -1:]
     column = jnp.arange(choices.shape[2])[None, :]
 
+    step_all = model.step_all or model.step
+
     def one(choice: tuple[Array, Array]) -> Float[Array, " batch"]:
         # Each starts from the same state: it is a value, and nothing is written into it.
         tokens, count = choice
@@ -166,9 +168,11 @@ def _scores(
         if (given := tokens.shape[1] - 1) > 0:
             positions = lengths[:, None] + jnp.minimum(column[:, :given], count[:, None] - 1)
             segment_ids = jnp.where(column[:, :given] < count[:, None] - 1, 0, -1)
-            after, _ = model.step(variables, state, tokens[:, :-1], positions, segment_ids)
+            after, _ = step_all(variables, state, tokens[:, :-1], positions, segment_ids)
             if after.shape[1] != given:
-                raise InputError("choices need a model that gives the logits of all positions")
+                raise InputError(
+                    "choices of several tokens need the logits of all positions: give step_all"
+                )
             logits = jnp.concatenate([first, after], axis=1)
         logits = logits[..., : model.vocab_size]
         taken = jnp.take_along_axis(logits, tokens[..., None], axis=2)[..., 0]

@@ -120,5 +120,6 @@ def test_bad_choices(choose):
         logits, state = table_model().step(*args)
         return logits[:, -1:], state
 
-    with pytest.raises(InputError, match="the logits of all positions"):
+    with pytest.raises(InputError, match="the logits of all positions: give step_all"):
         list(Choose(table_model(step=last))(["a"], ["b", "ccc"]))
+    list(Choose(table_model(step=last, step_all=table_model().step))(["a"], ["b", "ccc"]))
