@@ -82,7 +82,7 @@ class Tagging:
         """Tags that are words for a missing value raise."""
         if not self.fields.as_written:
             checks.check_missing(examples, str(self.fields.tags))
-        return []
+        return checks.check_names(examples, str(self.fields.tags), self.fields.names)
 
     def labels(self, examples: Sequence[Sentence]) -> Labels:
         names = data.label_names(examples)
