@@ -138,9 +138,10 @@ class Classification:
         if fields.as_written:
             return []
         checks.check_missing(examples, name)
+        said = checks.check_names(examples, name, fields.names)
         if fields.target == "class":
-            return checks.check_single(examples, name)
-        return checks.check_several(examples, name, fields.separator, fields.names)
+            return said + checks.check_single(examples, name)
+        return said + checks.check_several(examples, name, fields.separator, fields.names)
 
     def settled(
         self, examples: Sequence[TextExample], before: Task | None = None
