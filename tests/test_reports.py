@@ -274,7 +274,7 @@ def test_headers_that_are_a_little_off(tmp_path: Path, head: str, message: str |
 
 
 def test_a_sentence_encoder_that_lowers_its_texts(tmp_path: Path) -> None:
-    """vllm-project/vllm #11815: do_lower_case of sentence_bert_config.json is for the text, whatever
+    """vllm-project/vllm #11815: do_lower_case of sentence_bert_config.json is for texts, whatever
     the tokenizer does."""
     config = BertConfig(
         vocab_size=80, num_layers=1, hidden_dim=8, num_heads=2, mlp_dim=8, max_length=16
