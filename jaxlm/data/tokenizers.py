@@ -286,7 +286,7 @@ class _Only:
 
 
 def _nfkc() -> normalizers.Normalizer:
-    """NFKC, with a space for each line break and tab, which would be unknown tokens."""
+    """NFKC, with a space for each line break and tab, which are unknown after lines alone."""
     spaces = normalizers.Replace(Regex(r"\s"), " ")
     return normalizers.Sequence([normalizers.NFKC(), spaces])
 
