@@ -208,6 +208,9 @@ def test_a_quotation_mark_too_many_is_one_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\n".join(["text,label", *rows]) + "\n")
     own = lambda given: classification.read(given, TextFields())
+    (tmp_path / "b.csv").write_text('text,label\n"an "odd" one",x\nb,y\n')
+    with pytest.raises(InputError, match="set quoting to none: 1 of 2"):
+        examples(Table(path=str(tmp_path / "b.csv")))
     with pytest.raises(InputError, match=r"a\.csv:3, \S+:5: malf.* 2 of 6 records .* skip$"):
         read_records(Table(path=str(path)).records(), own, "raise")
     found = read_records(Table(path=str(path)).records(), own, "skip")
