@@ -122,7 +122,7 @@ def step_of(config: Any) -> str:
         batch = {"tokens": shape(jnp.int32, rows, 8)}
         batch |= {name: shape(jnp.int32, rows) for name in ("lengths", "index")}
     else:
-        model = config.model or replace(MODEL, dtype=None)
+        model = config.model or replace(MODEL, dtype=None, num_layers=1, unroll=None)
         config = finetuned.with_encoder(config, model, "cpu")
         labels = ("B-a", "B-b", "O")
         make = lambda: finetuned.make_state(config, labels, None)
