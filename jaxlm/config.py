@@ -27,6 +27,7 @@ from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sharding import MeshConfig
+from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.masked_lm import MaskedLm
@@ -37,7 +38,7 @@ from jaxlm.train.loop import TrainConfig
 
 # What a run's configuration may hold: another architecture or task is added here.
 Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig
-PretrainingTask = MaskedLm
+PretrainingTask = MaskedLm | CausalLm
 LabelledTask = Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding
 UNKNOWN_BASE = BertConfig()  # what the compile check takes a base for that is not there
 

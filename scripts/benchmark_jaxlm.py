@@ -30,7 +30,7 @@ from jaxlm.train.step import make_eval_step, make_train_step
 from jaxlm.typing import HostBatch, Loss, PRNGKey
 
 DUMMY = jnp.zeros((1, 8), jnp.int32)  # tokens to initialise with
-NUM_SPECIAL, START_ID, MASK_ID = 1000, 101, 103
+NUM_SPECIAL, START_ID, END_ID, MASK_ID = 1000, 101, 102, 103
 """Ids of BERT's vocabulary: those below 1000 are special and unused tokens."""
 
 
@@ -58,6 +58,7 @@ def make_vocabulary(work: Work) -> Vocabulary:
     return Vocabulary(
         mask_id=MASK_ID,
         start_id=START_ID,
+        end_id=END_ID,
         ordinary=jnp.arange(NUM_SPECIAL, work.vocab_size),
         is_ordinary=jnp.asarray(is_ordinary),
         word_starts=jnp.asarray(is_ordinary),

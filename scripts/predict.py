@@ -1,9 +1,9 @@
 """Use a model: ``python scripts/predict.py runs/quickstart fill-mask "A [MASK] of strings."``.
 
-Pretrained runs fill in masks; fine-tuned ones do what they were tuned for: classify, tag, answer,
-choose or embed. Any encoder, a published one too, embeds and searches. A text is given as an
-argument, or many in a file, a JSON object (or a text) a line; answers to files are JSON lines, or a
-table.
+Pretrained runs fill in masks, or generate text; fine-tuned ones do what they were tuned for:
+classify, tag, answer, choose or embed. Any encoder, a published one too, embeds and searches. A
+text is given as an argument, or many in a file, a JSON object (or a text) a line; answers to files
+are JSON lines, or a table.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -11,6 +11,7 @@ from jaxlm.runtime.allocator import tune_process
 tune_process()
 
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
+import itertools
 import json
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -26,6 +27,7 @@ from jaxlm.config import PretrainConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import Source, holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import retrieval
 from jaxlm.runs import finetuned, pretrained
@@ -36,6 +38,7 @@ from jaxlm.runs.folder import read_any_config
 from jaxlm.runtime.storage import locate, on_disk, whole
 from jaxlm.train.restore import warn
 
+GREEDY = GenerateConfig()
 TABLES, ARRAY = (".csv", ".tsv"), ".npy"
 
 
@@ -49,6 +52,8 @@ def main(
     out: Path | None = None,
     column: str | None = None,
     top_k: int = 5,
+    generate: GenerateConfig = GREEDY,
+    stream: bool = False,
     step: int | None = None,
     base: str | None = None,
 ) -> None:
@@ -57,8 +62,8 @@ def main(
     Args:
         run: The run folder; for embed and search also a folder in Hugging Face's layout or a hub
             name.
-        task: What the run has learned: fill-mask, classify, tag, answer, choose or embed; or
-            search, which finds the texts of --file that are nearest to the text.
+        task: What the run has learned: fill-mask, generate, classify, tag, answer, choose or embed;
+            or search, which finds the texts of --file that are nearest to the text.
         text: What to do it with; or give --file.
         pair: The second text of a pair, or the context of a question.
         file: A text or a JSON object a line (fill-mask: with "text"), - for standard input; or, as
@@ -69,6 +74,8 @@ def main(
         column: Of embed and search: the column or field with the texts; None = that of the run's
             training, or text.
         top_k: Candidates for each blank, classes to show, or texts to find.
+        generate: How a text is continued.
+        stream: Show the continuation of a text as it is written.
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
     """
@@ -124,12 +131,17 @@ def main(
     if isinstance(config, PretrainConfig):
         loaded = pretrained.open_pretrained(run, step)
         if file is None:
+            if stream:
+                show_pieces(text or "", loaded.generate().stream(text or "", generate))
+                return
             record = Record(fields={"text": text}, origin="the text given")
-            for line in loaded.task.lines(loaded.answer([record], top_k=top_k)[0]):
+            (answer,) = loaded.answer([record], top_k=top_k, generate=generate)
+            for line in loaded.task.lines(answer):
                 print(line)
             return
         records = read_lines(file, pretrained.TEXT)
-        write(counted(loaded.stream(records, top_k=top_k)), pretrained.TEXT, out)
+        answers = loaded.stream(records, top_k=top_k, generate=generate)
+        write(counted(answers), pretrained.TEXT, out)
         return
     loaded = finetuned.open_finetuned(run, step=step, base=base)
     if file is not None:
@@ -140,11 +152,26 @@ def main(
     (answer,) = loaded.answer([record_of(loaded, text or "", pair)])
     probabilities = answer.get("probabilities")
     if isinstance(probabilities, dict):
-        best = sorted(probabilities.items(), key=lambda item: -item[1])[:top_k]
-        for name, probability in best:
-            print(f"{probability:6.1%}  {name}")
+        print(*ranked(probabilities, answer.get("labels", ()), top_k), sep="\n")
     else:
         print_json(answer)
+
+
+def show_pieces(text: str, pieces: Iterable[str]) -> None:
+    """The text, and what follows it, as it comes; in escapes where the terminal must have them."""
+    for piece in itertools.chain([text], pieces):
+        encoding = sys.stdout.encoding or "utf-8"
+        print(piece.encode(encoding, "backslashreplace").decode(encoding), end="", flush=True)
+    print()
+
+
+def ranked(probabilities: dict[str, float], chosen: Collection[str], top_k: int) -> list[str]:
+    """A line for each of the most probable; of several labels first those that are chosen."""
+    best = sorted(probabilities.items(), key=lambda item: (item[0] not in chosen, -item[1]))
+    return [
+        f"{probability:6.1%}  {name}{'  (chosen)' if name in chosen else ''}"
+        for name, probability in best[: max(top_k, len(chosen))]
+    ]
 
 
 def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:

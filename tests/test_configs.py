@@ -28,6 +28,7 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(
         mask_id=4,
         start_id=2,
+        end_id=3,
         ordinary=jax.numpy.asarray(np.flatnonzero(ordinary)),
         is_ordinary=jax.numpy.asarray(ordinary),
         word_starts=jax.numpy.asarray(ordinary),

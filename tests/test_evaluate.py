@@ -133,3 +133,13 @@ def test_the_hints_of_a_run_of_pairs_work_as_they_are(
         config, task=MultipleChoice(), data=replace(config.data, train=JsonLines(path="a b.jsonl"))
     )
     assert script("finetune").hints(choice, run)[1].endswith(" choose --file 'a b.jsonl'")
+
+
+def test_a_text_has_the_labels_above_their_thresholds(
+    script: Callable[[str], types.ModuleType],
+) -> None:
+    ranked = script("predict").ranked
+    probabilities = {"a": 0.2, "b": 0.6, "c": 0.1}
+    assert ranked(probabilities, ["a"], 2) == [" 20.0%  a  (chosen)", " 60.0%  b"]
+    assert ranked(probabilities, ["a", "c"], 1) == [" 20.0%  a  (chosen)", " 10.0%  c  (chosen)"]
+    assert ranked(probabilities, (), 1) == [" 60.0%  b"]

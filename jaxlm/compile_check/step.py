@@ -14,7 +14,7 @@ import numpy as np
 from jaxlm.config import UNKNOWN_BASE, Config, FinetuneConfig, Model, PretrainConfig
 from jaxlm.convert import huggingface
 from jaxlm.data.prepared import PreparedInfo
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
@@ -118,10 +118,11 @@ def base_config(base: str) -> ModelConfig | None:
 
 
 def _vocabulary(size: int) -> Vocabulary:
-    is_ordinary = np.arange(size) > max(dataclasses.asdict(SPECIAL).values())
+    is_ordinary = np.arange(size) > max(SPECIAL.ids)
     return Vocabulary(
         mask_id=SPECIAL.mask,
         start_id=SPECIAL.cls,
+        end_id=SPECIAL.sep,
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
         word_starts=jnp.asarray(is_ordinary),

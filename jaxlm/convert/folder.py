@@ -41,6 +41,7 @@ class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
     """The tensors of a folder by name, in the dtype of their file; each is read when asked for."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._files: dict[str, Any] = {}
         for path in _shards(folder):
             try:
@@ -54,7 +55,13 @@ class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
                 ) from error
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
-        return self._files[name].get_tensor(name)
+        try:
+            return self._files[name].get_tensor(name)
+        except (AttributeError, TypeError) as error:  # numpy has no such dtype
+            raise InputError(
+                f"{self._folder} holds numbers of a kind that is not supported ({error}), such as "
+                "8-bit floats: take a copy of the model in float32, float16 or bfloat16"
+            ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

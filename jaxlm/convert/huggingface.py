@@ -22,7 +22,7 @@ from jaxlm.convert.architecture import Architecture, Fields
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.convert.table import Row, Sizes, Tensors, Weights
 from jaxlm.data import tokenizers
-from jaxlm.data.text_ends import text_ends
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
@@ -66,7 +66,10 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
     """
     path = hub.find(name_or_path, cache)
     architecture, config = _describe(path)
+    says = sentence_encoder.read(path)
     tokenizer = tokenizers.load(path)
+    if says is not None and says.lowered:
+        tokenizers.lower(tokenizer)
     num_tokens, vocab_size = tokenizers.vocab_size(tokenizer), _sizes(config)["vocab"]
     if num_tokens > vocab_size:
         raise InputError(
@@ -83,7 +86,7 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
         pooler=head.pop("pooler", None),
         lm_head=head or None,
         tokenizer=tokenizer,
-        sentence_encoder=sentence_encoder.read(path),
+        sentence_encoder=says,
         fingerprint=_fingerprint(config, tree),
     )
 
@@ -169,13 +172,14 @@ def save(
         )
     if path.exists():
         raise InputError(f"{path} exists: name a new folder")
+    found = SpecialTokens.of(tokenizer)
     if isinstance(config, BertConfig):
-        special = asdict(tokenizers.SpecialTokens.of(tokenizer))
-        written = bert.write_config(config, special["pad"])
+        special = {name: i for name, i in asdict(found).items() if i is not None}
+        written = bert.write_config(config, found.pad)
         inputs = ["input_ids", "token_type_ids", "attention_mask"]
         inputs = inputs if config.num_token_types > 1 else inputs[::2]
     else:
-        special = text_ends(tokenizer)
+        special = {"bos": found.cls, "eos": found.sep, "pad": found.pad}
         written = gpt2.write_config(config) if isinstance(config, Gpt2Config) else None
         written = llama.write_config(config) if isinstance(config, LlamaConfig) else written
         written = {**(written or {}), **{f"{name}_token_id": i for name, i in special.items()}}

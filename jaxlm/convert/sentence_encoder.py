@@ -22,6 +22,7 @@ _MODES: dict[str, Pooling] = {
     "cls_token": "cls",
     "mean_tokens": "mean",
     "max_tokens": "max",
+    "lasttoken": "last",
     "cls": "cls",
     "mean": "mean",
     "max": "max",
@@ -41,6 +42,8 @@ class SentenceEncoder:
     prompts: tuple[str, ...] = ()
     """What may stand before a text, such as "query: "; nothing is added here."""
     problem: str = ""
+    lowered: bool = False
+    """Texts are in small letters before they are tokenised."""
 
 
 def read(path: Path) -> SentenceEncoder | None:
@@ -68,6 +71,7 @@ def read(path: Path) -> SentenceEncoder | None:
         max_length=lengths.get("max_seq_length"),
         prompts=tuple(filter(None, (prompts["prompts"] or {}).values())),
         problem=problem,
+        lowered=lengths.get("do_lower_case") is True,
     )
 
 
@@ -101,6 +105,7 @@ def write(path: Path, pooling: Pooling, width: int, max_length: int | None) -> N
     config = {
         "word_embedding_dimension": width,
         "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_lasttoken": pooling == "last",
         **modes,
     }
     files = {

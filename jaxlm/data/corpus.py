@@ -15,7 +15,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import Tally
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.data.sources import Source
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 
 SPLITS = ("train", "validation")
@@ -80,9 +80,9 @@ class Corpus:
 
 
 class Spool:
-    """Token ids of one split, document after document, with each one's length and number.
+    """Token ids of one split, document after document, with each one's length, number and size.
 
-    Three flat files, named by the split; what is read is a memory map.
+    Four flat files, named by the split; what is read is a memory map.
     """
 
     def __init__(self, directory: Path, split: str, dtype: np.dtype):
@@ -90,17 +90,18 @@ class Spool:
             f"{split}.tokens": dtype,
             f"{split}.lengths": np.dtype(np.int64),
             f"{split}.numbers": np.dtype(np.int64),
+            f"{split}.sizes": np.dtype(np.int64),
         }
         self._directory = directory
 
     def append(self, *arrays: np.ndarray) -> None:
-        """Add the tokens, lengths and numbers of some documents."""
+        """Add the tokens, lengths, numbers and bytes of text of some documents."""
         for (name, dtype), array in zip(self._files.items(), arrays, strict=True):
             with (self._directory / name).open("ab") as file:
                 file.write(array.astype(dtype, copy=False).data)
 
     def read(self) -> tuple[np.ndarray, ...]:
-        """The tokens, lengths and numbers of all documents."""
+        """The tokens, lengths, numbers and bytes of text of all documents."""
         return tuple(_map(self._directory / name, dtype) for name, dtype in self._files.items())
 
     def remove(self) -> None:
@@ -140,16 +141,17 @@ def encode(
         encoded = [encoding.ids for encoding in framed.encode_batch_fast(texts)]
         for split, spool in result.items():
             chosen = [
-                (ids, document.number)
+                (ids, document.number, len(document.text.encode()))
                 for ids, document in zip(encoded, batch, strict=True)
                 if document.split == split and len(ids) > 2  # more than [CLS] [SEP]
             ]
-            lengths = np.array([len(ids) for ids, _ in chosen], np.int64)
+            lengths = np.array([len(ids) for ids, *_ in chosen], np.int64)
             tokens = np.fromiter(
-                chain.from_iterable(ids for ids, _ in chosen), np.int32, lengths.sum()
+                chain.from_iterable(ids for ids, *_ in chosen), np.int32, lengths.sum()
             )
             tally.add_tokens(tokens)
-            spool.append(tokens, lengths, np.array([number for _, number in chosen]))
+            numbers, sizes = ([one[i] for one in chosen] for i in (1, 2))
+            spool.append(tokens, lengths, np.array(numbers), np.array(sizes))
     return Encoded(result, tally)
 
 
@@ -181,11 +183,11 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 def interleave(parts: list[Spool], into: Spool) -> None:
     """Join the spools of all shards in the order of the source, as if there were one shard."""
-    tokens, lengths, numbers = zip(*(part.read() for part in parts), strict=True)
+    tokens, lengths, numbers, sizes = zip(*(part.read() for part in parts), strict=True)
     ends = [np.cumsum(part) for part in lengths]
     owners = np.repeat(np.arange(len(parts)), [len(part) for part in numbers])
     places = np.concatenate([np.arange(len(part)) for part in numbers])
-    all_numbers = np.concatenate(numbers)
+    all_numbers, all_sizes = np.concatenate(numbers), np.concatenate(sizes)
     order = np.argsort(all_numbers)
     for start in range(0, len(order), _BATCH_DOCUMENTS):
         chunk = order[start : start + _BATCH_DOCUMENTS]
@@ -193,5 +195,5 @@ def interleave(parts: list[Spool], into: Spool) -> None:
             tokens[owner][ends[owner][i] - lengths[owner][i] : ends[owner][i]]
             for owner, i in zip(owners[chunk], places[chunk], strict=True)
         ]
-        sizes = np.array([len(piece) for piece in pieces])
-        into.append(np.concatenate(pieces), sizes, all_numbers[chunk])
+        counts = np.array([len(piece) for piece in pieces])
+        into.append(np.concatenate(pieces), counts, all_numbers[chunk], all_sizes[chunk])

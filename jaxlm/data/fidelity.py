@@ -11,6 +11,8 @@ from tokenizers import Tokenizer
 from tokenizers.normalizers import Normalizer
 
 from jaxlm.data import tokenizers
+from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.tokenizer_training import bert_normalizer
 from jaxlm.data.tokenizers import TokenizerConfig
 
 TOO_MUCH = 0.01
@@ -21,7 +23,7 @@ _CODE_POINTS = 0x110000
 class Tally:
     """Counts of the characters of texts, and of their tokens."""
 
-    def __init__(self, unk: int) -> None:
+    def __init__(self, unk: int | None) -> None:
         self._unk = unk
         self._characters = np.zeros(_CODE_POINTS, np.int64)
         self.tokens = self.unknown = self.cut = 0
@@ -35,7 +37,7 @@ class Tally:
     def add_tokens(self, tokens: Integer[np.ndarray, " tokens"], cut: int = 0) -> None:
         """Count those that are kept, unknown ones among them, and those that are ``cut``."""
         self.tokens += len(tokens)
-        self.unknown += int((tokens == self._unk).sum())
+        self.unknown += 0 if self._unk is None else int((tokens == self._unk).sum())
         self.cut += cut
 
     @property
@@ -130,7 +132,7 @@ def unknown_characters(
     tokenizer: Tokenizer, characters: Sequence[str] | dict[str, int]
 ) -> list[str]:
     """Those that become an unknown token where they stand alone."""
-    unk = tokenizers.SpecialTokens.of(tokenizer).unk
+    unk = SpecialTokens.of(tokenizer).unk
     encoded = tokenizer.encode_batch(list(characters), add_special_tokens=False)
     pairs = zip(characters, encoded, strict=True)
     return [character for character, encoding in pairs if unk in encoding.ids]
@@ -157,7 +159,7 @@ def _change_less(config: TokenizerConfig | None, characters: dict[str, int]) -> 
     if config is None:
         return "choose a base whose tokenizer keeps them, such as a cased or multilingual one"
     without = "without --tokenizer.path, " if config.path is not None else ""
-    kept = Letters.of(tokenizers.bert_normalizer(marks=True), characters)
+    kept = Letters.of(bert_normalizer(marks=True), characters)
     if config.kind == "wordpiece" and kept.share <= TOO_MUCH:
         return (
             f"{without}--tokenizer.marks keeps them (then {kept.share:.2%} are), and "

@@ -29,6 +29,8 @@ _BOMS = {
 }
 PARQUET, ARROW, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 _TABLE = "read it as JSON lines are read: source jsonl, or JsonLines in a configuration"
+_SPLITS = "dataset_dict.json"  # what `datasets` writes by save_to_disk beside the tables
+_ABOUT = ("dataset_info.json", "state.json")
 _BINARY = {  # first bytes: what a file is, and the way out
     PARQUET: ("a Parquet table", _TABLE),
     ARROW: ("an Arrow table", _TABLE),
@@ -70,6 +72,11 @@ def find(pattern: str) -> list[Path]:
         )
     if is_folder:
         names = [inner for inner in path.iterdir() if inner.name[0] not in "._"]
+        if any(inner.name == _SPLITS for inner in names):
+            splits = ", ".join(sorted(str(inner) for inner in names if inner.is_dir()))
+            raise InputError(f"the folder {path} holds splits in folders: name one of {splits}")
+        if any(inner.suffix == ".arrow" for inner in names):
+            names = [inner for inner in names if inner.name not in _ABOUT]
     else:
         names = [path] if found else map(Path, _matching(path))
     paths = sorted(name for name in names if name.is_file())

@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 
 from jaxlm.data import rows, tokenizers
 from jaxlm.data.corpus import Corpus, Spool, encode
-from jaxlm.data.fidelity import report
+from jaxlm.data.fidelity import Letters, report
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo, read_info
 from jaxlm.data.sources import PyDocs, Source
-from jaxlm.data.tokenizers import SpecialTokens, TokenizerConfig
+from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, absolute, locate
@@ -79,7 +80,10 @@ def prepare(
         with bar(console, "tokenising", config.source.size()) as on_read:
             encoded = encode(corpus, tokenizer, scratch, on_read)
         name, duplicates = dataset_name(directory), corpus.duplicates
-        info = finish(scratch, name, encoded.spools, tokenizer, recipe, duplicates, console)
+        letters = Letters.of(tokenizer.normalizer, encoded.tally.characters)
+        info = finish(
+            scratch, name, encoded.spools, tokenizer, recipe, duplicates, letters.share, console
+        )
     tokens, seconds = sum(info.tokens.values()), time.perf_counter() - start
     say(console, f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} M a second")
     report(console, tokenizer, encoded.tally, config.tokenizer)
@@ -161,12 +165,13 @@ def finish(
     tokenizer: Tokenizer,
     recipe: dict[str, Any],
     duplicates: int,
+    changed_share: float | None,
     console: Console | None,
 ) -> PreparedInfo:
     """Turn the spools in ``directory`` into rows, ``tokenizer.json`` and ``info.json``."""
     special = SpecialTokens.of(tokenizer)
     contents = {split: spool.read() for split, spool in spools.items()}
-    documents = {split: len(lengths) for split, (_, lengths, _) in contents.items() if len(lengths)}
+    documents = {split: len(each[1]) for split, each in contents.items() if len(each[1])}
     _check_splits(documents, recipe["validation_fraction"])
 
     tokens = {split: contents[split][0] for split in documents}
@@ -189,12 +194,16 @@ def finish(
         duplicates=duplicates,
         rows=num_rows,
         tokens={split: len(ids) for split, ids in tokens.items()},
+        bytes={split: int(contents[split][3].sum()) for split in documents},
         fill={split: len(ids) / (num_rows[split] * row_length) for split, ids in tokens.items()},
         unigram_entropy=_entropy(tokens.get("validation", tokens["train"]), special),
         fingerprint=hashlib.sha256(decisive.encode()).hexdigest(),
         tokenizer_sha256=tokenizer_sha256,
         source_fingerprint=recipe["source_sha256"],
         recipe=recipe,
+        unknown_share=sum(int((ids == special.unk).sum()) for ids in tokens.values())
+        / sum(map(len, tokens.values())),
+        changed_share=changed_share,
     )
     info.write(directory)
     for spool in spools.values():
@@ -216,7 +225,7 @@ def _entropy(tokens: np.ndarray, special: SpecialTokens) -> float:
     counts = np.zeros(int(tokens.max()) + 1, np.int64)
     for start in range(0, len(tokens), _CHUNK):
         counts += np.bincount(tokens[start : start + _CHUNK], minlength=len(counts))
-    framing = np.array([special.pad, special.cls, special.sep, special.mask])
+    framing = np.array([i for i in special.ids if i != special.unk])
     counts[framing[framing < len(counts)]] = 0
     rates = counts[counts > 0] / counts.sum()
     return round(float(-(rates * np.log(rates)).sum()), 6)

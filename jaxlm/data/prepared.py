@@ -2,14 +2,14 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 
 from jaxlm.data import rows, tokenizers
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, locate, size_of
 
@@ -47,8 +47,14 @@ class PreparedInfo:
     """Hash of the tokenizer, as :func:`jaxlm.data.tokenizers.fingerprint` gives it."""
     source_fingerprint: str
     """Hash of what the documents were read from."""
+    bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes of each split's text; empty for data of before they were counted."""
     recipe: dict[str, Any]
     """All settings that decide the content, in a form that can be compared."""
+    unknown_share: float | None = None
+    """Share of the tokens that are unknown; None: older versions did not keep it."""
+    changed_share: float | None = None
+    """Share of the letters that the tokenizer changes; None: older versions did not keep it."""
 
     def write(self, directory: StoragePath) -> None:
         """Into ``directory/info.json``."""

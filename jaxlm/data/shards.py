@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jaxlm.data import tokenizers
 from jaxlm.data.corpus import Corpus, Shard, encode, interleave, make_spools
-from jaxlm.data.fidelity import report
+from jaxlm.data.fidelity import Letters, report
 from jaxlm.data.prepare import (
     PrepareConfig,
     check_place,
@@ -60,7 +60,13 @@ def prepare_shard(
         with bar(console, f"tokenising {shard}", config.source.size()) as on_read:
             tally = encode(corpus, tokenizer, scratch, on_read).tally
         tokenizers.save(tokenizer, scratch / TOKENIZER)
-        facts = {"count": part.count, "duplicates": corpus.duplicates, "recipe": recipe}
+        letters = Letters.of(tokenizer.normalizer, tally.characters)
+        facts = {
+            "count": part.count,
+            "duplicates": corpus.duplicates,
+            "letters": [letters.changed, letters.total],
+            "recipe": recipe,
+        }
         (scratch / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     report(console, tokenizer, tally, config.tokenizer)
     return target
@@ -101,7 +107,9 @@ def merge(
         for split, spool in spools.items():
             interleave([part[split] for part in parts], spool)
         recipe, name = facts[0]["recipe"], dataset_name(directory)
-        info = finish(scratch, name, spools, tokenizer, recipe, duplicates, console)
+        changed, letters = map(sum, zip(*(fact["letters"] for fact in facts), strict=True))
+        share = changed / max(letters, 1)
+        info = finish(scratch, name, spools, tokenizer, recipe, duplicates, share, console)
     shutil.rmtree(folder)
     return info
 

@@ -112,7 +112,8 @@ class Csv:
     column: str
     """The column that holds the text, as the header spells it."""
     delimiter: str | None = None
-    """What separates columns; None means a tab for .tsv files and a comma for all others."""
+    """What separates columns; None means what a first line such as sep=; says, else a tab for .tsv
+    files and a comma for all others."""
     quoting: tabular.Quoting | None = None
     """How a quotation mark stands inside of quoted fields: doubled or after a backslash; 'none':
     nothing is quoted. None: double, but none between tabs if not all of such a file is well

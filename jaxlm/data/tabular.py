@@ -4,7 +4,8 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +16,16 @@ from jaxlm.errors import InputError
 Quoting = Literal["double", "backslash", "none"]
 
 
+_SEPARATOR = re.compile(r'"?sep=(.)"?[\r\n]*', re.IGNORECASE)  # a first line that Excel obeys
+
+
 def delimiter_of(path: Path, delimiter: str | None) -> str:
-    """What separates columns; None means a tab for .tsv files and a comma for all others."""
+    """What separates columns; None means what a first line such as sep=; says, else a tab for .tsv
+    files and a comma for all others."""
     if delimiter is None:
+        first = files.head(path).split(b"\n")[0].decode(errors="ignore").removeprefix("\ufeff")
+        if said := _SEPARATOR.fullmatch(first):
+            return said[1]
         return "\t" if files.ending(path) == ".tsv" else ","
     delimiter = "\t" if delimiter == r"\t" else delimiter  # as a command line has it
     if len(delimiter) != 1:
@@ -72,9 +80,11 @@ def dialect_of(
 
 
 def _lines(path: Path, encoding: str | None, on_read: OnRead = ignore) -> Iterator[str]:
-    """As csv reads them; a carriage return inside of a line is white space."""
-    for line in files.lines(path, on_read, encoding):
-        yield line.replace("\r", " ") + "\n"
+    """As csv reads them; a carriage return inside of a line is white space, and Excel's sep= in the
+    first is nothing."""
+    for number, line in enumerate(files.lines(path, on_read, encoding)):
+        is_mark = number == 0 and _SEPARATOR.fullmatch(line)
+        yield "\n" if is_mark else line.replace("\r", " ") + "\n"
 
 
 def _survey(path: Path, dialect: Dialect, encoding: str | None) -> tuple[int, set[int]]:
@@ -87,6 +97,14 @@ def _survey(path: Path, dialect: Dialect, encoding: str | None) -> tuple[int, se
     except csv.Error:
         return 0, set()
     return fields, widths
+
+
+def _widths(path: Path, dialect: Dialect, encoding: str | None) -> list[int]:
+    """How many fields each row has; none where one cannot be read."""
+    try:
+        return [len(row) for row in dialect.rows(_lines(path, encoding)) if row]
+    except csv.Error:
+        return []
 
 
 def _is_quoted(path: Path, dialect: Dialect, encoding: str | None) -> bool:
@@ -124,33 +142,73 @@ def read_table(
 ) -> Iterator[tuple[str, list[str] | InputError]]:
     """Origin (file:line) and the fields of every row, the header's too; blank lines are skipped.
 
-    A row that has not as many fields as the first gives the error instead.
+    Spaces around names in a header are none of them. A row that has not as many fields as the
+    first, or whose quoting is malformed, gives the error instead; the next is looked for in the
+    line behind its first.
     """
-    reader = dialect.rows(_lines(path, encoding, on_read))
-    count, number, way_out = None, 1, None
-    try:
-        for row in reader:
-            origin = f"{path}:{number}"
-            number = reader.line_num + 1  # a quoted field may span lines
-            if not row:
-                continue
-            count = count or len(row)
-            if len(row) == count:
-                yield origin, row
-                continue
-            first = "the header" if header else "the first line"
-            if len(row) > count and not any(row[count:]):
-                hint = f"take {dialect.delimiter!r} from the end of the line"
-            else:
-                hint = way_out = way_out or _way_out(path, dialect, encoding)
-            yield (
-                origin,
-                InputError(f"{origin}: {len(row)} fields where {first} has {count}; {hint}"),
-            )
-    except csv.Error as error:
-        raise InputError(
-            f"{path}:{number}: malformed quoting ({error}); {_way_out(path, dialect, encoding)}"
-        ) from error
+    lines = _Record(_lines(path, encoding, on_read))
+    reader, count, way_out = dialect.rows(lines), None, None
+    while True:
+        origin = f"{path}:{lines.begin()}"
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            way_out = way_out or _way_out(path, dialect, encoding)
+            fault = InputError(f"{origin}: malformed quoting ({error}); {way_out}")
+            if count is None:
+                raise fault from error
+            lines.give_back()
+            reader = dialect.rows(lines)
+            yield origin, fault
+            continue
+        if row is None:
+            return
+        if not row:
+            continue
+        if count is None:
+            count = len(row)
+            row = [name.strip() for name in row] if header else row
+        if len(row) == count:
+            yield origin, row
+            continue
+        first = "the header" if header else "the first line"
+        if len(row) > count and not any(row[count:]):
+            hint = f"take {dialect.delimiter!r} from the end of the line"
+        else:
+            hint = way_out = way_out or _way_out(path, dialect, encoding)
+        yield (
+            origin,
+            InputError(f"{origin}: {len(row)} fields where {first} has {count}; {hint}"),
+        )
+
+
+class _Record:
+    """Lines for a reader of rows, which may take back all but the first of a row's."""
+
+    def __init__(self, lines: Iterator[str]):
+        self._lines = lines
+        self._next: deque[str] = deque()
+        self._taken: list[str] = []
+        self._number = 1
+
+    def __iter__(self) -> "_Record":
+        return self
+
+    def __next__(self) -> str:
+        line = self._next.popleft() if self._next else next(self._lines)
+        self._taken.append(line)
+        return line
+
+    def begin(self) -> int:
+        """The number of the next row's first line; a quoted field may span lines."""
+        self._number += len(self._taken)
+        self._taken.clear()
+        return self._number
+
+    def give_back(self) -> None:
+        """A quotation mark too many has joined them to a row that is none: read them anew."""
+        self._next.extendleft(reversed(self._taken[1:]))
+        del self._taken[1:]
 
 
 def _way_out(path: Path, dialect: Dialect, encoding: str | None) -> str:
@@ -166,6 +224,14 @@ def _way_out(path: Path, dialect: Dialect, encoding: str | None) -> str:
         widths = _survey(path, other, encoding)[1]
         if other != dialect and len(widths) == 1 and min(widths) > 1:
             return way
+    first, *others = _widths(path, dialect, encoding) or (0,)
+    if len(set(others)) == 1 < len(others) and first == others[0] - 1:
+        return (
+            "all other lines have one field more than the first: name the first column as well "
+            "there (R leaves out that of row names), or remove the line, if it is a title"
+        )
+    if len(set(others)) == 1 < len(others) and first != others[0]:
+        return f"all other lines have {others[0]}: remove the first, if it is a title or a comment"
     if dialect.quoting == "none":
         return f"take {dialect.delimiter!r} and line breaks out of the fields, or quote these"
     return (
@@ -189,7 +255,10 @@ def read_json_lines(
 
 
 def read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Origin (file: row) and the fields of every row of a Parquet or Arrow file."""
+    """Origin (file: row) and the fields of every row of a Parquet or Arrow file.
+
+    Numbers of classes are given by their names, where the file has these as `datasets` writes them.
+    """
     import pyarrow  # comes with tensorflow-datasets, and is slow to import
     from pyarrow import ipc, parquet
 
@@ -204,11 +273,37 @@ def read_arrow(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             else:
                 batches = ipc.open_stream(file)
             for batch in batches:
+                names = _class_names(batch.schema.metadata or {})
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    named = {name: _named(row.get(name), own) for name, own in names.items()}
+                    yield f"{path}: row {number}", row | named
     except pyarrow.ArrowException as error:
         raise InputError(f"{path} cannot be read ({error!s:.80}); copy it again") from error
+
+
+def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """The names of classes, for each column that holds their numbers, or lists of these."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        found = {}
+        for column, feature in features.items():
+            feature = feature[0] if isinstance(feature, list) else feature
+            feature = feature.get("feature") or feature  # of a list's items
+            if feature.get("_type") == "ClassLabel" and feature.get("names"):
+                found[column] = list(map(str, feature["names"]))
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        return {}
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """Numbers as names; -1, which stands for no label, as None."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    if type(value) is not int or value >= len(names):
+        return value
+    return names[value] if value >= 0 else None
 
 
 def read_json_line(line: str, origin: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from jaxtyping import Bool
 from tokenizers import Tokenizer, pre_tokenizers
 
 from jaxlm.data.tokenizers import vocab_size
-from jaxlm.errors import InputError
 
 # Scripts that put no spaces between words: a token of theirs counts as a word, as each Chinese
 # character does for BERT (Devlin et al. 2018; multilingual.md of the code that they released).
@@ -25,10 +24,11 @@ _WITHOUT_SPACES = (
 )
 
 
-def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " vocab"]:
+def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " vocab"] | None:
     """True where a token begins a word; special tokens stand alone, so they do.
 
-    So does each token that begins with a character of a script without spaces.
+    So does each token that begins with a character of a script without spaces. None where tokens do
+    not tell: neither WordPiece's, nor of bytes, nor with '▁' for a space.
     """
     definition = json.loads(tokenizer.to_str())
     pre_tokenizer = json.dumps(definition["pre_tokenizer"])
@@ -43,10 +43,7 @@ def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " vocab"]:
         begins = lambda token: token.startswith("▁")
         first = lambda token: token[:1]
     else:
-        raise InputError(
-            f"where words begin is unknown for a {definition['model']['type']} tokenizer that is "
-            "neither byte-level nor uses '▁'; mask by token instead"
-        )
+        return None
     special = {token["content"] for token in definition["added_tokens"] if token["special"]}
     table = np.zeros(vocab_size(tokenizer), bool)
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():

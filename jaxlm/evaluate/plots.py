@@ -1,18 +1,20 @@
 """Pictures of an evaluation; each file is replaced at once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, note
 from jaxlm.evaluate.calibration import Reliability
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.runtime.storage import whole
@@ -42,7 +44,7 @@ def plot_confusion(
     colour = np.where(np.eye(num_labels, dtype=bool)[..., None], to_rgb(RIGHT), to_rgb(WRONG))
 
     names = [name if len(name) <= 24 else f"{name[:14]}…{name[-9:]}" for name in label_names]
-    names = [name.replace("$", r"\$") for name in names]  # between two would be mathematics
+    names, fonts = _drawable(names)
     numbered = num_labels <= 40
     cell = min(max(5.5 / num_labels, 0.33 if numbered else 0.16), 1.1)  # inches
     name_size = 10 if num_labels <= 12 else 8 if numbered else 6
@@ -65,8 +67,9 @@ def plot_confusion(
         ha="right" if slanted else "center",
         rotation_mode="anchor",
         fontsize=name_size,
+        fontfamily=fonts,
     )
-    axes.set_yticks(range(num_labels), names, fontsize=name_size)
+    axes.set_yticks(range(num_labels), names, fontsize=name_size, fontfamily=fonts)
     axes.set_xlabel("predicted")
     axes.set_ylabel("gold")
     axes.set_title(
@@ -133,7 +136,8 @@ def plot_learning_curves(
         raise InputError("there are no scores to draw a learning curve of")
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for i, (name, curve) in enumerate(curves.items()):
+    names, fonts = _drawable(curves)
+    for i, (name, curve) in enumerate(zip(names, curves.values(), strict=True)):
         colour, marker = CURVES[i % len(CURVES)], MARKERS[i % len(MARKERS)]
         sizes = sorted(curve)
         # Side by side, so that bars of one size do not hide each other.
@@ -151,7 +155,7 @@ def plot_learning_curves(
             linewidth=1.8,
             elinewidth=1,
             capsize=2.5,
-            label=name,
+            label=f" {name}" if name.startswith("_") else name,  # which a legend would leave out
         )
         for place, size in zip(places, sizes, strict=True):
             if len(curve[size]) > 1:
@@ -160,8 +164,9 @@ def plot_learning_curves(
     axes.set_xscale("log")
     _name_ticks(axes, sorted({size for curve in curves.values() for size in curve}))
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.legend(frameon=False)
+    (metric,), own = _drawable([y_label])
+    axes.set_ylabel(metric, fontfamily=own)
+    axes.legend(frameon=False, prop={"family": fonts})
     _tidy(axes)
     _save(figure, out_png)
 
@@ -202,11 +207,13 @@ def plot_sweep(
         axes.scatter(places[best], values[best], s=60, color=WRONG, zorder=3)
         axes.set_xlabel(name)
         _tidy(axes)
+    (shown,), fonts = _drawable([metric])
     for axes in grid[:, 0]:
-        axes.set_ylabel(metric)
+        axes.set_ylabel(shown, fontfamily=fonts)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    figure.suptitle(f"{metric} of {len(values)} trials, {values[best]:.4g} at best", fontsize=10)
+    title = f"{shown} of {len(values)} trials, {values[best]:.4g} at best"
+    figure.suptitle(title, fontsize=10, fontfamily=fonts)
     _save(figure, out_png)
 
 
@@ -224,7 +231,8 @@ def _place(axes: Axes, values: Sequence[Value]) -> tuple[Float[np.ndarray, "tria
             _name_ticks(axes, np.unique(numbers).tolist())
         return numbers, "-"
     names = list(dict.fromkeys(str(value) for value in values))
-    axes.set_xticks(range(len(names)), names)
+    shown, fonts = _drawable(names)
+    axes.set_xticks(range(len(names)), shown, fontfamily=fonts)
     axes.set_xlim(-0.5, len(names) - 0.5)
     return np.array([names.index(str(value)) for value in values], np.float64), "none"
 
@@ -233,6 +241,39 @@ def _name_ticks(axes: Axes, places: Sequence[float | int]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(places))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.4g}" if x < 1e4 else f"{x:g}"))
+
+
+def _drawable(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Texts as matplotlib has to be given them, and the fonts for them.
+
+    What no font on this machine can draw is replaced by numbers, which is said.
+    """
+    shown = [name.replace("$", r"\$") for name in names]  # between two would be mathematics
+    fonts = list(rcParams["font.sans-serif"][:1])
+    lacking = {c for name in shown for c in name if not c.isspace()} - _characters(
+        findfont(fonts[0])
+    )
+    others = [entry for entry in fontManager.ttflist if not entry.name.startswith("Last Resort")]
+    for entry in sorted(others, key=lambda entry: entry.name) if lacking else ():  # that has boxes
+        if entry.name not in fonts and (more := lacking & _characters(entry.fname)):
+            lacking -= more
+            fonts.append(entry.name)
+    if lacking:
+        numbered = {i: name for i, name in enumerate(shown) if lacking & set(name)}
+        note(
+            f"no font on this machine can draw {''.join(sorted(lacking))[:20]}: the plot has "
+            f"numbers for {', '.join(f'{i} = {name}' for i, name in numbered.items())}; install "
+            "one, such as Noto Sans CJK"
+        )
+        shown = [str(i) if i in numbered else name for i, name in enumerate(shown)]
+    return shown, fonts
+
+
+def _characters(font: str | Path) -> set[str]:
+    try:
+        return set(map(chr, get_font(str(font)).get_charmap()))
+    except (OSError, RuntimeError):  # it is damaged, or gone
+        return set()
 
 
 def _tidy(axes: Axes) -> None:

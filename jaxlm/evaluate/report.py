@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich import box
 from rich.console import Group
 from rich.table import Table
@@ -28,8 +28,8 @@ class Prediction:
     loss: float
     gold: str
     predicted: str
-    probability: float
-    """What the model gives to its prediction."""
+    probability: float | None
+    """What the model gives to its prediction; None where that is a number."""
     text: str
     origin: str
     """Where the example stands, such as ``dev.tsv:12``."""
@@ -70,6 +70,60 @@ def classified(
     ]
 
 
+def labelled(
+    texts: Sequence[str],
+    labels: Float[np.ndarray, "examples labels"],
+    probabilities: Float[np.ndarray, "examples labels"],
+    thresholds: Float[np.ndarray, "labels"],
+    label_names: Sequence[str],
+    origins: Sequence[str],
+) -> list[Prediction]:
+    """Examples with any number of labels; the loss is the mean of all labels' -log of the truth."""
+    true, guessed = labels > 0.5, probabilities > thresholds
+
+    def shown(row: Bool[np.ndarray, "labels"]) -> str:
+        return ", ".join(name for name, own in zip(label_names, row, strict=True) if own) or "none"
+
+    return [
+        Prediction(
+            loss=float(np.mean([surprise(x) for x in np.where(gold, row, 1 - row).tolist()])),
+            gold=shown(gold),
+            predicted=shown(guess),
+            probability=float(np.prod(np.where(guess, row, 1 - row))),
+            text=text,
+            origin=origin,
+            right=bool(np.all(gold == guess)),
+        )
+        for text, gold, guess, row, origin in zip(
+            texts, true, guessed, probabilities.astype(np.float64), origins, strict=True
+        )
+    ]
+
+
+def regressed(
+    texts: Sequence[str],
+    numbers: Float[np.ndarray, "examples"],
+    values: Float[np.ndarray, "examples"],
+    deviation: float,
+    origins: Sequence[str],
+) -> list[Prediction]:
+    """Examples with a number; the loss is the squared error in deviations of training data."""
+    return [
+        Prediction(
+            loss=((value - number) / deviation) ** 2,
+            gold=f"{number:.6g}",
+            predicted=f"{value:.6g}",
+            probability=None,
+            text=text,
+            origin=origin,
+            right=value == number,
+        )
+        for text, number, value, origin in zip(
+            texts, numbers.tolist(), values.tolist(), origins, strict=True
+        )
+    ]
+
+
 def most_wrong(predictions: Iterable[Prediction], count: int = 20) -> list[Prediction]:
     """Those that are wrong, by falling loss; often the label is wrong and not the model."""
     wrong = (p for p in predictions if not p.right)
@@ -80,7 +134,8 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
     """One object a line; the file is replaced at once."""
     with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         for prediction in predictions:
-            shown = {name: x for name, x in vars(prediction).items() if name != "right"}
+            left_out = ("right", *(["probability"] if prediction.probability is None else []))
+            shown = {name: x for name, x in vars(prediction).items() if name not in left_out}
             file.write(json.dumps(shown, ensure_ascii=False) + "\n")
 
 
@@ -96,7 +151,7 @@ def predictions_table(
         table.add_column("loss  gold → predicted")
         for p in predictions:
             cell = Text(f"{p.loss:.2f}  {p.gold} → ")
-            cell.append(f"{p.predicted} {p.probability:.0%}", "" if p.right else "red")
+            cell.append(_guess(p), "" if p.right else "red")
             text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
             table.add_row(Group(cell, text, Text(p.origin, "dim", overflow="fold")))
         return table
@@ -106,11 +161,16 @@ def predictions_table(
     table.add_column("text", min_width=20)
     for p in predictions:
         # Text, for brackets in a string would be read as markup.
-        guess = Text(f"{p.predicted} {p.probability:.0%}", "" if p.right else "red")
+        guess = Text(_guess(p), "" if p.right else "red")
         text = Text(" ".join(p.text.split()), no_wrap=True, overflow="ellipsis")
         text.append(f"\n{p.origin}", "dim")
         table.add_row(f"{p.loss:.2f}", Text(p.gold), guess, text)
     return table
+
+
+def _guess(prediction: Prediction) -> str:
+    probability = prediction.probability
+    return prediction.predicted + ("" if probability is None else f" {probability:.0%}")
 
 
 def summary_table(

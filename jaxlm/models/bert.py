@@ -87,6 +87,11 @@ class BertConfig:
         """Whether the blocks are computed without a loop."""
         return self.unroll is None
 
+    @property
+    def is_causal(self) -> bool:
+        """It sees all of a row."""
+        return False
+
     def with_dropout(self, rate: float) -> "BertConfig":
         """The same with that rate in both places."""
         return replace(self, dropout_rate=rate, attention_dropout_rate=rate)

@@ -71,6 +71,11 @@ class BilstmConfig:
         head = 2 * self.hidden_dim * self.embed_dim + 2 * self.embed_dim * (self.vocab_size or 0)
         return float(length * cells + num_predicted * head)
 
+    @property
+    def is_causal(self) -> bool:
+        """It reads backwards, too."""
+        return False
+
     def with_dropout(self, rate: float) -> "BilstmConfig":
         """The same with that rate."""
         return replace(self, dropout_rate=rate)

@@ -93,6 +93,11 @@ class Gpt2Config:
         """Whether the blocks are computed without a loop."""
         return self.unroll is None
 
+    @property
+    def is_causal(self) -> bool:
+        """No position sees a later one."""
+        return True
+
     def with_dropout(self, rate: float) -> "Gpt2Config":
         """The same with that rate in all places."""
         return replace(

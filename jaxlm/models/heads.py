@@ -180,6 +180,21 @@ def cls_pool(
     return hidden[:, 0].astype(jnp.float32)
 
 
+def last_pool(
+    hidden: Hidden, segment_ids: Int[Array, "batch length"] | None = None
+) -> Float[Array, "batch embed"]:
+    """The last real token's hidden state, in float32: of a causal model the one that has seen all.
+
+    0 where there is none.
+    """
+    if segment_ids is None:
+        return hidden[:, -1].astype(jnp.float32)
+    real = segment_ids >= 0
+    last = jnp.where(real, jnp.arange(real.shape[1])[None, :], -1).max(1)
+    chosen = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where(last[:, None] >= 0, chosen.astype(jnp.float32), 0)
+
+
 def max_pool(
     hidden: Hidden, segment_ids: Int[Array, "batch length"] | None = None
 ) -> Float[Array, "batch embed"]:
@@ -192,10 +207,12 @@ def max_pool(
     return jnp.where(real.any(1, keepdims=True), largest, 0)
 
 
-Pooling = Literal["bert", "cls", "mean", "max"]
+Pooling = Literal["bert", "cls", "last", "mean", "max"]
+FIRST: tuple[Pooling, ...] = ("bert", "cls")  # those of the first token
 POOLS: dict[Pooling, Pool] = {
     "bert": bert_pooler,
     "cls": cls_pool,
+    "last": last_pool,
     "mean": mean_pool,
     "max": max_pool,
 }

@@ -126,6 +126,11 @@ class LlamaConfig:
         """Whether the blocks are computed without a loop."""
         return self.unroll is None
 
+    @property
+    def is_causal(self) -> bool:
+        """No position sees a later one."""
+        return True
+
     def with_dropout(self, rate: float) -> "LlamaConfig":
         """The same with that rate in all places."""
         return replace(self, dropout_rate=rate, attention_dropout_rate=rate)

@@ -52,6 +52,11 @@ class ModelConfig(Protocol):
         """Whether stacked layers are computed without a loop (:mod:`jaxlm.nn.stack`)."""
         ...
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position's hidden state has seen no later one."""
+        ...
+
     def make(self) -> nn.Module:
         """The encoder."""
         ...

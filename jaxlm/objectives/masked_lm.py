@@ -2,29 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
+from jaxlm.objectives import packing
 from jaxlm.objectives.cross_entropy import cross_entropy
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
 from jaxlm.sums import Sums
-from jaxlm.typing import Apply, Batch, Loss, PRNGKey, Scalar, Tokens, Variables
-
-
-def segment_ids(
-    tokens: Tokens, lengths: Int[Array, "batch"], start_id: int
-) -> Int[Array, "batch length"]:
-    """Number the documents of each row from 0 (which may be the rest of one); -1 on padding."""
-    ids = jnp.cumsum(tokens == start_id, axis=1)
-    ids = jnp.where(jnp.arange(tokens.shape[1])[None, :] < lengths[:, None], ids, -1)
-    # Computed once: XLA:CPU would fuse the running sum into every layer's attention.
-    return jax.lax.optimization_barrier(ids)
-
-
-def positions_within(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
-    """Positions that start from 0 in every segment."""
-    position = jnp.arange(segment_ids.shape[1])[None, :]
-    starts = jnp.diff(segment_ids, axis=1, prepend=-2) != 0
-    return position - jax.lax.cummax(jnp.where(starts, position, 0), axis=1)
+from jaxlm.typing import Apply, Batch, Loss, PRNGKey, Scalar, Variables
 
 
 def make_loss(
@@ -53,12 +36,8 @@ def make_loss(
         corrupted = corrupt(
             masking_key, tokens, lengths, index, vocabulary, masking, progress=progress
         )
-        if isolate_documents:
-            segments = segment_ids(tokens, lengths, vocabulary.start_id)
-            positions = positions_within(segments)
-        else:
-            segments = jnp.where(jnp.arange(tokens.shape[1])[None, :] < lengths[:, None], 0, -1)
-            positions = None
+        packed = packing.documents if isolate_documents else packing.whole_rows
+        segments, positions = packed(tokens, lengths, vocabulary)
         logits = apply(
             variables,
             corrupted.tokens,

@@ -62,21 +62,23 @@ class MaskingConfig:
 
 @flax.struct.dataclass
 class Vocabulary:
-    """What masking has to know of the tokenizer.
+    """What objectives have to know of the tokenizer.
 
     Attributes:
-        mask_id: shown in place of a masked token.
+        mask_id: shown in place of a masked token; None: there is none.
         start_id: begins every document.
+        end_id: ends every document; may be the same.
         ordinary: ids that may be predicted and drawn: all but the special tokens, ``[ordinary]``.
         is_ordinary: the same as a table, ``[vocab]``.
-        word_starts: True where a token begins a word, ``[vocab]``.
+        word_starts: True where a token begins a word, ``[vocab]``; None: not known.
     """
 
-    mask_id: int = flax.struct.field(pytree_node=False)
+    mask_id: int | None = flax.struct.field(pytree_node=False)
     start_id: int = flax.struct.field(pytree_node=False)
+    end_id: int = flax.struct.field(pytree_node=False)
     ordinary: Int[Array, "ordinary"]
     is_ordinary: Bool[Array, "vocab"]
-    word_starts: Bool[Array, "vocab"]
+    word_starts: Bool[Array, "vocab"] | None
 
 
 class Corrupted(NamedTuple):
@@ -109,6 +111,16 @@ def corrupt(
         index: a number for each row: its stream of random numbers.
         progress: share of the run that is done, for ``final_rate``.
     """
+    mask_id = vocabulary.mask_id
+    if mask_id is None:
+        raise InputError(
+            "the tokenizer has no token [MASK] or <mask>; add it, or use another, or task=CausalLm"
+        )
+    if config.unit == "word" and vocabulary.word_starts is None:
+        raise InputError(
+            "where words begin is not known of this tokenizer: set task.masking.unit and "
+            "task.eval_masking.unit to token or span"
+        )
     rate = config.rate
     if config.final_rate is not None:
         rate = rate + (config.final_rate - rate) * progress
@@ -119,7 +131,7 @@ def corrupt(
         keys = jax.random.split(jax.random.fold_in(key, index), 4)
         position = jnp.arange(tokens.size)
         allowed = vocabulary.is_ordinary[tokens] & (position < length)
-        if config.unit == "word":
+        if config.unit == "word" and vocabulary.word_starts is not None:
             begins = vocabulary.word_starts[tokens]
         elif config.unit == "span":
             begins = jax.random.uniform(keys[3], tokens.shape) < 1 / config.mean_span
@@ -141,7 +153,7 @@ def corrupt(
         fate = jax.random.uniform(keys[2], labels.shape)
         shown = jnp.where(
             fate < mask_share,
-            vocabulary.mask_id,
+            mask_id,
             jnp.where(fate < mask_share + random_share, vocabulary.ordinary[draw], labels),
         )
         tokens = tokens.at[predicted].set(jnp.where(weights, shown, labels))

@@ -26,6 +26,7 @@ import tyro
 from jaxlm import config as configs
 from jaxlm.config import C, Config, FinetuneConfig, PretrainConfig, RunConfig
 from jaxlm.errors import InputError, note
+from jaxlm.runs import misspelt
 from jaxlm.runs.idle import idle
 
 SYNTAX = (
@@ -66,7 +67,11 @@ def read(path: Path) -> Config:
         if near:
             names = " or ".join(os.path.relpath(file) for file in near)
             raise InputError(f"there is no config file {path}; did you mean {names}?")
-    return configs.read_file(path)
+    try:
+        return configs.read_file(path)
+    except InputError as error:
+        cause = error.__cause__
+        raise InputError(f"{error}{misspelt.hint(cause) if cause else ''}") from cause
 
 
 def overview(kind: type[RunConfig]) -> str:

@@ -1,7 +1,7 @@
 """A fine-tuned model put together from its configuration: what training and using it share."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,19 +18,18 @@ from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, note
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.heads import WithHead
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import steps
+from jaxlm.runs import steps, thresholds
 from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
-from jaxlm.runtime.storage import StoragePath, locate, write_whole
+from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sums import Sums, add_all
-from jaxlm.tasks.classification import Classification
-from jaxlm.tasks.task import Labels, Outputs, Task
+from jaxlm.tasks.task import Labels, Outputs, Task, Thresholded
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor, Monitor
@@ -39,7 +38,6 @@ from jaxlm.train.step import EvalStep, make_predict_step
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
-THRESHOLDS = "thresholds.json"  # of each of several labels, where they were chosen
 
 
 def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneConfig:
@@ -51,20 +49,11 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
     return replace(config, model=model, dropout_rate=rate, monitor=monitor(config).name)
 
 
-def with_scale(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
-    """The config whose task, if it learns numbers, has their scale.
-
-    It is that of a run that is there already, for its head was trained to it; else that of the
-    training examples. Runs of before had none, and learn numbers as they are.
-    """
-    task = config.task
-    if not isinstance(task, Classification) or task.scale is not None:
-        return config
-    if restore.list_steps(config.directory / CHECKPOINTS):
-        before = read_config(config.directory, FinetuneConfig).task
-        scale = before.scale if isinstance(before, Classification) else None
-        return replace(config, task=replace(task, scale=scale))
-    return replace(config, task=task.standardized(examples))
+def settled(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
+    """The config whose task has what it left to the training examples, or to the run so far."""
+    is_there = restore.list_steps(config.directory / CHECKPOINTS)
+    before = read_config(config.directory, FinetuneConfig).task if is_there else None
+    return replace(config, task=config.task.settled(examples, before))
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
@@ -222,6 +211,12 @@ def monitor(config: FinetuneConfig) -> Monitor:
     return Monitor(name, higher_is_better(name), first_step=int(has_parameters))
 
 
+def say_cut(cut: int, total: int, longest: int) -> None:
+    """A line, if texts were cut."""
+    if cut:
+        note(f"{cut:,} of {total:,} texts are cut at {longest} tokens, as in training")
+
+
 @dataclass(frozen=True)
 class FinetunedRun:
     """A fine-tuned run, read from its folder."""
@@ -264,9 +259,16 @@ class FinetunedRun:
         return tuning.merge(self.config.tuning, self.variables, call)
 
     def outputs(
-        self, examples: Sequence[Any], *, labelled: bool = True
+        self,
+        examples: Sequence[Any],
+        *,
+        labelled: bool = True,
+        report: Callable[[int, int, int], None] = say_cut,
     ) -> tuple[Sums | None, Outputs]:
-        """What the model gives for examples of its task, in their order."""
+        """What the model gives for examples of its task, in their order.
+
+        ``report`` is told how many are cut, of how many, and at how many tokens.
+        """
         placement = self.placement if labelled else self.unlabelled
         framer = make_framer(self.config, self.tokenizer)
         encoded = self.task.for_evaluation().encode(framer, examples, self.labels)
@@ -274,7 +276,10 @@ class FinetunedRun:
             encoded.lengths, self.config.data.num_buckets, max_length=framer.max_length
         )
         batch_size = self.config.data.batch_size
-        return predict(placement, self.state, encoded, batch_size, buckets)
+        found = predict(placement, self.state, encoded, batch_size, buckets)
+        cut = int((encoded.untruncated > framer.max_length).sum())
+        report(cut, len(examples), framer.max_length)
+        return found
 
     def answer(self, given: Iterable[Any], *, chunk: int = 4096) -> list[Answer]:
         """What the model says of each of a list, in its order: of texts, of dicts, of records.
@@ -287,17 +292,22 @@ class FinetunedRun:
         return list(joined(self.stream(as_records(given, names), chunk=chunk), names))
 
     def stream(self, records: Iterable[Record], *, chunk: int = 4096) -> Iterator[Answered]:
-        """Each record with what the model says of it, in JSON."""
+        """Each record with what the model says of it, in JSON; says how many were cut."""
+        seen: list[tuple[int, int, int]] = []
 
         def answer(examples: list[Any]) -> list[Answer]:
-            _, outputs = self.outputs(examples, labelled=False)
+            report = lambda *counts: seen.append(counts)
+            _, outputs = self.outputs(examples, labelled=False, report=report)
             return self.task.answers(examples, self.labels, outputs)
 
         def read(record: Record) -> Any:
             (example,) = self.task.read([record], labelled=False)
             return example
 
-        return answered(records, read, answer, chunk=chunk)
+        yield from answered(records, read, answer, chunk=chunk)
+        if seen:
+            cut, total, (longest, *_) = zip(*seen, strict=True)
+            say_cut(sum(cut), sum(total), longest)
 
 
 def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
@@ -331,8 +341,8 @@ def open_finetuned(
             f"{directory / LABELS} does not hold the labels that the run was trained with: write "
             f"{json.dumps(cursor['labels'])} there"
         )
-    if isinstance(config.task, Classification) and config.task.thresholds == ("chosen",):
-        config = replace(config, task=_with_thresholds(config.task, directory))
+    if isinstance(config.task, Thresholded) and config.task.chooses_thresholds:
+        config = replace(config, task=thresholds.read(config.task, directory))
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
         loaded = base if isinstance(base, Base) else bases.load(base or config.base)
@@ -358,42 +368,3 @@ def open_finetuned(
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )
     return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, restored.cursor)
-
-
-def choose_thresholds(
-    directory: StoragePath, examples: Sequence[Any], base: Base | None
-) -> Iterator[str]:
-    """Write a run's thresholds, the best of its best checkpoint on these examples; says them."""
-    loaded = open_finetuned(directory, base=base)
-    assert isinstance(loaded.task, Classification)
-    _, outputs = loaded.outputs(examples)
-    before = loaded.task.metrics(examples, loaded.labels, outputs)
-    chosen = loaded.task.chosen_thresholds(examples, loaded.labels, outputs)
-    if jax.process_index() == 0:
-        write_whole(directory / THRESHOLDS, json.dumps(chosen))
-    task = replace(loaded.task, thresholds=_given(chosen))
-    after = task.metrics(examples, loaded.labels, outputs)
-    values = ", ".join(f"{label} {value:.3f}" for label, value in list(chosen.items())[:20])
-    yield f"thresholds chosen on the validation data ({THRESHOLDS}): {values}"
-    yield (
-        ", ".join(
-            f"{name} {after[name]:.4f} with them, {before[name]:.4f} with 0.5"
-            for name in ("micro_f1", "macro_f1")
-        )
-        + ", on the data that they were chosen by"
-    )
-
-
-def _with_thresholds(task: Classification, directory: StoragePath) -> Classification:
-    """With those that were chosen, if they were yet."""
-    path = directory / THRESHOLDS
-    try:
-        return replace(task, thresholds=_given(json.loads(path.read_text())))
-    except FileNotFoundError:
-        return replace(task, thresholds=())
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-
-
-def _given(thresholds: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(f"{label}={value!r}" for label, value in thresholds.items())

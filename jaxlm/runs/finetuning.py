@@ -1,9 +1,7 @@
 """Fine-tuning from a configuration: the whole way from labelled records to a run folder."""
 
 import json
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,19 +20,22 @@ from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batches import make_buckets, train_batches
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
-from jaxlm.data.tokenizers import SpecialTokens, TokenizerConfig
+from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.errors import InputError
+from jaxlm.models.heads import FIRST, Pooling
+from jaxlm.models.model import ModelConfig
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import finetuned, resume, steps
+from jaxlm.runs import finetuned, resume, steps, thresholds
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
-from jaxlm.runtime.storage import StoragePath
-from jaxlm.tasks.classification import Classification
-from jaxlm.train.restore import best_step
+from jaxlm.runtime.storage import StoragePath, write_whole
+from jaxlm.tasks.task import Thresholded
+from jaxlm.train import restore
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
 
@@ -48,11 +49,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
         splits = read_splits(config.data, config.task.read, config.task.check)
-    config = finetuned.with_scale(config, splits.train)
-    task = config.task
+    config = finetuned.settled(config, splits.train)
     base = None if config.base is None else bases.load(config.base)
-    task = task.settled(splits.train)
-    config = replace(config, base=base and bases.lasting(base.name), task=task)
+    config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
     config = resolve(config, base, tokenizer, jax.default_backend())
     task = config.task
@@ -70,11 +69,11 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     console.print(render(described))
     for note in splits.notes:
         console.print(Text(f"note: {note}"))
-    if isinstance(task, Classification) and task.scale is not None:
-        mean, deviation = task.scale
+    reference = task.reference(splits.train, splits.validation)
+    if reference.deviation is not None:
         console.print(
-            f"numbers have mean {mean:,.6g} and deviation {deviation:,.6g}: the loss is in squared "
-            "deviations, answers and other metrics are in the unit of the data"
+            f"numbers have a deviation of {reference.deviation:,.6g}: the loss is in its squares, "
+            "answers and other metrics are in the unit of the data"
         )
     texts = [example.content for example in splits.train]
     report(
@@ -110,7 +109,6 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         )
 
     monitor = finetuned.monitor(config)
-    measured: dict[int, dict[str, float]] = {}
 
     def evaluation(state: TrainState) -> dict[str, float]:
         batch_size = config.data.batch_size
@@ -119,7 +117,6 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         metrics = {"loss": sums.means()["loss"]}
         metrics |= task.metrics(splits.validation, labels, outputs)
         finetuned.check_measured(monitor.name, metrics)
-        measured[int(state.step)] = metrics
         return metrics
 
     cursor = resume.make_cursor(
@@ -138,19 +135,18 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         batches=batches,
         evaluate=evaluation,
         monitor=monitor,
-        reference=_reference(config, splits),
-        deviation=task.deviation if isinstance(task, Classification) else None,
+        reference=reference,
         files={finetuned.LABELS: json.dumps(labels)},
     )
     directory = train(job, console)
-    best = best_step(directory / CHECKPOINTS, monitor)
+    best = restore.best_step(directory / CHECKPOINTS, monitor)
     console.print(f"the best checkpoint by {monitor.name} is that of step {best}")
-    if isinstance(task, Classification) and task.thresholds == ("chosen",):
-        for line in finetuned.choose_thresholds(directory, splits.validation, base):
+    if isinstance(task, Thresholded) and task.chooses_thresholds:
+        for line in _choose_thresholds(directory, splits.validation, base):
             console.print(Text(line))
     if config.baseline and not console.quiet:
         found = task.baselines(splits.train, splits.validation, labels)
-        known = measured.get(-1 if best is None else best, {})
+        known = {} if best is None else restore.measured(directory / CHECKPOINTS, best)
         if found:
             console.print(_compared({"this run": known} | found, monitor.name, task.monitor))
         if task.verb == "classify" and len(found) < 2:
@@ -174,11 +170,17 @@ def resolve(
         given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
         vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
         model = replace(config.model, vocab_size=vocab_size)
-    config = replace(config, task=_with_pooling(config.task, base))
+    config = replace(config, task=_with_pooling(config.task, base, model))
     return finetuned.with_encoder(config, model, platform)
 
 
-def _with_pooling(task: Any, base: Base | None) -> Any:
+def _with_pooling(task: Any, base: Base | None, model: ModelConfig) -> Any:
+    given = vars(task).get("pooling")
+    if model.is_causal and given in FIRST:
+        raise InputError(
+            f"task.pooling={given} takes the first token, which in {type(model).__name__} has seen "
+            "no other: use last, mean or max"
+        )
     says = base and base.sentence_encoder
     if says and says.problem and task.with_pooling(None) != task:
         assert base is not None
@@ -186,7 +188,8 @@ def _with_pooling(task: Any, base: Base | None) -> Any:
             f"{base.name} makes one vector of a text with {says.problem}, which is not supported: "
             "choose how, such as --task.pooling mean"
         )
-    return task.with_pooling(says and says.pooling)
+    default: Pooling | None = "last" if model.is_causal else None
+    return task.with_pooling((says and says.pooling) or default)
 
 
 def _pooled(task: Any, base: Base | None) -> str:
@@ -219,15 +222,25 @@ def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:
     return f"validation {shown}: {', '.join(parts).replace('nan', 'undefined')}"
 
 
-def _reference(config: FinetuneConfig, splits: Splits) -> dict[str, float]:
-    """The loss of a constant predictor: of numbers their mean, of one class each their entropy."""
-    task = config.task
-    if isinstance(task, Classification) and task.fields.target == "number":
-        return {"always the mean": task.loss_of_mean(splits.train, splits.validation)}
-    if isinstance(task, Classification) and task.fields.target == "labels":
-        return {}  # of as many labels as texts there would be an entropy, but of another loss
-    classes, num_examples = task.classes(splits.validation), len(splits.validation)
-    if len(classes) != num_examples:
-        return {}
-    shares = [count / num_examples for count in Counter(classes).values()]
-    return {"class entropy": -sum(share * math.log(share) for share in shares)}
+def _choose_thresholds(
+    directory: StoragePath, examples: Sequence[Any], base: Base | None
+) -> Iterator[str]:
+    """Write a run's thresholds, the best of its best checkpoint on these examples; says them."""
+    loaded = finetuned.open_finetuned(directory, base=base)
+    assert isinstance(loaded.task, Thresholded)
+    _, outputs = loaded.outputs(examples)
+    before = loaded.task.metrics(examples, loaded.labels, outputs)
+    chosen = loaded.task.chosen_thresholds(examples, loaded.labels, outputs)
+    if jax.process_index() == 0:
+        write_whole(directory / thresholds.THRESHOLDS, json.dumps(chosen))
+    task = loaded.task.with_thresholds(chosen)
+    after = task.metrics(examples, loaded.labels, outputs)
+    values = ", ".join(f"{label} {value:.3f}" for label, value in list(chosen.items())[:20])
+    yield f"thresholds chosen on the validation data ({thresholds.THRESHOLDS}): {values}"
+    yield (
+        ", ".join(
+            f"{name} {after[name]:.4f} with them, {before[name]:.4f} with 0.5"
+            for name in ("micro_f1", "macro_f1")
+        )
+        + ", on the data that they were chosen by"
+    )

@@ -1,5 +1,6 @@
 """A pretrained model put together from its configuration: what training and using it share."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from jaxlm.config import PretrainConfig
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepared import Prepared, PreparedInfo
+from jaxlm.data.windows import window_batches
+from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
@@ -23,7 +26,7 @@ from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
-from jaxlm.tasks.task import PretrainTask
+from jaxlm.tasks.task import Generative, Given, PretrainTask
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
@@ -107,8 +110,12 @@ def eval_rows(
     split: str = "validation",
     max_rows: int | None = None,
     batch_rows: BatchRows = ALL_ROWS,
+    windows: Mapping[str, int] | None = None,
 ) -> Iterator[HostBatch]:
-    """Batches of a split of every data set, from each in proportion to its size."""
+    """Batches of a split of every data set, from each in proportion to its size.
+
+    ``windows``: not the rows, but windows over them, of a ``length`` and at a ``stride``.
+    """
     sizes = [dataset.info.rows.get(split, 0) for dataset in datasets]
     if not sum(sizes):
         datasets[0].source(split)  # says which splits there are
@@ -116,9 +123,11 @@ def eval_rows(
     for dataset, size in zip(datasets, sizes, strict=True):
         if size:
             rows = math.ceil(wanted * size / sum(sizes))
-            yield from eval_batches(
-                dataset, batch_size, split=split, max_rows=rows, batch_rows=batch_rows
-            )
+            chosen: Any = {"split": split, "max_rows": rows, "batch_rows": batch_rows}
+            if windows is None:
+                yield from eval_batches(dataset, batch_size, **chosen)
+            else:
+                yield from window_batches(dataset, batch_size, **chosen, **windows)
 
 
 def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:
@@ -157,33 +166,52 @@ class Pretrained:
         """What ``placement.eval_step`` takes."""
         return TrainState(jnp.asarray(self.step), self.variables, {}, ())
 
-    def answer(self, given: Iterable[Any], *, top_k: int = 5) -> list[Answer]:
-        """What the model says of each of a list, such as the fillings of its blanks.
+    def answer(
+        self,
+        given: Iterable[Any],
+        *,
+        top_k: int = 5,
+        generate: GenerateConfig | None = None,
+    ) -> list[Answer]:
+        """What the model says of each of a list: the fillings of its blanks, or how it goes on.
 
         Of texts, or of dicts with a ``text``, whose other fields are in the answers, too. What
         cannot be answered has an ``error`` instead; where nothing can, :class:`InputError` is
         raised.
         """
-        return list(joined(self.stream(as_records(given, TEXT), top_k=top_k), TEXT))
+        records = as_records(given, TEXT)
+        return list(joined(self.stream(records, top_k=top_k, generate=generate), TEXT))
 
-    def stream(self, records: Iterable[Record], *, top_k: int = 5) -> Iterator[Answered]:
+    def stream(
+        self,
+        records: Iterable[Record],
+        *,
+        top_k: int = 5,
+        generate: GenerateConfig | None = None,
+    ) -> Iterator[Answered]:
         """Each record with what the model says of its text, in JSON."""
-        config = self.config.model
+        config, numbers = self.config.model, itertools.count()
         assert config is not None  # resolved
 
-        def answer(texts: list[tuple[str, str]]) -> list[Answer]:
-            return list(
-                self.task.answers(
-                    self.model.apply,
-                    self.variables,
-                    self.tokenizer,
-                    dict(texts),
-                    max_length=config.max_length or 512,
-                    top_k=top_k,
-                )
-            )
+        def read(record: Record) -> Given:
+            return Given(next(numbers), record.origin, record.text("text"))
 
-        return answered(records, lambda record: (record.origin, record.text("text")), answer)
+        def answer(texts: list[Given]) -> list[Answer]:
+            options: dict[str, Any] = {"top_k": top_k, "generate": generate or GenerateConfig()}
+            answers = self.task.answers(config, self.variables, self.tokenizer, texts, **options)
+            return list(answers)
+
+        return answered(records, read, answer)
+
+    def generate(self) -> Generate:
+        """What continues texts, as :class:`~jaxlm.decode.generate.Generate` describes it."""
+        assert self.config.model is not None  # resolved
+        if not isinstance(self.task, Generative):
+            raise InputError(
+                f"{self.config.name} was trained for {type(self.task).__name__}, which does not "
+                f"write: use {self.task.verb}"
+            )
+        return self.task.make_generate(self.config.model, self.variables, self.tokenizer)
 
 
 def open_pretrained(directory: StoragePath | str, step: int | None = None) -> Pretrained:

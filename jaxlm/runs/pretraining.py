@@ -27,6 +27,7 @@ from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train.loop import evaluate
 from jaxlm.train.placement import Placement
+from jaxlm.train.plots import Reference
 from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
@@ -81,7 +82,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             max_rows=config.train.eval_rows,
             batch_rows=placement.batch_rows,
         )
-        return evaluate(placement, state, rows)
+        metrics = evaluate(placement, state, rows)
+        return metrics | config.task.metrics(metrics["loss"], infos, "validation")
 
     monitor = Monitor()
     job = Job(
@@ -99,7 +101,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         batches=batches,
         evaluate=evaluation,
         monitor=monitor,
-        reference={"unigram entropy": pretrained.unigram_entropy(infos)},
+        reference=Reference({"unigram entropy": pretrained.unigram_entropy(infos)}),
         flops_per_token=pretrained.flops_per_token(config, info.row_length),
         files={},
     )

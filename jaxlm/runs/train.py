@@ -21,6 +21,7 @@ from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import Clock, fit
 from jaxlm.train.metrics import Throughput, WandbWriter, Writer
 from jaxlm.train.placement import Placement
+from jaxlm.train.plots import Reference
 from jaxlm.train.progress import Progress
 from jaxlm.train.restore import Cursor, Monitor, list_steps, peek
 from jaxlm.train.state import TrainState
@@ -46,11 +47,8 @@ class Job:
     """``loss`` and other metrics on the validation data."""
     monitor: Monitor
     """Which checkpoint is best."""
-    reference: Mapping[str, float]
-    """Losses to draw beside the run's, by name."""
-    deviation: float | None = None
-    """Deviation of the numbers that are learned: losses are squared errors over its square;
-    None: they are in nats."""
+    reference: Reference
+    """What the run's losses are compared with."""
     flops_per_token: float | None = None
     """Operations of a training step for each token."""
     files: Mapping[str, str]
@@ -95,7 +93,6 @@ def train(job: Job, console: Console) -> StoragePath:
                 tokens_seen=cursor["tokens_seen"],
                 log_every=config.train.log_every,
                 reference=job.reference,
-                deviation=job.deviation,
                 more_writers=_writers(config) if main_process else (),
             ) as view,
         ):

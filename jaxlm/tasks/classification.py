@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,16 @@ from jaxlm.evaluate.thresholds import best_thresholds
 from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import (
+    AbstractBatch,
+    Labels,
+    Outputs,
+    Task,
+    class_entropy,
+    rows_of_tokens,
+    shape,
+)
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 OBJECTIVES = {"class": classification, "labels": multi_label, "number": regression}
@@ -54,7 +63,8 @@ class Classification:
     and kept in thresholds.json. Empty: 0.5."""
     pooling: Pooling | None = None
     """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
-    their mean, or their maximum; None: as a sentence encoder's folder says, else bert."""
+    the last, their mean, or their maximum; None: as a sentence encoder's folder says, else bert, or
+    last of a model in which no position sees a later one."""
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of numbers: by them those are brought to about -2 to 2 to be
     learned, and back to be answered and measured. None: those of the training data."""
@@ -112,25 +122,6 @@ class Classification:
         """Without label smoothing, R-Drop and weights of classes."""
         return dataclasses.replace(self, label_smoothing=0.0, r_drop=0.0, class_weights=())
 
-    def standardized(self, examples: Sequence[TextExample]) -> "Classification":
-        """With the mean and the deviation of numbers in training data, unless they are given."""
-        if self.fields.target != "number" or self.scale is not None:
-            return self
-        numbers = _numbers(examples)
-        return dataclasses.replace(self, scale=(numbers.mean().item(), numbers.std().item() or 1.0))
-
-    @property
-    def deviation(self) -> float | None:
-        """What errors of numbers are divided by in the loss; None: it is no squared error."""
-        return self._scale[1] if self.fields.target == "number" else None
-
-    def loss_of_mean(
-        self, train: Sequence[TextExample], validation: Sequence[TextExample]
-    ) -> float:
-        """That of always answering the mean of training data, where numbers are learned."""
-        errors = (_numbers(validation) - _numbers(train).mean()) / self._scale[1]
-        return float(np.mean(np.square(errors)))
-
     def with_pooling(self, pooling: Pooling | None) -> "Classification":
         return dataclasses.replace(self, pooling=self.pooling or pooling or "bert")
 
@@ -141,15 +132,30 @@ class Classification:
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         """Labels that nobody meant raise."""
         fields, name = self.fields, str(self.fields.label)
-        if fields.target == "number" or fields.as_written:
+        if fields.target == "number":
+            written = next((e.written for e in examples if e.written and "," in e.written[0]), ())
+            return [f"{name} has decimal commas: {x} is read so" for x in written]
+        if fields.as_written:
             return []
         checks.check_missing(examples, name)
+        said = checks.check_names(examples, name, fields.names)
         if fields.target == "class":
-            return checks.check_single(examples, name)
-        return checks.check_several(examples, name, fields.separator, fields.names)
+            return said + checks.check_single(examples, name)
+        return said + checks.check_several(examples, name, fields.separator, fields.names)
 
-    def settled(self, examples: Sequence[TextExample]) -> "Classification":
-        return self
+    def settled(
+        self, examples: Sequence[TextExample], before: Task | None = None
+    ) -> "Classification":
+        """With the mean and the deviation of numbers in training data, unless they are given.
+
+        Runs of before had none, and learn numbers as they are.
+        """
+        if self.fields.target != "number" or self.scale is not None:
+            return self
+        if isinstance(before, Classification):
+            return dataclasses.replace(self, scale=before.scale)
+        numbers = _numbers(examples)
+        return dataclasses.replace(self, scale=(numbers.mean().item(), numbers.std().item() or 1.0))
 
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         """The classes or labels; none for numbers."""
@@ -189,7 +195,7 @@ class Classification:
 
     def _thresholds(self, labels: Labels) -> Float[np.ndarray, "labels"]:
         """The threshold of each label: 0.5 before they are chosen."""
-        given = () if self.thresholds == ("chosen",) else self.thresholds
+        given = () if self.chooses_thresholds else self.thresholds
         return _by_label(given, labels, 0.5, "task.thresholds")
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
@@ -235,6 +241,19 @@ class Classification:
             return metrics.multilabel(gold, outputs["probabilities"], threshold=thresholds)
         return metrics.classification(gold, outputs["probabilities"], labels)
 
+    def reference(
+        self, train: Sequence[TextExample], validation: Sequence[TextExample]
+    ) -> Reference:
+        """The entropy of classes; of numbers, the loss of always answering their mean."""
+        match self.fields.target:
+            case "class":
+                return class_entropy(self.classes(validation), len(validation))
+            case "labels":  # of as many labels as texts there would be one, but of another loss
+                return Reference()
+        deviation = self._scale[1]
+        errors = (_numbers(validation) - _numbers(train).mean()) / deviation
+        return Reference({"always the mean": float(np.mean(np.square(errors)))}, deviation)
+
     def baselines(
         self, train: Sequence[TextExample], validation: Sequence[TextExample], labels: Labels
     ) -> Baselines:
@@ -270,16 +289,19 @@ class Classification:
     def predictions(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs
     ) -> list[Prediction]:
-        """Only for classes."""
-        if self.fields.target != "class":
-            return []
-        return report.classified(
-            [example.content for example in examples],
+        """By their own loss; several labels are right together, and a number where it is met."""
+        texts, origins = [e.content for e in examples], [e.origin for e in examples]
+        if self.fields.target == "number":
+            own = _numbers(examples)
+            return report.regressed(texts, own, self._values(outputs), self._scale[1], origins)
+        gold, probabilities = (
             np.asarray(data.label_array(examples, labels)),
             outputs["probabilities"],
-            labels,
-            [example.origin for example in examples],
         )
+        if self.fields.target == "labels":
+            thresholds = self._thresholds(labels)
+            return report.labelled(texts, gold, probabilities, thresholds, labels, origins)
+        return report.classified(texts, gold, probabilities, labels, origins)
 
     def plots(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs, folder: Path
@@ -326,6 +348,14 @@ class Classification:
             return {"labels": chosen, "probabilities": probabilities}
         best = max(probabilities, key=probabilities.__getitem__)
         return {"label": best, "probability": probabilities[best], "probabilities": probabilities}
+
+    @property
+    def chooses_thresholds(self) -> bool:
+        return self.thresholds == ("chosen",)
+
+    def with_thresholds(self, chosen: Mapping[str, float]) -> "Classification":
+        pairs = tuple(f"{label}={value!r}" for label, value in chosen.items())
+        return dataclasses.replace(self, thresholds=pairs)
 
     def chosen_thresholds(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs

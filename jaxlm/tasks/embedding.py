@@ -25,7 +25,8 @@ from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import POOLS, EmbeddingHead, Pooling, WithHead
 from jaxlm.objectives import contrastive, supervised
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, rows_of_tokens, shape
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 Embed = Callable[[Sequence[str]], Float32[np.ndarray, "texts embed"]]
@@ -43,9 +44,10 @@ class Embedding:
     not train."""
     temperature: float = 0.05
     """What cosines are divided by before the softmax."""
-    pooling: Literal["cls", "mean", "max"] | None = None
-    """One vector of a row's hidden states: the first, their mean, or their maximum; None: as a
-    sentence encoder's folder says, else mean."""
+    pooling: Literal["cls", "last", "mean", "max"] | None = None
+    """One vector of a row's hidden states: the first, the last, their mean, or their maximum; None:
+    as a sentence encoder's folder says, else mean, or last of a model in which no position sees a
+    later one."""
 
     def __post_init__(self) -> None:
         fields = self.fields
@@ -99,7 +101,7 @@ class Embedding:
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         return []
 
-    def settled(self, examples: Sequence[TextExample]) -> "Embedding":
+    def settled(self, examples: Sequence[TextExample], before: Task | None = None) -> "Embedding":
         return self
 
     def labels(self, examples: Sequence[TextExample]) -> Labels:
@@ -162,6 +164,11 @@ class Embedding:
         numbers = {pair: number for number, pair in enumerate(rows)}
         wanted = np.array([numbers[example.pair] for example in examples], np.int32)
         return retrieval.retrieval(first, second[list(rows.values())], wanted)
+
+    def reference(
+        self, train: Sequence[TextExample], validation: Sequence[TextExample]
+    ) -> Reference:
+        return Reference()
 
     def baselines(
         self, train: Sequence[TextExample], validation: Sequence[TextExample], labels: Labels

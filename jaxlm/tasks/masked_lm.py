@@ -1,6 +1,6 @@
 """Masked language modelling: what is hidden, what fills it in, and how it is used afterwards."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,12 +9,15 @@ import numpy as np
 from jaxtyping import Integer
 from tokenizers import Tokenizer
 
+from jaxlm.data.prepared import PreparedInfo
 from jaxlm.decode.fill_mask import MASK, FillMask
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
+from jaxlm.tasks.task import Given
 from jaxlm.typing import Apply, Loss, Variables
 
 _LONG_WORD, _MOST_IN_LONG_WORDS = 16, 0.05  # tokens; share of all
@@ -59,13 +62,15 @@ class MaskedLm:
 
     def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
         """Where whole words are hidden: words that are lines, of text without spaces."""
+        if self.masking.unit != "word" or vocabulary.word_starts is None:
+            return ""
         ordinary = np.asarray(vocabulary.is_ordinary)[tokens]
         begins = np.asarray(vocabulary.word_starts)[tokens] | ~ordinary
         begins[:, 0] = True
         words = np.cumsum(begins) - 1
         sizes = np.bincount(words, ordinary.ravel())
         share = sizes[sizes > _LONG_WORD].sum() / max(ordinary.sum(), 1)
-        if self.masking.unit != "word" or share <= _MOST_IN_LONG_WORDS:
+        if share <= _MOST_IN_LONG_WORDS:
             return ""
         return (
             f"{share:.0%} of the tokens are in words of more than {_LONG_WORD} tokens, as in text "
@@ -74,7 +79,16 @@ class MaskedLm:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder with the head of its architecture."""
+        if config.is_causal:
+            raise InputError(
+                f"task=MaskedLm fills in blanks from both sides, and {type(config).__name__} reads "
+                "one way: use task=CausalLm"
+            )
         return WithLmHead(config.make(), config.make_lm_head())
+
+    def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
+        """None: what is not hidden counts nothing."""
+        return {}
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
         """The cross-entropy of what is hidden."""
@@ -84,18 +98,19 @@ class MaskedLm:
 
     def answers(
         self,
-        apply: Apply,
+        config: ModelConfig,
         variables: Variables,
         tokenizer: Tokenizer,
-        texts: Mapping[str, str],
+        texts: Sequence[Given],
         *,
-        max_length: int,
         top_k: int,
+        generate: GenerateConfig,
     ) -> Iterator[dict[str, Any]]:
         """For each text the likeliest fillings of each blank, best first, or what is wrong."""
-        fill = FillMask(apply, variables, tokenizer, max_length)
-        blanks = fill((text for text in texts.values() if MASK in text), top_k=top_k)
-        for origin, text in texts.items():
+        apply = self.make_model(config).apply
+        fill = FillMask(apply, variables, tokenizer, config.max_length or 512)
+        blanks = fill((text for *_, text in texts if MASK in text), top_k=top_k)
+        for _, origin, text in texts:
             if MASK in text:
                 yield {
                     "text": text,

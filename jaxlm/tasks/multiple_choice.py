@@ -21,7 +21,16 @@ from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import (
+    AbstractBatch,
+    Labels,
+    Outputs,
+    Task,
+    class_entropy,
+    rows_of_tokens,
+    shape,
+)
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 
@@ -35,7 +44,8 @@ class MultipleChoice:
     """Probability that is spread over all choices in training."""
     pooling: Pooling | None = None
     """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
-    their mean, or their maximum; None: as a sentence encoder's folder says, else bert."""
+    the last, their mean, or their maximum; None: as a sentence encoder's folder says, else bert, or
+    last of a model in which no position sees a later one."""
 
     def __post_init__(self) -> None:
         if self.fields.label is None:
@@ -75,7 +85,7 @@ class MultipleChoice:
     def check(self, examples: Sequence[Choice]) -> list[str]:
         return []
 
-    def settled(self, examples: Sequence[Choice]) -> "MultipleChoice":
+    def settled(self, examples: Sequence[Choice], before: Task | None = None) -> "MultipleChoice":
         return self
 
     def labels(self, examples: Sequence[Choice]) -> Labels:
@@ -120,6 +130,9 @@ class MultipleChoice:
         """How often the right one is chosen."""
         gold = np.array([example.label for example in examples], np.int32)
         return metrics.choice(gold, outputs["logits"])
+
+    def reference(self, train: Sequence[Choice], validation: Sequence[Choice]) -> Reference:
+        return class_entropy(self.classes(validation), len(validation))
 
     def baselines(
         self, train: Sequence[Choice], validation: Sequence[Choice], labels: Labels

@@ -1,6 +1,7 @@
 """Extractive question answering: the answer is a span of a context, or is not in it."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.models.heads import Pooling, TokenHead
 from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, rows_of_tokens, shape
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 
@@ -82,9 +84,15 @@ class QuestionAnswering:
         return data.read(records, fields)
 
     def check(self, examples: Sequence[Question]) -> list[str]:
-        return []
+        """A line on starts that count something else than characters."""
+        units = Counter(example.unit for example in examples if example.unit)
+        return [
+            f"starts of {n:,} answers count {unit}, and are read so" for unit, n in units.items()
+        ]
 
-    def settled(self, examples: Sequence[Question]) -> "QuestionAnswering":
+    def settled(
+        self, examples: Sequence[Question], before: Task | None = None
+    ) -> "QuestionAnswering":
         return self
 
     def labels(self, examples: Sequence[Question]) -> Labels:
@@ -145,6 +153,9 @@ class QuestionAnswering:
             return metrics.squad(texts, references)
         nulls = {str(i): reading.null_score for i, reading in enumerate(readings)}
         return metrics.squad(texts, references, nulls, threshold=self.null_threshold)
+
+    def reference(self, train: Sequence[Question], validation: Sequence[Question]) -> Reference:
+        return Reference()
 
     def baselines(
         self, train: Sequence[Question], validation: Sequence[Question], labels: Labels

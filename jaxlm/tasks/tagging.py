@@ -26,7 +26,16 @@ from jaxlm.evaluate.tagging import OUTSIDE, find_mentions, read_entities
 from jaxlm.models.heads import Pooling, TokenHead
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, rows_of_tokens, shape
+from jaxlm.tasks.task import (
+    AbstractBatch,
+    Labels,
+    Outputs,
+    Task,
+    class_entropy,
+    rows_of_tokens,
+    shape,
+)
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
 
@@ -74,15 +83,22 @@ class Tagging:
         tags = self.fields.tags if labelled else None
         return data.read(records, replace(self.fields, tags=tags), self.split or "punctuation")
 
-    def settled(self, examples: Sequence[Sentence]) -> "Tagging":
+    def settled(self, examples: Sequence[Sentence], before: Task | None = None) -> "Tagging":
         """Texts will be split as the training data are."""
         return replace(self, split=self.split or find_split(one.words for one in examples))
 
     def check(self, examples: Sequence[Sentence]) -> list[str]:
-        """Tags that are words for a missing value raise."""
+        """Tags that are words for a missing value raise; lines on spans of characters."""
         if not self.fields.as_written:
             checks.check_missing(examples, str(self.fields.tags))
-        return []
+        cut = [example.origin for example in examples if example.is_cut]
+        said = [f"spans count {examples[0].unit}, and are read so"] if examples[0].unit else []
+        said += checks.check_names(examples, str(self.fields.tags), self.fields.names)
+        return said + [
+            f"in {len(cut):,} of {len(examples):,} texts, first at {one}, a span begins or ends "
+            "inside of a word, which is cut there: correct it, if it is not meant"
+            for one in cut[:1]
+        ]
 
     def labels(self, examples: Sequence[Sentence]) -> Labels:
         names = data.label_names(examples)
@@ -151,6 +167,9 @@ class Tagging:
             return accuracy
         found = [[tag or OUTSIDE for tag in tags] for tags in predicted]
         return metrics.entities(gold, found) | accuracy
+
+    def reference(self, train: Sequence[Sentence], validation: Sequence[Sentence]) -> Reference:
+        return class_entropy(self.classes(validation), len(validation))
 
     def baselines(
         self, train: Sequence[Sentence], validation: Sequence[Sentence], labels: Labels

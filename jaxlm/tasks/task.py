@@ -1,8 +1,10 @@
 """What a task is to the one driver: of pretraining, on rows of tokens, or of labelled examples."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -14,12 +16,15 @@ from tokenizers import Tokenizer
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
+from jaxlm.data.prepared import PreparedInfo
+from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import Pooling
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.supervised import Predict
+from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss, Variables
 
 # Of all rows of a data set, in its order: arrays, or lists of them where lengths differ. A row is
@@ -27,6 +32,16 @@ from jaxlm.typing import Apply, Loss, Variables
 Outputs = Mapping[str, Any]
 Labels = tuple[str, ...]
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
+
+
+class Given(NamedTuple):
+    """A text that a pretrained model is asked about."""
+
+    number: int
+    """Among all texts, from 0."""
+    origin: str
+    """Where it is from, as messages name it."""
+    text: str
 
 
 @runtime_checkable
@@ -60,7 +75,14 @@ class PretrainTask(Protocol):
         ...
 
     def make_model(self, config: ModelConfig) -> nn.Module:
-        """The encoder and its head, as parameters ``encoder`` and ``head``."""
+        """The encoder and its head, as parameters ``encoder`` and ``head``.
+
+        Raises where the architecture sees what is to be predicted, or does not see enough.
+        """
+        ...
+
+    def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
+        """What the mean loss on a split says of the text that it was made of; may be empty."""
         ...
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
@@ -69,22 +91,34 @@ class PretrainTask(Protocol):
 
     def answers(
         self,
-        apply: Apply,
+        config: ModelConfig,
         variables: Variables,
         tokenizer: Tokenizer,
-        texts: Mapping[str, str],
+        texts: Sequence[Given],
         *,
-        max_length: int,
         top_k: int,
+        generate: GenerateConfig,
     ) -> Iterator[dict[str, Any]]:
-        """What the pretrained model says of each of ``texts``, keyed by where they are from.
+        """What the pretrained model says of each of ``texts``.
 
-        That is only an ``error`` for one of which it can say nothing.
+        That is only an ``error`` for one of which it can say nothing. ``top_k`` is for tasks that
+        name candidates, ``generate`` for those that write.
         """
         ...
 
     def lines(self, answer: dict[str, Any]) -> Iterator[str]:
         """An answer as a person reads it."""
+        ...
+
+
+@runtime_checkable
+class Generative(Protocol):
+    """What a task has as well whose models write."""
+
+    def make_generate(
+        self, config: ModelConfig, variables: Variables, tokenizer: Tokenizer
+    ) -> Generate:
+        """What continues texts."""
         ...
 
 
@@ -134,8 +168,12 @@ class Task(Protocol):
         """Raise where all training examples together show a mistake; lines on what is odd."""
         ...
 
-    def settled(self, examples: Sequence[Any]) -> "Task":
-        """The task with what it left to the training examples, as the run folder keeps it."""
+    def settled(self, examples: Sequence[Any], before: "Task | None" = None) -> "Task":
+        """The task with what it left to the training examples, as the run folder keeps it.
+
+        ``before`` is the task of a run that is there already: its head was trained to what that
+        settled.
+        """
         ...
 
     def labels(self, examples: Sequence[Any]) -> Labels:
@@ -176,6 +214,10 @@ class Task(Protocol):
         """The task's metrics over a whole data set."""
         ...
 
+    def reference(self, train: Sequence[Any], validation: Sequence[Any]) -> Reference:
+        """What the validation loss is compared with."""
+        ...
+
     def baselines(
         self, train: Sequence[Any], validation: Sequence[Any], labels: Labels
     ) -> Baselines:
@@ -199,6 +241,34 @@ class Task(Protocol):
     ) -> list[dict[str, Any]]:
         """What a user is told about each example, in JSON."""
         ...
+
+
+@runtime_checkable
+class Thresholded(Protocol):
+    """What a task has as well whose answers depend on thresholds, one for each label."""
+
+    @property
+    def chooses_thresholds(self) -> bool:
+        """Whether they are left to the validation data."""
+        ...
+
+    def chosen_thresholds(
+        self, examples: Sequence[Any], labels: Labels, outputs: Outputs
+    ) -> dict[str, float]:
+        """The best on these examples, by label."""
+        ...
+
+    def with_thresholds(self, chosen: Mapping[str, float]) -> "Task":
+        """The task with these."""
+        ...
+
+
+def class_entropy(classes: Sequence[str], num_examples: int) -> Reference:
+    """The least loss of always answering the same, where every example has one class."""
+    if len(classes) != num_examples:
+        return Reference()
+    shares = [count / num_examples for count in Counter(classes).values()]
+    return Reference({"class entropy": -sum(share * math.log(share) for share in shares)})
 
 
 def shape(dtype: Any, *sizes: int) -> jax.ShapeDtypeStruct:

@@ -1,13 +1,11 @@
 """What pretraining has to know of a tokenizer."""
 
-from dataclasses import asdict
-
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.data import tokenizers
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.data.word_starts import word_starts
 from jaxlm.objectives.masking import Vocabulary
 
@@ -16,11 +14,13 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """The ids of a tokenizer by their use: which may be hidden, which begin words."""
     special = SpecialTokens.of(tokenizer)
     is_ordinary = np.ones(tokenizers.vocab_size(tokenizer), bool)
-    is_ordinary[list(asdict(special).values())] = False
+    is_ordinary[list(special.ids)] = False
+    starts = word_starts(tokenizer)
     return Vocabulary(
         mask_id=special.mask,
         start_id=special.cls,
+        end_id=special.sep,
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
-        word_starts=jnp.asarray(word_starts(tokenizer)),
+        word_starts=None if starts is None else jnp.asarray(starts),
     )

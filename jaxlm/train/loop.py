@@ -201,6 +201,7 @@ def fit(
                 f"stopped at step {step}: {monitor.name} was no better in "
                 f"{since_best} evaluations; the best checkpoint is kept"
             )
+            view.finish(step, "stopped early")
         else:
             evaluate_and_save()
             raise_if_untrained()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,24 @@ from jaxlm.train.metrics import read_jsonl
 TRAIN, VALIDATION, REFERENCE = "#2b6cb0", "#dd6b20", "#4a5568"
 
 
-def plot_loss(
-    metrics_jsonl: Path,
-    out_png: Path,
-    reference: Mapping[str, float] | None = None,
-    *,
-    deviation: float | None = None,
-) -> None:
+@dataclass(frozen=True)
+class Reference:
+    """What losses are compared with."""
+
+    losses: Mapping[str, float] = field(default_factory=dict)
+    """Of what needs no learning, such as ``{"unigram entropy": 6.1}``: dashed lines."""
+    deviation: float | None = None
+    """Losses are squared errors of numbers divided by it: their roots are drawn, in the unit of the
+    numbers. None: losses are in nats."""
+
+
+def plot_loss(metrics_jsonl: Path, out_png: Path, reference: Reference) -> None:
     """Draw training and validation loss over steps and tokens; the picture is replaced at once.
 
     Args:
         metrics_jsonl: lines with ``step`` and any of ``train/loss``, ``eval/loss``, ``tokens``.
-        reference: losses drawn as dashed lines, such as ``{"unigram entropy": 6.1}``.
-        deviation: losses are squared errors of numbers divided by it: their roots are drawn, in
-            the unit of the numbers. None: losses are in nats.
     """
-    records = read_jsonl(metrics_jsonl)
+    records, deviation = read_jsonl(metrics_jsonl), reference.deviation
     # A figure of its own, not pyplot's: no global state, no window, whatever the caller plots.
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -52,7 +55,7 @@ def plot_loss(
             linewidth=1.2,
             label=f"validation, {form.format(shown(eval_losses)[-1])} at the end",
         )
-    for name, loss in (reference or {}).items():
+    for name, loss in reference.losses.items():
         axes.axhline(shown(loss), color=REFERENCE, linestyle="--", linewidth=1)
         axes.annotate(
             f"{name} {form.format(shown(loss))}",

@@ -70,18 +70,19 @@ class Progress:
         ]
         plain = " · ".join(part for part in self._parts if part)
         if self._in_notebook:
-            done = round(20 * fraction)
-            self._bar = f"{'━' * done}{'┄' * (20 - done)} {plain}"
-            self._display("bar", {"text/plain": self._bar})
+            self._show_bar(plain)
         elif not self._console.is_terminal:
             self._line(plain)
 
-    def finish(self, step: int) -> None:
-        """The run has all its steps: the bar, which updates in steps of its own, is full."""
+    def finish(self, step: int, how: str = "finished") -> None:
+        """The run is at its end: the bar, which updates in steps of its own, is full."""
         if self._parts:
             total = "" if self._total_steps is None else f"/{self._total_steps:,}"
+            share = "100%" if how == "finished" else self._parts[1]
             self._fraction = 1.0
-            self._parts = [f"step {step:,}{total}", "100%", *self._parts[2:-1], "finished"]
+            self._parts = [f"step {step:,}{total}", share, *self._parts[2:-1], how]
+            if self._in_notebook:
+                self._show_bar(" · ".join(self._parts))
 
     def print(self, text: str) -> None:
         """A line above the bar."""
@@ -114,6 +115,11 @@ class Progress:
             if self._in_notebook:
                 self._display("bar", {"text/plain": self._bar})
         self._line(f"{doing}: {time.perf_counter() - began:.1f} s", style="dim")
+
+    def _show_bar(self, plain: str) -> None:
+        done = round(20 * self._fraction)
+        self._bar = f"{'━' * done}{'┄' * (20 - done)} {plain}"
+        self._display("bar", {"text/plain": self._bar})
 
     def _display(self, name: str, content: dict[str, str]) -> None:
         # A notebook has it; nothing else needs it.

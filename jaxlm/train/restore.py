@@ -281,6 +281,14 @@ def amend(step: StoragePath, cursor: Cursor, metrics: Mapping[str, float]) -> No
     write_whole(step / "meta" / "metadata", json.dumps(seal(meta)))
 
 
+def measured(directory: StoragePath, step: int) -> dict[str, float]:
+    """The metrics that a checkpoint was saved with; none where they cannot be read."""
+    try:
+        return _read_meta(directory / str(step))["metrics"]
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
 def read_ranks(
     directory: StoragePath, monitor: Monitor, report: Report | None = None
 ) -> dict[int, Rank]:

@@ -60,7 +60,10 @@ def make_train_step(
             return loss(variables, batch, key, progress=progress, deterministic=False)
 
         def gradients(batch: Batch) -> tuple[tuple[Scalar, Sums], Params]:
-            return jax.value_and_grad(summed, has_aux=True)(state.trainable, batch)
+            totals, grads = jax.value_and_grad(summed, has_aux=True)(state.trainable, batch)
+            # Those of bfloat16 parameters, too, are added up in float32, wherever they are added.
+            wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            return totals, jax.tree.map(wide, grads)
 
         totals = _accumulate(gradients, batch, num_micro_batches)
         if axis_name is not None:

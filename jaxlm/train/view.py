@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxlm.errors import InputError
 from jaxlm.sums import Sums, add_all
 from jaxlm.train.metrics import JsonlWriter, TensorBoardWriter, Throughput, Writer
-from jaxlm.train.plots import plot_loss
+from jaxlm.train.plots import Reference, plot_loss
 from jaxlm.train.progress import Progress
 
 METRICS, PLOT, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
@@ -21,8 +21,7 @@ class View:
         directory: of the run; None on all processes but one: nothing is written.
         step, tokens_seen: where the run stands; what was recorded of later steps is dropped.
         log_every: steps that are added up for a line of metrics.
-        reference: losses to draw as dashed lines.
-        deviation: of numbers, whose squared errors the losses are; None: they are in nats.
+        reference: what the plot compares the losses with.
     """
 
     def __init__(
@@ -34,8 +33,7 @@ class View:
         step: int,
         tokens_seen: float,
         log_every: int,
-        reference: Mapping[str, float],
-        deviation: float | None = None,
+        reference: Reference,
         more_writers: tuple[Writer, ...] = (),
     ):
         self._directory = directory
@@ -43,7 +41,6 @@ class View:
         self._throughput = throughput
         self._log_every = log_every
         self._reference = reference
-        self._deviation = deviation
         self._writers: list[Writer] = list(more_writers)
         if directory is not None:
             with self._disk_faults():
@@ -95,17 +92,12 @@ class View:
         self._progress.print(f"step {step:,}: validation {shown}")
         if self._directory is not None:
             with self._throughput.paused(), self._disk_faults():
-                plot_loss(
-                    self._directory / METRICS,
-                    self._directory / PLOT,
-                    self._reference,
-                    deviation=self._deviation,
-                )
+                plot_loss(self._directory / METRICS, self._directory / PLOT, self._reference)
                 self._progress.picture(self._directory / PLOT)
 
-    def finish(self, step: int) -> None:
-        """The run has all its steps."""
-        self._progress.finish(step)
+    def finish(self, step: int, how: str = "finished") -> None:
+        """The run is at its end."""
+        self._progress.finish(step, how)
 
     def print(self, text: str) -> None:
         """A line above the bar."""

@@ -3,11 +3,12 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from jaxlm.data import fidelity, tokenizers
+from jaxlm.data import fidelity
 from jaxlm.data.fidelity import Letters, Tally
 from jaxlm.data.prepare import PrepareConfig, prepare
 from jaxlm.data.shards import prepare_shard
 from jaxlm.data.sources import TextFiles
+from jaxlm.data.tokenizer_training import bert_normalizer
 from jaxlm.data.tokenizers import TokenizerConfig
 
 HINDI = ["यह हिन्दी में लिखा हुआ एक वाक्य है", "न्यू यॉर्क के लोग"] * 3
@@ -68,10 +69,10 @@ def test_long_words_are_unknown_as_a_whole():
 
 def test_a_capital_letter_is_no_changed_one():
     characters = {"A": 5, "b": 3, "É": 1, "é": 2, "한": 1, ".": 9, "中": 1}
-    letters = Letters.of(tokenizers.bert_normalizer(), characters)
+    letters = Letters.of(bert_normalizer(), characters)
     assert (letters.total, letters.changed) == (13, 4)
     assert letters.examples["é"] == "e"
-    assert Letters.of(tokenizers.bert_normalizer(marks=True), characters).changed == 0
+    assert Letters.of(bert_normalizer(marks=True), characters).changed == 0
     assert Letters.of(None, characters).changed == 0
 
 

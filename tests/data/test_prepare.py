@@ -109,7 +109,7 @@ def test_tensorflow_stays_out(prepared):
     assert "tensorflow" not in sys.modules
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram", "characters"])
 def test_preparing_twice_gives_the_same_bytes(config, tmp_path, kind):
     tokenizer = TokenizerConfig(kind=kind, vocab_size=300)
     config = dataclasses.replace(config, tokenizer=tokenizer)
@@ -141,10 +141,12 @@ def test_shards_merge_into_the_same_bytes_whatever_their_number(whole, tmp_path,
 
 def test_shards_without_documents_and_copies_change_nothing(prepared, tmp_path):
     tokenizer = TokenizerConfig(path=prepared.directory)
-    text = "a b\n\nc d\na b\ne f\nc d\na b\n"
+    text = "a b\n\nc é\na b\n中 f\nc é\na b\n"
     config = make(tmp_path, text, tokenizer=tokenizer, validation_fraction=0.5)
     info = prepare(config, tmp_path / "whole" / "words")
     assert (sum(info.documents.values()), info.duplicates) == (3, 3)
+    assert info.unknown_share == pytest.approx(1 / 12)  # each document has two special tokens
+    assert info.changed_share == pytest.approx(1 / 6)  # é
     for i in range(8):
         prepare_shard(config, tmp_path / "words", f"{i}/8")
     shards = (tmp_path / "words.shards").iterdir()

@@ -8,12 +8,13 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlm.data import tokenizers
-from jaxlm.data.tokenizers import SPECIALS, SpecialTokens
+from jaxlm.data.special_tokens import SPECIALS, SpecialTokens
 from jaxlm.data.word_starts import word_starts
 from jaxlm.errors import InputError
 
-SIZES = {"wordpiece": 200, "bpe": 400, "unigram": 100}
+SIZES = {"wordpiece": 200, "bpe": 400, "unigram": 100, "characters": 32}
 KINDS = list(SIZES)
+SUBWORDS = KINDS[:3]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_size_specials_and_framing(trained, kind):
     assert tokenizer.decode(ids).strip() == "12 abc"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SUBWORDS)
 def test_mask_replaces_a_word_with_its_space(trained, kind):
     tokenizer = trained[kind]
     whole = tokenizer.encode("12 13 14").ids
@@ -62,7 +63,7 @@ def test_a_piece_inside_a_word_is_not_special(trained, kind):
     assert special == set(range(5))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SUBWORDS)
 def test_word_starts(trained, kind):
     tokenizer = trained[kind]
     starts = word_starts(tokenizer)
@@ -74,7 +75,7 @@ def test_word_starts(trained, kind):
     assert starts[ids[0]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SUBWORDS)
 @pytest.mark.parametrize(
     "script", ["中文没有空格，一行很长。", "日本語のテキスト", "ภาษาไทยเป็นภาษา"]
 )
@@ -91,11 +92,22 @@ def test_without_spaces_no_line_is_a_word(kind, script):
     assert word_starts(latin)[ids].sum() == 2
 
 
-def test_word_starts_of_an_unknown_kind():
+def test_word_starts_that_tokens_do_not_tell(trained):
     tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(InputError, match="unknown for a WordLevel tokenizer"):
-        word_starts(tokenizer)
+    assert word_starts(tokenizer) is None
+    assert word_starts(trained["characters"]) is None
+
+
+def test_every_character_is_a_token():
+    text = "To be,\n\n or  not é😀\r\n"
+    tokenizer = tokenizers.train("characters", [text], 100)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    assert encoding.tokens == list(text)
+    assert tokenizer.decode(encoding.ids) == text
+    assert [text[i:j] for i, j in encoding.offsets] == list(text)
+    assert tokenizer.encode("to", add_special_tokens=False).tokens == ["t", "o"]
+    assert tokenizers.train("characters", [text], 100, alphabet=3).get_vocab_size() == 8
 
 
 @pytest.mark.parametrize(
@@ -160,7 +172,14 @@ def test_roberta_names():
     assert SpecialTokens.of(tokenizer) == SpecialTokens(cls=0, pad=1, sep=2, unk=3, mask=4)
 
 
-@pytest.mark.parametrize("lacking", SPECIALS)
+def test_gpt2_names():
+    vocab = {"a": 0, "<|endoftext|>": 1}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    assert SpecialTokens.of(tokenizer) == SpecialTokens(cls=1, pad=1, sep=1, unk=None, mask=None)
+    assert SpecialTokens.of(tokenizer).ids == (1,)
+
+
+@pytest.mark.parametrize("lacking", ["[CLS]", "[SEP]"])
 def test_a_missing_special_token_is_named(lacking):
     vocab = {name: i for i, name in enumerate(SPECIALS) if name != lacking}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))

@@ -1,5 +1,6 @@
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from rounding import BLOCK, DTYPES, tolerance
 from tiny_models import BERT
 
 from jaxlm import tree
@@ -26,6 +28,7 @@ CONFIG = replace(
     unroll=1,
 )
 MODEL = CONFIG.make()
+LOW = replace(CONFIG, dtype="bfloat16").make()
 
 
 def shapes_of(module, *args):
@@ -42,32 +45,40 @@ VARIABLES = random_like(shapes_of(MODEL, jnp.asarray(TOKENS)))
 COUNTED = np.arange(10)[None].repeat(2, 0)
 
 
-@jax.jit
-def hidden_and_gradient(tokens, positions, segment_ids, mask, weights):
+@partial(jax.jit, static_argnames="model")
+def hidden_and_gradient(model, tokens, positions, segment_ids, mask, weights):
     """Hidden states, and the gradient of a sum over the positions with weight."""
 
     def total(variables):
-        hidden = MODEL.apply(
+        hidden = model.apply(
             variables, tokens, positions=positions, segment_ids=segment_ids, mask=mask
-        )
+        ).astype(jnp.float32)
         return jnp.sum(jnp.sin(3 * hidden) * weights[..., None]), hidden
 
     gradients, hidden = jax.grad(total, has_aux=True)(VARIABLES)
     return hidden, gradients["params"]
 
 
-def run(tokens, *, positions=COUNTED, segment_ids=0 * COUNTED, lengths=(10, 10), weights=None):
+def run(
+    tokens,
+    *,
+    model=MODEL,
+    positions=COUNTED,
+    segment_ids=0 * COUNTED,
+    lengths=(10, 10),
+    weights=None,
+):
     """Always all arguments, so that there is one compilation."""
     mask = np.arange(10)[None] < np.array(lengths)[:, None]
     weights = np.float32(mask if weights is None else weights)
     arguments = (tokens, positions, segment_ids, mask[:, None, None], weights)
-    return jax.tree.map(np.asarray, hidden_and_gradient(*map(jnp.asarray, arguments)))
+    return jax.tree.map(np.asarray, hidden_and_gradient(model, *map(jnp.asarray, arguments)))
 
 
-@jax.jit
-def run_plainly(tokens):
+@partial(jax.jit, static_argnames="model")
+def run_plainly(tokens, model=MODEL):
     """No argument but the tokens."""
-    return MODEL.apply(VARIABLES, tokens)
+    return model.apply(VARIABLES, tokens).astype(jnp.float32)
 
 
 def difference(a, b):
@@ -170,32 +181,45 @@ def test_no_argument_means_no_restriction():
     assert difference(run(TOKENS)[0], run_plainly(TOKENS)) < 1e-6
 
 
-def test_padding_changes_nothing():
+def share(a, b):
+    """The largest difference, over the largest number of the array that it is in."""
+    a, b = jax.tree.leaves(a), jax.tree.leaves(b)
+    pairs = zip(a, b, strict=True)
+    return max(difference(x, y) / max(1, float(np.abs(y).max())) for x, y in pairs)
+
+
+MODELS = pytest.mark.parametrize("model", [MODEL, LOW], ids=DTYPES)
+LIMITS = {MODEL: tolerance("float32", depth=2 * BLOCK), LOW: tolerance("bfloat16", depth=2 * BLOCK)}
+
+
+@MODELS
+def test_padding_changes_nothing(model):
     lengths = np.array([10, 6])
     real = np.less(COUNTED, lengths[:, None])
-    hidden, gradient = run(TOKENS, lengths=lengths)
+    hidden, gradient = run(TOKENS, lengths=lengths, model=model)
 
     noise = np.where(real, TOKENS, 39)  # other tokens behind the end
-    other, other_gradient = run(noise, lengths=lengths)
+    other, other_gradient = run(noise, lengths=lengths, model=model)
     assert difference(hidden[real], other[real]) == 0
     assert difference(gradient, other_gradient) == 0
 
     segments = np.where(real, 0, -1)  # the other way to say it
-    same, same_gradient = run(noise, segment_ids=segments, weights=real)
-    assert difference(hidden[real], same[real]) < 1e-6
-    assert difference(gradient, same_gradient) < 1e-5
-    assert difference(hidden[1, :6], run_plainly(TOKENS[:, :6])[1]) < 1e-5
+    same, same_gradient = run(noise, segment_ids=segments, weights=real, model=model)
+    assert share(hidden[real], same[real]) < LIMITS[model]
+    assert share(gradient, same_gradient) < LIMITS[model]
+    assert share(hidden[1, :6], run_plainly(TOKENS[:, :6], model)[1]) < LIMITS[model]
 
-    unmasked, _ = run(noise, weights=real)  # the control
-    assert difference(hidden[1, :6], unmasked[1, :6]) > 1e-2
+    _, unmasked = run(noise, weights=real, model=model)  # the control
+    assert share(unmasked, gradient) > 4 * LIMITS[model]
 
 
-def test_packed_documents_do_not_mix():
+@MODELS
+def test_packed_documents_do_not_mix(model):
     # Documents of different tokens: the gradient of one's hidden states never reaches the other's.
     tokens = np.array([[*range(20, 26), *range(30, 34)]] * 2)
     first = np.array([[1] * 6 + [0] * 4] * 2)
-    _, isolated = run(tokens, segment_ids=1 - first, weights=first)
-    _, mixed = run(tokens, weights=first)
+    _, isolated = run(tokens, segment_ids=1 - first, weights=first, model=model)
+    _, mixed = run(tokens, weights=first, model=model)
 
     def reached(gradient):
         table = gradient["token_embed"]["embedding"]
@@ -205,16 +229,19 @@ def test_packed_documents_do_not_mix():
     assert reached(mixed) == {*range(20, 26), *range(30, 34)}  # the control
 
 
-def test_packed_equals_unpacked():
+@MODELS
+def test_packed_equals_unpacked(model):
     starts = np.array([[*range(6), *range(4)]] * 2)
     segments = np.array([[0] * 6 + [1] * 4] * 2)
-    packed, gradient = run(TOKENS, positions=starts, segment_ids=segments)
-    first, first_gradient = run(TOKENS, lengths=(6, 6))
-    second, second_gradient = run(np.roll(TOKENS, 4, axis=1), lengths=(4, 4))
-    assert difference(packed, np.concatenate([first[:, :6], second[:, :4]], axis=1)) < 1e-5
-    assert difference(gradient, jax.tree.map(np.add, first_gradient, second_gradient)) < 1e-4
-    continued, _ = run(TOKENS, segment_ids=segments)  # the control: positions go on counting
-    assert difference(packed, continued) > 1e-2
+    packed, gradient = run(TOKENS, positions=starts, segment_ids=segments, model=model)
+    first, first_gradient = run(TOKENS, lengths=(6, 6), model=model)
+    second, second_gradient = run(np.roll(TOKENS, 4, axis=1), lengths=(4, 4), model=model)
+    apart = np.concatenate([first[:, :6], second[:, :4]], axis=1)
+    assert share(packed, apart) < LIMITS[model]
+    both = jax.tree.map(np.add, first_gradient, second_gradient)
+    assert share(gradient, both) < LIMITS[model]
+    _, continued = run(TOKENS, segment_ids=segments, model=model)
+    assert share(continued, gradient) > 4 * LIMITS[model]  # the control: positions go on counting
 
 
 def test_positions_count_from_zero_unless_told():

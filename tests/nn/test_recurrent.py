@@ -1,9 +1,12 @@
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from rounding import DTYPES, tolerance
 
 from jaxlm.nn.recurrent import BiLstm, Lstm, lstm
 
@@ -22,9 +25,9 @@ MODULE = BiLstm(STATE)
 VARIABLES = variables_of(MODULE)
 
 
-@jax.jit
-def run(x, segment_ids=None):
-    return MODULE.apply(VARIABLES, x, segment_ids)
+@partial(jax.jit, static_argnames="dtype")
+def run(x, segment_ids=None, dtype="float32"):
+    return BiLstm(STATE, jnp.dtype(dtype)).apply(VARIABLES, x, segment_ids).astype(jnp.float32)
 
 
 def sigmoid(x):
@@ -87,25 +90,28 @@ def test_the_gradient_is_that_of_the_plain_loop():
     assert all(np.abs(a - b).max() > 0.01 for a, b in zip(ours, other, strict=True))
 
 
-def test_padding_changes_nothing():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_changes_nothing(dtype):
     lengths = np.array([LENGTH, 3, 1])
     real = np.arange(LENGTH)[None] < lengths[:, None]
     noise = np.where(real[..., None], X, 9)
     segments = np.where(real, 0, -1)
-    hidden = run(noise, segments)
+    hidden, limit = run(noise, segments, dtype), tolerance(dtype, depth=LENGTH)
     for row, length in enumerate(lengths):
-        alone = run(X[row : row + 1, :length])
-        np.testing.assert_allclose(hidden[row, :length], alone[0], atol=1e-6)
+        alone = run(X[row : row + 1, :length], dtype=dtype)
+        np.testing.assert_allclose(hidden[row, :length], alone[0], rtol=0, atol=limit)
     # The control: told nothing of the end, the backward direction starts behind it.
-    assert np.abs(run(noise)[1, :3] - hidden[1, :3]).max() > 0.01
+    assert np.abs(run(noise, dtype=dtype)[1, :3] - hidden[1, :3]).max() > 4 * limit
 
 
-def test_packed_rows_do_not_mix():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_rows_do_not_mix(dtype):
     segments = np.array([[0, 0, 0, 0, 1, 1]] * BATCH)
-    packed = run(X, segments)
-    apart = np.concatenate([run(X[:, :4]), run(X[:, 4:])], axis=1)
-    np.testing.assert_allclose(packed, apart, atol=1e-6)
-    assert np.abs(run(X) - apart).max() > 0.01  # the control
+    packed, limit = run(X, segments, dtype), tolerance(dtype, depth=LENGTH)
+    apart = [run(x, dtype=dtype) for x in (X[:, :4], X[:, 4:])]
+    apart = np.concatenate(apart, axis=1)
+    np.testing.assert_allclose(packed, apart, rtol=0, atol=limit)
+    assert np.abs(run(X, dtype=dtype) - apart).max() > 4 * limit  # the control
 
 
 def test_both_directions_reach_every_position():

@@ -1,8 +1,11 @@
+from functools import cache
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import DTYPES, tolerance
 
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.feedforward import Mlp
@@ -25,22 +28,25 @@ WAYS = [
 class Block(nn.Module):
     """A residual Mlp, scaled by a "lora" variable where there is one."""
 
+    dtype: str = "float32"
+
     @nn.compact
     def __call__(self, x, shift, deterministic):
-        y = Mlp(5, name="mlp")(x)
+        y = Mlp(5, dtype=jnp.dtype(self.dtype), name="mlp")(x)
         y = Dropout(0.5)(y, deterministic=deterministic)
         if self.has_variable("lora", "scale"):
             y = y * self.get_variable("lora", "scale")
-        return x + y + shift
+        return x + y + shift.astype(x.dtype)
 
 
 class Stacked(nn.Module):
     unroll: int | None = None
     remat: str | None = None
+    dtype: str = "float32"
 
     @nn.compact
     def __call__(self, x, shift, deterministic=True):
-        block = Block(name="layers")
+        block, x = Block(self.dtype, name="layers"), x.astype(self.dtype)
         return apply_stack(
             block, NUM_LAYERS, x, shift, deterministic, unroll=self.unroll, remat=self.remat
         )
@@ -50,7 +56,7 @@ def make_params():
     shapes = jax.eval_shape(Stacked().init, jax.random.key(0), X, X)["params"]
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(1)
-    return structure.unflatten([jnp.float32(rng.normal(size=leaf.shape)) for leaf in leaves])
+    return structure.unflatten([jnp.float32(rng.normal(size=leaf.shape) / 2) for leaf in leaves])
 
 
 PARAMS = make_params()
@@ -61,7 +67,7 @@ def value_and_gradients(apply):
     """Of ``apply(params, x)``, in one compilation."""
 
     def total(params, x):
-        out = apply(params, x)
+        out = apply(params, x).astype(jnp.float32)
         return jnp.sum(jnp.sin(out)), out
 
     gradients, out = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(PARAMS, X)
@@ -73,12 +79,24 @@ def differences(a, b):
     return [float(np.abs(x - y).max()) for x, y in pairs]
 
 
-@pytest.fixture(scope="module")
-def by_hand():
+def shares(found, expected):
+    """Of the largest number of each array, the largest difference."""
+    sizes = [np.abs(leaf).max() for leaf in jax.tree.leaves(expected)]
+    return [x / size for x, size in zip(differences(found, expected), sizes, strict=True)]
+
+
+def limit_of(dtype):
+    # Five results a layer, and as many on the way back.
+    return tolerance(dtype, depth=10 * NUM_LAYERS)
+
+
+@cache
+def by_hand(dtype="float32"):
     def apply(params, x):
+        x = x.astype(dtype)
         for layer in range(NUM_LAYERS):
             one = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params["layers"])
-            x = Block().apply({"params": one}, x, SHIFT, True)
+            x = Block(dtype).apply({"params": one}, x, SHIFT, True)
         return x
 
     return value_and_gradients(apply)
@@ -89,18 +107,22 @@ def test_every_parameter_has_a_leading_layer_axis():
     assert PARAMS["layers"]["mlp"]["up"]["kernel"].shape == (NUM_LAYERS, 4, 5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_every_way_equals_a_loop_by_hand(way, by_hand):
-    found = value_and_gradients(lambda p, x: Stacked(**way).apply({"params": p}, x, SHIFT))
-    assert max(differences(found, by_hand)) < 1e-5
-    # The control: gradients that are 0.1 % off would be seen.
-    assert max(differences(jax.tree.map(lambda leaf: 1.001 * leaf, by_hand), by_hand)) > 1e-4
+def test_every_way_equals_a_loop_by_hand(way, dtype):
+    apply = Stacked(**way, dtype=dtype).apply
+    found = value_and_gradients(lambda p, x: apply({"params": p}, x, SHIFT))
+    assert max(shares(found, by_hand(dtype))) < limit_of(dtype)
 
 
-def test_the_order_of_layers_matters(by_hand):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_order_of_layers_matters(dtype):
+    # The control: layers in another order are seen.
     backwards = jax.tree.map(lambda leaf: leaf[::-1], PARAMS)
-    out = Stacked(unroll=1).apply({"params": backwards}, X, SHIFT)
-    assert float(np.abs(out - by_hand[0]).max()) > 1e-2
+    found = value_and_gradients(
+        lambda _, x: Stacked(unroll=1, dtype=dtype).apply({"params": backwards}, x, SHIFT)
+    )
+    assert shares(found, by_hand(dtype))[0] > 4 * limit_of(dtype)
 
 
 def test_dropout_is_the_same_every_way():

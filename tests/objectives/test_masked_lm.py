@@ -1,28 +1,33 @@
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rounding import BLOCK, DTYPES, tolerance
 from tiny_models import BERT
 
 from jaxlm.models.heads import MlmHead, WithLmHead
-from jaxlm.objectives.masked_lm import make_loss, positions_within, segment_ids
+from jaxlm.objectives.masked_lm import make_loss
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
 
-START, MASK, FIRST, SIZE, LENGTH = 1, 3, 4, 32, 12
+START, END, MASK, FIRST, SIZE, LENGTH = 1, 2, 3, 4, 32, 12
 VOCABULARY = Vocabulary(
     mask_id=MASK,
     start_id=START,
+    end_id=END,
     ordinary=jnp.arange(FIRST, SIZE),
     is_ordinary=jnp.arange(SIZE) >= FIRST,
     word_starts=jnp.arange(SIZE) >= 0,
 )
 MASKING = MaskingConfig(rate=0.4)
-MODEL = WithLmHead(
-    replace(BERT, vocab_size=SIZE, num_layers=1, mlp_dim=16, max_length=LENGTH).make(),
-    MlmHead(),
-)
+ENCODER = replace(BERT, vocab_size=SIZE, num_layers=1, mlp_dim=16, max_length=LENGTH)
+MODELS = {
+    dtype: WithLmHead(replace(ENCODER, dtype=dtype).make(), MlmHead(dtype=jnp.dtype(dtype)))
+    for dtype in DTYPES
+}
+MODEL = MODELS["float32"]
 
 
 def make_variables():
@@ -40,13 +45,6 @@ def make_batch(lengths=(12, 5, 1, 0)):
 
 
 VARIABLES, BATCH, KEY = make_variables(), make_batch(), jax.random.key(0)
-
-
-def test_segment_ids_by_hand():
-    tokens = jnp.asarray(np.array([[5, 6, 1, 7, 1, 0], [1, 5, 5, 1, 1, 9], [1, 5, 5, 5, 5, 5]]))
-    ids = segment_ids(tokens, jnp.asarray(np.array([5, 6, 0])), START)
-    assert ids.tolist() == [[0, 0, 1, 1, 2, -1], [1, 1, 1, 2, 3, 3], [-1] * 6]
-    assert positions_within(ids).tolist() == [[0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 0, 1], [*range(6)]]
 
 
 def fake_apply(told, logits_of):
@@ -127,7 +125,7 @@ def test_parts_of_a_batch_drop_differently():
     assert dropout_key(0) != dropout_key(4)
 
 
-def dense_loss(variables, batch, key):
+def dense_loss(model, variables, batch, key):
     """All logits, by the textbook; what is predicted is scattered into a table."""
     shown = corrupt(
         jax.random.split(key)[0],
@@ -141,40 +139,45 @@ def dense_loss(variables, batch, key):
     rows = jnp.arange(batch["tokens"].shape[0])[:, None]
     weights = jnp.zeros(batch["tokens"].shape).at[rows, shown.predicted].set(shown.weights)
     segments = jnp.where(jnp.arange(LENGTH)[None, :] < batch["lengths"][:, None], 0, -1)
-    logits = MODEL.apply(variables, shown.tokens, segment_ids=segments)
+    logits = model.apply(variables, shown.tokens, segment_ids=segments)
     labels = batch["tokens"][..., None]
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels, axis=-1)[..., 0]
     return (losses * weights).sum(), weights.sum()
 
 
-def both_losses(masking):
-    loss = make_loss(MODEL.apply, VOCABULARY, masking)
+def both_losses(masking, model=MODEL):
+    """Their largest difference, over the largest number of the array that it is in."""
+    loss = make_loss(model.apply, VOCABULARY, masking)
 
     def ours(variables):
         return loss(variables, BATCH, KEY, progress=jnp.zeros(()), deterministic=True)
 
     @jax.jit
     def both(variables):
-        dense = jax.value_and_grad(dense_loss, has_aux=True)(variables, BATCH, KEY)
+        dense = partial(dense_loss, model)
+        dense = jax.value_and_grad(dense, has_aux=True)(variables, BATCH, KEY)
         return jax.value_and_grad(ours, has_aux=True)(variables), dense
 
     ((total, sums), gradient), ((dense_total, dense_weight), dense_gradient) = both(VARIABLES)
     pairs = [(total, dense_total), (sums.weight, dense_weight)]
     pairs += zip(jax.tree.leaves(gradient), jax.tree.leaves(dense_gradient), strict=True)
     weight = float(dense_weight)
-    return max(float(np.abs(a - b).max()) / weight for a, b in pairs), gradient
+    differences = [(float(np.abs(a - b).max()), float(np.abs(b).max())) for a, b in pairs]
+    return max(x / max(weight, size) for x, size in differences), gradient
 
 
-def test_masked_only_equals_dense():
-    difference, gradient = both_losses(MASKING)
-    assert difference < 1e-5
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_masked_only_equals_dense(dtype):
+    difference, gradient = both_losses(MASKING, MODELS[dtype])
+    assert difference < tolerance(dtype, depth=BLOCK)
     assert all(float(np.abs(g).max()) > 0 for g in jax.tree.leaves(gradient))
 
 
-def test_a_budget_that_is_too_small_is_not_dense():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_budget_that_is_too_small_is_not_dense(dtype):
     # The control: with one place a row the sums are others, and are seen to be.
-    difference, _ = both_losses(MaskingConfig(rate=0.4, budget=1))
-    assert difference > 1e-2
+    difference, _ = both_losses(MaskingConfig(rate=0.4, budget=1), MODELS[dtype])
+    assert difference > 4 * tolerance(dtype, depth=BLOCK)
 
 
 @pytest.mark.parametrize("isolate_documents", [False, True])

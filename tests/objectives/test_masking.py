@@ -14,6 +14,7 @@ PAD, START, END, MASK, FIRST, SIZE = 0, 1, 2, 3, 4, 60  # ordinary ids: 4 to 59;
 VOCABULARY = Vocabulary(
     mask_id=MASK,
     start_id=START,
+    end_id=END,
     ordinary=jnp.arange(FIRST, SIZE),
     is_ordinary=jnp.arange(SIZE) >= FIRST,
     word_starts=jnp.arange(SIZE) % 2 == 0,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from rounding import DTYPES, tolerance
 
 from jaxlm.objectives import (
     classification,
@@ -124,24 +125,32 @@ TASKS["rdrop_tagging"] = (
 )
 
 
-@partial(jax.jit, static_argnames=("loss", "deterministic"))
-def value_and_gradient(loss, batch, *, deterministic):
+@partial(jax.jit, static_argnames=("loss", "deterministic", "dtype"))
+def value_and_gradient(loss, batch, *, deterministic, dtype):
+    """The model's outputs are of the dtype; its parameters are float32."""
+
     def summed(variables):
-        return loss(variables, batch, KEY, progress=jnp.zeros(()), deterministic=deterministic)
+        low = jax.tree.map(lambda x: x.astype(dtype), variables)
+        return loss(low, batch, KEY, progress=jnp.zeros(()), deterministic=deterministic)
 
     return jax.value_and_grad(summed, has_aux=True)(VARIABLES)
 
 
-def run(loss, batch, *, deterministic=True):
-    (total, sums), gradient = value_and_gradient(loss, batch, deterministic=deterministic)
+def run(loss, batch, *, deterministic=True, dtype="float32"):
+    (total, sums), gradient = value_and_gradient(
+        loss, batch, deterministic=deterministic, dtype=dtype
+    )
     assert float(total) == float(sums.totals["loss"])
+    assert {x.dtype for x in jax.tree.leaves(sums)} == {jnp.dtype("float32")}
     return sums, np.asarray(gradient["params"]["table"])
 
 
-def same(a, b):
-    np.testing.assert_allclose(a[1], b[1], atol=1e-5)
+def same(a, b, dtype="float32"):
+    # The row, the mean, their sum, what an objective makes of it, and as many on the way back.
+    limit = tolerance(dtype, depth=8)
+    np.testing.assert_allclose(a[1], b[1], rtol=0, atol=limit * max(1, np.abs(b[1]).max()))
     for x, y in zip(jax.tree.leaves(a[0]), jax.tree.leaves(b[0]), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-5)
+        np.testing.assert_allclose(x, y, rtol=limit)
 
 
 # What holds of every objective.
@@ -161,10 +170,11 @@ def test_a_batch_of_padding_is_nothing(task, deterministic):
     assert float(sums.counts["tokens"]) == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("task", TASKS)
-def test_padding_and_rows_without_weight_change_nothing(task):
-    loss, batch = TASKS[task]
-    found = run(loss, batch)
+def test_padding_and_rows_without_weight_change_nothing(task, dtype):
+    (loss, batch), measure = TASKS[task], partial(run, dtype=dtype)
+    found = measure(loss, batch)
     assert np.abs(found[1]).max() > 0.01
 
     row = np.arange(BATCH) == 2  # of weight 0
@@ -173,25 +183,27 @@ def test_padding_and_rows_without_weight_change_nothing(task):
     changed = {"tokens": tokens}
     if task.endswith("tagging"):  # whose padding has no weight
         changed["weights"] = batch["weights"] * (np.arange(LENGTH)[None] < lengths[:, None])
-        found = run(loss, batch | {"weights": changed["weights"]})
-    same(run(loss, batch | changed), found)
+        found = measure(loss, batch | {"weights": changed["weights"]})
+    same(measure(loss, batch | changed), found, dtype)
     changed["tokens"] = tokens.copy()
     changed["tokens"][row] = 3
-    same(run(loss, batch | changed), found)
+    same(measure(loss, batch | changed), found, dtype)
     # The control: a real token of a row that counts.
     changed["tokens"] = tokens.copy()
     changed["tokens"][0, ..., 0] = 3 + (tokens[0, ..., 0] == 3)
-    assert abs(float(run(loss, batch | changed)[0].totals["loss"] - found[0].totals["loss"])) > 1e-3
+    with pytest.raises(AssertionError):
+        same(measure(loss, batch | changed), found, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "contrastive"])
-def test_sums_add_up(task):
-    loss, batch = TASKS[task]
+def test_sums_add_up(task, dtype):
+    (loss, batch), measure = TASKS[task], partial(run, dtype=dtype)
     halves = [
-        run(loss, {name: x[part] for name, x in batch.items()})
+        measure(loss, {name: x[part] for name, x in batch.items()})
         for part in (slice(0, 2), slice(2, 4))
     ]
-    same((halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]), run(loss, batch))
+    same((halves[0][0] + halves[1][0], halves[0][1] + halves[1][1]), measure(loss, batch), dtype)
 
 
 # By hand.

@@ -24,7 +24,7 @@ from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import Full, HeadOnly
-from jaxlm.runs import command_line
+from jaxlm.runs import command_line, misspelt
 from jaxlm.tasks.tagging import Tagging
 
 ROOT = Path(__file__).parents[2]
@@ -384,3 +384,34 @@ def test_a_script_alone_says_what_to_write(
 def test_no_config_file(argv: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         command_line.load(FinetuneConfig, argv)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import jaxlm.tasks.answering", r"did you mean jaxlm\.tasks\.question_answering or .*\?"),
+        ("import jaxlm.lora", r"'jaxlm\.lora'; did you mean jaxlm\.peft\.lora\?"),
+        ("import jaxlm.hosts", r"jaxlm/CHANGELOG\.md lists names that have changed"),
+        (
+            "from jaxlm.tasks.masked_lm import MaskedLmConfig",
+            r"jaxlm\.tasks\.masked_lm\.MaskedLm\b",
+        ),
+        ("from jaxlm.config import LoraConfigs", r"did you mean jaxlm\.peft\.lora\.LoraConfig or"),
+        ("from jaxlm.config import Table", r"did you mean jaxlm\.data\.labelled\.records\.Table\?"),
+        ("import nowhere", r"No module named 'nowhere'$"),
+    ],
+)
+def test_misspelt_and_former_names(tmp_path, line, message):
+    (tmp_path / "c.py").write_text(line)
+    with pytest.raises(InputError, match=message):
+        command_line.read(tmp_path / "c.py")
+
+
+def test_misspelt_fields():
+    unexpected = "{}.__init__() got an unexpected keyword argument {!r}"
+    error = TypeError(unexpected.format("OptimizerConfig", "peak_rl"))
+    assert misspelt.hint(error) == "; did you mean peak_lr?"
+    hint = misspelt.hint(TypeError(unexpected.format("PretrainConfig", "zzz")))
+    named = hint.removeprefix("; there are ").split(", ")
+    assert set(named) == {field.name for field in dataclasses.fields(PretrainConfig)}
+    assert misspelt.hint(TypeError(unexpected.format("Own", "x"))) == ""

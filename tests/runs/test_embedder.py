@@ -21,7 +21,9 @@ from jaxlm.convert import huggingface, sentence_encoder
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.runs import base, finetuning, resume
 from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuning import resolve
@@ -70,13 +72,18 @@ def hidden(folder: Path, text: str, length: int) -> np.ndarray:
     """Of one text alone, without padding."""
     published = huggingface.load(folder)
     ids = published.tokenizer.encode(text, add_special_tokens=False).ids[: length - 2]
-    special = tokenizers.SpecialTokens.of(published.tokenizer)
+    special = SpecialTokens.of(published.tokenizer)
     tokens = jnp.array([[special.cls, *ids, special.sep]])
     params = jax.tree.map(jnp.asarray, published.params["encoder"])
     return np.asarray(published.config.make().apply({"params": params}, tokens))[0]
 
 
-POOLED = {"cls": lambda x: x[0], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}
+POOLED = {
+    "cls": lambda x: x[0],
+    "last": lambda x: x[-1],
+    "mean": lambda x: x.mean(0),
+    "max": lambda x: x.max(0),
+}
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -102,8 +109,8 @@ def test_an_encoder_that_says_nothing_gives_means(folder):
 
 def test_what_is_not_supported_is_refused(pooled):
     folder = pooled("mean")
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
-    with pytest.raises(InputError, match="pooling by lasttoken, which is not supported"):
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "weightedmean"}')
+    with pytest.raises(InputError, match="pooling by weightedmean, which is not supported"):
         open_embedder(str(folder))
     loaded = base.load(str(folder))
     with pytest.raises(InputError, match=r"choose how, such as --task\.pooling mean"):
@@ -117,6 +124,17 @@ def test_what_is_not_supported_is_refused(pooled):
 
 
 # Fine-tuning.
+
+
+def test_a_causal_base_pools_the_last_token(pooled, folder):
+    loaded = base.load(str(folder))
+    causal = replace(loaded, config=Gpt2Config(vocab_size=16))
+    for task in (Classification(), Embedding(), MultipleChoice()):
+        config = resolve(tuned(folder, task), causal, loaded.tokenizer, "cpu")
+        assert vars(config.task)["pooling"] == "last"
+    for first in ("bert", "cls"):
+        with pytest.raises(InputError, match=f"pooling={first} takes the first token"):
+            resolve(tuned(folder, Classification(pooling=first)), causal, loaded.tokenizer, "cpu")
 
 
 def tuned(folder: Path, task, **more) -> FinetuneConfig:

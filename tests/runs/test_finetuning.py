@@ -386,18 +386,19 @@ def test_a_finished_run_is_compared_with_what_needs_no_network(
     config: FinetuneConfig, tmp_path: Path
 ) -> None:
     printed = {}
-    for baseline in (True, False):
+    for baseline in (True, "again", False):
         console = Console(file=io.StringIO(), width=200)
         train = TrainConfig(steps=1, num_evals=1)
-        name = str(baseline)
+        name = str(bool(baseline))
         finetune(
-            replace(config, runs=tmp_path, name=name, train=train, baseline=baseline),
+            replace(config, runs=tmp_path, name=name, train=train, baseline=bool(baseline)),
             console=console,
         )
         printed[baseline] = console.file.getvalue()
     (line,) = [x for x in printed[True].splitlines() if x.startswith("validation accuracy: ")]
     assert line.endswith(", always 0 0.5, TF-IDF + logistic regression 1")
     assert ": this run 0." in line or ": this run 1" in line
+    assert line in printed["again"].splitlines()  # where nothing was left to be trained
     assert "TF-IDF" not in printed[False]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.config import PretrainConfig, read_file
 from jaxlm.data.prepared import PreparedInfo
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.runs import pretrained
 from jaxlm.sharding import MeshConfig
 

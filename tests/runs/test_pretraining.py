@@ -33,7 +33,9 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
-    return make_config(tmp_path_factory.mktemp("pretrain"), steps=STEPS)
+    # In bfloat16; test_finetuning.py resumes in float32.
+    config = make_config(tmp_path_factory.mktemp("pretrain"), steps=STEPS)
+    return replace(config, model=replace(config.model, dtype="bfloat16"))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def test_resumed_elsewhere_sees_the_same(
 ) -> None:
     config = replace(
         config,
-        model=replace(config.model, dropout_rate=0.0, attention_dropout_rate=0.0),
+        model=replace(config.model, dtype="float32", dropout_rate=0.0, attention_dropout_rate=0.0),
         optimizer=OptimizerConfig(peak_lr=1e-3),
     )
     reference = replace(config, name="reference")

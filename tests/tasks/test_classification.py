@@ -44,6 +44,11 @@ def test_labels_and_numbers(records):
     answers = several.answers(examples, labels, outputs)
     assert [answer["labels"] for answer in answers] == [["x", "y"], ["y", "z"]]
     assert several.metrics(examples, labels, outputs)["exact_match"] == 0.5
+    right, wrong = several.predictions(examples, labels, outputs)
+    assert (right.right, right.gold, right.predicted) == (True, "x, y", "x, y")
+    assert (wrong.right, wrong.gold, wrong.predicted) == (False, "z", "y, z")
+    assert wrong.loss == pytest.approx(-np.log([0.8, 0.4, 0.7]).mean())
+    assert wrong.probability == pytest.approx(0.8 * 0.6 * 0.7)
 
     number = Classification(fields=TextFields(pair="other", target="number"))
     examples = number.read(records(*({"text": "a", "other": "b", "label": x} for x in (1, 2, 4))))
@@ -51,15 +56,21 @@ def test_labels_and_numbers(records):
     assert number.labels(examples) == ()
     assert number.answers(examples, (), outputs)[1] == {"text": "a", "pair": "b", "value": 3.0}
     assert number.metrics(examples, (), outputs)["mse"] == pytest.approx(1 / 3)
+    found = number.predictions(examples, (), outputs)
+    assert [(one.right, one.gold, one.predicted, one.loss) for one in found] == [
+        (True, "1", "1", 0.0),
+        (False, "2", "3", 1.0),
+        (True, "4", "4", 0.0),
+    ]
 
 
 def test_numbers_are_learned_by_their_deviation_and_answered_in_their_unit(framer, records):
     prices = [90_000, 150_000, 250_000, 110_000]
     raw = Classification(fields=TextFields(target="number"))
     examples = raw.read(records(*({"text": "a", "label": price} for price in prices)))
-    task = raw.standardized(examples)
+    task = raw.settled(examples)
     assert task.scale == (np.mean(prices), np.std(prices))
-    assert task.standardized(examples[:2]) is task  # the scale that a run has stays
+    assert task.settled(examples[:2]) is task  # the scale that a run has stays
     learned = np.array([row["labels"] for row in task.encode(framer, examples, ()).rows])
     assert learned.dtype == np.float32
     assert (learned.mean(), learned.std()) == pytest.approx((0, 1), abs=1e-6)
@@ -69,14 +80,14 @@ def test_numbers_are_learned_by_their_deviation_and_answered_in_their_unit(frame
     )
     always = task.metrics(examples, (), {"values": np.array([1e-9, 0, 0, 0], np.float32)})
     assert always["rmse"] == pytest.approx(np.std(prices))
-    assert task.loss_of_mean(examples, examples) == pytest.approx(1)
+    assert task.reference(examples, examples).losses == {"always the mean": pytest.approx(1)}
     # Runs of before have no scale: their numbers are as they were.
     own = [row["labels"].item() for row in raw.encode(framer, examples, ()).rows]
     assert own == prices == [a["value"] for a in raw.answers(examples, (), {"values": prices})]
-    constant = raw.standardized(examples[:1])
+    constant = raw.settled(examples[:1])
     assert constant.scale == (90_000, 1)
     stamps = raw.read(records(*({"text": "a", "label": 1.7e9 + i} for i in range(3))))
-    task = raw.standardized(stamps)  # float32 has none of these differences
+    task = raw.settled(stamps)  # float32 has none of these differences
     values = {"values": [row["labels"] for row in task.encode(framer, stamps, ()).rows]}
     assert task.metrics(stamps, (), values)["rmse"] < 1e-3
 
@@ -101,7 +112,7 @@ def test_baselines_are_measured_as_the_network_is(records, target):
     fields = [{"text": f"{'fgh'[i % 3]} a", "label": given[i % 3 == 2]} for i in range(30)]
     task = Classification(fields=TextFields(target=target))
     examples = task.read(records(*fields))
-    task, labels = task.standardized(examples), task.labels(examples)
+    task, labels = task.settled(examples), task.labels(examples)
     dull, linear = task.baselines(examples, examples[:6], labels).values()
     name, values = {
         "class": ("accuracy", [2 / 3, 1]),
@@ -127,9 +138,9 @@ def test_a_run_learns_prices(train, write, records):
     assert values == pytest.approx([92_000, 252_000], rel=0.1)
     others = task.read(records({"text": "a", "label": 1}, {"text": "b", "label": 2}))
     again = replace(run.config, task=task)
-    assert finetuned.with_scale(again, others).task.scale == run.task.scale  # of the run there is
+    assert finetuned.settled(again, others).task.scale == run.task.scale  # of the run there is
     fresh = replace(again, name="fresh")
-    assert finetuned.with_scale(fresh, others).task.scale == (1.5, 0.5)
+    assert finetuned.settled(fresh, others).task.scale == (1.5, 0.5)
 
 
 def test_bad_input(framer, records):

@@ -5,7 +5,7 @@ import pytest
 
 from jaxlm.train import plots
 from jaxlm.train.metrics import JsonlWriter
-from jaxlm.train.plots import _smooth, plot_loss
+from jaxlm.train.plots import Reference, _smooth, plot_loss
 
 image = pytest.importorskip("PIL.Image")
 
@@ -31,8 +31,8 @@ def test_draws_what_there_is(tmp_path):
     out = tmp_path / "loss.png"
     shown = {}
     for name in ("all", "train", "empty"):
-        reference = {"unigram entropy": 6.5} if name == "all" else None
-        plot_loss(tmp_path / f"{name}.jsonl", out, reference)
+        reference = {"unigram entropy": 6.5} if name == "all" else {}
+        plot_loss(tmp_path / f"{name}.jsonl", out, Reference(reference))
         shown[name] = colours(out) & {plots.TRAIN, plots.VALIDATION, plots.REFERENCE}
     assert shown["all"] == {plots.TRAIN, plots.VALIDATION, plots.REFERENCE}
     assert shown["train"] == {plots.TRAIN}
@@ -47,7 +47,7 @@ def test_numbers_are_drawn_in_their_unit(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(plots, "whole", lambda path: contextlib.nullcontext(path))
     for deviation in (400.0, None):
-        plot_loss(tmp_path / "m.jsonl", tmp_path / "x.png", {"mean": 1.0}, deviation=deviation)
+        plot_loss(tmp_path / "m.jsonl", tmp_path / "x.png", Reference({"mean": 1.0}, deviation))
     numbers, nats = (figure.axes[0] for figure in figures)
     assert [numbers.get_ylabel(), nats.get_ylabel()] == ["root mean squared error", "loss (nats)"]
     assert [text.get_text() for text in numbers.texts] == ["mean 400"]
@@ -61,7 +61,7 @@ def test_numbers_are_drawn_in_their_unit(tmp_path, monkeypatch):
 def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
     write_metrics(tmp_path / "metrics.jsonl", [(1, {"train/loss": 2.0})])
     out = tmp_path / "loss.png"
-    plot_loss(tmp_path / "metrics.jsonl", out)
+    plot_loss(tmp_path / "metrics.jsonl", out, Reference())
     before = out.read_bytes()
 
     def fail(_, path):
@@ -70,7 +70,7 @@ def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots.FigureCanvasAgg, "print_png", fail)
     with pytest.raises(OSError, match="no space"):
-        plot_loss(tmp_path / "metrics.jsonl", out)
+        plot_loss(tmp_path / "metrics.jsonl", out, Reference())
     assert out.read_bytes() == before
 
 

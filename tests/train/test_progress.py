@@ -82,6 +82,22 @@ def test_a_finished_run_has_a_full_bar(clock):
     assert "loss 5.123" in last
 
 
+def test_a_run_that_stops_early_says_so(clock, monkeypatch):
+    terminal, notebook = console(terminal=True), Notebook()
+    with Progress(60, console=terminal) as bar:
+        bar.update(40, 0.675, VALUES)
+        bar.finish(42, "stopped early")
+    last = terminal.file.getvalue().rsplit("step ", 1)[1]
+    assert last.startswith("42/60 ")
+    assert "68% stopped early" in last
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    with Progress(4, console=Console(force_jupyter=True)) as bar:
+        bar.update(1, 0.25, VALUES)
+        bar.finish(4)
+    assert "━ step 4/4 · 100% · " in notebook.shown[0]["text/plain"]
+    assert notebook.shown[0]["text/plain"].endswith(" · finished")
+
+
 class Notebook(types.ModuleType):
     """Stands for IPython.display: what is shown, in the order in which it came to be."""
 

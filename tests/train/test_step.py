@@ -147,6 +147,19 @@ def test_accumulated_equals_one_big_batch(sgd_step, num_micro_batches):
     assert float(parts_sums.counts["steps"]) == 1
 
 
+def test_gradients_of_bfloat16_parameters_add_up_in_float32():
+    # Each row's is 1: a sum in bfloat16 would stop at 256.
+    def loss(variables, batch, key, *, progress, deterministic):
+        total = jnp.sum(variables["shift"].astype(jnp.float32) * batch["x"])
+        return total, Sums({"loss": total}, batch["x"].sum())
+
+    state = TrainState.create({"shift": jnp.zeros((), jnp.bfloat16)}, {}, SGD)
+    step = jax.jit(make_train_step(loss, SGD, num_micro_batches=1024))
+    after, _ = step(state, {"x": jnp.ones(1024)}, ONE)
+    assert float(after.trainable["shift"]) == -1
+    assert after.trainable["shift"].dtype == jnp.bfloat16
+
+
 def test_a_mean_of_means_would_differ(sgd_step):
     # The control: the halves weigh 104 and 51, so the mean of their gradients is another.
     state, _ = sgd_step(make_state(), as_jax(BATCH), ONE)

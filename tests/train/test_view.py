@@ -7,6 +7,7 @@ from rich.console import Console
 
 from jaxlm.errors import InputError
 from jaxlm.train.metrics import Throughput
+from jaxlm.train.plots import Reference
 from jaxlm.train.progress import Progress
 from jaxlm.train.view import View
 
@@ -28,7 +29,7 @@ def make_view(directory, *writers):
         step=0,
         tokens_seen=0.0,
         log_every=1,
-        reference={},
+        reference=Reference(),
         more_writers=writers,
     )
 

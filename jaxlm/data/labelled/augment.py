@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxlm.data.labelled.examples import Row
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 
 Augment = Callable[[Row, int, int], Row]  # (row, example, epoch) -> row
@@ -34,7 +34,12 @@ class AugmentConfig:
 
 def make_augment(config: AugmentConfig, special: SpecialTokens, seed: int) -> Augment:
     """A function of a text's or pair's row, which (seed, example, epoch) alone decide."""
-    fixed = np.array([special.pad, special.cls, special.sep, special.mask])
+    if special.mask is None and config.mask_rate:
+        raise InputError(
+            f"augment.mask_rate={config.mask_rate} hides words behind a [MASK], which this "
+            "tokenizer has not: set it to 0"
+        )
+    fixed = np.array([i for i in special.ids if i != special.unk])
 
     def augment(row: Row, example: int, epoch: int) -> Row:
         sequence = np.random.SeedSequence(seed, spawn_key=(_DOMAIN, example, epoch))

@@ -83,11 +83,16 @@ class TextExample:
 
 def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
     """The examples of all records."""
-    examples, rows = [], []
+    examples, rows, records = [], [], list(records)
+    commas = (
+        fields.target == "number"
+        and fields.label is not None
+        and labels.has_decimal_commas(records, fields.label)
+    )
     for record in records:
         text = record.text(fields.text)
         pair = None if fields.pair is None else record.text(fields.pair)
-        label, written = _label(record, fields)
+        label, written = _label(record, fields, commas)
         examples.append(
             TextExample(text=text, pair=pair, label=label, origin=record.origin, written=written)
         )
@@ -105,14 +110,15 @@ def _hot(example: TextExample, row: Sequence[bool], fields: TextFields) -> TextE
 
 
 def _label(
-    record: Record, fields: TextFields
+    record: Record, fields: TextFields, decimal_commas: bool
 ) -> tuple[str | tuple[str, ...] | float | None, tuple[str, ...]]:
     """The label or labels, and how they are written."""
     name = fields.label
     if name is None:
         return None, ()
     if fields.target == "number":
-        return labels.read_target(record, name), ()
+        target = labels.read_target(record, name, decimal_commas=decimal_commas)
+        return target, (str(record.value(name)),) if decimal_commas else ()
     several = fields.target == "labels"
     if several or ("," in name and name not in record.fields):
         written = labels.read_labels(record, name, fields.separator)

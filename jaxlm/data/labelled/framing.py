@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Encoding, Tokenizer
 
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 
 _CHUNK = 1024  # texts tokenised at once, so that few of the library's bulky encodings are alive

@@ -102,16 +102,33 @@ def read_indicator(record: Record, name: str) -> bool:
     return text in ("1", "true")
 
 
-def read_target(record: Record, name: str) -> float:
+def has_decimal_commas(records: Iterable[Record], name: str) -> bool:
+    """Whether numbers are written as 3,5; three digits behind the comma may be of thousands."""
+    values = [str(record.fields.get(name, "")).strip(_SPACES) for record in records]
+    fractions = [value.partition(",")[2] for value in values if "," in value]
+    return any(len(digits) != 3 for digits in fractions) and all(
+        re.fullmatch(r"[-+]?[0-9]+(,[0-9]+)?", value) for value in values if value
+    )
+
+
+def read_target(record: Record, name: str, *, decimal_commas: bool = False) -> float:
     """The number under a name; what is none, or not finite in float32, raises."""
     value = record.value(name)
-    try:
-        target = math.nan if isinstance(value, bool) else float(value)
+    text = str(value).strip(_SPACES)
+    if decimal_commas:
+        value = text.replace(",", ".")
+    try:  # Python would read 1_000, as its own programs write a number
+        target = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
     except (TypeError, ValueError, OverflowError):
         target = math.nan
     if not abs(target) <= float(np.finfo(np.float32).max):
+        hint = ""
+        if re.fullmatch(r"[-+]?[0-9]{1,3}([,_][0-9]{3})+(\.[0-9]+)?", text):
+            hint = f"; write {re.sub('[,_]', '', text)} for it, without separators"
+        elif re.fullmatch(r"[-+]?[0-9]+,[0-9]+", text):
+            hint = f"; write {text.replace(',', '.')} for it, as others have a decimal point"
         raise InputError(
-            f"{record.origin}: {name} is {value!r:.40}, which is not a finite float32 number"
+            f"{record.origin}: {name} is {value!r:.40}, which is not a finite float32 number{hint}"
         )
     return target
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
+from jaxlm.data.labelled import offsets
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -38,6 +39,8 @@ class Question:
     answers: tuple[str, ...]
     starts: tuple[int, ...]
     origin: str
+    unit: str = ""
+    """What the file counts starts in, if it is not characters; here they are."""
 
     @property
     def content(self) -> str:
@@ -65,7 +68,8 @@ def read(records: Iterable[Record], fields: SpanFields) -> list[Question]:
         else:
             starts = [context.find(answer) for answer in answers]
         given = [pair for pair in zip(answers, starts, strict=True) if pair != ("", -1)]
-        answers, starts = [answer for answer, _ in given], [start for _, start in given]
+        answers = [answer for answer, _ in given]
+        starts, unit = _placed(context, given)
         for answer, start in zip(answers, starts, strict=True):
             if start < 0 or not answer.strip() or not context.startswith(answer, start):
                 where = "in its context" if fields.starts is None else f"at character {start}"
@@ -81,9 +85,21 @@ def read(records: Iterable[Record], fields: SpanFields) -> list[Question]:
                 answers=tuple(answers),
                 starts=tuple(starts),
                 origin=record.origin,
+                unit=unit,
             )
         )
     return questions
+
+
+def _placed(context: str, given: Sequence[tuple[str, int]]) -> tuple[list[int], str]:
+    """Where each answer begins in characters, and what the file counts, if not characters."""
+    for unit in offsets.UNITS:
+        found = offsets.places(context, unit)
+        starts = [offsets.at(found, start) for _, start in given]
+        pairs = zip(given, starts, strict=True)
+        if all(start >= 0 and context.startswith(answer, start) for (answer, _), start in pairs):
+            return starts, unit
+    return [start for _, start in given], ""
 
 
 def _answers(record: Record, fields: SpanFields) -> list[str]:

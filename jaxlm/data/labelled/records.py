@@ -43,6 +43,8 @@ class Record:
             raise InputError(
                 f"{self.origin}: no field {name!r}, but a single one, {only!r:.60}; {hint}"
             )
+        near = [field for field in self.fields if field.casefold() == name.casefold()]
+        hint = f"did you mean {near[0]!r}?" if near else hint
         names = ", ".join(f"{field!r:.40}" for field in self.fields)
         raise InputError(f"{self.origin}: no field {name!r} among {names or 'none'}; {hint}")
 
@@ -84,7 +86,8 @@ class Table:
     path: Paths
     """A file, several, a folder of them, or a pattern such as 'shards/*.csv'."""
     delimiter: str | None = None
-    """What separates columns; None means a tab for .tsv files and a comma for all others."""
+    """What separates columns; None means what a first line such as sep=; says, else a tab for .tsv
+    files and a comma for all others."""
     header: bool = True
     """The first line names the columns."""
     columns: tuple[str, ...] | None = None

@@ -52,7 +52,7 @@ def describe(examples: Examples, classes: Iterable[str], *, duplicates: int = 0)
     )
 
 
-def tally(examples: Examples, texts: Iterable[str], unk: int) -> Tally:
+def tally(examples: Examples, texts: Iterable[str], unk: int | None) -> Tally:
     """Count what is kept of texts in encoded examples of them."""
     counts = Tally(unk)
     counts.add_texts(texts)

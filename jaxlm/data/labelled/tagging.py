@@ -41,6 +41,10 @@ class Sentence:
     """The tags as they stand in the file."""
     given: str | None = None
     """The text that the words were cut from; None: they were given as words."""
+    unit: str = ""
+    """What the file counts spans of characters in, if it is not characters."""
+    is_cut: bool = False
+    """A span begins or ends inside of a word."""
 
     @property
     def text(self) -> str:
@@ -84,14 +88,17 @@ def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -
     where it has spans of characters, which make its tags, as these need it.
     """
     sentences = []
+    records = list(records)
+    unit = "" if fields.tags is None else spans.unit_of(records, fields.words)
     for record in records:
         origin, given = record.origin, None
+        is_cut = fields.tags is not None and spans.are_cut(record, fields.words, unit)
         name = fields.words if fields.words in record.fields else "text"
         if fields.tags is None and isinstance(record.fields.get(name), str):
             given = record.text(name)
             words = split_words(given, split)
         else:
-            record = spans.as_words(record, fields.words, fields.tags)
+            record = spans.as_words(record, fields.words, fields.tags, unit)
             words = record.texts(fields.words)
         if not words or not all(words):
             raise InputError(f"{origin}: {'an empty word' if words else 'no words'}; remove it")
@@ -108,7 +115,15 @@ def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -
             )
         tags = None if fields.tags is None else list(used)
         sentences.append(
-            Sentence(words=words, tags=tags, origin=origin, written=written, given=given)
+            Sentence(
+                words=words,
+                tags=tags,
+                origin=origin,
+                written=written,
+                given=given,
+                unit=unit,
+                is_cut=is_cut,
+            )
         )
     return sentences if fields.as_written else spelling.alike(sentences)
 

@@ -7,7 +7,7 @@ from jaxlm.data.labelled import classification
 from jaxlm.data.labelled.augment import AugmentConfig, make_augment
 from jaxlm.data.labelled.classification import TextExample
 from jaxlm.data.labelled.framing import Framer
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 
 

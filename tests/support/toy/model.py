@@ -24,6 +24,11 @@ class ToyConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
 
     @property
+    def is_causal(self) -> bool:
+        """It sees all of a row."""
+        return False
+
+    @property
     def unrolls_layers(self) -> bool:
         return False
 

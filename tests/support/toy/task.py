@@ -1,6 +1,6 @@
 """A toy objective: predict the next token."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from tokenizers import Tokenizer
 
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.cross_entropy import cross_entropy
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.sums import Sums
+from jaxlm.tasks.task import Given
 from jaxlm.typing import Apply, Batch, Loss, PRNGKey, Scalar, Variables
 
 
@@ -28,6 +30,9 @@ class NextToken:
     @property
     def usage(self) -> str:
         return "TEXT"
+
+    def metrics(self, loss, infos, split) -> dict[str, float]:
+        return {}
 
     def warning(self, tokens, vocabulary) -> str:
         return ""
@@ -70,16 +75,17 @@ class NextToken:
 
     def answers(
         self,
-        apply: Apply,
+        config: ModelConfig,
         variables: Variables,
         tokenizer: Tokenizer,
-        texts: Mapping[str, str],
+        texts: Sequence[Given],
         *,
-        max_length: int,
         top_k: int,
+        generate: GenerateConfig,
     ) -> Iterator[dict[str, Any]]:
-        for text in texts.values():
-            ids = tokenizer.encode(text).ids[:-1][:max_length]
+        apply = self.make_model(config).apply
+        for *_, text in texts:
+            ids = tokenizer.encode(text).ids[:-1][: config.max_length]
             logits = apply(variables, jnp.asarray([ids]))[0, -1, : tokenizer.get_vocab_size()]
             best = jax.lax.top_k(logits, top_k)[1].tolist()
             yield {"text": text, "next": [tokenizer.id_to_token(token) for token in best]}

@@ -1,0 +1,56 @@
+"""Tokens with a meaning of their own: where texts begin and end, what is padding or hidden."""
+
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from jaxlm.errors import InputError
+
+PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids of the tokens with a meaning of their own, found by name: BERT's, RoBERTa's, GPT-2's or
+    Llama's."""
+
+    pad: int
+    unk: int | None
+    """None: the tokenizer knows every character."""
+    cls: int
+    """Begins a text."""
+    sep: int
+    """Ends a text."""
+    mask: int | None
+    """None: nothing is meant to be filled in."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
+        """Those of a tokenizer; :class:`InputError` names the one it lacks."""
+        sep = _find(tokenizer, SEP, "</s>", "<|end_of_text|>", "<|endoftext|>")
+        pad = _look_up(tokenizer, PAD, "<pad>", "<|finetune_right_pad_id|>")
+        return cls(
+            pad=sep if pad is None else pad,  # what is padding, lengths say
+            unk=_look_up(tokenizer, UNK, "<unk>"),
+            cls=_find(tokenizer, CLS, "<s>", "<|begin_of_text|>", "<|endoftext|>"),
+            sep=sep,
+            mask=_look_up(tokenizer, MASK, "<mask>"),
+        )
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Those there are."""
+        named = (self.pad, self.unk, self.cls, self.sep, self.mask)
+        return tuple(i for i in dict.fromkeys(named) if i is not None)
+
+
+def _look_up(tokenizer: Tokenizer, *names: str) -> int | None:
+    ids = (tokenizer.token_to_id(name) for name in names)
+    return next((i for i in ids if i is not None), None)
+
+
+def _find(tokenizer: Tokenizer, *names: str) -> int:
+    found = _look_up(tokenizer, *names)
+    if found is None:
+        raise InputError(f"the tokenizer has no token {' or '.join(names)}; add it, or use another")
+    return found

@@ -1,0 +1,141 @@
+"""What continuing a text needs: a model as functions, a tokenizer, and how texts begin and end."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int, PyTree
+from tokenizers import Tokenizer
+
+from jaxlm import sharding
+from jaxlm.data import tokenizers
+from jaxlm.decode.decoding import MakeState, Step
+from jaxlm.errors import InputError
+from jaxlm.sharding import RULES, Rules
+from jaxlm.typing import Variables
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalModel:
+    """A model that predicts the next token, as :mod:`jaxlm.decode.decoding` describes it."""
+
+    step: Step
+    """With the logits of all positions, or of the last alone, which is faster at prompts."""
+    make_state: MakeState
+    variables: Variables
+    """Best with stacked parameters split into layers (``jaxlm.nn.stack``), or each step copies
+    them."""
+    tokenizer: Tokenizer
+    max_length: int
+    """The most tokens of a prompt and its continuation together."""
+    start: Sequence[int] = ()
+    """Tokens before every text, as in training."""
+    end: Sequence[int] = ()
+    """Tokens with which a text ends, as in training."""
+    step_all: Step | None = None
+    """The same with the logits of all positions, if ``step`` has only the last: for choices."""
+    mesh: Mesh | None = None
+    """Where the variables lie, if on several devices; rows are split over it as in training."""
+    rules: Rules = RULES
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the tokenizer's largest id."""
+        return tokenizers.vocab_size(self.tokenizer)
+
+    @cached_property
+    def ids(self) -> list[int]:
+        """Those of tokens; there may be gaps between them."""
+        return sorted(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
+    @cached_property
+    def special_tokens(self) -> list[str]:
+        """Names of tokens that texts do not show."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without those that the tokenizer puts around whole ones."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, text: str) -> list[int]:
+        """The tokens of a text to be continued; at least one more fits behind them."""
+        ids = self.encode(text)
+        if not ids:
+            raise InputError(f"the prompt {text!r} holds no token: give at least one word")
+        ids = [*self.start, *ids]
+        if len(ids) >= self.max_length:
+            raise InputError(
+                f"the prompt {shortened(text)} has {len(ids)} tokens, and the model takes "
+                f"{self.max_length} together with what it adds: leave out at least "
+                f"{len(ids) - self.max_length + 1}"
+            )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens; special ones have none."""
+        return self.tokenizer.decode(list(ids))
+
+    def token(self, name: str) -> int:
+        """The id of a token, by its name in the vocabulary or by its text."""
+        if (found := self.tokenizer.token_to_id(name)) is not None:
+            return found
+        ids = self.encode(name)
+        if len(ids) != 1:
+            pieces = " ".join(repr(self.tokenizer.id_to_token(i)) for i in ids) or "none"
+            raise InputError(f"{name!r} is not one token but {len(ids)} ({pieces}): name one token")
+        return ids[0]
+
+    def num_rows(self, count: int, most: int) -> int:
+        """So many rows that few sizes are compiled, and that devices hold equally many."""
+        split = dict(self.rules)["batch"] or ()
+        pieces = math.prod(self.mesh.shape[axis] for axis in split) if self.mesh else 1
+        rows = min(1 << (count - 1).bit_length(), max(most, count))
+        return -(-rows // pieces) * pieces
+
+    def put(self, rows: PyTree) -> PyTree:
+        """Arrays of the host, each [batch, …], on the device, or on those of the mesh."""
+        if (mesh := self.mesh) is None:
+            return jax.device_put(rows)
+
+        def one(x: np.ndarray) -> jax.Array:
+            names = ("batch", *(None,) * (x.ndim - 1))
+            place = NamedSharding(mesh, sharding.spec(names, mesh, x.shape, self.rules))
+            return jax.device_put(x, place)
+
+        return jax.tree.map(one, rows)
+
+    def traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, to be traced with the mesh in place."""
+
+        def inside(*args: Any) -> Any:
+            if self.mesh is None:
+                return function(*args)
+            with sharding.use_mesh(self.mesh, self.rules):
+                return function(*args)
+
+        return inside
+
+
+def shortened(text: str) -> str:
+    """A text as messages quote it."""
+    return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
+
+
+def bucket(length: int) -> int:
+    """The next of 32, 48, 64, 96, 128, …: few lengths are compiled, and little is padding."""
+    power = max(32, 1 << (length - 1).bit_length())
+    return power * 3 // 4 if 32 < length <= power * 3 // 4 else power
+
+
+def left_padded(rows: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "batch length"]:
+    """Rows of tokens that all end at the right."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :] = row
+    return tokens

@@ -1,0 +1,289 @@
+"""Continuing texts: greedily or by sampling, whole or piece by piece."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlm.decode import decoding
+from jaxlm.decode.causal_model import CausalModel, bucket, left_padded
+from jaxlm.decode.continuation import Continuation, Stopped
+from jaxlm.decode.decoding import Progress
+from jaxlm.decode.sampling import Sampling
+from jaxlm.errors import InputError
+
+_ROOM = 128  # there is for so many new tokens at least: it costs little, and limits share programs
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """How a text is continued. Other values compile nothing, unless a limit needs more room."""
+
+    max_new_tokens: int = 128
+    """The most tokens to add."""
+    min_new_tokens: int = 0
+    """The fewest: before, stop tokens are not taken, and stop strings do not count."""
+    temperature: float = 0.0
+    """0 takes the likeliest token each time; 1 samples from the model's probabilities, less makes
+    likely tokens likelier."""
+    top_k: int | None = None
+    """Sample from the so many likeliest tokens."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability, after temperature and
+    top_k; the one with which they reach it is among them."""
+    min_p: float | None = None
+    """Sample from tokens at least this many times as likely as the likeliest, after temperature."""
+    repetition_penalty: float | None = None
+    """Make tokens of the prompt and of the continuation less likely: their logits are divided by
+    this, or multiplied where negative. 1.2 is usual."""
+    banned_tokens: tuple[str, ...] = ()
+    """Tokens never to take, by their names in the vocabulary or by their texts."""
+    stop_tokens: tuple[str, ...] = ()
+    """Tokens to end with, beside that of the end of a text; they are not part of the text."""
+    stop_strings: tuple[str, ...] = ()
+    """Strings to end before. A string may be spread over several tokens."""
+    seed: int = 0
+    """What a text becomes depends on this and on its number among the texts, not on its batch."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(
+                f"temperature={self.temperature} is not a number from 0 up: 0 is greedy, 1 the "
+                "model's own probabilities"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k={self.top_k} is not above 0; leave it out for all tokens")
+        for name in ("top_p", "min_p"):
+            value = vars(self)[name]
+            if value is not None and not 0 < value <= 1:
+                raise InputError(
+                    f"{name}={value} is not above 0 and at most 1; leave it out for all tokens"
+                )
+        for name in ("top_k", "top_p", "min_p"):
+            if vars(self)[name] is not None and self.temperature == 0:
+                raise InputError(
+                    f"{name}={vars(self)[name]} changes nothing at temperature=0, which takes the "
+                    "likeliest token: set temperature=1, or leave it out"
+                )
+        penalty = self.repetition_penalty
+        if penalty is not None and not 0 < penalty < math.inf:
+            raise InputError(
+                f"repetition_penalty={penalty} is not a number above 0: above 1 it makes "
+                "repetitions rarer; leave it out for none"
+            )
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens} is not above 0")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise InputError(
+                f"min_new_tokens={self.min_new_tokens} is not from 0 to "
+                f"max_new_tokens={self.max_new_tokens}"
+            )
+        if "" in self.stop_strings:
+            raise InputError("a stop string is empty, and would end every text: leave it out")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed} is not from 0 to {2**32 - 1}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A prompt's continuation."""
+
+    prompt: str
+    text: str
+    """What was added to the prompt."""
+    tokens: list[int]
+    """The new tokens, up to a stop token or the end of a stop string, which are among them."""
+    log_probabilities: list[float]
+    """Of each of these tokens, in nats, by the model itself: untouched by temperature and rules."""
+    stopped: Stopped
+    """Why it ended; ``max_length``: prompt and continuation fill the model's positions."""
+
+
+class Generate:
+    """Continues texts, a batch at a time.
+
+    Prompts are padded to the lengths of :func:`~jaxlm.decode.causal_model.bucket`, and so is the
+    room for prompt and continuation, of which limits up to 128 need the same. For each pair of
+    these, and each number of rows (a power of two), two programs are compiled, whatever the
+    configuration: one reads prompts, one goes on.
+    """
+
+    def __init__(self, model: CausalModel):
+        self._model = model
+
+        def begin(tokens, lengths, sampling, variables, *, kv_length):
+            def inside(tokens, lengths, sampling, variables):
+                state = model.make_state(tokens.shape[0], kv_length)
+                return decoding.begin(
+                    model.step, variables, state, tokens, lengths, sampling, kv_length
+                )
+
+            return model.traced(inside)(tokens, lengths, sampling, variables)
+
+        def advance(state, progress, sampling, ended, steps, variables, *, places):
+            step = model.traced(partial(decoding.advance, model.step))
+            leaves, tree = jax.tree.flatten(
+                step(variables, state, progress, sampling, ended, steps)
+            )
+            # Where they lay before, or the next call would need another program.
+            leaves = map(jax.lax.with_sharding_constraint, leaves, places) if places else leaves
+            return jax.tree.unflatten(tree, leaves)
+
+        self._begin = jax.jit(begin, static_argnames="kv_length")
+        self._advance = jax.jit(advance, donate_argnums=0, static_argnames="places")
+
+    def __call__(
+        self,
+        texts: Iterable[str],
+        config: GenerateConfig = GenerateConfig(),
+        *,
+        batch_size: int = 8,
+        first: int = 0,
+    ) -> Iterator[Generation]:
+        """The continuation of each text. ``first`` is the number of the first, for its seed."""
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} is not above 0")
+        texts = iter(texts)
+        while batch := list(islice(texts, batch_size)):
+            # Stop strings are looked for on the host, now and then.
+            steps = 8 if config.stop_strings else self._model.max_length
+            rows = _Rows(self._model, batch, config, first)
+            *_, progress = self._run(rows, batch_size, steps)
+            yield from rows.generations(progress)
+            first += len(batch)
+
+    def stream(
+        self,
+        text: str,
+        config: GenerateConfig = GenerateConfig(),
+        *,
+        number: int = 0,
+        steps: int = 1,
+    ) -> Iterator[str]:
+        """The continuation in pieces: after the first token, then after each ``steps`` more.
+
+        Together they are the text that a call gives for the text of this number.
+        """
+        rows = _Rows(self._model, [text], config, number)
+        (row,) = rows.continuations
+        for _ in self._run(rows, 1, steps):
+            if piece := row.show():
+                yield piece
+
+    def _run(self, rows: "_Rows", batch_size: int, steps: int) -> Iterator[Progress]:
+        """Runs the model ``steps`` tokens at a time, until all rows have ended."""
+        model = self._model
+        tokens, lengths, sampling, kv_length = rows.arrays(batch_size)
+        tokens, lengths, sampling = model.put((tokens, lengths, sampling))
+        state, progress = self._begin(
+            tokens, lengths, sampling, model.variables, kv_length=kv_length
+        )
+        places = tuple(x.sharding for x in jax.tree.leaves((state, progress)) if model.mesh)
+        while not all(ended := rows.extend(progress)):
+            yield progress
+            every = model.put(np.array([*ended, *[True] * (len(tokens) - len(ended))]))
+            state, progress = self._advance(
+                state, progress, sampling, every, np.int32(steps), model.variables, places=places
+            )
+        yield progress
+
+
+class _Rows:
+    """A batch of prompts and what has become of them."""
+
+    def __init__(
+        self, model: CausalModel, texts: Sequence[str], config: GenerateConfig, first: int
+    ):
+        self._model, self._texts, self._config, self._first = model, texts, config, first
+        self._prompts = [model.prompt(text) for text in texts]
+        self._limits = [
+            min(config.max_new_tokens, model.max_length - len(prompt)) for prompt in self._prompts
+        ]
+        self._stops = {*model.end, *map(model.token, config.stop_tokens)}
+        for stop in config.stop_strings:
+            if any(name in stop for name in model.special_tokens):
+                raise InputError(
+                    f"the stop string {stop!r} holds a special token, which has no text: name it "
+                    "in stop_tokens"
+                )
+        self.continuations = [
+            Continuation(
+                model.decode,
+                prompt,
+                stop_tokens=self._stops,
+                stop_strings=config.stop_strings,
+                min_tokens=config.min_new_tokens,
+                max_tokens=limit,
+            )
+            for prompt, limit in zip(self._prompts, self._limits, strict=True)
+        ]
+
+    def arrays(self, batch_size: int) -> tuple[Any, Any, Sampling, int]:
+        """Tokens, their numbers and rules, each a row, and the room that they need."""
+        config, model = self._config, self._model
+        count = model.num_rows(len(self._prompts), batch_size)
+        spare = count - len(self._prompts)  # copies of the first, which end at once
+        prompts = [*self._prompts, *[self._prompts[0]] * spare]
+        length = bucket(max(map(len, prompts)))
+        banned: Any = np.ones((count, model.vocab_size), bool)
+        banned[:, model.ids] = False
+        banned[:, [model.token(name) for name in config.banned_tokens]] = True
+        stops: Any = np.zeros_like(banned)
+        stops[:, list(self._stops)] = True
+        if (banned[0] | (stops[0] & (config.min_new_tokens > 0))).all():
+            raise InputError(
+                f"all {len(model.ids)} tokens are banned"
+                + (" or end a text before min_new_tokens" if config.min_new_tokens else "")
+                + ": leave some"
+            )
+
+        def full(value: Any, dtype: Any = np.float32) -> Any:
+            return np.full(count, value, dtype)
+
+        numbers: Any = np.arange(self._first, self._first + count, dtype=np.int32)
+        limits: Any = np.array([*self._limits, *[1] * spare], np.int32)
+        sampling = Sampling(
+            temperature=full(config.temperature),
+            top_k=full(min(config.top_k or model.vocab_size, model.vocab_size), np.int32),
+            top_p=full(config.top_p or 1),
+            min_p=full(config.min_p or 0),
+            repetition_penalty=full(config.repetition_penalty or 1),
+            banned=banned,
+            stops=stops,
+            min_tokens=full(config.min_new_tokens, np.int32),
+            max_tokens=limits,
+            seed=full(config.seed, np.uint32),
+            number=numbers,
+        )
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        room = bucket(length + max(_ROOM, *self._limits))
+        return left_padded(prompts, length), lengths, sampling, room
+
+    def extend(self, progress: Progress) -> list[bool]:
+        """Takes over what is new; gives which rows have ended."""
+        tokens, lengths = np.asarray(progress.tokens), np.asarray(progress.lengths)
+        for i, row in enumerate(self.continuations):
+            if row.stopped is None:
+                row.extend(tokens[i, len(row.tokens) : lengths[i]].tolist())
+        return [row.stopped is not None for row in self.continuations]
+
+    def generations(self, progress: Progress) -> Iterator[Generation]:
+        """What has become of each prompt, once all have ended."""
+        log_probabilities = np.asarray(progress.log_probabilities)
+        for i, (text, row) in enumerate(zip(self._texts, self.continuations, strict=True)):
+            assert row.stopped is not None
+            short = (
+                row.stopped == "max_new_tokens" and len(row.tokens) < self._config.max_new_tokens
+            )
+            yield Generation(
+                prompt=text,
+                text=row.text,
+                tokens=row.tokens,
+                log_probabilities=log_probabilities[i, : len(row.tokens)].tolist(),
+                stopped="max_length" if short else row.stopped,
+            )

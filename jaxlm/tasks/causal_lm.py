@@ -1,0 +1,143 @@
+"""Causal language modelling: each token from those before it, and how it is used afterwards."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+from jaxtyping import Integer
+from tokenizers import Tokenizer
+
+from jaxlm.data.prepared import PreparedInfo
+from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.decode.causal_model import CausalModel
+from jaxlm.decode.generate import Generate, GenerateConfig
+from jaxlm.errors import InputError
+from jaxlm.models.heads import WithLmHead
+from jaxlm.models.model import CausalConfig, ModelConfig
+from jaxlm.objectives import causal_lm
+from jaxlm.objectives.masking import Vocabulary
+from jaxlm.tasks.task import Given
+from jaxlm.typing import Apply, Loss, Variables
+
+_MAX_LENGTH = 2048  # of models that have no limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLm:
+    """Predict each token from those before it (Radford et al. 2018, section 3.1)."""
+
+    isolate_documents: bool = True
+    """Documents that share a row do not attend to each other, and each counts positions from 0."""
+
+    @property
+    def verb(self) -> str:
+        """What scripts/predict.py calls its use."""
+        return "generate"
+
+    @property
+    def usage(self) -> str:
+        """What follows the verb."""
+        return '"How a text begins"'
+
+    def for_evaluation(self) -> "CausalLm":
+        """The same."""
+        return self
+
+    def num_predicted(self, length: int) -> int:
+        """Positions of a row that reach the head in training: all."""
+        return length
+
+    def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
+        """None: any text can be continued."""
+        return ""
+
+    def make_model(self, config: ModelConfig) -> nn.Module:
+        """The decoder with the head of its architecture."""
+        if not config.is_causal:
+            raise InputError(
+                f"task=CausalLm predicts each token from those before it, and a model of "
+                f"{type(config).__name__} sees all of them: use task=MaskedLm, or one that reads "
+                "one way, such as Gpt2Config"
+            )
+        return WithLmHead(config.make(), config.make_lm_head())
+
+    def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
+        """Bits for each byte of the text (UTF-8), by which tokenizers compare.
+
+        An isolated document has a token that is not predicted, its first.
+        """
+        if not all(split in info.bytes for info in infos):
+            return {}
+        firsts = sum(info.documents[split] for info in infos) if self.isolate_documents else 0
+        predicted = sum(info.tokens[split] for info in infos) - firsts
+        return {
+            "bits_per_byte": loss / math.log(2) * predicted / sum(i.bytes[split] for i in infos)
+        }
+
+    def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
+        """The cross-entropy of every token but the first of a document."""
+        return causal_lm.make_loss(apply, vocabulary, isolate_documents=self.isolate_documents)
+
+    def make_generate(
+        self, config: ModelConfig, variables: Variables, tokenizer: Tokenizer
+    ) -> Generate:
+        """Continues texts that begin as documents do in training."""
+        return Generate(causal_model(self.make_model(config), config, variables, tokenizer))
+
+    def answers(
+        self,
+        config: ModelConfig,
+        variables: Variables,
+        tokenizer: Tokenizer,
+        texts: Sequence[Given],
+        *,
+        top_k: int,
+        generate: GenerateConfig,
+    ) -> Iterator[dict[str, Any]]:
+        """How each text goes on."""
+        write = self.make_generate(config, variables, tokenizer)
+        first = texts[0].number if texts else 0
+        for one in write((one.text for one in texts), generate, first=first):
+            yield {
+                "text": one.prompt,
+                "continuation": one.text,
+                "stopped": one.stopped,
+                "tokens": one.tokens,
+                "log_probabilities": one.log_probabilities,
+            }
+
+    def lines(self, answer: dict[str, Any]) -> Iterator[str]:
+        """The text and its continuation."""
+        yield answer["text"] + answer["continuation"]
+
+
+def causal_model(
+    model: nn.Module, config: ModelConfig, variables: Variables, tokenizer: Tokenizer
+) -> CausalModel:
+    """A model with its head, as decoding takes it; texts begin and end as prepared ones do."""
+    assert isinstance(config, CausalConfig)  # make_model has seen to it
+    special = SpecialTokens.of(tokenizer)
+
+    def step(variables, cache, tokens, positions, segment_ids):
+        logits, cache = model.apply(
+            variables,
+            tokens,
+            cache,
+            positions=positions,
+            segment_ids=segment_ids,
+            method="extend",
+        )
+        return logits[:, None], cache
+
+    return CausalModel(
+        step=step,
+        make_state=config.make_cache,
+        variables=variables,
+        tokenizer=tokenizer,
+        max_length=config.max_length or _MAX_LENGTH,
+        start=(special.cls,),
+        end=(special.sep,),
+    )

@@ -1,0 +1,85 @@
+"""Causal language modelling: which models it takes, what it says of text, and how it continues."""
+
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from jaxlm.data import tokenizers
+from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.decode.generate import GenerateConfig
+from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.tasks.causal_lm import CausalLm
+from jaxlm.tasks.masked_lm import MaskedLm
+from jaxlm.tasks.task import Generative, Given
+from tests.runs.test_pretrained import prepared
+
+CONFIG = Gpt2Config(
+    vocab_size=64, num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32, max_length=40
+).with_dropout(0.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tokenizers.train("characters", ["abcdefgh ijkl"], 20)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    model = CausalLm().make_model(CONFIG)
+    return model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
+
+
+def test_models_that_see_too_much_or_too_little_are_refused():
+    bert = BertConfig(vocab_size=64, num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32)
+    with pytest.raises(InputError, match="BertConfig sees all of them: use task=MaskedLm"):
+        CausalLm().make_model(bert)
+    with pytest.raises(InputError, match="Gpt2Config reads one way: use task=CausalLm"):
+        MaskedLm().make_model(CONFIG)
+    assert isinstance(CausalLm(), Generative)
+    assert not isinstance(MaskedLm(), Generative)
+
+
+def test_bits_per_byte():
+    info = replace(
+        prepared(64),
+        tokens={"train": 110, "validation": 50},
+        documents={"train": 10, "validation": 10},
+    )
+    counted = replace(info, bytes={"train": 400, "validation": 160})
+    found = CausalLm().metrics(2 * math.log(2), [counted, counted], "validation")
+    assert found == {"bits_per_byte": pytest.approx(2 * 40 / 160)}
+    joined = CausalLm(isolate_documents=False).metrics(math.log(2), [counted], "validation")
+    assert joined == {"bits_per_byte": pytest.approx(50 / 160)}
+    assert CausalLm().metrics(1.0, [counted, info], "validation") == {}  # of before
+
+
+def test_a_text_is_continued_as_a_document_begins(tokenizer, variables):
+    """Greedily, by the uncached model."""
+    apply = CausalLm().make_model(CONFIG).apply
+    special = SpecialTokens.of(tokenizer)
+    ids = [special.cls, *tokenizer.encode("abc", add_special_tokens=False).ids]
+    for _ in range(5):
+        logits = np.asarray(apply(variables, jnp.asarray([ids])))[0, -1]
+        ids.append(int(logits[: tokenizers.vocab_size(tokenizer)].argmax()))
+        if ids[-1] == special.sep:
+            break
+    texts = [Given(0, "x:1", "abc"), Given(1, "x:2", "cab ab")]
+    first, second = CausalLm().answers(
+        CONFIG,
+        variables,
+        tokenizer,
+        texts,
+        top_k=1,
+        generate=GenerateConfig(max_new_tokens=5),
+    )
+    assert first["tokens"] == ids[4:]
+    assert first["text"] + first["continuation"] == next(CausalLm().lines(first))
+    assert len(first["log_probabilities"]) == len(first["tokens"])
+    assert second["text"] == "cab ab"
