@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxlm.decode import decoding
-from jaxlm.decode.causal_model import CausalModel, bucket, left_padded
+from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, shortened
 from jaxlm.decode.continuation import Continuation, Stopped
 from jaxlm.decode.decoding import Progress
 from jaxlm.decode.sampling import Sampling
@@ -267,9 +267,16 @@ class _Rows:
     def extend(self, progress: Progress) -> list[bool]:
         """Takes over what is new; gives which rows have ended."""
         tokens, lengths = np.asarray(progress.tokens), np.asarray(progress.lengths)
+        log_probabilities = np.asarray(progress.log_probabilities)
         for i, row in enumerate(self.continuations):
             if row.stopped is None:
-                row.extend(tokens[i, len(row.tokens) : lengths[i]].tolist())
+                new = slice(len(row.tokens), lengths[i])
+                if np.isnan(log_probabilities[i, new]).any():
+                    raise InputError(
+                        f"the model's logits behind {shortened(self._texts[i])} are not numbers: "
+                        "training has diverged, or the weights are damaged; take an earlier step"
+                    )
+                row.extend(tokens[i, new].tolist())
         return [row.stopped is not None for row in self.continuations]
 
     def generations(self, progress: Progress) -> Iterator[Generation]:

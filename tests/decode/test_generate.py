@@ -382,3 +382,7 @@ def test_bad_prompts(table):
     narrow = table_model(np.zeros((8, 8)), make_state=table_state)
     with pytest.raises(InputError, match="8 logits, and the tokenizer ids up to 19"):
         list(Generate(narrow)(["abc"]))
+    broken = table_model(np.full((VOCAB, VOCAB), np.nan))
+    for answers in (Generate(broken)(["abc"]), Generate(broken).stream("abc")):
+        with pytest.raises(InputError, match="behind 'abc' are not numbers: training has diverged"):
+            list(answers)
