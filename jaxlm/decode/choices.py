@@ -12,7 +12,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, shortened
+from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, require_several, shortened
 from jaxlm.decode.decoding import layout
 from jaxlm.errors import InputError
 
@@ -63,6 +63,8 @@ class Choose:
         Longer choices are less likely: ``per="token"`` compares the means over tokens, and
         ``per="byte"`` those over bytes of UTF-8, which do not depend on the tokenizer.
         """
+        require_several("texts", texts)
+        require_several("choices", choices)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
         if per not in get_args(Per):
