@@ -39,6 +39,9 @@ from jaxlm.data.sources import Csv, Jsonl, TextFiles
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.llama import LlamaConfig
+from jaxlm.nn.positions import LinearScaling, Llama3Scaling
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.peft.ia3 import Ia3Config
@@ -49,6 +52,7 @@ from jaxlm.runs.base import Base
 from jaxlm.runs.idle import idle
 from jaxlm.sums import Sums
 from jaxlm.sweep.space import replaced
+from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.masked_lm import MaskedLm
@@ -58,9 +62,9 @@ from jaxlm.tasks.tagging import Tagging
 from jaxlm.train import loop
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import TrainConfig
-from jaxlm.train.plots import Reference
 from jaxlm.train.metrics import Throughput
 from jaxlm.train.placement import Placement
+from jaxlm.train.plots import Reference
 from jaxlm.train.progress import Progress
 from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
@@ -151,7 +155,8 @@ def model_of(config: Any) -> str:
     def trained(variables: Any, key: Any) -> Any:
         return model.apply(variables, tokens, deterministic=False, rngs={"dropout": key})
 
-    return as_text(f"{drawn} {jax.make_jaxpr(trained)(variables, key)}")
+    program = jax.make_jaxpr(trained)(variables, key)
+    return as_text(f"{drawn} {program} {listed(program.consts)}")
 
 
 @cache
@@ -207,8 +212,7 @@ def listed(tree: Any) -> str:
 def read_of(config: FinetuneConfig) -> str:
     """What fine-tuning reads: examples, rows of tokens, their lengths, and the first batches."""
     splits = read_splits(config.data, config.task.read, config.task.check)
-    config = finetuned.with_scale(config, splits.train)
-    config = replace(config, task=config.task.settled(splits.train))
+    config = finetuned.settled(config, splits.train)
     tokenizer = finetuning.make_tokenizer(config.tokenizer, splits)
     config = finetuning.resolve(config, None, tokenizer, "cpu")
     labels, framer = config.task.labels(splits.train), finetuned.make_framer(config, tokenizer)
@@ -488,6 +492,38 @@ def at(config: Any, path: str) -> Any:
     return config
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "num_layers": 1,
+    "hidden_dim": 16,
+    "num_heads": 2,
+    "mlp_dim": 16,
+    "dtype": "float32",
+}
+GPT2 = Gpt2Config(**SIZES, max_length=8)
+LLAMA = LlamaConfig(
+    **SIZES, num_kv_heads=1, max_length=8, dropout_rate=0.1, attention_dropout_rate=0.1
+)
+SLOWED = replace(LLAMA, rope_scaling=LinearScaling(factor=2.0))
+SCALING = Llama3Scaling(factor=2.0, low_freq_factor=0.02, high_freq_factor=0.9, original_length=8)
+STRETCHED = replace(LLAMA, rope_scaling=SCALING)
+
+
+def causal(model: Any) -> PretrainConfig:
+    return replace(PRETRAINED, model=model, task=CausalLm())
+
+
+def longest_of(config: Any) -> str:
+    """Whether rows of nine tokens fit."""
+    try:
+        jax.eval_shape(
+            pretrained.make_model(config).init, jax.random.key(0), jnp.zeros((1, 9), jnp.int32)
+        )
+    except InputError as error:
+        return str(error)
+    return "fits"
+
+
 class Part(NamedTuple):
     """Fields of a config, or all those of the parts that are named, and where to look."""
 
@@ -557,6 +593,13 @@ PARTS = {
     "ia3": Part(replace(BASED, tuning=Ia3Config()), step_of, ("tuning",)),
     "bert": Part(PRETRAINED, model_of, ("model",)),
     "bilstm": Part(replace(PRETRAINED, model=LSTM), model_of, ("model",), ("model.max_length",)),
+    "gpt2": Part(causal(GPT2), model_of, ("model",), ("model.max_length",)),
+    "gpt2 rows": Part(causal(GPT2), longest_of, ("model.max_length",)),
+    "llama": Part(causal(LLAMA), model_of, ("model",), ("model.max_length",)),
+    "llama rows": Part(causal(LLAMA), longest_of, ("model.max_length",)),
+    "linear scaling": Part(causal(SLOWED), model_of, ("model.rope_scaling",)),
+    "llama 3 scaling": Part(causal(STRETCHED), model_of, ("model.rope_scaling",)),
+    "causal": Part(causal(GPT2), step_of, ("task",)),
     "tuned bert": Part(
         replace(TUNED, dropout_rate=0.2, dtype="float32"),
         model_of,
