@@ -141,7 +141,9 @@ def evaluate_pretrained(
                 f"it again with --tokenizer.path {directory / TOKENIZER}"
             )
     batch_size = loaded.config.data.batch_size
-    longest = loaded.config.model.max_length or datasets[0].info.row_length
+    model = loaded.config.model
+    assert model is not None  # resolved
+    longest = model.max_length or datasets[0].info.row_length
     windows = None if stride is None else {"length": longest, "stride": stride}
     batches = pretrained.eval_rows(
         datasets, batch_size, split=split, max_rows=rows, windows=windows

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -145,7 +146,7 @@ def to_huggingface(
     if not isinstance(config, BertConfig) and (tokens := config.num_tokens) is not None:
         sizes = {**sizes, "vocab": tokens}
         cut = {"token_embed/embedding": (slice(tokens),), "unembed/kernel": (..., slice(tokens))}
-        flat = flatten_dict(params, sep="/")
+        flat: Any = flatten_dict(params, sep="/")
         ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
         flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
         params = unflatten_dict(flat, sep="/")

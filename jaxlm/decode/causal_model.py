@@ -1,7 +1,7 @@
 """What continuing a text needs: a model as functions, a tokenizer, and how texts begin and end."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -125,6 +125,12 @@ class CausalModel:
 def shortened(text: str) -> str:
     """A text as messages quote it."""
     return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
+
+
+def require_several(name: str, value: Iterable[str]) -> None:
+    """Raises for a string where several are meant: it would be taken for its characters."""
+    if isinstance(value, str):
+        raise InputError(f"{name}={shortened(value)} is one string: put it into a list")
 
 
 def bucket(length: int) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, shortened
+from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, require_several, shortened
 from jaxlm.decode.decoding import layout
 from jaxlm.errors import InputError
 
@@ -63,8 +63,12 @@ class Choose:
         Longer choices are less likely: ``per="token"`` compares the means over tokens, and
         ``per="byte"`` those over bytes of UTF-8, which do not depend on the tokenizer.
         """
+        require_several("texts", texts)
+        require_several("choices", choices)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
+        if per not in get_args(Per):
+            raise InputError(f"per={per!r} is none of {', '.join(get_args(Per))}")
         if len(choices) < 2 or len(set(choices)) < len(choices):
             raise InputError(f"choices={list(choices)} are not two or more different ones")
         texts = iter(texts)
@@ -124,13 +128,12 @@ def _ranked(
     num_tokens: Int[np.ndarray, " choices"],
     per: Per,
 ) -> list[Choice]:
-    match per:
-        case "text":
-            compared = score
-        case "token":
-            compared = score / num_tokens
-        case "byte":
-            compared = score / np.array([len(choice.encode()) for choice in choices])
+    sizes = {
+        "text": np.ones(len(choices)),
+        "token": num_tokens,
+        "byte": np.array([len(choice.encode()) for choice in choices]),
+    }
+    compared = score / sizes[per]
     likelihood = np.exp(compared - compared.max())
     return [
         Choice(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxlm.decode import decoding
-from jaxlm.decode.causal_model import CausalModel, bucket, left_padded
+from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, require_several, shortened
 from jaxlm.decode.continuation import Continuation, Stopped
 from jaxlm.decode.decoding import Progress
 from jaxlm.decode.sampling import Sampling
@@ -51,6 +51,8 @@ class GenerateConfig:
     """What a text becomes depends on this and on its number among the texts, not on its batch."""
 
     def __post_init__(self) -> None:
+        for name in ("banned_tokens", "stop_tokens", "stop_strings"):
+            require_several(name, vars(self)[name])
         if not 0 <= self.temperature < math.inf:
             raise InputError(
                 f"temperature={self.temperature} is not a number from 0 up: 0 is greedy, 1 the "
@@ -146,6 +148,7 @@ class Generate:
         first: int = 0,
     ) -> Iterator[Generation]:
         """The continuation of each text. ``first`` is the number of the first, for its seed."""
+        require_several("texts", texts)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
         texts = iter(texts)
@@ -267,9 +270,16 @@ class _Rows:
     def extend(self, progress: Progress) -> list[bool]:
         """Takes over what is new; gives which rows have ended."""
         tokens, lengths = np.asarray(progress.tokens), np.asarray(progress.lengths)
+        log_probabilities = np.asarray(progress.log_probabilities)
         for i, row in enumerate(self.continuations):
             if row.stopped is None:
-                row.extend(tokens[i, len(row.tokens) : lengths[i]].tolist())
+                new = slice(len(row.tokens), lengths[i])
+                if np.isnan(log_probabilities[i, new]).any():
+                    raise InputError(
+                        f"the model's logits behind {shortened(self._texts[i])} are not numbers: "
+                        "training has diverged, or the weights are damaged; take an earlier step"
+                    )
+                row.extend(tokens[i, new].tolist())
         return [row.stopped is not None for row in self.continuations]
 
     def generations(self, progress: Progress) -> Iterator[Generation]:

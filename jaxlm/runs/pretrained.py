@@ -127,7 +127,8 @@ def eval_rows(
             if windows is None:
                 yield from eval_batches(dataset, batch_size, **chosen)
             else:
-                yield from window_batches(dataset, batch_size, **chosen, **windows)
+                chosen |= windows
+                yield from window_batches(dataset, batch_size, **chosen)
 
 
 def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:

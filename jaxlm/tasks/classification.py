@@ -28,6 +28,7 @@ from jaxlm.evaluate.thresholds import best_thresholds
 from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
+from jaxlm.tasks.by_label import by_label, pairs
 from jaxlm.tasks.task import (
     AbstractBatch,
     Labels,
@@ -94,7 +95,7 @@ class Classification:
                 raise InputError(
                     f"task.{name}={given} is for fields.target={target}, not {self.fields.target}"
                 )
-            _pairs(() if given in (("balanced",), ("chosen",)) else given, f"task.{name}")
+            pairs(() if given in (("balanced",), ("chosen",)) else given, f"task.{name}")
 
     @property
     def verb(self) -> str:
@@ -191,12 +192,12 @@ class Classification:
         if self.class_weights == ("balanced",):
             counts = np.maximum(np.bincount(numbers, minlength=len(labels)), 1)
             return len(numbers) / (len(labels) * counts)
-        return _by_label(self.class_weights, labels, 1.0, "task.class_weights")
+        return by_label(self.class_weights, labels, 1.0, "task.class_weights")
 
     def _thresholds(self, labels: Labels) -> Float[np.ndarray, "labels"]:
         """The threshold of each label: 0.5 before they are chosen."""
         given = () if self.chooses_thresholds else self.thresholds
-        return _by_label(given, labels, 0.5, "task.thresholds")
+        return by_label(given, labels, 0.5, "task.thresholds")
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
         """Labels are classes, columns of ones and zeros, or numbers."""
@@ -364,32 +365,6 @@ class Classification:
         gold = np.asarray(data.label_array(examples, labels))
         values = best_thresholds(gold, np.asarray(outputs["probabilities"]))
         return dict(zip(labels, values.tolist(), strict=True))
-
-
-def _pairs(given: Sequence[str], what: str) -> dict[str, float]:
-    """Numbers by name, from texts such as neg=1."""
-    pairs = {}
-    for pair in given:
-        name, _, text = pair.rpartition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not name or not 0 <= value < float("inf"):
-            raise InputError(f"{what}: {pair!r} is no label and its number, such as pos=0.5")
-        pairs[name] = value
-    return pairs
-
-
-def _by_label(
-    given: Sequence[str], labels: Labels, default: float, what: str
-) -> Float[np.ndarray, "labels"]:
-    """The number of each label; names that are none of the labels raise."""
-    pairs = _pairs(given, what)
-    unknown = [name for name in pairs if name not in labels]
-    if unknown:
-        raise InputError(f"{what}: {unknown[0]!r} is none of the labels {', '.join(labels[:20])}")
-    return np.array([pairs.get(label, default) for label in labels])
 
 
 def _numbers(examples: Sequence[TextExample]) -> Float64[np.ndarray, "examples"]:

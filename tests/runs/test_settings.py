@@ -36,7 +36,7 @@ from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
 from jaxlm.data.pydocs import PyDocs
 from jaxlm.data.sources import Csv, Jsonl, TextFiles
-from jaxlm.data.tokenizers import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
@@ -58,6 +58,7 @@ from jaxlm.tasks.tagging import Tagging
 from jaxlm.train import loop
 from jaxlm.train.checkpoint import Checkpointer
 from jaxlm.train.loop import TrainConfig
+from jaxlm.train.plots import Reference
 from jaxlm.train.metrics import Throughput
 from jaxlm.train.placement import Placement
 from jaxlm.train.progress import Progress
@@ -122,7 +123,7 @@ def step_of(config: Any) -> str:
         batch = {"tokens": shape(jnp.int32, rows, 8)}
         batch |= {name: shape(jnp.int32, rows) for name in ("lengths", "index")}
     else:
-        model = config.model or replace(MODEL, dtype=None)
+        model = config.model or replace(MODEL, dtype=None, num_layers=1, unroll=None)
         config = finetuned.with_encoder(config, model, "cpu")
         labels = ("B-a", "B-b", "O")
         make = lambda: finetuned.make_state(config, labels, None)
@@ -374,7 +375,7 @@ def run_of(config: Any) -> str:
             step=0,
             tokens_seen=0.0,
             log_every=train.log_every,
-            reference={},
+            reference=Reference(),
             more_writers=(recorder,),
         )
         try:
