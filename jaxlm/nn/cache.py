@@ -52,13 +52,21 @@ class LayerCache:
         return replace(self, key=put(self.key, key), value=put(self.value, value))
 
     def read(
-        self,
+        self, num_queries: int
     ) -> tuple[
         Float[Array, "batch kv_length heads head_dim"],
         Float[Array, "batch kv_length heads head_dim"],
     ]:
-        """The keys and values of all slots."""
-        return jnp.swapaxes(self.key, 1, 2), jnp.swapaxes(self.value, 1, 2)
+        """The keys and values of all slots, for so many queries of each of their heads."""
+        both = jnp.swapaxes(self.key, 1, 2), jnp.swapaxes(self.value, 1, 2)
+        if num_queries == 1 or self.key.dtype == jnp.float32:
+            return both
+        # XLA:CPU of JAX 0.12 compiles a bfloat16 product of this view that it cannot run.
+        return lax.platform_dependent(*both, cpu=_laid_out, default=lambda *both: both)
+
+
+def _laid_out(key: Array, value: Array) -> tuple[Array, Array]:
+    return lax.optimization_barrier((key, value))
 
 
 @flax.struct.dataclass
