@@ -58,12 +58,15 @@ class CausalModel:
         """The tokens of a text, without those that the tokenizer puts around whole ones."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def prompt(self, text: str) -> list[int]:
-        """The tokens of a text to be continued; at least one more fits behind them."""
-        ids = self.encode(text)
+    def prompt(self, text: str | Sequence[int]) -> list[int]:
+        """The tokens of a text to be continued, or these; at least one more fits behind them."""
+        ids = self.encode(text) if isinstance(text, str) else list(text)
         if not ids:
             raise InputError(f"the prompt {text!r} holds no token: give at least one word")
-        ids = [*self.start, *ids]
+        if isinstance(text, str):
+            ids = [*self.start, *ids]
+        else:
+            text = self.decode(ids)
         if len(ids) >= self.max_length:
             raise InputError(
                 f"the prompt {shortened(text)} has {len(ids)} tokens, and the model takes "

@@ -99,16 +99,25 @@ def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
 
 
 def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """A base's parameters with the token table filled up with zeros to the model's vocabulary."""
+    """A base's parameters with the token table filled up to the model's vocabulary.
+
+    The new rows are the mean of the others: to a head that shares the table none of them is
+    likelier than tokens are on average, where zeros may be likelier than all.
+    """
     table = np.asarray(encoder["token_embed"]["embedding"])
     more = _missing(len(table), model)
     if not more:
         return encoder
-    return encoder | {"token_embed": {"embedding": np.pad(table, ((0, more), (0, 0)))}}
+    rows = np.concatenate([table, np.tile(table.mean(0), (more, 1))])
+    return encoder | {"token_embed": {"embedding": rows}}
 
 
 def with_bias(head: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """A base's head for that many rows; those that stand for no token are never likely."""
+    if "unembed" in head:  # as in with_rows
+        kernel = np.asarray(head["unembed"]["kernel"]).T
+        more = np.tile(kernel.mean(0), (_missing(len(kernel), model), 1))
+        return head | {"unembed": {"kernel": np.concatenate([kernel, more]).T}}
     bias = np.asarray(head.get("bias", ()))
     if not bias.size:
         return head
