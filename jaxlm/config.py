@@ -30,6 +30,7 @@ from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
@@ -39,8 +40,12 @@ from jaxlm.train.loop import TrainConfig
 # What a run's configuration may hold: another architecture or task is added here.
 Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig
 PretrainingTask = MaskedLm | CausalLm
-LabelledTask = Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding
+LabelledTask = (
+    Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding | Instruction
+)
 UNKNOWN_BASE = BertConfig()  # what the compile check takes a base for that is not there
+ANY_BASE = Gpt2Config(vocab_size=8, num_layers=1, hidden_dim=4, num_heads=1, mlp_dim=4)
+"""A model that every labelled task takes."""
 
 
 def check_name(name: str) -> None:

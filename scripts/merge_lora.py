@@ -2,8 +2,8 @@
 
 The folder that comes out is a published encoder's in Hugging Face's layout, with its tokenizer: a
 base for further fine-tuning here, or a model for other libraries. The task's own head is left
-behind, a RoBERTa comes out as the BERT that computes the same, and what was tuned for embeddings as
-a sentence encoder.
+behind (one over the vocabulary is the base's, and stays), a RoBERTa comes out as the BERT that
+computes the same, and what was tuned for embeddings as a sentence encoder.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -47,6 +47,7 @@ def main(
     head = {name: leaf for name, leaf in params.get("head", {}).items() if name == "pooler"}
     model = loaded.config.model
     assert model is not None  # resolved
+    head |= params.get("lm_head", {})
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
     task = loaded.task
     pooling = (task.pooling or "mean") if isinstance(task, Embedding) else None

@@ -35,7 +35,9 @@ from jaxlm.runs.answers import ERROR, Answer, Answered, joined, write_table
 from jaxlm.runs.embedder import Embedder, open_embedder
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import read_any_config
+from jaxlm.runs.writing import Conversation
 from jaxlm.runtime.storage import locate, on_disk, whole
+from jaxlm.tasks.task import Responsive
 from jaxlm.train.restore import warn
 
 GREEDY = GenerateConfig()
@@ -63,8 +65,9 @@ def main(
         run: The run folder; for embed and search also a folder in Hugging Face's layout or a hub
             name.
         task: What the run has learned: fill-mask, generate, classify, tag, answer, choose or embed;
-            or search, which finds the texts of --file that are nearest to the text.
-        text: What to do it with; or give --file.
+            or search, which finds the texts of --file that are nearest to the text; or chat, in
+            turns, with a run that has learned to respond.
+        text: What to do it with; or give --file. Of chat: what the model is told beforehand.
         pair: The second text of a pair, or the context of a question.
         file: A text or a JSON object a line (fill-mask: with "text"), - for standard input; or, as
             .csv, .tsv, .conll, .json or named as the training data are, what training reads.
@@ -79,10 +82,14 @@ def main(
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
     """
-    is_search = task == "search"
+    is_search, is_chat = task == "search", task == "chat"
     if is_search and (text is None or file is None):
         raise InputError("search finds the texts of --file that are nearest to a text: give both")
-    if (text is None) == (file is None) and not is_search:
+    if is_chat and (file is not None or pair is not None):
+        raise InputError(
+            "chat reads lines from the terminal or a pipe: leave out --file and --pair"
+        )
+    if (text is None) == (file is None) and not is_search and not is_chat:
         raise InputError('give either a text, such as "A [MASK] of strings.", or --file')
     if text is not None and not text.strip():
         raise InputError("the text is empty")
@@ -123,6 +130,9 @@ def main(
         if value:
             raise InputError(f"{name} {column or out} is for embed and search, not for {task}")
     config = read_any_config(locate(run))
+    if is_chat and isinstance(config.task, Responsive):
+        chat(finetuned.open_finetuned(run, step=step, base=base), generate, text)
+        return
     if config.task.verb != task:
         raise InputError(
             f"{run} was trained for {type(config.task).__name__}, whose head cannot {task}: use "
@@ -147,14 +157,42 @@ def main(
     if file is not None:
         names = loaded.task.text_fields
         records = read_records(loaded.config.data.train, loaded.labels, names, file)
-        write(counted(loaded.stream(records)), names, out)
+        write(counted(loaded.stream(records, generate=generate)), names, out)
         return
-    (answer,) = loaded.answer([record_of(loaded, text or "", pair)])
+    record = record_of(loaded, text or "", pair)
+    if isinstance(loaded.task, Responsive):
+        (dialogue,) = loaded.task.read([record], labelled=False)
+        pieces = loaded.responder.stream(dialogue, generate)
+        show_pieces("", pieces if stream else ["".join(pieces)])
+        return
+    (answer,) = loaded.answer([record])
     probabilities = answer.get("probabilities")
     if isinstance(probabilities, dict):
         print(*ranked(probabilities, answer.get("labels", ()), top_k), sep="\n")
     else:
         print_json(answer)
+
+
+def chat(loaded: FinetunedRun, generate: GenerateConfig, system: str | None) -> None:
+    """Turns until the input ends, or an empty line comes."""
+    talk = Conversation(loaded.responder, generate, system=system)
+    is_asked = sys.stdin.isatty()
+    while (text := read_turn("> " if is_asked else "")).strip():
+        try:
+            forgotten, pieces = talk.say(text)
+            if forgotten:
+                print(f"(forgotten: your first {forgotten} turns, for which there is no room)")
+            show_pieces("", pieces)
+        except InputError as error:  # such as a turn that is too long
+            print(f"({error})")
+
+
+def read_turn(prompt: str) -> str:
+    """A line of the user's; empty where there are no more."""
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
 
 
 def show_pieces(text: str, pieces: Iterable[str]) -> None:

@@ -12,9 +12,11 @@ import pytest
 from jaxlm import config as configs
 from jaxlm.config import PretrainConfig
 from jaxlm.models.bert import TINY
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.runs import finetuned, pretrained, steps
 from jaxlm.sharding import MeshConfig
+from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.tagging import Tagging
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -106,24 +108,28 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
     if config.base is None:
         model = resized(config.model, embed_dim=16, hidden_dim=32, **sizes)
     else:  # of a base there is here nothing but its kind
-        model = resized(TINY, num_heads=4, **sizes)
+        small = {"num_layers": 2, "hidden_dim": 128, "num_heads": 4, "mlp_dim": 32}
+        generates = isinstance(config.task, Instruction)
+        model = resized(Gpt2Config() if generates else TINY, **small, **sizes)
     config = finetuned.with_encoder(config, model, "cpu")
     labels = ("a", "b", "c", "d")
     state = finetuned.make_state(config, labels, None)
     placement = finetuned.make_placement(config, labels, state)
     rows, length = config.data.batch_size, 8
     rng = np.random.default_rng(0)
-    shape = (rows, length) if isinstance(config.task, Tagging) else (rows,)
+    shape = (rows, length) if isinstance(config.task, Tagging | Instruction) else (rows,)
     batch = {
         "tokens": rng.integers(5, VOCAB_SIZE, (rows, length)).astype(np.int32),
         "token_type_ids": np.zeros((rows, length), np.int32),
         "lengths": np.full(rows, length, np.int32),
         "labels": rng.integers(0, len(labels), shape).astype(np.int32),
         "weights": np.ones(shape, np.float32),
+        "dialogues": np.ones((rows, length), np.int32),
         "index": np.arange(rows, dtype=np.int32),
     }
     state = steps.put_state(state, placement)
     state, sums = placement.train_step(state, placement.put_batch(batch), np.float32(0.5))
     assert int(state.step) == 1
-    assert sums.means()["loss"] == pytest.approx(np.log(len(labels)), rel=0.3)
+    choices = VOCAB_SIZE if isinstance(config.task, Instruction) else len(labels)
+    assert sums.means()["loss"] == pytest.approx(np.log(choices), rel=0.3)
     assert not sums.counts["skipped"]

@@ -25,14 +25,18 @@ from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import JsonLines
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.runs.base import load
 from jaxlm.runs.finetuning import finetune
 from jaxlm.runs.pretraining import pretrain
+from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.instruction import Instruction
+from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
@@ -51,6 +55,7 @@ TASKS: dict[str, Any] = {
     "answer": QuestionAnswering(doc_stride=2),
     "choice": MultipleChoice(),
     "embedding": Embedding(),
+    "instruction": Instruction(num_samples=1),
 }
 KERNELS = (r".*/kernel",)
 TUNINGS: dict[str, Any] = {
@@ -65,6 +70,7 @@ TUNINGS: dict[str, Any] = {
 MODELS: dict[str, Any] = {
     "bert": replace(BERT, vocab_size=None, num_layers=1, max_length=32),
     "bilstm": BilstmConfig(embed_dim=16, hidden_dim=16),
+    "gpt2": Gpt2Config(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=24, max_length=32),
 }
 
 
@@ -84,6 +90,8 @@ def row(task: str, rng: np.random.Generator, i: int) -> dict[str, Any]:
             return {"text": text, "label": sorted({words[0], words[1]})}
         case "number":
             return {"text": text, "label": 10.0 + i % 7}
+        case "instruction":
+            return {"prompt": text, "response": pair}
         case "embedding":
             return {"text": text, "pair": f"{pair} {i}"}
         case _:
@@ -97,7 +105,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     config, made = make_config(folder, steps=1), {}
     for name, model in MODELS.items():
         once = TrainConfig(steps=1, num_evals=1, eval_rows=16)
-        made[name] = pretrain(replace(config, name=name, model=model, train=once))
+        task = CausalLm() if model.is_causal else MaskedLm()
+        made[name] = pretrain(replace(config, name=name, model=model, task=task, train=once))
     return made
 
 
@@ -105,7 +114,8 @@ def journeys() -> list[Any]:
     """All of them; most are slow."""
     usual = {(task, "lora", "bert") for task in TASKS}
     usual |= {("class", tuning, "bert") for tuning in ("full", "biases", "dora", "ia3")}
-    usual |= {("tags", "full", "bilstm"), ("class", "lora", "bilstm")}
+    usual |= {("tags", "full", "bilstm"), ("class", "lora", "bilstm"), ("class", "lora", "gpt2")}
+    usual |= {("instruction", "lora", "gpt2"), ("instruction", "full", "gpt2")}
     return [
         pytest.param(*way, marks=() if way in usual else pytest.mark.slow, id="-".join(way))
         for way in itertools.product(TASKS, TUNINGS, MODELS)
@@ -146,6 +156,10 @@ def test_every_script_does_its_part(
         tuning=TUNINGS[tuning],
         train=TrainConfig(steps=2, num_evals=1),
     )
+    if task == "instruction" and not MODELS[model].is_causal:
+        with pytest.raises(InputError, match="sees all of a text: name a base that reads one way"):
+            finetune(config, console=Console(quiet=True))
+        return
     run = finetune(config, console=Console(quiet=True))
 
     capsys.readouterr()

@@ -63,12 +63,15 @@ class CausalModel:
         """The tokens of a text, without those that the tokenizer puts around whole ones."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def prompt(self, text: str) -> list[int]:
-        """The tokens of a text to be continued; at least one more fits behind them."""
-        ids = self.encode(text)
+    def prompt(self, text: str | Sequence[int]) -> list[int]:
+        """The tokens of a text to be continued, or these; at least one more fits behind them."""
+        ids = self.encode(text) if isinstance(text, str) else list(text)
         if not ids:
             raise InputError(f"the prompt {text!r} holds no token: give at least one word")
-        ids = [*self.start, *ids]
+        if isinstance(text, str):
+            ids = [*self.start, *ids]
+        else:
+            text = self.decode(ids)
         if len(ids) >= self.max_length:
             raise InputError(
                 f"the prompt {shortened(text)} has {len(ids)} tokens, and the model takes "
@@ -127,7 +130,7 @@ def shortened(text: str) -> str:
     return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
 
 
-def require_several(name: str, value: Iterable[str]) -> None:
+def require_several(name: str, value: Iterable[Any]) -> None:
     """Raises for a string where several are meant: it would be taken for its characters."""
     if isinstance(value, str):
         raise InputError(f"{name}={shortened(value)} is one string: put it into a list")

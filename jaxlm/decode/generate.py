@@ -1,8 +1,9 @@
 """Continuing texts: greedily or by sampling, whole or piece by piece."""
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,6 +17,7 @@ from jaxlm.decode.continuation import Continuation, Stopped
 from jaxlm.decode.decoding import Progress
 from jaxlm.decode.sampling import Sampling
 from jaxlm.errors import InputError
+from jaxlm.typing import Variables
 
 _ROOM = 128  # there is for so many new tokens at least: it costs little, and limits share programs
 
@@ -139,15 +141,23 @@ class Generate:
         self._begin = jax.jit(begin, static_argnames="kv_length")
         self._advance = jax.jit(advance, donate_argnums=0, static_argnames="places")
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a prompt and its continuation together."""
+        return self._model.max_length
+
     def __call__(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str | Sequence[int]],
         config: GenerateConfig = GenerateConfig(),
         *,
         batch_size: int = 8,
         first: int = 0,
     ) -> Iterator[Generation]:
-        """The continuation of each text. ``first`` is the number of the first, for its seed."""
+        """The continuation of each text, or of the tokens of one.
+
+        ``first`` is the number of the first, for its seed.
+        """
         require_several("texts", texts)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
@@ -162,7 +172,7 @@ class Generate:
 
     def stream(
         self,
-        text: str,
+        text: str | Sequence[int],
         config: GenerateConfig = GenerateConfig(),
         *,
         number: int = 0,
@@ -177,6 +187,12 @@ class Generate:
         for _ in self._run(rows, 1, steps):
             if piece := row.show():
                 yield piece
+
+    def with_variables(self, variables: Variables) -> "Generate":
+        """The same with other values, of the same shapes: nothing is compiled anew."""
+        other = copy.copy(self)
+        other._model = replace(self._model, variables=variables)
+        return other
 
     def _run(self, rows: "_Rows", batch_size: int, steps: int) -> Iterator[Progress]:
         """Runs the model ``steps`` tokens at a time, until all rows have ended."""
@@ -200,7 +216,11 @@ class _Rows:
     """A batch of prompts and what has become of them."""
 
     def __init__(
-        self, model: CausalModel, texts: Sequence[str], config: GenerateConfig, first: int
+        self,
+        model: CausalModel,
+        texts: Sequence[str | Sequence[int]],
+        config: GenerateConfig,
+        first: int,
     ):
         self._model, self._texts, self._config, self._first = model, texts, config, first
         self._prompts = [model.prompt(text) for text in texts]
@@ -276,7 +296,7 @@ class _Rows:
                 new = slice(len(row.tokens), lengths[i])
                 if np.isnan(log_probabilities[i, new]).any():
                     raise InputError(
-                        f"the model's logits behind {shortened(self._texts[i])} are not numbers: "
+                        f"the model's logits behind {shortened(str(self._texts[i]))} are not numbers: "
                         "training has diverged, or the weights are damaged; take an earlier step"
                     )
                 row.extend(tokens[i, new].tolist())
@@ -291,7 +311,7 @@ class _Rows:
                 row.stopped == "max_new_tokens" and len(row.tokens) < self._config.max_new_tokens
             )
             yield Generation(
-                prompt=text,
+                prompt=text if isinstance(text, str) else self._model.decode(text),
                 text=row.text,
                 tokens=row.tokens,
                 log_probabilities=log_probabilities[i, : len(row.tokens)].tolist(),

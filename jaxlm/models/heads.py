@@ -98,8 +98,10 @@ class WithLmHead(nn.Module):
     """An encoder and a head that scores the vocabulary, such as :class:`MlmHead`.
 
     ``encoder`` is any module with a ``token_embed`` that maps tokens to hidden states; ``head`` is
-    called as ``head(hidden, token_embed)``.
+    called as ``head(hidden, token_embed)``. One that has a name keeps it: its parameters' path.
     """
+
+    preserve_adopted_names = True
 
     encoder: nn.Module
     head: nn.Module

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,26 +20,27 @@ from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, note
-from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.models.heads import WithHead
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import steps, thresholds
+from jaxlm.runs import best, steps, thresholds
 from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
+from jaxlm.runs.writing import Responder, make_responder
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sums import Sums, add_all
-from jaxlm.tasks.task import Labels, Outputs, Task, Thresholded
+from jaxlm.tasks.task import Labels, Outputs, Responsive, Task, Thresholded
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
-from jaxlm.train.restore import Cursor, Monitor
+from jaxlm.train.restore import Cursor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, make_predict_step
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
+LM_HEAD = "lm_head"
 
 
 def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneConfig:
@@ -46,7 +49,7 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
     rate = 0.1 if config.dropout_rate is None and config.base is not None else config.dropout_rate
     model = replace(model if rate is None else model.with_dropout(rate), dtype=dtype)
     rate = model.dropout_rate if rate is None else rate
-    return replace(config, model=model, dropout_rate=rate, monitor=monitor(config).name)
+    return replace(config, model=model, dropout_rate=rate, monitor=best.monitor(config).name)
 
 
 def settled(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
@@ -56,11 +59,11 @@ def settled(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
     return replace(config, task=config.task.settled(examples, before))
 
 
-def make_model(config: FinetuneConfig, labels: Labels) -> WithHead:
+def make_model(config: FinetuneConfig, labels: Labels) -> nn.Module:
     """The resolved config's encoder with its task's head."""
     assert config.model is not None  # resolved
     assert config.dropout_rate is not None
-    return WithHead(config.model.make(), config.task.make_head(labels, config.dropout_rate))
+    return config.task.make_model(config.model, labels, config.dropout_rate)
 
 
 def adapted_apply(config: FinetuneConfig, labels: Labels) -> Apply:
@@ -78,11 +81,12 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
         params = dict(model.init(key, _tokens())["params"])
         if base is not None:  # what is not returned is not computed
             del params["encoder"]
+            params.pop(LM_HEAD, None)
         return params
 
     params = jax.jit(init)(key)
     if base is not None:
-        params = params | {"encoder": steps.with_rows(base.encoder, config.model)}
+        params = params | _given(config, model, base)
         if base.pooler is not None and "pooler" in params.get("head", {}):
             params["head"] = params["head"] | {"pooler": base.pooler}
     params = jax.tree.map(jnp.asarray, params)
@@ -100,6 +104,20 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
             f"{type(config.task).__name__} has no parameters; tune the encoder as well"
         )
     return TrainState.create(trainable, frozen, make_optimizer(config))
+
+
+def _given(config: FinetuneConfig, model: nn.Module, base: Base) -> dict[str, Any]:
+    """The base's parameters for a model: of the encoder, and of the head over the vocabulary."""
+    assert config.model is not None  # resolved
+    given = {"encoder": steps.with_rows(base.encoder, config.model)}
+    if LM_HEAD not in jax.eval_shape(model.init, jax.random.key(0), _tokens())["params"]:
+        return given
+    if base.lm_head is None:
+        raise InputError(
+            f"base={base.name!r} has no head that scores the vocabulary, which its "
+            f"{type(config.model).__name__} does not share with its embeddings: name one with it"
+        )
+    return given | {LM_HEAD: steps.with_bias(base.lm_head, config.model)}
 
 
 def _tokens() -> jax.Array:
@@ -185,30 +203,9 @@ def predict(
     }
 
 
-def check_monitor(config: FinetuneConfig, labels: Labels, examples: Sequence[Any]) -> None:
-    """Raise where the task does not measure what decides which checkpoint is best."""
-    check_measured(monitor(config).name, config.task.metric_names(examples, labels))
-
-
-def check_measured(name: str, metrics: Iterable[str]) -> None:
-    """Raise where a metric is not among those of a task."""
-    known = dict.fromkeys(["loss", *metrics])
-    if name not in known:
-        hint = " (of one class for each text it is the accuracy)" if name == "micro_f1" else ""
-        raise InputError(f"monitor={name} is not measured here{hint}; there are {', '.join(known)}")
-
-
 def _stack(values: list[Any]) -> Any:
     """An array, unless rows were padded to different lengths."""
     return np.stack(values) if len({np.shape(value) for value in values}) == 1 else values
-
-
-def monitor(config: FinetuneConfig) -> Monitor:
-    """Which checkpoint is best: never one with an untrained head, if there is another."""
-    name = config.monitor or config.task.monitor
-    head = config.task.make_head(("a", "b"), 0.0)
-    has_parameters = bool(jax.eval_shape(head.init, jax.random.key(0), jnp.zeros((1, 2, 8))))
-    return Monitor(name, higher_is_better(name), first_step=int(has_parameters))
 
 
 def say_cut(cut: int, total: int, longest: int) -> None:
@@ -281,21 +278,42 @@ class FinetunedRun:
         report(cut, len(examples), framer.max_length)
         return found
 
-    def answer(self, given: Iterable[Any], *, chunk: int = 4096) -> list[Answer]:
+    @cached_property
+    def responder(self) -> Responder:
+        """What responds in words; :class:`InputError` where the task is another."""
+        model, framer = (
+            make_model(self.config, self.labels),
+            make_framer(self.config, self.tokenizer),
+        )
+        return make_responder(self.config, model, framer, self.tokenizer)(self.state.variables)
+
+    def answer(
+        self, given: Iterable[Any], *, chunk: int = 4096, generate: GenerateConfig | None = None
+    ) -> list[Answer]:
         """What the model says of each of a list, in its order: of texts, of dicts, of records.
 
         A dict has the fields of the training data, and its others are in the answer, too. What
         cannot be answered, such as an empty text, has an ``error`` instead; where nothing can,
-        :class:`InputError` is raised.
+        :class:`InputError` is raised. ``generate`` is for tasks whose models write.
         """
         names = self.task.text_fields
-        return list(joined(self.stream(as_records(given, names), chunk=chunk), names))
+        pairs = self.stream(as_records(given, names), chunk=chunk, generate=generate)
+        return list(joined(pairs, names))
 
-    def stream(self, records: Iterable[Record], *, chunk: int = 4096) -> Iterator[Answered]:
+    def stream(
+        self,
+        records: Iterable[Record],
+        *,
+        chunk: int = 4096,
+        generate: GenerateConfig | None = None,
+    ) -> Iterator[Answered]:
         """Each record with what the model says of it, in JSON; says how many were cut."""
         seen: list[tuple[int, int, int]] = []
 
         def answer(examples: list[Any]) -> list[Answer]:
+            if isinstance(self.task, Responsive):
+                written = self.responder.respond(examples, generate or GenerateConfig())
+                return self.task.answers(examples, self.labels, {"written": list(written)})
             report = lambda *counts: seen.append(counts)
             _, outputs = self.outputs(examples, labelled=False, report=report)
             return self.task.answers(examples, self.labels, outputs)
@@ -359,7 +377,7 @@ def open_finetuned(
     restored = restore.restore_part(
         checkpoints,
         {"trainable": placement.abstract_state.trainable},
-        restore.best_step(checkpoints, monitor(config), report=restore.warn)
+        restore.best_step(checkpoints, best.monitor(config), report=restore.warn)
         if step is None
         else step,
     )

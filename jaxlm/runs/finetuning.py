@@ -1,7 +1,7 @@
 """Fine-tuning from a configuration: the whole way from labelled records to a run folder."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,14 +27,14 @@ from jaxlm.models.heads import FIRST, Pooling
 from jaxlm.models.model import ModelConfig
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import finetuned, resume, steps, thresholds
+from jaxlm.runs import best, finetuned, resume, steps, thresholds, writing
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, write_whole
-from jaxlm.tasks.task import Thresholded
+from jaxlm.tasks.task import Labels, Responsive, Thresholded
 from jaxlm.train import restore
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
@@ -57,17 +57,25 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     task = config.task
     console.print(_pooled(task, base), soft_wrap=True, end="")
     labels = task.labels(splits.train)
-    finetuned.check_monitor(config, labels, splits.validation)
+    best.check_monitor(config, labels, splits.validation)
     framer = finetuned.make_framer(config, tokenizer)
     examples = task.encode(framer, splits.train, labels)
     validation = task.for_evaluation().encode(framer, splits.validation, labels)
     config = replace(config, train=config.train.with_steps(len(examples), config.data.batch_size))
     described = {
-        "training": describe(examples, task.classes(splits.train), duplicates=splits.duplicates),
-        "validation": describe(validation, task.classes(splits.validation)),
+        "training": describe(
+            examples,
+            task.classes(splits.train),
+            duplicates=splits.duplicates,
+            number=len(splits.train),
+        ),
+        "validation": describe(
+            validation, task.classes(splits.validation), number=len(splits.validation)
+        ),
     }
     console.print(render(described))
-    for note in splits.notes:
+    said = [f"validation: {note}" for note in validation.notes]
+    for note in (*splits.notes, *examples.notes, *said):
         console.print(Text(f"note: {note}"))
     reference = task.reference(splits.train, splits.validation)
     if reference.deviation is not None:
@@ -108,7 +116,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
             batch_rows=placement.batch_rows,
         )
 
-    monitor = finetuned.monitor(config)
+    monitor = best.monitor(config)
+    samples = _samples(config, labels, tokenizer, splits.validation, console.width)
 
     def evaluation(state: TrainState) -> dict[str, float]:
         batch_size = config.data.batch_size
@@ -116,7 +125,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         assert sums is not None  # the validation data are labelled
         metrics = {"loss": sums.means()["loss"]}
         metrics |= task.metrics(splits.validation, labels, outputs)
-        finetuned.check_measured(monitor.name, metrics)
+        best.check_measured(monitor.name, metrics)
+        for line in samples(state):
+            console.print(Text(line), soft_wrap=True)
         return metrics
 
     cursor = resume.make_cursor(
@@ -139,14 +150,14 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         files={finetuned.LABELS: json.dumps(labels)},
     )
     directory = train(job, console)
-    best = restore.best_step(directory / CHECKPOINTS, monitor)
-    console.print(f"the best checkpoint by {monitor.name} is that of step {best}")
+    chosen = restore.best_step(directory / CHECKPOINTS, monitor)
+    console.print(f"the best checkpoint by {monitor.name} is that of step {chosen}")
     if isinstance(task, Thresholded) and task.chooses_thresholds:
         for line in _choose_thresholds(directory, splits.validation, base):
             console.print(Text(line))
     if config.baseline and not console.quiet:
         found = task.baselines(splits.train, splits.validation, labels)
-        known = {} if best is None else restore.measured(directory / CHECKPOINTS, best)
+        known = {} if chosen is None else restore.measured(directory / CHECKPOINTS, chosen)
         if found:
             console.print(_compared({"this run": known} | found, monitor.name, task.monitor))
         if task.verb == "classify" and len(found) < 2:
@@ -208,6 +219,22 @@ def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
         return tokenizers.load(config.path)
     texts = [example.content for example in splits.train[: config.num_documents]]
     return config.train(texts)
+
+
+def _samples(
+    config: FinetuneConfig,
+    labels: Labels,
+    tokenizer: Tokenizer,
+    examples: Sequence[Any],
+    width: int,
+) -> Callable[[TrainState], list[str]]:
+    """Lines on what a state writes, where models of the task do."""
+    if not isinstance(config.task, Responsive):
+        return lambda _: []
+    model = finetuned.make_model(config, labels)
+    framer = finetuned.make_framer(config, tokenizer)
+    make = writing.make_responder(config, model, framer, tokenizer)
+    return writing.make_samples(config, make, examples, width)
 
 
 def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:

@@ -28,7 +28,7 @@ from jaxlm.config import Config, FinetuneConfig
 from jaxlm.data.labelled.dataset import fingerprint
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.runs import finetuned, folder
+from jaxlm.runs import best, folder
 from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label
@@ -128,7 +128,7 @@ def watched(config: Config, metric: str | None) -> tuple[str, Monitor]:
         higher_is_better(metric)  # raises where there is none of that name
         return metric, Monitor()
     metric = metric or config.monitor or config.task.monitor
-    return metric, finetuned.monitor(dataclasses.replace(config, monitor=metric))
+    return metric, best.monitor(dataclasses.replace(config, monitor=metric))
 
 
 def run_all(

@@ -25,7 +25,8 @@ from jaxlm.evaluate import baselines, calibration, metrics, plots, report
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.evaluate.thresholds import best_thresholds
-from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
+from jaxlm.models.heads import POOLS, ClassificationHead, Pooling, WithHead
+from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.by_label import by_label, pairs
@@ -208,10 +209,11 @@ class Classification:
         }
         return rows_of_tokens(rows, length) | {"labels": labels[self.fields.target]}
 
-    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+    def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each label, or for the number."""
-        outputs = 1 if self.fields.target == "number" else len(labels)
-        return ClassificationHead(outputs, dropout_rate, POOLS[self.pooling or "bert"])
+        size = 1 if self.fields.target == "number" else len(labels)
+        head = ClassificationHead(size, dropout_rate, POOLS[self.pooling or "bert"])
+        return WithHead(config.make(), head)
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy, or the squared error of numbers."""
@@ -372,5 +374,4 @@ def _numbers(examples: Sequence[TextExample]) -> Float64[np.ndarray, "examples"]
 
 
 def _texts(example: TextExample) -> dict[str, Any]:
-    pair = {} if example.pair is None else {"pair": example.pair}
-    return {"text": example.text} | pair
+    return {"text": example.text} | ({} if example.pair is None else {"pair": example.pair})

@@ -23,6 +23,7 @@ from jaxlm.evaluate import baselines, metrics, retrieval
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import POOLS, EmbeddingHead, Pooling, WithHead
+from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import contrastive, supervised
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, rows_of_tokens, shape
@@ -132,9 +133,9 @@ class Embedding:
         tokens, lengths = shape(jnp.int32, rows, 2, length), shape(jnp.int32, rows, 2)
         return batch | {"tokens": tokens, "lengths": lengths}
 
-    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+    def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One vector of length 1 of hidden states; it has no parameters."""
-        return EmbeddingHead(POOLS[self.pooling or "mean"])
+        return WithHead(config.make(), EmbeddingHead(POOLS[self.pooling or "mean"]))
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy of finding the partner among those of the batch."""

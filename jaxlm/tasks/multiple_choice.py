@@ -18,7 +18,8 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate import baselines, metrics
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction, surprise
-from jaxlm.models.heads import POOLS, ClassificationHead, Pooling
+from jaxlm.models.heads import POOLS, ClassificationHead, Pooling, WithHead
+from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import (
@@ -107,9 +108,10 @@ class MultipleChoice:
         more = {"tokens": tokens, "token_type_ids": tokens, "lengths": lengths}
         return rows_of_tokens(rows, length) | more | {"labels": shape(jnp.int32, rows)}
 
-    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+    def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One number for a choice."""
-        return ClassificationHead(1, dropout_rate, POOLS[self.pooling or "bert"])
+        head = ClassificationHead(1, dropout_rate, POOLS[self.pooling or "bert"])
+        return WithHead(config.make(), head)
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy over the choices."""

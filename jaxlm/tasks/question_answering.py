@@ -21,7 +21,8 @@ from jaxlm.evaluate import metrics
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.question_answering import Answer, Reading, Window, read_windows
 from jaxlm.evaluate.report import Prediction, surprise
-from jaxlm.models.heads import Pooling, TokenHead
+from jaxlm.models.heads import Pooling, TokenHead, WithHead
+from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, rows_of_tokens, shape
@@ -120,9 +121,9 @@ class QuestionAnswering:
         one, allowed = shape(jnp.int32, rows), shape(bool, rows, length)
         return rows_of_tokens(rows, length) | {"starts": one, "ends": one, "allowed": allowed}
 
-    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+    def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """Two outputs at each position: the answer starts here, it ends here."""
-        return TokenHead(2, dropout_rate)
+        return WithHead(config.make(), TokenHead(2, dropout_rate))
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy of first and last tokens."""

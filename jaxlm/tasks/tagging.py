@@ -23,7 +23,8 @@ from jaxlm.evaluate import metrics
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.evaluate.tagging import OUTSIDE, find_mentions, read_entities
-from jaxlm.models.heads import Pooling, TokenHead
+from jaxlm.models.heads import Pooling, TokenHead, WithHead
+from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import (
@@ -125,9 +126,9 @@ class Tagging:
         labels = shape(jnp.int32, rows, length)
         return rows_of_tokens(rows, length) | {"labels": labels, "weights": weights}
 
-    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
+    def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each tag, at each position."""
-        return TokenHead(len(labels), dropout_rate)
+        return WithHead(config.make(), TokenHead(len(labels), dropout_rate))
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy of the tags of words."""

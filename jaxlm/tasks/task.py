@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.instruction import Turn
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.decode.generate import Generate, GenerateConfig
@@ -192,8 +193,12 @@ class Task(Protocol):
         """Shapes of what :meth:`encode` and the batches make of labelled examples."""
         ...
 
-    def make_head(self, labels: Labels, dropout_rate: float) -> nn.Module:
-        """The head on top of the encoder."""
+    def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
+        """The encoder with what is on top of it.
+
+        Parameters are ``encoder``, ``head``, which is new in each run, and ``lm_head``, which is
+        the base's. Raises where the architecture cannot do the task.
+        """
         ...
 
     def make_loss(self, apply: Apply) -> Loss:
@@ -240,6 +245,30 @@ class Task(Protocol):
         self, examples: Sequence[Any], labels: Labels, outputs: Outputs
     ) -> list[dict[str, Any]]:
         """What a user is told about each example, in JSON."""
+        ...
+
+
+@runtime_checkable
+class Responsive(Generative, Protocol):
+    """What a task on labelled examples has as well whose models respond in words.
+
+    ``outputs["written"]`` of its :meth:`Task.answers` is what they wrote for each example.
+    """
+
+    @property
+    def num_samples(self) -> int:
+        """Validation examples whose responses are shown at each evaluation."""
+        ...
+
+    @property
+    def sample_tokens(self) -> int:
+        """The most tokens of such a response."""
+        ...
+
+    def prompt_ids(
+        self, framer: Framer, turns: Sequence[Turn], *, room: int | None = None
+    ) -> list[int]:
+        """The tokens behind which a response to turns begins, or the last ``room`` of them."""
         ...
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
-from jaxlm.runs import finetuned
+from jaxlm.runs import best, finetuned
 from jaxlm.tasks.classification import Classification
 
 FILLERS = ["", " a", " a b", " a b c", " a b c d e", " f", " f g", " b b", " e", " c c d"]
@@ -101,9 +101,9 @@ def test_metrics_name_the_class_they_are_of(records):
     assert measured["f1/spam"] == pytest.approx(2 / 3)
     assert tuple(measured) == task.metric_names(examples, labels)
     with pytest.raises(InputError, match=r"monitor=micro_f1 is not .*it is the accuracy\); there"):
-        finetuned.check_measured("micro_f1", measured)
+        best.check_measured("micro_f1", measured)
     with pytest.raises(InputError, match=r"monitor=f1 is not measured here; .* f1/spam"):
-        finetuned.check_measured("f1", measured)
+        best.check_measured("f1", measured)
 
 
 @pytest.mark.parametrize("target", ["class", "labels", "number"])

@@ -21,6 +21,8 @@ class Examples:
     """The token that pads ``tokens``; all other arrays are padded with 0."""
     untruncated: Int32[np.ndarray, " examples"]
     """Tokens of each example if there were no maximal length."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how they were encoded, a line each."""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -33,8 +33,13 @@ class Statistics:
     """Examples removed because another split has them as well."""
 
 
-def describe(examples: Examples, classes: Iterable[str], *, duplicates: int = 0) -> Statistics:
-    """Statistics of encoded examples and their classes (one, none or several for each)."""
+def describe(
+    examples: Examples, classes: Iterable[str], *, duplicates: int = 0, number: int | None = None
+) -> Statistics:
+    """Statistics of encoded examples and their classes (one, none or several for each).
+
+    ``number`` is how many there are, where they are not a row each.
+    """
     sizes = examples.untruncated
     # A few very long texts share the last bin, so that the others can be told apart.
     width = int(np.ceil(np.quantile(sizes, 0.99) / _BINS / 8)) * 8
@@ -42,7 +47,7 @@ def describe(examples: Examples, classes: Iterable[str], *, duplicates: int = 0)
     highs = np.append(highs[highs < sizes.max()], sizes.max())
     counts = np.bincount(np.searchsorted(highs, sizes), minlength=len(highs))
     return Statistics(
-        examples=len(examples),
+        examples=len(examples) if number is None else number,
         classes=dict(Counter(classes).most_common()),
         lengths=dict(zip(highs.tolist(), counts.tolist(), strict=True)),
         longest=int(sizes.max()),
