@@ -42,6 +42,13 @@ class CausalModel:
     mesh: Mesh | None = None
     """Where the variables lie, if on several devices; rows are split over it as in training."""
     rules: Rules = RULES
+    arrange: Callable[[Variables], Variables] | None = None
+    """What the step takes instead of the variables, if something else is read faster."""
+
+    @cached_property
+    def arranged(self) -> Variables:
+        """The variables as the step takes them."""
+        return self.variables if self.arrange is None else self.arrange(self.variables)
 
     @cached_property
     def vocab_size(self) -> int:
