@@ -25,6 +25,7 @@ from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.folder import TOKENIZER, read_any_config
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
+from jaxlm.tasks.task import Generative
 from jaxlm.train import loop
 
 EVAL = "eval.json"
@@ -36,6 +37,7 @@ def main(
     data: Path | None = None,
     split: Literal["train", "validation"] = "validation",
     rows: int | None = None,
+    stride: int | None = None,
     step: int | None = None,
     base: str | None = None,
     out: Path | None = None,
@@ -54,6 +56,9 @@ def main(
             run's own.
         split: Which part of the run's own data, or of prepared data.
         rows: How many rows or examples; None = all.
+        stride: Of a causal run: read windows as long as the model allows, each so many tokens after
+            the one before, of which only these count; so they are predicted from longer contexts
+            than rows give. None = rows as they are.
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
         out: The folder for these files; None = in the run folder.
@@ -69,7 +74,7 @@ def main(
                 folder, Path(scratch), data, split, rows, step, base, on_bad_row
             )
         else:
-            result = evaluate_pretrained(folder, data, split, rows, step)
+            result = evaluate_pretrained(folder, data, split, rows, stride, step)
         if data is not None:
             result["path"] = os.fspath(absolute(locate(data)))
         finite = {
@@ -113,10 +118,20 @@ def folder_of(run: StoragePath, data: Path | None, split: str) -> StoragePath:
 
 
 def evaluate_pretrained(
-    directory: StoragePath, data: Path | None, split: str, rows: int | None, step: int | None
+    directory: StoragePath,
+    data: Path | None,
+    split: str,
+    rows: int | None,
+    stride: int | None,
+    step: int | None,
 ) -> dict[str, Any]:
-    """On rows of prepared data."""
+    """On rows of prepared data, or on windows over them."""
     loaded = pretrained.open_pretrained(directory, step)
+    if stride is not None and not isinstance(loaded.task, Generative):
+        raise InputError(
+            f"--stride {stride} is for causal runs, and {directory} was trained for "
+            f"{type(loaded.task).__name__}: leave it out"
+        )
     paths = loaded.config.data.paths if data is None else (data,)
     datasets = [prepared.open_prepared(path) for path in paths]
     for dataset in datasets:
@@ -126,7 +141,13 @@ def evaluate_pretrained(
                 f"it again with --tokenizer.path {directory / TOKENIZER}"
             )
     batch_size = loaded.config.data.batch_size
-    batches = pretrained.eval_rows(datasets, batch_size, split=split, max_rows=rows)
+    model = loaded.config.model
+    assert model is not None  # resolved
+    longest = model.max_length or datasets[0].info.row_length
+    windows = None if stride is None else {"length": longest, "stride": stride}
+    batches = pretrained.eval_rows(
+        datasets, batch_size, split=split, max_rows=rows, windows=windows
+    )
     where = ", ".join(str(dataset.directory) for dataset in datasets)
     infos = [dataset.info for dataset in datasets]
     unigram = pretrained.unigram_entropy(infos)

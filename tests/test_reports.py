@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from pyarrow import ipc, parquet
 from test_evaluate import make_run
 
-from jaxlm.convert import folder, huggingface, sentence_encoder
+from jaxlm.convert import bert, folder, huggingface, sentence_encoder
 from jaxlm.data import files, tokenizers
 from jaxlm.data.labelled import classification, question_answering, tagging
 from jaxlm.data.labelled.classification import TextFields
@@ -208,6 +208,9 @@ def test_a_quotation_mark_too_many_is_one_bad_row(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("\n".join(["text,label", *rows]) + "\n")
     own = lambda given: classification.read(given, TextFields())
+    (tmp_path / "b.csv").write_text('text,label\n"an "odd" one",x\nb,y\n')
+    with pytest.raises(InputError, match="set quoting to none: 1 of 2"):
+        examples(Table(path=str(tmp_path / "b.csv")))
     with pytest.raises(InputError, match=r"a\.csv:3, \S+:5: malf.* 2 of 6 records .* skip$"):
         read_records(Table(path=str(path)).records(), own, "raise")
     found = read_records(Table(path=str(path)).records(), own, "skip")
@@ -245,12 +248,11 @@ def test_numbers_of_other_countries(
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
 def test_line_breaks_are_no_unknown_tokens(kind: tokenizers.Kind) -> None:
     """google/sentencepiece #101: each line break inside of a text became an unknown token."""
-    texts = ["one two\nthree\tfour\r\nfive six\u2028seven\xa0eight\x85nine"] * 2
-    trained = tokenizers.train(kind, texts, 400)
-    encoded = trained.encode(texts[0], add_special_tokens=False)
-    assert tokenizers.UNK not in encoded.tokens
-    (end,) = [end for _, end in encoded.offsets[-1:]]
-    assert end == len(texts[0])  # places are those of the text as it was given
+    text = "one two\nthree\tfour\r\nfive six\u2028seven\xa0eight\x85nine"
+    trained = tokenizers.train(kind, [" ".join(text.split())] * 2, 400)  # on lines, as is usual
+    encoded = trained.encode(text, add_special_tokens=False)
+    assert trained.token_to_id(tokenizers.UNK) not in encoded.ids
+    assert encoded.offsets[-1][1] == len(text)  # places are those of the text as it was given
 
 
 @pytest.mark.parametrize(
@@ -289,3 +291,42 @@ def test_a_sentence_encoder_that_lowers_its_texts(tmp_path: Path) -> None:
     settings.write_text(json.dumps({"max_seq_length": 16, "do_lower_case": True}))
     lowered = huggingface.load(tmp_path / "own").tokenizer
     assert lowered.encode(text).tokens == cased.encode("two three").tokens != alone
+
+
+def test_an_adapter_in_the_place_of_a_model(tmp_path: Path) -> None:
+    """huggingface/peft #298, #523: "does not appear to have a file named config.json"."""
+    settings = {"base_model_name_or_path": "bert-base-uncased", "peft_type": "LORA"}
+    (tmp_path / folder.ADAPTER).write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="an adapter of PEFT for bert-base-uncased, not a model"):
+        folder.read_config(tmp_path)
+
+
+def test_a_module_without_settings_needs_no_folder(tmp_path: Path) -> None:
+    """huggingface/sentence-transformers #2458: the 2_Normalize of modules.json was not there."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"}
+        for path, kind in kinds.items()
+    ]
+    (tmp_path / sentence_encoder.MODULES).write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / folder.CONFIG).write_text('{"pooling_mode_cls_token": false}')
+    says = sentence_encoder.read(tmp_path)
+    assert says is not None
+    assert (says.pooling, says.normalized, says.problem) == ("mean", True, "")
+
+
+def test_positions_of_roberta() -> None:
+    """huggingface/transformers #14243: of 514 positions 512 can be used, and more ended in an
+    error about an index."""
+    raw = {
+        "model_type": "roberta",
+        "vocab_size": 10,
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "max_position_embeddings": 514,
+        "pad_token_id": 1,
+    }
+    assert bert.read_config(raw, "config.json")[1].max_length == 512

@@ -10,11 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.models import bert, gpt2
+from jaxlm.models import bert, gpt2, llama
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import ClassificationHead, WithHead, WithLmHead
+from jaxlm.models.llama import LlamaConfig
 from jaxlm.nn.intercept import Site
 from jaxlm.peft import lora
 from jaxlm.sharding import (
@@ -31,11 +32,10 @@ from jaxlm.sharding import (
 
 PRESETS = {
     prefix + name: value
-    for prefix, module in (("", bert), ("GPT2_", gpt2))
+    for prefix, module in (("", bert), ("GPT2_", gpt2), ("LLAMA_", llama))
     for name, value in vars(module).items()
-    if isinstance(value, BertConfig | Gpt2Config)
+    if isinstance(value, BertConfig | Gpt2Config | LlamaConfig)
 }
-PRESETS["UNTIED"] = replace(gpt2.SMALL, tied=False)
 MESHES = [
     MeshConfig(),
     MeshConfig(data=None, fsdp=8),
@@ -68,6 +68,7 @@ def shape_tree(path, *shape):
 def test_presets_are_found():
     assert {"TINY", "MINI", "SMALL", "MEDIUM", "BASE", "LARGE", "ROBERTA_BASE"} <= PRESETS.keys()
     assert {"GPT2_SMALL", "GPT2_MEDIUM", "GPT2_LARGE", "GPT2_XL"} <= PRESETS.keys()
+    assert {"LLAMA_TINY", "LLAMA_SMALL", "LLAMA_BASE"} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from jaxlm.errors import InputError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 _OTHERS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
 
 
@@ -32,6 +33,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Its ``config.json``."""
+    if not (folder / CONFIG).is_file() and (folder / ADAPTER).is_file():
+        base = read_json(folder / ADAPTER).get("base_model_name_or_path")
+        raise InputError(
+            f"{folder} holds an adapter of PEFT for {base}, not a model: load both with PEFT, and "
+            "give the folder that merge_and_unload().save_pretrained(FOLDER) writes"
+        )
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not a model's folder in Hugging Face's layout: no {CONFIG}")
     return read_json(folder / CONFIG)

@@ -117,7 +117,7 @@ def write_config(config: Gpt2Config) -> dict[str, Any]:
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
+        "vocab_size": config.num_tokens or config.vocab_size,
         "n_layer": config.num_layers,
         "n_embd": config.hidden_dim,
         "n_head": config.num_heads,

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -141,7 +142,15 @@ def to_huggingface(
             architecture = gpt2.architecture(tied=config.tied)
         case LlamaConfig():
             architecture = llama.architecture(config)
-    return table.write(_all_rows(architecture), params, _sizes(config))
+    sizes = _sizes(config)
+    if not isinstance(config, BertConfig) and (tokens := config.num_tokens) is not None:
+        sizes = {**sizes, "vocab": tokens}
+        cut = {"token_embed/embedding": (slice(tokens),), "unembed/kernel": (..., slice(tokens))}
+        flat: Any = flatten_dict(params, sep="/")
+        ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
+        flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
+        params = unflatten_dict(flat, sep="/")
+    return table.write(_all_rows(architecture), params, sizes)
 
 
 def save(

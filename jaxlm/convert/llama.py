@@ -154,7 +154,7 @@ def write_config(config: LlamaConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": config.vocab_size,
+        "vocab_size": config.num_tokens or config.vocab_size,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_dim,
         "num_attention_heads": config.num_heads,

@@ -22,6 +22,7 @@ _MODES: dict[str, Pooling] = {
     "cls_token": "cls",
     "mean_tokens": "mean",
     "max_tokens": "max",
+    "lasttoken": "last",
     "cls": "cls",
     "mean": "mean",
     "max": "max",
@@ -104,6 +105,7 @@ def write(path: Path, pooling: Pooling, width: int, max_length: int | None) -> N
     config = {
         "word_embedding_dimension": width,
         "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_lasttoken": pooling == "last",
         **modes,
     }
     files = {

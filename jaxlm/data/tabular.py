@@ -218,7 +218,8 @@ def _way_out(path: Path, dialect: Dialect, encoding: str | None) -> str:
         for other in ";\t|,"
         if other != dialect.delimiter
     }
-    for quoting in ("double", "backslash", "none"):
+    escaped = any('\\"' in line for line in _lines(path, encoding))
+    for quoting in ("double", *(["backslash"] if escaped else []), "none"):
         ways[f"set quoting to {quoting}"] = dialect._replace(quoting=quoting)
     for way, other in ways.items():
         widths = _survey(path, other, encoding)[1]

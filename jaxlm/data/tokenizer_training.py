@@ -225,7 +225,7 @@ def _train_characters(texts: Iterable[str], vocab_size: int, most: int | None) -
 
 
 def _nfkc() -> normalizers.Normalizer:
-    """NFKC, with a space for each line break and tab, which would be unknown tokens."""
+    """NFKC, with a space for each line break and tab, which are unknown after lines alone."""
     spaces = normalizers.Replace(Regex(r"\s"), " ")
     return normalizers.Sequence([normalizers.NFKC(), spaces])
 

@@ -1,7 +1,7 @@
 """What continuing a text needs: a model as functions, a tokenizer, and how texts begin and end."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,8 +25,11 @@ class CausalModel:
     """A model that predicts the next token, as :mod:`jaxlm.decode.decoding` describes it."""
 
     step: Step
+    """With the logits of all positions, or of the last alone, which is faster at prompts."""
     make_state: MakeState
     variables: Variables
+    """Best with stacked parameters split into layers (``jaxlm.nn.stack``), or each step copies
+    them."""
     tokenizer: Tokenizer
     max_length: int
     """The most tokens of a prompt and its continuation together."""
@@ -34,6 +37,8 @@ class CausalModel:
     """Tokens before every text, as in training."""
     end: Sequence[int] = ()
     """Tokens with which a text ends, as in training."""
+    step_all: Step | None = None
+    """The same with the logits of all positions, if ``step`` has only the last: for choices."""
     mesh: Mesh | None = None
     """Where the variables lie, if on several devices; rows are split over it as in training."""
     rules: Rules = RULES
@@ -123,6 +128,12 @@ class CausalModel:
 def shortened(text: str) -> str:
     """A text as messages quote it."""
     return repr(text) if len(text) <= 40 else f"{text[:40]!r}…"
+
+
+def require_several(name: str, value: Iterable[str]) -> None:
+    """Raises for a string where several are meant: it would be taken for its characters."""
+    if isinstance(value, str):
+        raise InputError(f"{name}={shortened(value)} is one string: put it into a list")
 
 
 def bucket(length: int) -> int:

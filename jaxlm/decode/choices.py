@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, shortened
+from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, require_several, shortened
 from jaxlm.decode.decoding import layout
 from jaxlm.errors import InputError
 
@@ -63,8 +63,12 @@ class Choose:
         Longer choices are less likely: ``per="token"`` compares the means over tokens, and
         ``per="byte"`` those over bytes of UTF-8, which do not depend on the tokenizer.
         """
+        require_several("texts", texts)
+        require_several("choices", choices)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
+        if per not in get_args(Per):
+            raise InputError(f"per={per!r} is none of {', '.join(get_args(Per))}")
         if len(choices) < 2 or len(set(choices)) < len(choices):
             raise InputError(f"choices={list(choices)} are not two or more different ones")
         texts = iter(texts)
@@ -124,13 +128,12 @@ def _ranked(
     num_tokens: Int[np.ndarray, " choices"],
     per: Per,
 ) -> list[Choice]:
-    match per:
-        case "text":
-            compared = score
-        case "token":
-            compared = score / num_tokens
-        case "byte":
-            compared = score / np.array([len(choice.encode()) for choice in choices])
+    sizes = {
+        "text": np.ones(len(choices)),
+        "token": num_tokens,
+        "byte": np.array([len(choice.encode()) for choice in choices]),
+    }
+    compared = score / sizes[per]
     likelihood = np.exp(compared - compared.max())
     return [
         Choice(
@@ -159,6 +162,8 @@ def _scores(
     first = logits[:, -1:]
     column = jnp.arange(choices.shape[2])[None, :]
 
+    step_all = model.step_all or model.step
+
     def one(choice: tuple[Array, Array]) -> Float[Array, " batch"]:
         # Each starts from the same state: it is a value, and nothing is written into it.
         tokens, count = choice
@@ -166,9 +171,11 @@ def _scores(
         if (given := tokens.shape[1] - 1) > 0:
             positions = lengths[:, None] + jnp.minimum(column[:, :given], count[:, None] - 1)
             segment_ids = jnp.where(column[:, :given] < count[:, None] - 1, 0, -1)
-            after, _ = model.step(variables, state, tokens[:, :-1], positions, segment_ids)
+            after, _ = step_all(variables, state, tokens[:, :-1], positions, segment_ids)
             if after.shape[1] != given:
-                raise InputError("choices need a model that gives the logits of all positions")
+                raise InputError(
+                    "choices of several tokens need the logits of all positions: give step_all"
+                )
             logits = jnp.concatenate([first, after], axis=1)
         logits = logits[..., : model.vocab_size]
         taken = jnp.take_along_axis(logits, tokens[..., None], axis=2)[..., 0]

@@ -12,12 +12,11 @@ import jax
 import numpy as np
 
 from jaxlm.decode import decoding
-from jaxlm.decode.causal_model import CausalModel, bucket, left_padded
+from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, require_several, shortened
 from jaxlm.decode.continuation import Continuation, Stopped
 from jaxlm.decode.decoding import Progress
 from jaxlm.decode.sampling import Sampling
 from jaxlm.errors import InputError
-from jaxlm.typing import Variables
 
 _ROOM = 128  # there is for so many new tokens at least: it costs little, and limits share programs
 
@@ -53,6 +52,8 @@ class GenerateConfig:
     """What a text becomes depends on this and on its number among the texts, not on its batch."""
 
     def __post_init__(self) -> None:
+        for name in ("banned_tokens", "stop_tokens", "stop_strings"):
+            require_several(name, vars(self)[name])
         if not 0 <= self.temperature < math.inf:
             raise InputError(
                 f"temperature={self.temperature} is not a number from 0 up: 0 is greedy, 1 the "
@@ -117,6 +118,7 @@ class Generate:
 
     def __init__(self, model: CausalModel):
         self._model = model
+        model = replace(model, variables={})  # none are kept by what is compiled
 
         def begin(tokens, lengths, sampling, variables, *, kv_length):
             def inside(tokens, lengths, sampling, variables):
@@ -156,6 +158,7 @@ class Generate:
 
         ``first`` is the number of the first, for its seed.
         """
+        require_several("texts", texts)
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
         texts = iter(texts)
@@ -185,11 +188,14 @@ class Generate:
             if piece := row.show():
                 yield piece
 
-    def with_variables(self, variables: Variables) -> "Generate":
-        """The same with other values, of the same shapes: nothing is compiled anew."""
-        other = copy.copy(self)
-        other._model = replace(self._model, variables=variables)
-        return other
+    def of(self, other: "Generate | None") -> "Generate":
+        """The other, whose model has other values: with what this one has compiled.
+
+        None: without any values, to be kept for that.
+        """
+        same = copy.copy(self)
+        same._model = other._model if other else replace(self._model, variables={})
+        return same
 
     def _run(self, rows: "_Rows", batch_size: int, steps: int) -> Iterator[Progress]:
         """Runs the model ``steps`` tokens at a time, until all rows have ended."""
@@ -287,9 +293,16 @@ class _Rows:
     def extend(self, progress: Progress) -> list[bool]:
         """Takes over what is new; gives which rows have ended."""
         tokens, lengths = np.asarray(progress.tokens), np.asarray(progress.lengths)
+        log_probabilities = np.asarray(progress.log_probabilities)
         for i, row in enumerate(self.continuations):
             if row.stopped is None:
-                row.extend(tokens[i, len(row.tokens) : lengths[i]].tolist())
+                new = slice(len(row.tokens), lengths[i])
+                if np.isnan(log_probabilities[i, new]).any():
+                    raise InputError(
+                        f"the model's logits behind {shortened(self._texts[i])} are not numbers: "
+                        "training has diverged, or the weights are damaged; take an earlier step"
+                    )
+                row.extend(tokens[i, new].tolist())
         return [row.stopped is not None for row in self.continuations]
 
     def generations(self, progress: Progress) -> Iterator[Generation]:

@@ -96,6 +96,10 @@ class BertConfig:
         """The same with that rate in both places."""
         return replace(self, dropout_rate=rate, attention_dropout_rate=rate)
 
+    def with_vocab_size(self, rows: int) -> "BertConfig":
+        """The same with a token table of so many rows; the head's bias makes those added rare."""
+        return replace(self, vocab_size=rows)
+
     def make_lm_head(self) -> MlmHead:
         """The head of masked language modelling (appendix A.2)."""
         return MlmHead(self.epsilon, jnp.dtype(self.dtype or "float32"), self.initializer_std)

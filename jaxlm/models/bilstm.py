@@ -80,6 +80,10 @@ class BilstmConfig:
         """The same with that rate."""
         return replace(self, dropout_rate=rate)
 
+    def with_vocab_size(self, rows: int) -> "BilstmConfig":
+        """The same with a token table of so many rows; the head's bias makes those added rare."""
+        return replace(self, vocab_size=rows)
+
     def make_lm_head(self) -> MlmHead:
         """BERT's, in the width of the token table."""
         dtype = jnp.dtype(self.dtype or "float32")

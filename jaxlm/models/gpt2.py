@@ -35,6 +35,9 @@ class Gpt2Config:
     vocab_size: int | None = None
     """Rows of the token table; None: the tokenizer's size, rounded up to a multiple of 64 and of
     the shards into which the mesh splits the table."""
+    num_tokens: int | None = None
+    """Tokens that there are, if the table has more rows, which then are never predicted; None: all
+    rows are tokens."""
     num_layers: int = 12
     hidden_dim: int = 768
     num_heads: int = 12
@@ -101,11 +104,16 @@ class Gpt2Config:
             self, dropout_rate=rate, embed_dropout_rate=rate, attention_dropout_rate=rate
         )
 
+    def with_vocab_size(self, rows: int) -> "Gpt2Config":
+        """The same with a token table of so many rows; what is added is never predicted."""
+        return replace(self, vocab_size=rows, num_tokens=self.num_tokens or self.vocab_size)
+
     def make_lm_head(self) -> TiedLmHead | UntiedLmHead:
         """Logits over the vocabulary."""
         if self.tied:
-            return TiedLmHead()
-        return UntiedLmHead(jnp.dtype(self.dtype or "float32"), self.initializer_std)
+            return TiedLmHead(self.num_tokens)
+        dtype = jnp.dtype(self.dtype or "float32")
+        return UntiedLmHead(dtype, self.initializer_std, self.num_tokens)
 
     def make_cache(self, batch: int, kv_length: int, dtype: Dtype | None = None) -> Cache:
         """An empty cache of ``kv_length`` slots a row; of the model's dtype unless told."""

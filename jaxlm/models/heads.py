@@ -18,6 +18,7 @@ from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import gelu
 from jaxlm.nn.linear import Linear
+from jaxlm.nn.masks import NEGATIVE
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.typing import Dtype, Hidden, Tokens
 
@@ -47,13 +48,19 @@ class MlmHead(nn.Module):
 
 
 class TiedLmHead(nn.Module):
-    """``E x`` with the encoder's token table E: float32 logits without parameters of their own."""
+    """``E x`` with the encoder's token table E: float32 logits without parameters of their own.
+
+    Attributes:
+        num_tokens: of the table's rows; the others, which stand for no token, are never likely.
+    """
+
+    num_tokens: int | None = None
 
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "*batch embed"], table: Embed
     ) -> Float[Array, "*batch vocab"]:
-        return table.attend(hidden)
+        return _only_tokens(table.attend(hidden), self.num_tokens)
 
 
 class UntiedLmHead(nn.Module):
@@ -61,6 +68,7 @@ class UntiedLmHead(nn.Module):
 
     dtype: Dtype = jnp.float32
     initializer_std: float = 0.02
+    num_tokens: int | None = None
 
     @nn.compact
     def __call__(
@@ -74,7 +82,16 @@ class UntiedLmHead(nn.Module):
             result_dtype=jnp.float32,
             name="unembed",
         )
-        return unembed(hidden)
+        return _only_tokens(unembed(hidden), self.num_tokens)
+
+
+def _only_tokens(
+    logits: Float[Array, "*batch vocab"], num_tokens: int | None
+) -> Float[Array, "*batch vocab"]:
+    if num_tokens is None or num_tokens == logits.shape[-1]:
+        return logits
+    is_token = jnp.arange(logits.shape[-1]) < num_tokens
+    return jnp.where(jnp.expand_dims(is_token, range(logits.ndim - 1)), logits, NEGATIVE)
 
 
 class WithLmHead(nn.Module):
@@ -165,6 +182,21 @@ def cls_pool(
     return hidden[:, 0].astype(jnp.float32)
 
 
+def last_pool(
+    hidden: Hidden, segment_ids: Int[Array, "batch length"] | None = None
+) -> Float[Array, "batch embed"]:
+    """The last real token's hidden state, in float32: of a causal model the one that has seen all.
+
+    0 where there is none.
+    """
+    if segment_ids is None:
+        return hidden[:, -1].astype(jnp.float32)
+    real = segment_ids >= 0
+    last = jnp.where(real, jnp.arange(real.shape[1])[None, :], -1).max(1)
+    chosen = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+    return jnp.where(last[:, None] >= 0, chosen.astype(jnp.float32), 0)
+
+
 def max_pool(
     hidden: Hidden, segment_ids: Int[Array, "batch length"] | None = None
 ) -> Float[Array, "batch embed"]:
@@ -177,10 +209,12 @@ def max_pool(
     return jnp.where(real.any(1, keepdims=True), largest, 0)
 
 
-Pooling = Literal["bert", "cls", "mean", "max"]
+Pooling = Literal["bert", "cls", "last", "mean", "max"]
+FIRST: tuple[Pooling, ...] = ("bert", "cls")  # those of the first token
 POOLS: dict[Pooling, Pool] = {
     "bert": bert_pooler,
     "cls": cls_pool,
+    "last": last_pool,
     "mean": mean_pool,
     "max": max_pool,
 }

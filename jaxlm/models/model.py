@@ -72,6 +72,10 @@ class ModelConfig(Protocol):
         """
         ...
 
+    def with_vocab_size(self, rows: int) -> "ModelConfig":
+        """The same with a token table of so many rows, of which those added stand for no token."""
+        ...
+
     def with_dropout(self, rate: float) -> "ModelConfig":
         """The same with that rate wherever the model drops out."""
         ...

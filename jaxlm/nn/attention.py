@@ -148,7 +148,7 @@ class MultiHeadAttention(nn.Module):
             query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             cache = cache.write(key, value)
-            key, value = cache.key, cache.value
+            key, value = cache.read(x.shape[1] * self.num_heads // num_kv_heads)
         drops = not deterministic and self.dropout_rate > 0
         out = grouped_attention(
             self.attend,

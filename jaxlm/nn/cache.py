@@ -24,10 +24,11 @@ PADDING = -1  # the segment id of slots that nothing attends to
 class LayerCache:
     """What one layer's attention reads and writes.
 
-    The leaves may also be shapes or shardings, hence no array types here.
+    Heads come before slots, because XLA:CPU would copy all of it for each product otherwise. The
+    leaves may also be shapes or shardings, hence no array types here.
 
     Attributes:
-        key: ``[batch, kv_length, heads, head_dim]``.
+        key: ``[batch, heads, kv_length, head_dim]``.
         value: of the same shape.
         index: the slot to be written next.
     """
@@ -44,11 +45,28 @@ class LayerCache:
         """With these in the next ``length`` slots."""
 
         def put(cached: Array, new: Array) -> Array:
-            start = (0, self.index, 0, 0)
-            cached = lax.dynamic_update_slice(cached, new.astype(cached.dtype), start)
-            return constrain(cached, ("batch", None, "heads", "head_dim"))
+            new = jnp.swapaxes(new, 1, 2).astype(cached.dtype)
+            cached = lax.dynamic_update_slice(cached, new, (0, 0, self.index, 0))
+            return constrain(cached, ("batch", "heads", None, "head_dim"))
 
         return replace(self, key=put(self.key, key), value=put(self.value, value))
+
+    def read(
+        self, num_queries: int
+    ) -> tuple[
+        Float[Array, "batch kv_length heads head_dim"],
+        Float[Array, "batch kv_length heads head_dim"],
+    ]:
+        """The keys and values of all slots, for so many queries of each of their heads."""
+        both = jnp.swapaxes(self.key, 1, 2), jnp.swapaxes(self.value, 1, 2)
+        if num_queries == 1 or self.key.dtype == jnp.float32:
+            return both
+        # XLA:CPU of JAX 0.12 compiles a bfloat16 product of this view that it cannot run.
+        return lax.platform_dependent(*both, cpu=_laid_out, default=lambda *both: both)
+
+
+def _laid_out(key: Array, value: Array) -> tuple[Array, Array]:
+    return lax.optimization_barrier((key, value))
 
 
 @flax.struct.dataclass
@@ -59,7 +77,7 @@ class Cache:
     reordered by indexing the first axis of all leaves but ``index``.
 
     Attributes:
-        keys: for each layer ``[batch, kv_length, heads, head_dim]``.
+        keys: for each layer ``[batch, heads, kv_length, head_dim]``.
         values: of the same shapes.
         segment_ids: ``[batch, kv_length]``: positions of equal id attend to each other;
             :data:`PADDING` where nothing is.
@@ -96,7 +114,7 @@ def make(
     num_layers: int, batch: int, kv_length: int, num_heads: int, head_dim: int, dtype: Dtype
 ) -> Cache:
     """An empty one of ``kv_length`` slots for ``num_heads`` heads of keys and values."""
-    shape = batch, kv_length, num_heads, head_dim
+    shape = batch, num_heads, kv_length, head_dim
     zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in range(num_layers))
     ids = jnp.full((batch, kv_length), PADDING, jnp.int32)
     return Cache(zeros(), zeros(), ids, jnp.zeros((), jnp.int32))

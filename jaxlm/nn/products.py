@@ -47,8 +47,26 @@ def product_gradients(
 def contract(
     a: Float[Array, "..."], b: Float[Array, "..."], a_axes: tuple[int, ...], b_axes: tuple[int, ...]
 ) -> Float[Array, "..."]:
-    """The sum over ``a_axes`` of ``a`` and ``b_axes`` of ``b``, as one bare ``dot_general``."""
-    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
+    """The sum over ``a_axes`` of ``a`` and ``b_axes`` of ``b``, as one bare ``dot_general``.
+
+    Unless ``a`` is one row of low precision: XLA:CPU would upcast all of ``b`` for it.
+    """
+
+    def plain(a: Array, b: Array) -> Array:
+        axes = (a_axes, b_axes), ((), ())
+        return lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+    is_row = a_axes == (a.ndim - 1,) and a.size == a.shape[-1]
+    if not is_row or a.dtype == jnp.float32:
+        return plain(a, b)
+
+    def repeated(a: Array, b: Array) -> Array:
+        # The same row four times: the fewest with which it is as fast as with more.
+        rows = lax.optimization_barrier(jnp.concatenate([a.reshape(1, -1)] * 4))
+        y = lax.dot_general(rows, b, (((1,), b_axes), ((), ())), preferred_element_type=jnp.float32)
+        return y[0].reshape(*a.shape[:-1], *y.shape[1:])
+
+    return lax.platform_dependent(a, b, cpu=repeated, default=plain)
 
 
 def outer(a: Float[Array, "*batch m"], b: Float[Array, "*batch n"]) -> Float[Array, "m n"]:

@@ -23,6 +23,8 @@ from jaxlm.data.labelled.statistics import describe, longer, render, tally
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.errors import InputError
+from jaxlm.models.heads import FIRST, Pooling
+from jaxlm.models.model import ModelConfig
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
 from jaxlm.runs import best, finetuned, resume, steps, thresholds, writing
@@ -179,11 +181,17 @@ def resolve(
         given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
         vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
         model = replace(config.model, vocab_size=vocab_size)
-    config = replace(config, task=_with_pooling(config.task, base))
+    config = replace(config, task=_with_pooling(config.task, base, model))
     return finetuned.with_encoder(config, model, platform)
 
 
-def _with_pooling(task: Any, base: Base | None) -> Any:
+def _with_pooling(task: Any, base: Base | None, model: ModelConfig) -> Any:
+    given = vars(task).get("pooling")
+    if model.is_causal and given in FIRST:
+        raise InputError(
+            f"task.pooling={given} takes the first token, which in {type(model).__name__} has seen "
+            "no other: use last, mean or max"
+        )
     says = base and base.sentence_encoder
     if says and says.problem and task.with_pooling(None) != task:
         assert base is not None
@@ -191,7 +199,8 @@ def _with_pooling(task: Any, base: Base | None) -> Any:
             f"{base.name} makes one vector of a text with {says.problem}, which is not supported: "
             "choose how, such as --task.pooling mean"
         )
-    return task.with_pooling(says and says.pooling)
+    default: Pooling | None = "last" if model.is_causal else None
+    return task.with_pooling((says and says.pooling) or default)
 
 
 def _pooled(task: Any, base: Base | None) -> str:

@@ -1,8 +1,11 @@
 """Fields of a config that nothing reads, as its other fields are."""
 
+import dataclasses
 from typing import Any
 
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
+from jaxlm.data.labelled.classification import TextFields
+from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.tasks.masked_lm import MaskedLm
 
@@ -33,7 +36,7 @@ def idle(config: Config) -> dict[str, str]:
 
 def _of_pretraining(config: PretrainConfig, put: Any) -> None:
     if config.base is not None:
-        names = ("path", "kind", "vocab_size", "num_documents")
+        names = [field.name for field in dataclasses.fields(TokenizerConfig)]
         put("the base has its own tokenizer", "prepare.tokenizer", *names)
     elif config.prepare is not None and config.prepare.tokenizer.path is not None:
         why = "prepare.tokenizer.path names one that is trained already"
@@ -56,6 +59,15 @@ def _of_fine_tuning(config: FinetuneConfig, put: Any) -> None:
     if config.tokenizer is not None and config.tokenizer.path is not None:
         why = "tokenizer.path names one that is trained already"
         put(why, "tokenizer", "kind", "vocab_size", "num_documents")
+    fields = config.task.fields
+    if isinstance(fields, TextFields):
+        names = ("separator", "names", "as_written")
+        if fields.label is None:
+            put("task.fields.label is None", "task.fields", "target", *names)
+        elif fields.target == "number":
+            put("task.fields.target is number", "task.fields", *names)
+        elif fields.target == "class" and "," not in fields.label:
+            put("task.fields.target is class", "task.fields", "separator")
     if config.dropout_rate is not None:
         why = f"dropout_rate={config.dropout_rate} takes its place"
         put(why, "model", "dropout_rate", "attention_dropout_rate")

@@ -16,6 +16,7 @@ from jaxlm.config import PretrainConfig
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepared import Prepared, PreparedInfo
+from jaxlm.data.windows import window_batches
 from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
@@ -109,8 +110,12 @@ def eval_rows(
     split: str = "validation",
     max_rows: int | None = None,
     batch_rows: BatchRows = ALL_ROWS,
+    windows: Mapping[str, int] | None = None,
 ) -> Iterator[HostBatch]:
-    """Batches of a split of every data set, from each in proportion to its size."""
+    """Batches of a split of every data set, from each in proportion to its size.
+
+    ``windows``: not the rows, but windows over them, of a ``length`` and at a ``stride``.
+    """
     sizes = [dataset.info.rows.get(split, 0) for dataset in datasets]
     if not sum(sizes):
         datasets[0].source(split)  # says which splits there are
@@ -118,9 +123,12 @@ def eval_rows(
     for dataset, size in zip(datasets, sizes, strict=True):
         if size:
             rows = math.ceil(wanted * size / sum(sizes))
-            yield from eval_batches(
-                dataset, batch_size, split=split, max_rows=rows, batch_rows=batch_rows
-            )
+            chosen: Any = {"split": split, "max_rows": rows, "batch_rows": batch_rows}
+            if windows is None:
+                yield from eval_batches(dataset, batch_size, **chosen)
+            else:
+                chosen |= windows
+                yield from window_batches(dataset, batch_size, **chosen)
 
 
 def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:

@@ -143,7 +143,7 @@ def base_params(
     wanted = placement.abstract_state.trainable["params"].get("head", {})
     if head and _shapes(head) == _shapes(wanted):
         given["head"] = head
-    what = "encoder and head" if "head" in given else "encoder; its head is new"
+    what = "encoder and head" if "head" in given or not wanted else "encoder; its head is new"
     console.print(f"from {base.name}: {what}", soft_wrap=True)
     return given
 

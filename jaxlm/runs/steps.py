@@ -93,31 +93,26 @@ def padded_vocab_size(size: int, mesh: MeshConfig) -> int:
 def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
     """A base's encoder for this mesh: its token table is filled up as pretraining would."""
     assert published.vocab_size is not None
-    model: Any = published  # a dataclass, which its protocol cannot say
     rows = padded_vocab_size(published.vocab_size, mesh)
-    return dataclasses.replace(model, dtype=None, vocab_size=rows)
+    model: Any = published.with_vocab_size(rows)  # a dataclass, which its protocol cannot say
+    return dataclasses.replace(model, dtype=None)
 
 
 def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """A base's parameters with the token table filled up to the model's vocabulary.
-
-    The new rows are the mean of the others: to a head that shares the table none of them is
-    likelier than tokens are on average, where zeros may be likelier than all.
-    """
+    """A base's parameters with the token table filled up with zeros to the model's vocabulary."""
     table = np.asarray(encoder["token_embed"]["embedding"])
     more = _missing(len(table), model)
     if not more:
         return encoder
-    rows = np.concatenate([table, np.tile(table.mean(0), (more, 1))])
-    return encoder | {"token_embed": {"embedding": rows}}
+    return encoder | {"token_embed": {"embedding": np.pad(table, ((0, more), (0, 0)))}}
 
 
 def with_bias(head: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """A base's head for that many rows; those that stand for no token are never likely."""
-    if "unembed" in head:  # as in with_rows
-        kernel = np.asarray(head["unembed"]["kernel"]).T
-        more = np.tile(kernel.mean(0), (_missing(len(kernel), model), 1))
-        return head | {"unembed": {"kernel": np.concatenate([kernel, more]).T}}
+    if "unembed" in head:  # such a head knows the number of tokens
+        kernel = np.asarray(head["unembed"]["kernel"])
+        more = _missing(kernel.shape[1], model)
+        return head | {"unembed": {"kernel": np.pad(kernel, ((0, 0), (0, more)))}}
     bias = np.asarray(head.get("bias", ()))
     if not bias.size:
         return head

@@ -71,11 +71,13 @@ def make_responder(
     call = lambda variables: model.apply(variables, jnp.zeros((1, 8), jnp.int32))
     # Adapters would be computed for each token.
     merge = jax.jit(lambda variables: tuning.merge(config.tuning, variables, call))
-    generate = task.make_generate(config.model, {}, tokenizer)
+    compiled: list[Generate] = []
 
     def responder(variables: Variables) -> Responder:
-        merged = generate.with_variables({"params": merge(variables)})
-        return Responder(task=task, framer=framer, generate=merged)
+        params = {"params": merge(variables)}
+        generate = task.make_generate(config.model, params, tokenizer)
+        compiled[:] = compiled or [generate.of(None)]  # which keeps no parameters alive
+        return Responder(task=task, framer=framer, generate=compiled[0].of(generate))
 
     return responder
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import CausalConfig, ModelConfig
+from jaxlm.nn import stack
 from jaxlm.objectives import causal_lm
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.tasks.task import Given
@@ -67,11 +69,12 @@ class CausalLm:
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
         """Bits for each byte of the text (UTF-8), by which tokenizers compare.
 
-        Each document has a token that is not predicted, its first.
+        An isolated document has a token that is not predicted, its first.
         """
         if not all(split in info.bytes for info in infos):
             return {}
-        predicted = sum(info.tokens[split] - info.documents[split] for info in infos)
+        firsts = sum(info.documents[split] for info in infos) if self.isolate_documents else 0
+        predicted = sum(info.tokens[split] for info in infos) - firsts
         return {
             "bits_per_byte": loss / math.log(2) * predicted / sum(i.bytes[split] for i in infos)
         }
@@ -120,23 +123,36 @@ def causal_model(
     assert isinstance(config, CausalConfig)  # make_model has seen to it
     special = SpecialTokens.of(tokenizer)
 
-    def step(variables, cache, tokens, positions, segment_ids):
-        logits, cache = model.apply(
-            variables,
-            tokens,
-            cache,
-            positions=positions,
-            segment_ids=segment_ids,
-            method="extend",
-        )
+    def last(module, tokens, cache, positions, segment_ids):
+        logits, cache = module.extend(tokens, cache, positions=positions, segment_ids=segment_ids)
         return logits[:, None], cache
 
+    def every(module, tokens, cache, positions, segment_ids):
+        hidden, cache = module.encoder.extend(
+            tokens, cache, positions=positions, segment_ids=segment_ids
+        )
+        return module.head(hidden, module.encoder.token_embed), cache
+
+    def step(method, variables, cache, *inputs):
+        tokens, positions, segment_ids = inputs
+        variables = stack.join(variables)
+        return model.apply(variables, tokens, cache, positions, segment_ids, method=method)
+
     return CausalModel(
-        step=step,
+        step=partial(step, last),
+        step_all=partial(step, every),
         make_state=config.make_cache,
-        variables=variables,
+        variables=_by_layer(variables),
         tokenizer=tokenizer,
         max_length=config.max_length or _MAX_LENGTH,
         start=(special.cls,),
         end=(special.sep,),
     )
+
+
+def _by_layer(variables: Variables) -> Variables:
+    """With an array for each layer: XLA would copy a stack's slices for every token."""
+    params: Any = variables["params"]
+    layers = stack.split(params["encoder"]["layers"])
+    params = {**params, "encoder": {**params["encoder"], "layers": layers}}
+    return {**variables, "params": params}

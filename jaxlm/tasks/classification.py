@@ -29,6 +29,7 @@ from jaxlm.models.heads import POOLS, ClassificationHead, Pooling, WithHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
+from jaxlm.tasks.by_label import by_label, pairs
 from jaxlm.tasks.task import (
     AbstractBatch,
     Labels,
@@ -64,7 +65,8 @@ class Classification:
     and kept in thresholds.json. Empty: 0.5."""
     pooling: Pooling | None = None
     """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
-    their mean, or their maximum; None: as a sentence encoder's folder says, else bert."""
+    the last, their mean, or their maximum; None: as a sentence encoder's folder says, else bert, or
+    last of a model in which no position sees a later one."""
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of numbers: by them those are brought to about -2 to 2 to be
     learned, and back to be answered and measured. None: those of the training data."""
@@ -94,7 +96,7 @@ class Classification:
                 raise InputError(
                     f"task.{name}={given} is for fields.target={target}, not {self.fields.target}"
                 )
-            _pairs(() if given in (("balanced",), ("chosen",)) else given, f"task.{name}")
+            pairs(() if given in (("balanced",), ("chosen",)) else given, f"task.{name}")
 
     @property
     def verb(self) -> str:
@@ -138,9 +140,10 @@ class Classification:
         if fields.as_written:
             return []
         checks.check_missing(examples, name)
+        said = checks.check_names(examples, name, fields.names)
         if fields.target == "class":
-            return checks.check_single(examples, name)
-        return checks.check_several(examples, name, fields.separator, fields.names)
+            return said + checks.check_single(examples, name)
+        return said + checks.check_several(examples, name, fields.separator, fields.names)
 
     def settled(
         self, examples: Sequence[TextExample], before: Task | None = None
@@ -190,12 +193,12 @@ class Classification:
         if self.class_weights == ("balanced",):
             counts = np.maximum(np.bincount(numbers, minlength=len(labels)), 1)
             return len(numbers) / (len(labels) * counts)
-        return _by_label(self.class_weights, labels, 1.0, "task.class_weights")
+        return by_label(self.class_weights, labels, 1.0, "task.class_weights")
 
     def _thresholds(self, labels: Labels) -> Float[np.ndarray, "labels"]:
         """The threshold of each label: 0.5 before they are chosen."""
         given = () if self.chooses_thresholds else self.thresholds
-        return _by_label(given, labels, 0.5, "task.thresholds")
+        return by_label(given, labels, 0.5, "task.thresholds")
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
         """Labels are classes, columns of ones and zeros, or numbers."""
@@ -364,31 +367,6 @@ class Classification:
         gold = np.asarray(data.label_array(examples, labels))
         values = best_thresholds(gold, np.asarray(outputs["probabilities"]))
         return dict(zip(labels, values.tolist(), strict=True))
-
-
-def _pairs(given: Sequence[str], what: str) -> dict[str, float]:
-    """Numbers by name, from texts such as neg=1."""
-    pairs = {}
-    for pair in given:
-        name, _, text = pair.rpartition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not name or not 0 <= value < math.inf:
-            raise InputError(f"{what}: {pair!r} is no label and its number, such as pos=0.5")
-        pairs[name] = value
-    return pairs
-
-
-def _by_label(
-    given: Sequence[str], labels: Labels, default: float, what: str
-) -> Float[np.ndarray, "labels"]:
-    """The number of each label; names that are none of the labels raise."""
-    pairs = _pairs(given, what)
-    if unknown := [name for name in pairs if name not in labels]:
-        raise InputError(f"{what}: {unknown[0]!r} is none of the labels {', '.join(labels[:20])}")
-    return np.array([pairs.get(label, default) for label in labels])
 
 
 def _numbers(examples: Sequence[TextExample]) -> Float64[np.ndarray, "examples"]:

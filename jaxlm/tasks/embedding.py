@@ -45,9 +45,10 @@ class Embedding:
     not train."""
     temperature: float = 0.05
     """What cosines are divided by before the softmax."""
-    pooling: Literal["cls", "mean", "max"] | None = None
-    """One vector of a row's hidden states: the first, their mean, or their maximum; None: as a
-    sentence encoder's folder says, else mean."""
+    pooling: Literal["cls", "last", "mean", "max"] | None = None
+    """One vector of a row's hidden states: the first, the last, their mean, or their maximum; None:
+    as a sentence encoder's folder says, else mean, or last of a model in which no position sees a
+    later one."""
 
     def __post_init__(self) -> None:
         fields = self.fields

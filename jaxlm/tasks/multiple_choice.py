@@ -45,7 +45,8 @@ class MultipleChoice:
     """Probability that is spread over all choices in training."""
     pooling: Pooling | None = None
     """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
-    their mean, or their maximum; None: as a sentence encoder's folder says, else bert."""
+    the last, their mean, or their maximum; None: as a sentence encoder's folder says, else bert, or
+    last of a model in which no position sees a later one."""
 
     def __post_init__(self) -> None:
         if self.fields.label is None:

@@ -94,6 +94,7 @@ class Tagging:
             checks.check_missing(examples, str(self.fields.tags))
         cut = [example.origin for example in examples if example.is_cut]
         said = [f"spans count {examples[0].unit}, and are read so"] if examples[0].unit else []
+        said += checks.check_names(examples, str(self.fields.tags), self.fields.names)
         return said + [
             f"in {len(cut):,} of {len(examples):,} texts, first at {one}, a span begins or ends "
             "inside of a word, which is cut there: correct it, if it is not meant"

@@ -33,6 +33,8 @@ def write(folder, pooling, kinds=KINDS, prefix=OLD, **more):
         ({"word_embedding_dimension": 8}, "mean"),  # the library's default
         ({"embedding_dimension": 8, "pooling_mode": "cls"}, "cls"),
         ({"pooling_mode": ["max"]}, "max"),
+        ({"pooling_mode": "lasttoken"}, "last"),
+        ({"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True}, "last"),
     ],
 )
 def test_the_folder_says_how(pooling, expected, tmp_path):
@@ -56,7 +58,7 @@ def test_lengths_and_prompts(tmp_path):
     ("pooling", "kinds", "problem"),
     [
         ({"pooling_mode_cls_token": True}, KINDS, "pooling by mean_tokens and cls_token"),
-        ({"pooling_mode": "lasttoken"}, KINDS, "pooling by lasttoken"),
+        ({"pooling_mode": "weightedmean"}, KINDS, "pooling by weightedmean"),
         ({"pooling_mode_mean_tokens": False}, KINDS, "pooling by nothing"),
         ({}, ("Transformer", "Pooling", "Dense"), "a Dense layer"),
     ],
@@ -73,7 +75,7 @@ def test_other_folders(tmp_path):
         sentence_encoder.read(tmp_path)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "max"])
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean", "max"])
 def test_what_is_written_is_read(pooling, tmp_path):
     sentence_encoder.write(tmp_path, pooling, 16, 128)
     found = sentence_encoder.read(tmp_path)

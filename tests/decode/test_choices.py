@@ -104,6 +104,8 @@ def test_a_border_inside_a_token():
 
 def test_bad_choices(choose):
     for texts, choices, message in (
+        (["a"], "bc", "choices='bc' is one string"),
+        ("a", ["b", "c"], "texts='a' is one string"),
         (["a"], ["b"], r"choices=\['b'\] are not two or more different ones"),
         (["a"], ["b", "b"], "are not two or more different ones"),
         (["a"], ["b", ""], "the choice '' adds no token to 'a'"),
@@ -113,6 +115,7 @@ def test_bad_choices(choose):
     ):
         with pytest.raises(InputError, match=message):
             list(choose(texts, choices))
+    assert len(list(choose([30 * "a"], ["b", 30 * "c"]))) == 1  # shortened, as it says
     with pytest.raises(InputError, match="batch_size=0"):
         list(choose(["a"], ["b", "c"], batch_size=0))
 
@@ -120,5 +123,6 @@ def test_bad_choices(choose):
         logits, state = table_model().step(*args)
         return logits[:, -1:], state
 
-    with pytest.raises(InputError, match="the logits of all positions"):
+    with pytest.raises(InputError, match="the logits of all positions: give step_all"):
         list(Choose(table_model(step=last))(["a"], ["b", "ccc"]))
+    list(Choose(table_model(step=last, step_all=table_model().step))(["a"], ["b", "ccc"]))

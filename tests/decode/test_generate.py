@@ -1,6 +1,7 @@
 """Continuing texts with models that are functions: what a row becomes, and what is compiled."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -367,6 +368,15 @@ def test_bad_configurations(table, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["banned_tokens", "stop_tokens", "stop_strings"])
+def test_one_string_for_several(name):
+    """Python does not check types; these tests do, hence not by the constructor."""
+    fields = vars(GenerateConfig())
+    GenerateConfig.__post_init__(SimpleNamespace(**fields))
+    with pytest.raises(InputError, match=f"{name}='ab' is one string: put it into a list"):
+        GenerateConfig.__post_init__(SimpleNamespace(**fields | {name: "ab"}))
+
+
 def test_bad_prompts(table):
     for texts, message in (
         (["abc", ""], "the prompt '' holds no token"),
@@ -379,6 +389,12 @@ def test_bad_prompts(table):
     assert list(table([])) == []
     with pytest.raises(InputError, match="batch_size=0"):
         list(table(["a"], batch_size=0))
+    with pytest.raises(InputError, match="texts='abc' is one string"):
+        list(table("abc"))
     narrow = table_model(np.zeros((8, 8)), make_state=table_state)
     with pytest.raises(InputError, match="8 logits, and the tokenizer ids up to 19"):
         list(Generate(narrow)(["abc"]))
+    broken = table_model(np.full((VOCAB, VOCAB), np.nan))
+    for answers in (Generate(broken)(["abc"]), Generate(broken).stream("abc")):
+        with pytest.raises(InputError, match="behind 'abc' are not numbers: training has diverged"):
+            list(answers)

@@ -15,6 +15,7 @@ from jaxlm.models.heads import (
     TokenHead,
     WithHead,
     bert_pooler,
+    last_pool,
     mean_pool,
 )
 from jaxlm.sharding import axes_of
@@ -91,6 +92,16 @@ def test_mean_pool_by_hand():
     # All documents of a packed row count.
     packed = jax.jit(mean_pool)(HIDDEN, np.abs(SEGMENTS))
     np.testing.assert_allclose(packed, HIDDEN.mean(1), atol=1e-6)
+
+
+def test_last_pool_by_hand():
+    """Padding on either side; a row without tokens is 0."""
+    sides = jnp.asarray(np.array([[0] * 3 + [-1] * (HIDDEN.shape[1] - 3)]))
+    hidden = jnp.asarray(HIDDEN)
+    np.testing.assert_array_equal(last_pool(hidden[:1], sides)[0], HIDDEN[0, 2])
+    np.testing.assert_array_equal(last_pool(hidden[:1], sides[:, ::-1])[0], HIDDEN[0, -1])
+    assert not last_pool(hidden[:1], jnp.full_like(sides, -1)).any()
+    np.testing.assert_array_equal(last_pool(hidden), HIDDEN[:, -1])
 
 
 def test_pools_without_parameters_have_none():

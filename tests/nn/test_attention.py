@@ -7,7 +7,7 @@ import pytest
 from rounding import DTYPES, tolerance
 
 from jaxlm.nn import masks
-from jaxlm.nn.attention import MultiHeadAttention, dot_product_attention
+from jaxlm.nn.attention import MultiHeadAttention, dot_product_attention, grouped_attention
 
 LOG = np.log
 
@@ -226,3 +226,38 @@ def test_dropout_only_when_asked(params):
     plain, _ = value_and_gradient(params, X, None, None, None, jnp.ones((2, 6)))
     np.testing.assert_allclose(still, plain, atol=1e-6)
     assert np.abs(first - second).max() > 1e-2
+
+
+# Heads that share keys and values.
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 5), (2, 1, 3, 5), (2, 6, 3, 5), (1, 6, 1, 5)])
+def test_a_group_of_heads_shares_a_key(shape):
+    query = normal(2, 3, 6, 4)
+    key, value = normal(2, 5, 2, 4, seed=1), normal(2, 5, 2, 4, seed=2)
+    mask, bias = normal(*shape, seed=3) > -0.8, normal(*shape, seed=4)
+    weights = jnp.cos(query)
+
+    @jax.jit
+    def both(*operands):
+        def grouped(query, key, value, bias):
+            out = grouped_attention(dot_product_attention, query, key, value, mask=mask, bias=bias)
+            return (out * weights).sum(), out
+
+        def repeated(query, key, value, bias):
+            # Heads 0, 1 and 2 of queries have head 0 of keys; in the control, 0, 2 and 4 have.
+            key, value = (jnp.repeat(x, 3, axis=2) for x in (key, value))
+            out = dot_product_attention.plain(query, key, value, mask=mask, bias=bias)
+            return (out * weights).sum(), out
+
+        other = dot_product_attention.plain(
+            operands[0], *(jnp.tile(x, (1, 1, 3, 1)) for x in operands[1:3]), mask=mask
+        )
+        gradient = lambda f: jax.grad(f, argnums=(0, 1, 2, 3), has_aux=True)(*operands)
+        return gradient(grouped), gradient(repeated), other
+
+    ours, expected, other = both(query, key, value, bias)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        assert x.shape == y.shape
+        np.testing.assert_allclose(x, y, atol=1e-5)
+    assert np.abs(other - expected[1]).max() > 0.1

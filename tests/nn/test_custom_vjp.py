@@ -18,7 +18,7 @@ from jaxlm.nn import custom_vjp, masks
 from jaxlm.nn.attention import MultiHeadAttention, dot_product_attention
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.embed import attend
-from jaxlm.nn.feedforward import gelu
+from jaxlm.nn.feedforward import gelu, gelu_tanh
 from jaxlm.nn.linear import linear
 from jaxlm.nn.recurrent import lstm
 from jaxlm.objectives.cross_entropy import cross_entropy
@@ -64,6 +64,7 @@ CASES = {
     "attend": Case(
         attend, (normal(16, 6, seed=0), normal(9, 6, seed=1), normal(9, seed=2)), (0, None, None)
     ),
+    "attend without a bias": Case(attend, (normal(16, 6, seed=0), normal(9, 6, seed=1)), (0, None)),
     "attention": Case(
         dot_product_attention,
         (*HEADS, jnp.asarray(RNG.random((16, 1, 5, 5)) < 0.7), normal(1, 2, 1, 5, seed=3)),
@@ -72,6 +73,7 @@ CASES = {
         ("mask", "bias"),
     ),
     "gelu": Case(gelu, (normal(16, 6, seed=0),), (0,)),
+    "gelu_tanh": Case(gelu_tanh, (normal(16, 6, seed=0),), (0,)),
     "dropout": Case(dropout, (normal(16, 6, seed=0),), (0,), {"rate": 0.25, "key": KEY}),
     "lstm": Case(
         lstm,

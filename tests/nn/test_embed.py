@@ -44,3 +44,9 @@ def test_attend_scores_every_row_in_float32(dtype):
 def test_the_table_is_float32():
     shapes = jax.eval_shape(Embed(7, 4, jnp.bfloat16).init, jax.random.key(0), IDS)
     assert shapes["params"]["embedding"].dtype == jnp.float32
+
+
+def test_attend_without_a_bias():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4)), jnp.float32)
+    logits = Embed(7, 4).apply(VARIABLES, x, method="attend")
+    np.testing.assert_allclose(logits, np.asarray(x) @ TABLE.T, atol=1e-6)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.feedforward import Mlp, gelu
+from jaxlm.nn.feedforward import GatedMlp, Mlp, gelu, gelu_tanh
 
 X = np.concatenate([np.linspace(-12, 12, 481), [0, -0.0, 1e-8, 60, -60]])
 
@@ -15,23 +15,32 @@ def test_gelu_by_its_definition():
     np.testing.assert_allclose(jax.jit(gelu)(jnp.asarray(X, jnp.float32)), exact, atol=2e-6)
 
 
+def test_gelu_tanh_by_its_definition():
+    exact = [x * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) for x in X]
+    y = jax.jit(gelu_tanh)(jnp.asarray(X, jnp.float32))
+    np.testing.assert_allclose(y, exact, atol=2e-6)
+    assert 1e-4 < np.abs(y - jax.jit(gelu)(jnp.asarray(X, jnp.float32))).max() < 1e-3
+
+
+@pytest.mark.parametrize("equation", [gelu, gelu_tanh])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
-def test_gelu_gradient_is_that_of_the_definition(dtype, tolerance):
+def test_gelu_gradient_is_that_of_the_definition(equation, dtype, tolerance):
     x = jnp.asarray(X, dtype)
     weights = jnp.asarray(np.cos(X), dtype)  # another cotangent for every element
 
     def gradient(function, x, weights):
         return jax.grad(lambda x: jnp.sum(function(x) * weights).astype(jnp.float32))(x)
 
-    ours = jax.jit(lambda: gradient(gelu, x, weights))()
+    ours = jax.jit(lambda: gradient(equation, x, weights))()
     exact = jax.jit(
-        lambda: gradient(gelu.plain, x.astype(jnp.float32), weights.astype(jnp.float32))
+        lambda: gradient(equation.plain, x.astype(jnp.float32), weights.astype(jnp.float32))
     )()
     assert ours.dtype == dtype
     np.testing.assert_allclose(np.asarray(ours, np.float32), exact, atol=tolerance)
-    # The control: the tanh approximation is told apart.
+    # The control: the two are told apart.
     if dtype == jnp.float32:
-        approximate = jax.jit(lambda: gradient(jax.nn.gelu, x, weights))()
+        other = gelu if equation is gelu_tanh else gelu_tanh
+        approximate = jax.jit(lambda: gradient(other.plain, x, weights))()
         assert np.abs(np.asarray(approximate) - exact).max() > 1e-4
 
 
@@ -43,20 +52,30 @@ def test_gelu_twice_differentiated():
     np.testing.assert_allclose(curvature(gelu)(x), curvature(gelu.plain)(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [Mlp, GatedMlp])
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_mlp_equals_its_equation(use_bias):
+def test_mlp_equals_its_equation(kind, use_bias):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 4))
     params = {
         "up": {"kernel": rng.normal(size=(4, 6))},
         "down": {"kernel": rng.normal(size=(6, 4))},
     }
+    if kind is GatedMlp:
+        params["gate"] = {"kernel": rng.normal(size=(4, 6))}
     if use_bias:
-        params["up"]["bias"], params["down"]["bias"] = rng.normal(size=6), rng.normal(size=4)
-    module = Mlp(6, use_bias=use_bias, activation=jnp.tanh)
+        for part in params.values():
+            part["bias"] = rng.normal(size=part["kernel"].shape[1])
+    module = kind(6, use_bias=use_bias, activation=jnp.tanh)
     y = module.apply({"params": jax.tree.map(jnp.float32, params)}, jnp.float32(x))
-    inner = np.tanh(x @ params["up"]["kernel"] + params["up"].get("bias", np.zeros(6)))
-    expected = inner @ params["down"]["kernel"] + params["down"].get("bias", np.zeros(4))
+
+    def linear(name, x):
+        return x @ params[name]["kernel"] + params[name].get("bias", np.zeros(1))
+
+    inner = np.tanh(linear("up", x))
+    if kind is GatedMlp:
+        inner = np.tanh(linear("gate", x)) * linear("up", x)
+    expected = linear("down", inner)
     np.testing.assert_allclose(y, expected, atol=1e-5)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 4)))["params"]
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)

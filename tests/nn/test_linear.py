@@ -220,3 +220,21 @@ def test_a_wrong_gradient_would_be_seen(monkeypatch, broken):
     )
     with pytest.raises(AssertionError, match="Not equal"):
         assert_close(ours, exact, 1e-5)
+
+
+def test_one_row_of_bfloat16_upcasts_no_kernel():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(256, 512)), jnp.bfloat16)
+    row = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, 256)), jnp.bfloat16)
+    exact = np.asarray(row, np.float32) @ np.asarray(kernel, np.float32)
+    np.testing.assert_allclose(linear(row, kernel), exact, atol=1e-4)
+
+    def temporary(product):
+        def again(kernel, row):
+            feed = lambda row: product(row, kernel)[..., :256].astype(jnp.bfloat16)
+            return jax.lax.fori_loop(0, 3, lambda _, row: feed(row), row)
+
+        compiled = jax.jit(again).lower(kernel, row).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(linear) < 0.2 * kernel.nbytes
+    assert temporary(linear.plain) > kernel.nbytes  # the control

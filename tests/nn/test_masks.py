@@ -31,3 +31,25 @@ def test_padding():
     mask = np.asarray(masks.padding(jnp.asarray(np.array([0, 2, 4])), 4))
     assert mask.shape == (3, 1, 1, 4)
     assert mask[:, 0, 0].astype(int).tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+def test_causal():
+    ids = jnp.asarray(np.array([[0, 0, 1, -1]] * 2))
+    assert np.asarray(masks.causal(3))[0, 0].astype(int).tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 1, 1],
+    ]
+    both = masks.causal(4, ids, masks.padding(jnp.array([1, 4]), 4))
+    assert np.asarray(both)[0, 0].astype(int).tolist() == [
+        [1, 0, 0, 0],
+        [1, 0, 0, 0],
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+    ]
+    assert np.asarray(both)[1, 0].astype(int).tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 0, 1],
+    ]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.norms import LayerNorm
+from jaxlm.nn.norms import LayerNorm, RmsNorm
 
 
 def normal(*shape, seed=0):
@@ -69,3 +69,29 @@ def test_any_number_of_leading_axes(shape):
     y = apply(x, jnp.ones(8), jnp.zeros(8))
     np.testing.assert_allclose(y.mean(-1), np.zeros(shape[:-1]), atol=1e-5)
     np.testing.assert_allclose(y.std(-1), np.ones(shape[:-1]), atol=1e-4)
+
+
+# RMSNorm.
+
+
+def test_rms_norm_by_its_equation():
+    x, scale = 3 * normal(2, 3, 16) + 1, normal(16, seed=1)
+    variables = {"params": {"scale": jnp.asarray(scale, jnp.float32)}}
+    for epsilon in (1e-6, 0.5):
+        y = RmsNorm(epsilon).apply(variables, jnp.asarray(x, jnp.float32))
+        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * scale
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_rms_norm_rounds_before_it_scales():
+    x = jnp.asarray(normal(4, 256), jnp.bfloat16)
+    scale = jnp.asarray(1 + normal(256, seed=1), jnp.float32)
+    y = RmsNorm(1e-6, jnp.bfloat16).apply({"params": {"scale": scale}}, x)
+    wide = np.asarray(x, np.float32)
+    wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)
+    low = jnp.bfloat16
+    rounded = wide.astype(low).astype(np.float32) * np.asarray(scale.astype(low), np.float32)
+    np.testing.assert_array_equal(np.asarray(y, np.float32), rounded.astype(low))
+    # The control: the other order gives other numbers.
+    other = (wide * np.asarray(scale)).astype(low)
+    assert (np.asarray(y, np.float32) != other.astype(np.float32)).mean() > 0.1

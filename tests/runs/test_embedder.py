@@ -23,6 +23,7 @@ from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.runs import base, finetuning, resume
 from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuning import resolve
@@ -77,7 +78,12 @@ def hidden(folder: Path, text: str, length: int) -> np.ndarray:
     return np.asarray(published.config.make().apply({"params": params}, tokens))[0]
 
 
-POOLED = {"cls": lambda x: x[0], "mean": lambda x: x.mean(0), "max": lambda x: x.max(0)}
+POOLED = {
+    "cls": lambda x: x[0],
+    "last": lambda x: x[-1],
+    "mean": lambda x: x.mean(0),
+    "max": lambda x: x.max(0),
+}
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -103,8 +109,8 @@ def test_an_encoder_that_says_nothing_gives_means(folder):
 
 def test_what_is_not_supported_is_refused(pooled):
     folder = pooled("mean")
-    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "lasttoken"}')
-    with pytest.raises(InputError, match="pooling by lasttoken, which is not supported"):
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "weightedmean"}')
+    with pytest.raises(InputError, match="pooling by weightedmean, which is not supported"):
         open_embedder(str(folder))
     loaded = base.load(str(folder))
     with pytest.raises(InputError, match=r"choose how, such as --task\.pooling mean"):
@@ -118,6 +124,17 @@ def test_what_is_not_supported_is_refused(pooled):
 
 
 # Fine-tuning.
+
+
+def test_a_causal_base_pools_the_last_token(pooled, folder):
+    loaded = base.load(str(folder))
+    causal = replace(loaded, config=Gpt2Config(vocab_size=16))
+    for task in (Classification(), Embedding(), MultipleChoice()):
+        config = resolve(tuned(folder, task), causal, loaded.tokenizer, "cpu")
+        assert vars(config.task)["pooling"] == "last"
+    for first in ("bert", "cls"):
+        with pytest.raises(InputError, match=f"pooling={first} takes the first token"):
+            resolve(tuned(folder, Classification(pooling=first)), causal, loaded.tokenizer, "cpu")
 
 
 def tuned(folder: Path, task, **more) -> FinetuneConfig:

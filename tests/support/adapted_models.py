@@ -13,10 +13,22 @@ import tiny_models
 
 from jaxlm import tree
 from jaxlm.models.heads import MlmHead, WithLmHead
+from jaxlm.models.llama import LlamaConfig
 from jaxlm.nn.intercept import find_sites
 from jaxlm.peft.lora import LoraConfig, adapt, init, init_at
 
 BERT = replace(tiny_models.BERT, initializer_std=0.2)
+LLAMA = LlamaConfig(
+    vocab_size=32,
+    num_layers=2,
+    hidden_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=24,
+    max_length=8,
+    unroll=1,
+)
 
 
 class AttentionBlocks(nn.Module):
@@ -79,6 +91,7 @@ CASES = {
         EVERYTHING,
         2**-8,
     ),
+    "llama": Case(WithLmHead(LLAMA.make(), LLAMA.make_lm_head()), IDS, EVERYTHING),
     "attention": Case(AttentionBlocks(), FLOATS, (LINEAR,)),
     "mixer": Case(Mixer(), IDS, EVERYTHING),
 }

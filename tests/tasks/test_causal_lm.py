@@ -55,6 +55,8 @@ def test_bits_per_byte():
     counted = replace(info, bytes={"train": 400, "validation": 160})
     found = CausalLm().metrics(2 * math.log(2), [counted, counted], "validation")
     assert found == {"bits_per_byte": pytest.approx(2 * 40 / 160)}
+    joined = CausalLm(isolate_documents=False).metrics(math.log(2), [counted], "validation")
+    assert joined == {"bits_per_byte": pytest.approx(50 / 160)}
     assert CausalLm().metrics(1.0, [counted, info], "validation") == {}  # of before
 
 

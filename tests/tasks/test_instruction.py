@@ -184,7 +184,7 @@ def test_a_head_over_the_vocabulary_is_the_bases_and_frozen_under_lora(config, t
         fingerprint="x",
     )
     tuned = replace(
-        config, base="x", model=replace(llama, vocab_size=64), tokenizer=None, tuning=LoraConfig()
+        config, base="x", model=llama.with_vocab_size(64), tokenizer=None, tuning=LoraConfig()
     )
     state = finetuned.make_state(tuned, (), base)
     assert set(state.trainable) == {"lora"}

@@ -31,6 +31,17 @@ def check_missing(examples: Sequence[Labelled], name: str) -> None:
         )
 
 
+def check_names(examples: Sequence[Labelled], name: str, names: Sequence[str] | None) -> list[str]:
+    """A line where names of numbers are given, and no label is such a number or has such a name."""
+    classes = {label for example in examples for label in example.classes}
+    if names is None or not classes or classes & set(names):
+        return []
+    return [
+        f"task.fields.names has no effect: {name} holds no numbers from 0, but labels such as "
+        f"{min(classes)!r:.40}"
+    ]
+
+
 def check_single(examples: Sequence[Labelled], name: str) -> list[str]:
     """Raise where classes are lists, or each example has its own; lines on what is odd."""
     for example in examples:

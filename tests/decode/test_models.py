@@ -1,0 +1,126 @@
+"""Decoding with the models of this codebase, whose state is a cache of keys and values."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_decoders import END, VOCAB, characters
+
+from jaxlm import sharding
+from jaxlm.decode.causal_model import CausalModel
+from jaxlm.decode.choices import Choose
+from jaxlm.decode.generate import Generate, GenerateConfig
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.heads import WithLmHead
+from jaxlm.models.llama import LlamaConfig
+from jaxlm.nn import stack
+from jaxlm.sharding import MeshConfig, make_mesh
+
+SIZES = dict(vocab_size=VOCAB, num_layers=2, hidden_dim=16, mlp_dim=24, max_length=64)
+CONFIGS = {
+    "gpt2": Gpt2Config(**SIZES, num_heads=2, initializer_std=0.3),
+    "llama": LlamaConfig(**SIZES, num_heads=4, num_kv_heads=2, initializer_std=0.3),
+}
+PROMPTS = ["abc", "a", "hello no", "feed me a fig. a big fig!"]
+GREEDY = GenerateConfig(max_new_tokens=16)
+
+
+def last(module, tokens, cache, positions, segment_ids):
+    logits, cache = module.extend(tokens, cache, positions=positions, segment_ids=segment_ids)
+    return logits[:, None], cache
+
+
+def every(module, tokens, cache, positions, segment_ids):
+    hidden, cache = module.encoder.extend(
+        tokens, cache, positions=positions, segment_ids=segment_ids
+    )
+    return module.head(hidden, module.encoder.token_embed), cache
+
+
+def causal_model(config) -> tuple[CausalModel, WithLmHead]:
+    module = WithLmHead(config.make(), config.make_lm_head())
+
+    def step(method, variables, cache, *inputs):
+        tokens, positions, segment_ids = inputs
+        return module.apply(
+            stack.join(variables), tokens, cache, positions, segment_ids, method=method
+        )
+
+    variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    model = CausalModel(
+        step=partial(step, last),
+        step_all=partial(step, every),
+        make_state=config.make_cache,
+        variables=variables,
+        tokenizer=characters(),
+        max_length=config.max_length,
+        end=[END],
+    )
+    return model, module
+
+
+def reader(model: CausalModel, module: WithLmHead):
+    """Log-probabilities at all positions of a text, by the model as it is trained."""
+    whole = jax.jit(module.apply)
+
+    def read(ids):
+        logits = whole(model.variables, jnp.asarray([ids + [0] * (64 - len(ids))]))
+        return np.asarray(jax.nn.log_softmax(logits[0, : len(ids), : model.vocab_size]))
+
+    return read
+
+
+def agrees(model: CausalModel, read) -> None:
+    """Greedy tokens are the likeliest without a cache."""
+    generations = list(Generate(model)(PROMPTS, GREEDY))
+    assert len({one.text for one in generations}) == len(PROMPTS)
+    for text, one in zip(PROMPTS, generations, strict=True):
+        ids = model.encode(text)
+        each = read(ids + one.tokens)[len(ids) - 1 : -1]
+        assert one.tokens == each.argmax(axis=1).tolist()
+        np.testing.assert_allclose(one.log_probabilities, each.max(axis=1), atol=1e-4)
+
+
+def test_gpt2_as_without_a_cache():
+    """With parameters layer by layer, which are not copied for each token (``jaxlm.nn.stack``)."""
+    model, module = causal_model(CONFIGS["gpt2"])
+    params = dict(model.variables["params"])
+    layers = jax.tree.map(stack.split, params["encoder"]["layers"])
+    params["encoder"] = dict(params["encoder"], layers=layers)
+    split = dataclasses.replace(model, variables={"params": params})
+    agrees(split, reader(model, module))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return causal_model(CONFIGS["llama"])
+
+
+def test_llama_as_without_a_cache_and_on_a_mesh(llama):
+    model, module = llama
+    agrees(model, reader(model, module))
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    places = sharding.tree_shardings(model.variables, mesh)
+    on_mesh = dataclasses.replace(
+        model, variables=jax.device_put(model.variables, places), mesh=mesh
+    )
+    sampled = GenerateConfig(max_new_tokens=16, temperature=1.0, top_p=0.9, stop_strings=("!!!",))
+    one, several = Generate(model), Generate(on_mesh)
+    for config in (GREEDY, sampled):
+        want = [generation.text for generation in one(PROMPTS, config)]
+        assert [generation.text for generation in several(PROMPTS, config)] == want
+
+
+def test_choices_go_on_from_one_cache(llama):
+    model, module = llama
+    read = reader(model, module)
+    choices = [" a", "big", " hello", "."]
+    for text, ranked in zip(PROMPTS, Choose(model)(PROMPTS, choices), strict=True):
+        for one in ranked:
+            ids, rest = model.encode(text), model.encode(one.text)
+            each = read(ids + rest)[len(ids) - 1 : -1]
+            want = each[np.arange(len(rest)), rest].sum()
+            assert one.log_probability == pytest.approx(want, abs=1e-4)
