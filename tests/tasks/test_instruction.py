@@ -21,6 +21,7 @@ from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import best, finetuned, writing
 from jaxlm.runs.base import Base
 from jaxlm.runs.finetuning import finetune
+from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.instruction import Instruction
 
@@ -86,8 +87,11 @@ def test_a_model_learns_to_respond_and_to_stop(config, eval_metrics, monkeypatch
     assert "takes 48" in long  # and an empty line ends it
 
 
-def test_a_resumed_run_drops_later_samples(config) -> None:
-    short = replace(config, train=replace(config.train, steps=2, num_evals=2))
+@pytest.mark.parametrize(
+    "places", [{"placement": "pmap"}, {"mesh": MeshConfig(fsdp=2, tensor=2)}], ids=str
+)
+def test_a_resumed_run_drops_later_samples(config, places) -> None:
+    short = replace(config, train=replace(config.train, steps=2, num_evals=2), **places)
     directory = finetune(short, console=Console(quiet=True))
     path = directory / "samples.jsonl"
     path.write_text(path.read_text() + '{"step": 9}\n')
