@@ -117,7 +117,7 @@ class Choose:
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         rows = self._model.put((left_padded(prompts, length), lengths, tokens, counts))
         room = bucket(length + longest)
-        scores = np.asarray(self._scores(*rows, self._model.variables, kv_length=room))
+        scores = np.asarray(self._scores(*rows, self._model.arranged, kv_length=room))
         for score, num_tokens in zip(scores[: len(texts)], counts, strict=False):
             yield _ranked(choices, score, num_tokens, per)
 

@@ -203,14 +203,14 @@ class Generate:
         tokens, lengths, sampling, kv_length = rows.arrays(batch_size)
         tokens, lengths, sampling = model.put((tokens, lengths, sampling))
         state, progress = self._begin(
-            tokens, lengths, sampling, model.variables, kv_length=kv_length
+            tokens, lengths, sampling, model.arranged, kv_length=kv_length
         )
         places = tuple(x.sharding for x in jax.tree.leaves((state, progress)) if model.mesh)
         while not all(ended := rows.extend(progress)):
             yield progress
             every = model.put(np.array([*ended, *[True] * (len(tokens) - len(ended))]))
             state, progress = self._advance(
-                state, progress, sampling, every, np.int32(steps), model.variables, places=places
+                state, progress, sampling, every, np.int32(steps), model.arranged, places=places
             )
         yield progress
 
@@ -299,8 +299,9 @@ class _Rows:
                 new = slice(len(row.tokens), lengths[i])
                 if np.isnan(log_probabilities[i, new]).any():
                     raise InputError(
-                        f"the model's logits behind {shortened(self._texts[i])} are not numbers: "
-                        "training has diverged, or the weights are damaged; take an earlier step"
+                        f"the model's logits behind {shortened(str(self._texts[i]))} are not "
+                        "numbers: training has diverged, or the weights are damaged; take an "
+                        "earlier step"
                     )
                 row.extend(tokens[i, new].tolist())
         return [row.stopped is not None for row in self.continuations]
