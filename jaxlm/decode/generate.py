@@ -225,7 +225,8 @@ class _Rows:
         config: GenerateConfig,
         first: int,
     ):
-        self._model, self._texts, self._config, self._first = model, texts, config, first
+        self._model, self._config, self._first = model, config, first
+        self._texts = [text if isinstance(text, str) else model.decode(text) for text in texts]
         self._prompts = [model.prompt(text) for text in texts]
         self._limits = [
             min(config.max_new_tokens, model.max_length - len(prompt)) for prompt in self._prompts
@@ -299,9 +300,8 @@ class _Rows:
                 new = slice(len(row.tokens), lengths[i])
                 if np.isnan(log_probabilities[i, new]).any():
                     raise InputError(
-                        f"the model's logits behind {shortened(str(self._texts[i]))} are not "
-                        "numbers: training has diverged, or the weights are damaged; take an "
-                        "earlier step"
+                        f"the model's logits behind {shortened(self._texts[i])} are not numbers: "
+                        "training has diverged, or the weights are damaged; take an earlier step"
                     )
                 row.extend(tokens[i, new].tolist())
         return [row.stopped is not None for row in self.continuations]
@@ -315,7 +315,7 @@ class _Rows:
                 row.stopped == "max_new_tokens" and len(row.tokens) < self._config.max_new_tokens
             )
             yield Generation(
-                prompt=text if isinstance(text, str) else self._model.decode(text),
+                prompt=text,
                 text=row.text,
                 tokens=row.tokens,
                 log_probabilities=log_probabilities[i, : len(row.tokens)].tolist(),

@@ -139,8 +139,11 @@ def make_samples(
         step, responder = int(state.step), make(state.variables)
         longest = responder.framer.max_length
         room = max(longest - task.sample_tokens, longest // 2)  # what is asked is cut at its left
-        written = responder.respond(chosen, greedy, room=room)
-        pairs = list(zip(chosen, written, strict=True))
+        try:
+            written = list(responder.respond(chosen, greedy, room=room))
+        except InputError as error:  # such as of a model that has diverged: training goes on
+            return [f"  no samples: {error}"]
+        pairs = zip(chosen, written, strict=True)
         news = [_sample(step, dialogue, one) for dialogue, one in pairs]
         before = [json.loads(line) for line in _lines(path)]
         kept = [one for one in before if one["step"] < step]

@@ -24,6 +24,7 @@ from jaxlm.runs.finetuning import finetune
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.instruction import Instruction
+from jaxlm.train.state import TrainState
 
 GREEDY = GenerateConfig()
 ANSWERS = {"red": "warm", "blue": "cold", "green": "fresh grass", "white": "snow"}
@@ -106,9 +107,10 @@ def responder(config, tokenizer):
     model, framer = finetuned.make_model(config, ()), finetuned.make_framer(config, tokenizer)
     make = writing.make_responder(config, model, framer, tokenizer)
 
-    def of_seed(seed: int) -> writing.Responder:
+    def of_seed(seed: int, added: float = 0.0) -> writing.Responder:
         own = replace(config, train=replace(config.train, seed=seed))
-        return make(finetuned.make_state(own, (), None).variables)
+        variables = finetuned.make_state(own, (), None).variables
+        return make(jax.tree.map(lambda x: x + added, variables))
 
     return of_seed
 
@@ -122,6 +124,17 @@ def test_all_states_share_what_is_compiled(config, tokenizer) -> None:
         programs = one.generate._begin, one.generate._advance
         assert [program._cache_size() for program in programs] == [1, 1]
     assert said[0] != said[1]
+
+
+def test_a_model_that_has_diverged_is_said_and_trained_on(config, tokenizer) -> None:
+    of_seed = responder(config, tokenizer)
+    make = lambda variables: of_seed(0, jnp.nan)
+    dialogue = Dialogue(turns=(Turn("user", "a b"), Turn("assistant", "c")), origin="x:1")
+    samples = writing.make_samples(config, make, [dialogue], 80)
+    state = TrainState(jnp.asarray(3), {}, {}, ())
+    (line,) = samples(state)
+    assert line.startswith("  no samples: the model's logits behind 'a b")
+    assert not (config.directory / writing.SAMPLES).exists()
 
 
 class Told(Generate):
