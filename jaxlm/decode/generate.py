@@ -17,7 +17,6 @@ from jaxlm.decode.continuation import Continuation, Stopped
 from jaxlm.decode.decoding import Progress
 from jaxlm.decode.sampling import Sampling
 from jaxlm.errors import InputError
-from jaxlm.typing import Variables
 
 _ROOM = 128  # there is for so many new tokens at least: it costs little, and limits share programs
 
@@ -119,6 +118,7 @@ class Generate:
 
     def __init__(self, model: CausalModel):
         self._model = model
+        model = replace(model, variables={})  # none are kept by what is compiled
 
         def begin(tokens, lengths, sampling, variables, *, kv_length):
             def inside(tokens, lengths, sampling, variables):
@@ -188,11 +188,14 @@ class Generate:
             if piece := row.show():
                 yield piece
 
-    def with_variables(self, variables: Variables) -> "Generate":
-        """The same with other values, of the same shapes: nothing is compiled anew."""
-        other = copy.copy(self)
-        other._model = replace(self._model, variables=variables)
-        return other
+    def of(self, other: "Generate | None") -> "Generate":
+        """The other, whose model has other values: with what this one has compiled.
+
+        None: without any values, to be kept for that.
+        """
+        same = copy.copy(self)
+        same._model = other._model if other else replace(self._model, variables={})
+        return same
 
     def _run(self, rows: "_Rows", batch_size: int, steps: int) -> Iterator[Progress]:
         """Runs the model ``steps`` tokens at a time, until all rows have ended."""
@@ -222,7 +225,8 @@ class _Rows:
         config: GenerateConfig,
         first: int,
     ):
-        self._model, self._texts, self._config, self._first = model, texts, config, first
+        self._model, self._config, self._first = model, config, first
+        self._texts = [text if isinstance(text, str) else model.decode(text) for text in texts]
         self._prompts = [model.prompt(text) for text in texts]
         self._limits = [
             min(config.max_new_tokens, model.max_length - len(prompt)) for prompt in self._prompts
@@ -296,9 +300,8 @@ class _Rows:
                 new = slice(len(row.tokens), lengths[i])
                 if np.isnan(log_probabilities[i, new]).any():
                     raise InputError(
-                        f"the model's logits behind {shortened(str(self._texts[i]))} are not "
-                        "numbers: training has diverged, or the weights are damaged; take an "
-                        "earlier step"
+                        f"the model's logits behind {shortened(self._texts[i])} are not numbers: "
+                        "training has diverged, or the weights are damaged; take an earlier step"
                     )
                 row.extend(tokens[i, new].tolist())
         return [row.stopped is not None for row in self.continuations]
@@ -312,7 +315,7 @@ class _Rows:
                 row.stopped == "max_new_tokens" and len(row.tokens) < self._config.max_new_tokens
             )
             yield Generation(
-                prompt=text if isinstance(text, str) else self._model.decode(text),
+                prompt=text,
                 text=row.text,
                 tokens=row.tokens,
                 log_probabilities=log_probabilities[i, : len(row.tokens)].tolist(),

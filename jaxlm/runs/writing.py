@@ -71,11 +71,13 @@ def make_responder(
     call = lambda variables: model.apply(variables, jnp.zeros((1, 8), jnp.int32))
     # Adapters would be computed for each token.
     merge = jax.jit(lambda variables: tuning.merge(config.tuning, variables, call))
-    generate = task.make_generate(config.model, {}, tokenizer)
+    compiled: list[Generate] = []
 
     def responder(variables: Variables) -> Responder:
-        merged = generate.with_variables({"params": merge(variables)})
-        return Responder(task=task, framer=framer, generate=merged)
+        params = {"params": merge(variables)}
+        generate = task.make_generate(config.model, params, tokenizer)
+        compiled[:] = compiled or [generate.of(None)]  # which keeps no parameters alive
+        return Responder(task=task, framer=framer, generate=compiled[0].of(generate))
 
     return responder
 
@@ -137,8 +139,11 @@ def make_samples(
         step, responder = int(state.step), make(state.variables)
         longest = responder.framer.max_length
         room = max(longest - task.sample_tokens, longest // 2)  # what is asked is cut at its left
-        written = responder.respond(chosen, greedy, room=room)
-        pairs = list(zip(chosen, written, strict=True))
+        try:
+            written = list(responder.respond(chosen, greedy, room=room))
+        except InputError as error:  # such as of a model that has diverged: training goes on
+            return [f"  no samples: {error}"]
+        pairs = zip(chosen, written, strict=True)
         news = [_sample(step, dialogue, one) for dialogue, one in pairs]
         before = [json.loads(line) for line in _lines(path)]
         kept = [one for one in before if one["step"] < step]

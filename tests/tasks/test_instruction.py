@@ -21,8 +21,10 @@ from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import best, finetuned, writing
 from jaxlm.runs.base import Base
 from jaxlm.runs.finetuning import finetune
+from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.instruction import Instruction
+from jaxlm.train.state import TrainState
 
 GREEDY = GenerateConfig()
 ANSWERS = {"red": "warm", "blue": "cold", "green": "fresh grass", "white": "snow"}
@@ -86,8 +88,11 @@ def test_a_model_learns_to_respond_and_to_stop(config, eval_metrics, monkeypatch
     assert "takes 48" in long  # and an empty line ends it
 
 
-def test_a_resumed_run_drops_later_samples(config) -> None:
-    short = replace(config, train=replace(config.train, steps=2, num_evals=2))
+@pytest.mark.parametrize(
+    "places", [{"placement": "pmap"}, {"mesh": MeshConfig(fsdp=2, tensor=2)}], ids=str
+)
+def test_a_resumed_run_drops_later_samples(config, places) -> None:
+    short = replace(config, train=replace(config.train, steps=2, num_evals=2), **places)
     directory = finetune(short, console=Console(quiet=True))
     path = directory / "samples.jsonl"
     path.write_text(path.read_text() + '{"step": 9}\n')
@@ -102,9 +107,10 @@ def responder(config, tokenizer):
     model, framer = finetuned.make_model(config, ()), finetuned.make_framer(config, tokenizer)
     make = writing.make_responder(config, model, framer, tokenizer)
 
-    def of_seed(seed: int) -> writing.Responder:
+    def of_seed(seed: int, added: float = 0.0) -> writing.Responder:
         own = replace(config, train=replace(config.train, seed=seed))
-        return make(finetuned.make_state(own, (), None).variables)
+        variables = finetuned.make_state(own, (), None).variables
+        return make(jax.tree.map(lambda x: x + added, variables))
 
     return of_seed
 
@@ -118,6 +124,17 @@ def test_all_states_share_what_is_compiled(config, tokenizer) -> None:
         programs = one.generate._begin, one.generate._advance
         assert [program._cache_size() for program in programs] == [1, 1]
     assert said[0] != said[1]
+
+
+def test_a_model_that_has_diverged_is_said_and_trained_on(config, tokenizer) -> None:
+    of_seed = responder(config, tokenizer)
+    make = lambda variables: of_seed(0, jnp.nan)
+    dialogue = Dialogue(turns=(Turn("user", "a b"), Turn("assistant", "c")), origin="x:1")
+    samples = writing.make_samples(config, make, [dialogue], 80)
+    state = TrainState(jnp.asarray(3), {}, {}, ())
+    (line,) = samples(state)
+    assert line.startswith("  no samples: the model's logits behind 'a b")
+    assert not (config.directory / writing.SAMPLES).exists()
 
 
 class Told(Generate):
@@ -184,7 +201,7 @@ def test_a_head_over_the_vocabulary_is_the_bases_and_frozen_under_lora(config, t
         fingerprint="x",
     )
     tuned = replace(
-        config, base="x", model=replace(llama, vocab_size=64), tokenizer=None, tuning=LoraConfig()
+        config, base="x", model=llama.with_vocab_size(64), tokenizer=None, tuning=LoraConfig()
     )
     state = finetuned.make_state(tuned, (), base)
     assert set(state.trainable) == {"lora"}
