@@ -25,7 +25,7 @@ class Choice:
 
     text: str
     log_probability: float
-    """Of all its tokens behind the prompt, in nats, by the model itself."""
+    """That of all its tokens behind the prompt, in nats, by the model itself."""
     num_tokens: int
     """How many these are."""
     probability: float

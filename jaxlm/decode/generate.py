@@ -102,7 +102,7 @@ class Generation:
     tokens: list[int]
     """The new tokens, up to a stop token or the end of a stop string, which are among them."""
     log_probabilities: list[float]
-    """Of each of these tokens, in nats, by the model itself: untouched by temperature and rules."""
+    """Each of these tokens', in nats, by the model itself: untouched by temperature and rules."""
     stopped: Stopped
     """Why it ended; ``max_length``: prompt and continuation fill the model's positions."""
 

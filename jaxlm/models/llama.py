@@ -53,7 +53,7 @@ class LlamaConfig:
     rope_scaling: positions.Scaling | None = None
     """How the rotations are slowed down for rows longer than those of pretraining; None: not."""
     activation: Activation = "silu"
-    """Of the gates in the feed-forward blocks."""
+    """The gates' in the feed-forward blocks."""
     tied: bool = False
     """Logits by the token table; otherwise by a kernel of their own."""
     attention_bias: bool = False

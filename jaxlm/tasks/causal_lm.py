@@ -62,7 +62,7 @@ class CausalLm:
             raise InputError(
                 f"task=CausalLm predicts each token from those before it, and a model of "
                 f"{type(config).__name__} sees all of them: use task=MaskedLm, or one that reads "
-                "one way, such as Gpt2Config"
+                "one way, such as a GPT-2"
             )
         return WithLmHead(config.make(), config.make_lm_head())
 

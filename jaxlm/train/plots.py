@@ -22,7 +22,7 @@ class Reference:
     """What losses are compared with."""
 
     losses: Mapping[str, float] = field(default_factory=dict)
-    """Of what needs no learning, such as ``{"unigram entropy": 6.1}``: dashed lines."""
+    """Those of what needs no learning, such as ``{"unigram entropy": 6.1}``: dashed lines."""
     deviation: float | None = None
     """Losses are squared errors of numbers divided by it: their roots are drawn, in the unit of the
     numbers. None: losses are in nats."""
