@@ -28,10 +28,7 @@ config = FinetuneConfig(
         train=JsonLines(path="prompts.jsonl"), max_length=256, batch_size=8, num_buckets=1
     ),
     task=Instruction(),
-    tuning=LoraConfig(
-        targets=(r"(query|key|value|out|up|down)/kernel", r"(token|position)_embed/embedding"),
-        rank=8,
-    ),
+    tuning=LoraConfig(targets=(r"(query|key|value|out|up|down)/kernel",), rank=8),
     optimizer=OptimizerConfig(peak_lr=3e-3),
     train=TrainConfig(epochs=10.0, num_evals=5),
 )
