@@ -9,8 +9,9 @@ A line is {"prompt": "…", "response": "…"}, or {"messages": [{"role": "user"
 Fields of other names: --task.fields.prompt, --task.fields.input, --task.fields.response; another
 look of the text: --task.template.user "Question: {message}\\n"; another base: --base, such as gpt2.
 
-Hardware and time: two CPU cores, minutes for a few hundred prompts.
-Expected: depends on the data; responses of so small a model are modest.
+Hardware and time: two CPU cores, one minute for ten epochs over 157 prompts.
+Expected: depends on the data; on the seed tasks of Self-Instruct the validation loss falls from 6.52
+to 5.81 (configs/README.md). So small a model does not answer: it writes in the style of responses.
 """
 
 from jaxlm.config import FinetuneConfig
