@@ -150,6 +150,22 @@ config = replace(
 )
 """
     )
+    (folder / "configs" / "gpt_quickstart.py").write_text(
+        start
+        + """
+config = short(real("gpt_quickstart.py"))
+config = replace(
+    config,
+    prepare=PrepareConfig(
+        source=TextFiles(glob="text.txt", document="line"),
+        tokenizer=TokenizerConfig(kind="bpe", vocab_size=300),
+        row_length=16,
+    ),
+    model=replace(config.model, num_layers=1, hidden_dim=16, mlp_dim=32),
+    optimizer=replace(config.optimizer, name="adamw"),
+)
+"""
+    )
     (folder / "configs" / "quickstart_lora.py").write_text(
         start
         + """
