@@ -10,8 +10,8 @@ Fields of other names: --task.fields.prompt, --task.fields.input, --task.fields.
 look of the text: --task.template.user "Question: {message}\\n"; another base: --base, such as gpt2.
 
 Hardware and time: two CPU cores, one minute for ten epochs over 157 prompts.
-Expected: depends on the data; on the seed tasks of Self-Instruct the validation loss falls from 6.52
-to 5.81 (configs/README.md). So small a model does not answer: it writes in the style of responses.
+Expected: depends on the data; on the seed tasks of Self-Instruct the validation loss falls from
+6.52 to 5.81 (configs/README.md). So small a model does not answer: it learns how responses look.
 """
 
 from jaxlm.config import FinetuneConfig
