@@ -9,8 +9,9 @@ A line is {"prompt": "…", "response": "…"}, or {"messages": [{"role": "user"
 Fields of other names: --task.fields.prompt, --task.fields.input, --task.fields.response; another
 look of the text: --task.template.user "Question: {message}\\n"; another base: --base, such as gpt2.
 
-Hardware and time: two CPU cores, minutes for a few hundred prompts.
-Expected: depends on the data; responses of so small a model are modest.
+Hardware and time: two CPU cores, one minute for ten epochs over 157 prompts.
+Expected: depends on the data; on the seed tasks of Self-Instruct the validation loss falls from
+6.52 to 5.81 (configs/README.md). So small a model does not answer: it learns how responses look.
 """
 
 from jaxlm.config import FinetuneConfig
@@ -28,10 +29,7 @@ config = FinetuneConfig(
         train=JsonLines(path="prompts.jsonl"), max_length=256, batch_size=8, num_buckets=1
     ),
     task=Instruction(),
-    tuning=LoraConfig(
-        targets=(r"(query|key|value|out|up|down)/kernel", r"(token|position)_embed/embedding"),
-        rank=8,
-    ),
+    tuning=LoraConfig(targets=(r"(query|key|value|out|up|down)/kernel",), rank=8),
     optimizer=OptimizerConfig(peak_lr=3e-3),
     train=TrainConfig(epochs=10.0, num_evals=5),
 )

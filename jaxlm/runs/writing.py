@@ -67,8 +67,8 @@ def make_responder(
             f"{config.name} was trained for {type(task).__name__}, which does not write: use "
             f"{task.verb}"
         )
-    model_config = config.model
-    assert model_config is not None  # resolved
+    decoder = config.model
+    assert decoder is not None  # resolved
     call = lambda variables: model.apply(variables, jnp.zeros((1, 8), jnp.int32))
     # Adapters would be computed for each token.
     merge = jax.jit(lambda variables: tuning.merge(config.tuning, variables, call))
@@ -76,7 +76,7 @@ def make_responder(
 
     def responder(variables: Variables) -> Responder:
         params = {"params": merge(variables)}
-        generate = task.make_generate(model_config, params, tokenizer)
+        generate = task.make_generate(decoder, params, tokenizer)
         compiled[:] = compiled or [generate.of(None)]  # which keeps no parameters alive
         return Responder(task=task, framer=framer, generate=compiled[0].of(generate))
 

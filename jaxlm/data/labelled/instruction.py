@@ -38,10 +38,10 @@ class Template:
     def __post_init__(self) -> None:
         for name, form in vars(self).items():
             if form.count(_MESSAGE) != 1:
+                once = form.replace(_MESSAGE, "") + _MESSAGE
                 raise InputError(
                     f"task.template.{name}={form!r} does not hold {_MESSAGE} once, where the text "
-                    f"of the turn is to stand: write such as {form.replace(_MESSAGE, '')!r} with "
-                    f"{_MESSAGE} in it"
+                    f"of the turn is to stand: write such as {once!r}"
                 )
 
     def around(self, role: str) -> tuple[str, str]:
@@ -126,8 +126,8 @@ def _read(record: Record, fields: DialogueFields) -> Dialogue:
             return Dialogue(turns=tuple(turns[:end]), origin=record.origin)
         if not answers:
             raise InputError(
-                f"{record.origin}: none of the {len(turns)} messages is an assistant's, from whom "
-                "to learn: add a response, or remove the record"
+                f"{record.origin}: there is no assistant's message to learn from: add a response, "
+                "or remove the record"
             )
         end = answers[-1] + 1
         return Dialogue(turns=tuple(turns[:end]), origin=record.origin, unanswered=len(turns) - end)

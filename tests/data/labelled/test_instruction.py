@@ -58,7 +58,7 @@ def messages(*turns: Any) -> dict[str, Any]:
             r"2 \(assistant\): its content is 3, which",
             1,
         ),
-        (messages(USER, USER), "none of the 2 messages is an assistant's.*: add a response", 1),
+        (messages(USER, USER), "there is no assistant's message.*: add a response", 1),
         (messages(), "'messages' is \\[\\], which is not a list of messages", None),
         ({"messages": "a: b"}, "'messages' is 'a: b', which is not a list of messages", None),
     ],
@@ -103,8 +103,8 @@ def test_what_is_to_be_answered() -> None:
 def test_a_format_without_the_message_is_refused(form: str) -> None:
     with pytest.raises(InputError, match=r"task\.template\.user=.*\{message\} once") as refused:
         Template(user=form)
-    example = str(refused.value).partition("write such as ")[2]
-    assert Template(user=example.strip("'")).user == example.strip("'")
+    example = str(refused.value).partition("write such as ")[2].strip("'")
+    assert Template(user=example).user == example
 
 
 def test_responses_and_their_ends_are_learned(framer: Framer, words) -> None:
