@@ -112,10 +112,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def journeys() -> list[Any]:
     """All of them; most are slow."""
-    usual = {(task, "lora", "bert") for task in TASKS}
-    usual |= {("class", tuning, "bert") for tuning in ("full", "biases", "dora", "ia3")}
-    usual |= {("tags", "full", "bilstm"), ("class", "lora", "bilstm"), ("class", "lora", "gpt2")}
-    usual |= {("instruction", "lora", "gpt2"), ("instruction", "full", "gpt2")}
+    usual = {(task, "lora", "bert") for task in ("class", "number", "answer", "embedding")}
+    usual |= {
+        ("tags", "full", "bilstm"),
+        ("class", "lora", "gpt2"),
+        ("instruction", "lora", "gpt2"),
+    }
     return [
         pytest.param(*way, marks=() if way in usual else pytest.mark.slow, id="-".join(way))
         for way in itertools.product(TASKS, TUNINGS, MODELS)

@@ -46,7 +46,7 @@ from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.runs import command_line, finetuned, finetuning, pretrained, pretraining
+from jaxlm.runs import best, command_line, finetuned, finetuning, pretrained, pretraining
 from jaxlm.runs import train as driver
 from jaxlm.runs.base import Base
 from jaxlm.runs.idle import idle
@@ -55,6 +55,7 @@ from jaxlm.sweep.space import replaced
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
@@ -271,6 +272,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ask += '"answers": {{"text": ["a"], "answer_start": [{1}]}}, "given": ["b"]}}'
     asked = [ask.format(i, 4 if i % 2 else 0) for i in range(30)]
     (folder / "questions.jsonl").write_text("\n".join(asked))
+    turns = '"messages": [{{"role": "user", "content": "{0}"}}, '
+    turns += '{{"role": "assistant", "content": "b"}}]'
+    for name, form in (("prompts", '"prompt": "a {0}", "response": "b"'), ("messages", turns)):
+        lines = ["{" + form.format(i) + "}" for i in range(30)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
     vocabulary = [*tokenizers.SPECIALS, *"abcdefghijklmnopqrstuvwxyz", *words, *map(str, range(60))]
     for name, tokens in (("vocab.txt", vocabulary), ("other.txt", vocabulary[:-9])):
         (folder / name).write_text("\n".join(dict.fromkeys(tokens)))
@@ -697,7 +703,7 @@ PARTS = {
     "run": Part(replace(TUNED, train=TrainConfig(steps=30, num_evals=3)), run_of, ("train",), ENDS),
     "folder": Part(PRETRAINED, lambda config: str(config.directory), ("name", "runs")),
     "wandb": Part(PRETRAINED, lambda config: str(driver._writers(config)), ("wandb",)),
-    "monitor": Part(TUNED, lambda config: finetuned.monitor(config).name, ("monitor",)),
+    "monitor": Part(TUNED, lambda config: best.monitor(config).name, ("monitor",)),
     "topics": Part(reading(PyDocsTopics(package="optax"), TOPICS), read_of, ("data.train",)),
     "prepared documentation": Part(
         preparing(PyDocs(package="einops")), prepared_of, ("prepare.source",)
@@ -706,6 +712,15 @@ PARTS = {
         reading(JsonLines(path="questions.jsonl"), QuestionAnswering(doc_stride=2)),
         read_of,
         ("task.doc_stride", "task.fields"),
+    ),
+    "prompts": Part(
+        reading(JsonLines(path="prompts.jsonl"), Instruction()),
+        read_of,
+        ("task", "task.fields", "task.template"),
+        ("task.num_samples", "task.sample_tokens", "task.fields.messages"),
+    ),
+    "messages": Part(
+        reading(JsonLines(path="messages.jsonl"), Instruction()), read_of, ("task.fields.messages",)
     ),
     "answers": Part(
         reading(JsonLines(path="questions.jsonl"), QuestionAnswering(doc_stride=2)),
@@ -763,6 +778,12 @@ ELSEWHERE = {
     "TfdsRecords.data_dir": "data/labelled/test_records.py::test_tfds_records_are_plain",
     "Squad.path": "data/labelled/test_records.py::test_squad",
     "Classification.thresholds": "tasks/test_classification.py::test_a_threshold_for_each_label",
+    "Instruction.num_samples": (
+        "tasks/test_instruction.py::test_a_model_learns_to_respond_and_to_stop"
+    ),
+    "Instruction.sample_tokens": (
+        "tasks/test_instruction.py::test_a_model_learns_to_respond_and_to_stop"
+    ),
     "Tagging.entities": "tasks/test_tagging.py::test_tags_that_mark_no_entities",
     "Tagging.split": "tasks/test_tagging.py::test_a_run_learns_whose_tag_a_word_has",
 }

@@ -46,7 +46,13 @@ class Template:
 
     def around(self, role: str) -> tuple[str, str]:
         """What stands before and behind the text of a turn."""
-        before, _, behind = vars(self)[role].partition(_MESSAGE)
+        forms = {
+            "system": self.system,
+            "user": self.user,
+            "input": self.input,
+            "assistant": self.assistant,
+        }
+        before, _, behind = forms[role].partition(_MESSAGE)
         return before, behind
 
 
