@@ -101,7 +101,11 @@ def test_takes_a_step(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, tensor=4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(), pytest.param(MeshConfig(fsdp=2, tensor=4), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
     config = replace(configs.read_file(path), mesh=mesh)
     sizes = {"vocab_size": VOCAB_SIZE, "dtype": "float32"}

@@ -390,6 +390,7 @@ def quick_path() -> list[list[str]]:
     return [words for words in scripts if words is not None]
 
 
+@pytest.mark.slow  # CI has test_scripts.py, and test_commands for every command line
 def test_the_readme_from_top_to_bottom(
     user_folder: Path,
     run_script: Callable[[list[str]], None],

@@ -99,6 +99,7 @@ def llama():
     return causal_model(CONFIGS["llama"])
 
 
+@pytest.mark.slow
 def test_llama_as_without_a_cache_and_on_a_mesh(llama):
     model, module = llama
     agrees(model, reader(model, module))

@@ -738,9 +738,15 @@ PARTS = {
     "tuned run": Part(TUNED, run_of, ("train.eval_rows",)),
 }
 CASES = [(name, path) for name, part in PARTS.items() for path in part.paths()]
+PROGRAMS = (model_of, step_of)  # whole programs are traced for each value
 
 
-@pytest.mark.parametrize(("name", "path"), CASES)
+def cases() -> list[Any]:
+    slow = [case for case in CASES if PARTS[case[0]].look in PROGRAMS]
+    return [pytest.param(*case, marks=pytest.mark.slow if case in slow else ()) for case in CASES]
+
+
+@pytest.mark.parametrize(("name", "path"), cases())
 def test_another_value_changes_something(name: str, path: str) -> None:
     config, look = PARTS[name].config, PARTS[name].look
     *above, last = path.split(".")

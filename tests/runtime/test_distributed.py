@@ -131,6 +131,7 @@ def same_numbers(directory: Path, whole: Path) -> None:
     np.testing.assert_allclose(list(found.values()), list(wanted.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_all_at_one_step(config: PretrainConfig, whole: Path) -> None:
     codes, outputs = start(config, "--name", "stopped", faults={1: "SIGTERM:2"})
     assert codes == [0, 0], outputs
