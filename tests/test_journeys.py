@@ -112,10 +112,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def journeys() -> list[Any]:
     """All of them; most are slow."""
-    usual = {(task, "lora", "bert") for task in ("class", "number", "answer", "embedding")}
+    usual = {(task, "lora", "bert") for task in ("number", "answer", "embedding")}
     usual |= {
         ("tags", "full", "bilstm"),
-        ("class", "lora", "gpt2"),
         ("instruction", "lora", "gpt2"),
     }
     return [
