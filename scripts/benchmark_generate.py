@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +124,7 @@ def compare(
     ]
 
 
-def with_transformers(options: Options, model: transformers.GPT2LMHeadModel) -> Write:
+def with_transformers(options: Options, model: Any) -> Write:
     """``generate`` as it is shipped."""
 
     def write(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
