@@ -4,7 +4,7 @@
     python scripts/pretrain.py configs/sotu_gpt.py
 
 Hardware and time: two CPU cores, twenty minutes.
-Expected: not yet measured to its end; bits per byte 1.55 after 100 steps.
+Expected: validation loss 4.15 after 1,000 steps; not yet measured to its end.
 """
 
 import sysconfig
