@@ -39,7 +39,7 @@ def classes(
     seen = np.unique(labels)
     probabilities[:, seen] = 1 / len(seen)
     if known is not None and len(seen) > 1:
-        model = LogisticRegression(C=10.0, tol=1e-2, max_iter=50)
+        model = LogisticRegression(C=10.0, tol=1e-4, max_iter=100)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # nearly there is enough
             probabilities[:, seen] = model.fit(known, labels).predict_proba(new)

@@ -21,6 +21,17 @@ def test_linear_models_learn_from_words():
     assert values.argsort().tolist() == [0, 1, 2]
 
 
+def test_many_texts_are_learned_to_the_end():
+    """The gradient is a mean over texts: with many of them, a coarse tolerance stops at once."""
+    rng = np.random.default_rng(0)
+    words = np.array([f"w{i}" for i in range(400)])
+    chosen = rng.integers(0, 400, (4000, 12))
+    labels = ((chosen < 200).sum(1) > 6).astype(int)
+    texts = [" ".join(words[row]) for row in chosen]
+    found = baselines.classes(texts[:3000], labels[:3000], texts[3000:], 2).argmax(1)
+    assert (found == labels[3000:]).mean() > 0.85
+
+
 def test_what_training_lacks_has_no_probability():
     two = baselines.classes(["a", "b"], np.array([0, 2]), ["b"], 3)
     assert two[0, 1] == 0
