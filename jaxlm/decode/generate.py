@@ -146,6 +146,10 @@ class Generate:
         """The most tokens of a prompt and its continuation together."""
         return self._model.max_length
 
+    def check(self, text: str | Sequence[int]) -> None:
+        """:class:`InputError` for a prompt that cannot be continued: empty, or too long."""
+        self._model.prompt(text)
+
     def __call__(
         self,
         texts: Iterable[str | Sequence[int]],

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import flax.linen as nn
@@ -99,17 +100,30 @@ class CausalLm:
         top_k: int,
         generate: GenerateConfig,
     ) -> Iterator[dict[str, Any]]:
-        """How each text goes on."""
+        """How each text goes on; what is sampled depends on its own number alone."""
         write = self.make_generate(config, variables, tokenizer)
-        first = texts[0].number if texts else 0
-        for one in write((one.text for one in texts), generate, first=first):
-            yield {
-                "text": one.prompt,
-                "continuation": one.text,
-                "stopped": one.stopped,
-                "tokens": one.tokens,
-                "log_probabilities": one.log_probabilities,
-            }
+
+        def problem(given: Given) -> str:
+            try:
+                write.check(given.text)
+            except InputError as error:
+                return str(error)
+            return ""
+
+        for error, group in groupby(texts, problem):
+            first, *others = group
+            if error:
+                yield from [{"error": error}] * (1 + len(others))
+                continue
+            chosen = [one.text for one in (first, *others)]
+            for one in write(chosen, generate, first=first.number):
+                yield {
+                    "text": one.prompt,
+                    "continuation": one.text,
+                    "stopped": one.stopped,
+                    "tokens": one.tokens,
+                    "log_probabilities": one.log_probabilities,
+                }
 
     def lines(self, answer: dict[str, Any]) -> Iterator[str]:
         """The text and its continuation."""

@@ -83,3 +83,19 @@ def test_a_text_is_continued_as_a_document_begins(tokenizer, variables):
     assert first["text"] + first["continuation"] == next(CausalLm().lines(first))
     assert len(first["log_probabilities"]) == len(first["tokens"])
     assert second["text"] == "cab ab"
+
+
+def test_one_prompt_that_is_too_long_changes_no_other(tokenizer, variables):
+    given = [Given(i, f"x:{i}", text) for i, text in enumerate(["ab", "a" * 60, "cab", "h"])]
+    sampled = GenerateConfig(max_new_tokens=5, temperature=1.0)
+
+    def answers(texts):
+        return list(
+            CausalLm().answers(CONFIG, variables, tokenizer, texts, top_k=1, generate=sampled)
+        )
+
+    found = answers(given)
+    assert "the model takes 40 together with what it adds" in found[1]["error"]
+    for i in (0, 2, 3):
+        (alone,) = answers([given[i]])
+        assert alone["tokens"] == found[i]["tokens"]
