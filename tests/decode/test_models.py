@@ -1,13 +1,12 @@
 """Decoding with the models of this codebase, whose state is a cache of keys and values."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_decoders import END, VOCAB, characters
+from tiny_decoders import VOCAB, characters
 
 from jaxlm import sharding
 from jaxlm.decode.causal_model import CausalModel
@@ -18,6 +17,7 @@ from jaxlm.models.heads import WithLmHead
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.nn import stack
 from jaxlm.sharding import MeshConfig, make_mesh
+from jaxlm.tasks.causal_lm import causal_model
 
 SIZES = dict(vocab_size=VOCAB, num_layers=2, hidden_dim=16, mlp_dim=24, max_length=64)
 CONFIGS = {
@@ -28,38 +28,12 @@ PROMPTS = ["abc", "a", "hello no", "feed me a fig. a big fig!"]
 GREEDY = GenerateConfig(max_new_tokens=16)
 
 
-def last(module, tokens, cache, positions, segment_ids):
-    logits, cache = module.extend(tokens, cache, positions=positions, segment_ids=segment_ids)
-    return logits[:, None], cache
-
-
-def every(module, tokens, cache, positions, segment_ids):
-    hidden, cache = module.encoder.extend(
-        tokens, cache, positions=positions, segment_ids=segment_ids
-    )
-    return module.head(hidden, module.encoder.token_embed), cache
-
-
-def causal_model(config) -> tuple[CausalModel, WithLmHead]:
+def make_causal_model(config) -> tuple[CausalModel, WithLmHead]:
+    """Of random parameters, as runs make it; texts begin with nothing."""
     module = WithLmHead(config.make(), config.make_lm_head())
-
-    def step(method, variables, cache, *inputs):
-        tokens, positions, segment_ids = inputs
-        return module.apply(
-            stack.join(variables), tokens, cache, positions, segment_ids, method=method
-        )
-
     variables = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
-    model = CausalModel(
-        step=partial(step, last),
-        step_all=partial(step, every),
-        make_state=config.make_cache,
-        variables=variables,
-        tokenizer=characters(),
-        max_length=config.max_length,
-        end=[END],
-    )
-    return model, module
+    model = causal_model(module, config, variables, characters(("<|endoftext|>",)))
+    return dataclasses.replace(model, start=()), module
 
 
 def reader(model: CausalModel, module: WithLmHead):
@@ -86,17 +60,16 @@ def agrees(model: CausalModel, read) -> None:
 
 def test_gpt2_as_without_a_cache():
     """With parameters layer by layer, which are not copied for each token (``jaxlm.nn.stack``)."""
-    model, module = causal_model(CONFIGS["gpt2"])
-    params = dict(model.variables["params"])
-    layers = jax.tree.map(stack.split, params["encoder"]["layers"])
-    params["encoder"] = dict(params["encoder"], layers=layers)
-    split = dataclasses.replace(model, variables={"params": params})
-    agrees(split, reader(model, module))
+    model, module = make_causal_model(CONFIGS["gpt2"])
+    layers = model.arranged["params"]["encoder"]["layers"]
+    assert isinstance(layers, stack.Layers)
+    assert len(layers.layers) == 2
+    agrees(model, reader(model, module))
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return causal_model(CONFIGS["llama"])
+    return make_causal_model(CONFIGS["llama"])
 
 
 @pytest.mark.slow
