@@ -15,6 +15,7 @@ from jaxlm.runtime.allocator import tune_process
 tune_process()
 
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
+import os
 import statistics
 import tempfile
 import time
@@ -26,8 +27,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 import tyro
 from benchmark_protocol import wait_until_quiet
 from rich.console import Console
@@ -71,12 +70,15 @@ def main(options: Options) -> None:
     console.print(table)
     print(
         f"tokens a second, medians of {options.rounds} rounds; "
-        f"reading: {bandwidth() / 1e9:.0f} GB/s; {torch.get_num_threads()} threads"
+        f"reading: {bandwidth() / 1e9:.0f} GB/s; {len(os.sched_getaffinity(0))} cores"
     )
 
 
-def save(options: Options, folder: Path) -> transformers.GPT2LMHeadModel:
+def save(options: Options, folder: Path) -> Any:
     """A model of transformers with random weights, and its folder with a tokenizer."""
+    import torch  # here, so that --help needs nothing but jaxlm
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_layer=options.num_layers, n_embd=options.hidden_dim, n_head=options.num_heads
@@ -89,13 +91,11 @@ def save(options: Options, folder: Path) -> transformers.GPT2LMHeadModel:
     return model
 
 
-def compare(
-    options: Options, model: transformers.GPT2LMHeadModel, folder: Path, dtype: str, rows: int
-) -> list[str]:
+def compare(options: Options, model: Any, folder: Path, dtype: str, rows: int) -> list[str]:
     """A row of the table."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, 50_000, (rows, options.prompt_length)).tolist()
-    theirs = with_transformers(options, model.to(getattr(torch, dtype)))
+    theirs = with_transformers(options, model, dtype)
     ours, size = with_jaxlm(options, folder, dtype)
     start = time.perf_counter()
     first = ours(prompts)
@@ -124,8 +124,11 @@ def compare(
     ]
 
 
-def with_transformers(options: Options, model: Any) -> Write:
+def with_transformers(options: Options, model: Any, dtype: str) -> Write:
     """``generate`` as it is shipped."""
+    import torch
+
+    model = model.to(getattr(torch, dtype))
 
     def write(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         tokens = torch.tensor(prompts)
@@ -174,4 +177,10 @@ def bandwidth() -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    options = tyro.cli(Options)
+    try:
+        main(options)
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"error: {error.name} is not installed: pip install -e '.[bench]'"
+        ) from None

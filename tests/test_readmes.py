@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import importlib.util
 import os
 import re
 import runpy
@@ -13,8 +12,10 @@ import tomllib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import tyro
@@ -28,6 +29,7 @@ from jaxlm.runtime import allocator, distributed
 from jaxlm.sweep import curve, sweep
 
 ROOT = Path(__file__).parent.parent
+STRANGERS = ("torch", "transformers", "peft")
 FILES = [
     path
     for folder in (".github", "configs", "jaxlm", "scripts", "tests")
@@ -264,6 +266,14 @@ def parsed(*_: Any, **__: Any) -> Any:
     raise Parsed
 
 
+class Missing(MetaPathFinder):
+    """Has the libraries of the benchmarks missing, as they are without the extra ``bench``."""
+
+    def find_spec(self, fullname: str, *_: Any) -> None:
+        if fullname.partition(".")[0] in STRANGERS:
+            raise ModuleNotFoundError(fullname, name=fullname)
+
+
 @pytest.fixture
 def run_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
     """Runs a script here, from its beginning, as if it were the program."""
@@ -320,9 +330,12 @@ def parse(
             if words[0] == "scripts/benchmark.py":
                 patch.setattr(tyro.extras, "subcommand_cli_from_dict", after(dict_cli))
                 patch.setattr(tyro, "cli", cli)
+            for name in STRANGERS:
+                patch.delitem(sys.modules, name, raising=False)
+                if words[0] == "scripts/compare_peft.py":  # imports them before it reads anything
+                    patch.setitem(sys.modules, name, MagicMock())
+            patch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
             if words[0] == "scripts/compare_peft.py":
-                if not importlib.util.find_spec("torch"):
-                    return  # it imports torch and peft before it reads its command line
                 patch.setattr(argparse.ArgumentParser, "parse_args", after(parse_args))
             with pytest.raises(Parsed):
                 run_script(words)
