@@ -23,7 +23,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from jaxlm.config import PretrainConfig
+from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import Source, holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
@@ -56,6 +56,7 @@ def main(
     top_k: int = 5,
     generate: GenerateConfig = GREEDY,
     stream: bool = False,
+    int8: bool = False,
     step: int | None = None,
     base: str | None = None,
 ) -> None:
@@ -79,6 +80,8 @@ def main(
         top_k: Candidates for each blank, classes to show, or texts to find.
         generate: How a text is continued.
         stream: Show the continuation of a text as it is written.
+        int8: Of generate with a pretrained run: weights, and what they multiply, of 8 bits, in a
+            quarter of the memory.
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
     """
@@ -110,6 +113,8 @@ def main(
         )
     if out is not None and file is not None and out.resolve() == file.resolve():
         raise InputError(f"--out {out} is the file that is read: name another")
+    if int8 and (task != "generate" or isinstance(read_any_config(locate(run)), FinetuneConfig)):
+        raise InputError(f"--int8 is for generate with a pretrained run, not for {task} with {run}")
     if task in ("embed", "search"):
         if pair is not None:
             raise InputError(f"{task} takes one text, no --pair")
@@ -140,6 +145,7 @@ def main(
         )
     if isinstance(config, PretrainConfig):
         loaded = pretrained.open_pretrained(run, step)
+        loaded = loaded.quantized() if int8 else loaded
         if file is None:
             if stream:
                 show_pieces(text or "", loaded.generate().stream(text or "", generate))

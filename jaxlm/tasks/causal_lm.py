@@ -22,6 +22,7 @@ from jaxlm.models.model import CausalConfig, ModelConfig
 from jaxlm.nn import stack
 from jaxlm.objectives import causal_lm
 from jaxlm.objectives.masking import Vocabulary
+from jaxlm.peft import quantize
 from jaxlm.tasks.task import Given
 from jaxlm.typing import Apply, Loss, Variables
 
@@ -137,6 +138,8 @@ def causal_model(
     assert isinstance(config, CausalConfig)  # make_model has seen to it
     special = SpecialTokens.of(tokenizer)
 
+    apply = quantize.adapt(model.apply)
+
     def last(module, tokens, cache, positions, segment_ids):
         logits, cache = module.extend(tokens, cache, positions=positions, segment_ids=segment_ids)
         return logits[:, None], cache
@@ -150,7 +153,7 @@ def causal_model(
     def step(method, variables, cache, *inputs):
         tokens, positions, segment_ids = inputs
         variables = stack.join(variables)
-        return model.apply(variables, tokens, cache, positions, segment_ids, method=method)
+        return apply(variables, tokens, cache, positions, segment_ids, method=method)
 
     return CausalModel(
         step=partial(step, last),
