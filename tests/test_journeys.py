@@ -162,7 +162,7 @@ def test_every_script_does_its_part(
             finetune(config, console=Console(quiet=True))
         return
     if task == "embedding" and tuning == "head":
-        with pytest.raises(InputError, match="HeadOnly leaves nothing to learn: .* tune the enc"):
+        with pytest.raises(InputError, match=r"HeadOnly leaves nothing to learn: .* tune the enc"):
             finetune(config, console=Console(quiet=True))
         return
     run = finetune(config, console=Console(quiet=True))
