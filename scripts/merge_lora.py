@@ -51,7 +51,8 @@ def main(
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
     task = loaded.task
     pooling = (task.pooling or "mean") if isinstance(task, Embedding) else None
-    huggingface.save(out, kept, model, loaded.tokenizer, pooling=pooling)
+    prompts = task.prompts if isinstance(task, Embedding) else None
+    huggingface.save(out, kept, model, loaded.tokenizer, pooling=pooling, prompts=prompts)
     print(
         f"{run} at step {int(loaded.state.step)}, merged, is in {out}, in float32: rounded to "
         f"bfloat16 its weights would differ by {lost:.1%} of what was added"

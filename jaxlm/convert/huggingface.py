@@ -160,10 +160,12 @@ def save(
     tokenizer: Tokenizer,
     *,
     pooling: Pooling | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> None:
     """A new folder that :func:`load`, and other libraries, read; it appears when it is complete.
 
-    With ``pooling`` it is a sentence encoder's, whose vectors have length 1.
+    With ``pooling`` it is a sentence encoder's, whose vectors have length 1. The first of its
+    ``prompts`` is the default.
     """
     path = on_disk(path)
     if not isinstance(config, Known):
@@ -204,7 +206,8 @@ def save(
             (unfinished / name).write_text(text, encoding="utf-8")
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
         if pooling is not None:
-            sentence_encoder.write(unfinished, pooling, config.hidden_dim, config.max_length)
+            width, longest = config.hidden_dim, config.max_length
+            sentence_encoder.write(unfinished, pooling, width, longest, prompts)
         save_file(tensors, unfinished / folder.WEIGHTS, metadata={"format": "pt"})
         unfinished.rename(path)
     except OSError as error:

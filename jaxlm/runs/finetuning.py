@@ -181,7 +181,7 @@ def resolve(
         given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
         vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
         model = replace(config.model, vocab_size=vocab_size)
-    config = replace(config, task=_with_pooling(config.task, base, model))
+    config = replace(config, task=_with_prompt(_with_pooling(config.task, base, model), base))
     return finetuned.with_encoder(config, model, platform)
 
 
@@ -203,13 +203,23 @@ def _with_pooling(task: Any, base: Base | None, model: ModelConfig) -> Any:
     return task.with_pooling((says and says.pooling) or default)
 
 
+def _with_prompt(task: Any, base: Base | None) -> Any:
+    """With the one that the base's folder says, for a task that has one and leaves it open."""
+    says = base and base.sentence_encoder
+    if not says or not says.default_prompt or vars(task).get("prompt", "") is not None:
+        return task
+    return replace(task, prompt=says.default_prompt)
+
+
 def _pooled(task: Any, base: Base | None) -> str:
     """A line, for tasks that make one vector of a text."""
     if "pooling" not in vars(task):
         return ""
     says = base and base.sentence_encoder and base.sentence_encoder.pooling
     source = "" if base is None or says is None else f" (the folder of {base.name} says {says})"
-    return f"pooling: {task.pooling}{source}\n"
+    given = {name: vars(task).get(name) for name in ("prompt", "pair_prompt")}
+    prompts = "".join(f"; {name}: {text!r}" for name, text in given.items() if text)
+    return f"pooling: {task.pooling}{source}{prompts}\n"
 
 
 def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:

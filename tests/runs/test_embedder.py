@@ -20,7 +20,7 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.convert import huggingface, sentence_encoder
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.dataset import LabelledConfig
-from jaxlm.data.labelled.records import Table
+from jaxlm.data.labelled.records import Record, Table
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
@@ -54,12 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pooled(folder: Path, tmp_path: Path):
     """The folder, as that of a sentence encoder."""
 
-    def pooled(pooling: str, *, normalized: bool = True, **more: str) -> Path:
+    def pooled(pooling: str, *, normalized: bool = True, **prompts: str) -> Path:
         path = tmp_path / f"{pooling}{normalized}"
         path.mkdir()
         for file in folder.iterdir():
             (path / file.name).symlink_to(file)
-        sentence_encoder.write(path, pooling, 16, 8)
+        sentence_encoder.write(path, pooling, 16, 8, prompts)
         if not normalized:
             modules = json.loads((path / "modules.json").read_text())
             (path / "modules.json").write_text(json.dumps(modules[:2]))
@@ -98,6 +98,38 @@ def test_vectors_are_as_the_folder_says(pooling, normalized, pooled):
         np.testing.assert_allclose(vector, expected, atol=1e-5)
     assert embedder.about.startswith(f"pooling: {pooling}, {'' if normalized else 'not '}scaled")
     assert said == ["1 of 4 texts are cut at 8 tokens"]
+
+
+def test_prompts_stand_before_texts(pooled):
+    folder = pooled("mean", query="d d ", passage="")
+    plain = open_embedder(str(folder)).with_prompt("")
+    for embedder, prompt in (
+        (open_embedder(str(folder)), "d d "),  # the folder's default
+        (plain.with_prompt("query"), "d d "),
+        (plain.with_prompt(None), ""),
+        (plain.with_prompt(None, "other", "query"), "d d "),
+        (open_embedder(str(folder)).with_prompt("passage"), ""),
+    ):
+        expected = plain([prompt + text for text in TEXTS])
+        np.testing.assert_array_equal(embedder(TEXTS), expected)
+        (one,) = embedder.stream([Record(fields={"text": "a"}, origin="x")])
+        np.testing.assert_allclose(one[1]["embedding"], plain([f"{prompt}a"])[0], atol=1e-6)
+        assert one[1]["text"] == "a"
+    with pytest.raises(
+        InputError, match=r"no prompt 'q', but query \('d d '\), passage \(''\); ''"
+    ):
+        plain.with_prompt("q")
+    task = Embedding()
+    loaded = base.load(str(folder))
+    resolved = [
+        resolve(tuned(folder, one), loaded, loaded.tokenizer, "cpu").task
+        for one in (task, replace(task, prompt=""), replace(task, prompt="a", pair_prompt="b"))
+    ]
+    assert [(one.prompt, one.prompts) for one in resolved] == [
+        ("d d ", {"query": "d d ", "document": "d d "}),
+        ("", {}),
+        ("a", {"query": "a", "document": "b"}),
+    ]
 
 
 def test_an_encoder_that_says_nothing_gives_means(folder):
@@ -265,6 +297,19 @@ def test_the_nearest_texts_of_a_file(predict, pooled, corpus, tmp_path):
     assert second["score"] < first["score"] == pytest.approx(1)
     _, err = predict(folder, "search", "b a")
     assert "search finds the texts of --file that are nearest to a text: give both" in err
+    prompts = pooled("max", query="d d ", document="c ")
+    out, err = predict(prompts, "search", "b a", *named)
+    assert "; prompts: 'd d ', of the file's 'c '" in err
+    embedder = open_embedder(str(prompts))
+    query = embedder.with_prompt("query")(["b a"])[0]
+    scores = embedder.with_prompt("document")(["a b c", "b a", "d d d"]) @ query
+    assert [float(line.split()[0]) for line in out] == pytest.approx(
+        sorted(scores)[:0:-1], abs=1e-3
+    )
+    out, err = predict(prompts, "search", "b a", *named, "--prompt", "", "--file-prompt", "")
+    assert out[0] == f" 1.000  {corpus}:4  b a"
+    _, err = predict(prompts, "embed", "a", "--prompt", "passage")
+    assert "there is no prompt 'passage', but query ('d d '), document ('c ')" in err
     (tmp_path / "texts.txt").write_text("d\n\nb a\n\n")
     out, _ = predict(folder, "search", "b a", "--file", tmp_path / "texts.txt")
     assert [line.rpartition(":")[2] for line in out] == ["3  b a", "1  d"]

@@ -429,6 +429,8 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.scale": (1.0, 2.0),
     "task.doc_stride": 3,
     "task.pooling": "max",
+    "task.prompt": "odd ",
+    "task.pair_prompt": "odd ",
     "task.fields.choices": ("text", "other"),
     "task.min_similarity": 4.0,
     "task.fields.pair": "topic",
@@ -670,7 +672,7 @@ PARTS = {
     "pairs alone": Part(
         replace(TEXTS, task=Embedding(fields=TextFields(pair="pair", label=None))),
         read_of,
-        ("task.fields",),
+        ("task.fields", "task.prompt", "task.pair_prompt"),
     ),
     "json": Part(
         reading(JsonLines(path="a.jsonl"), CHOICES), read_of, ("data.train", "task.fields")
