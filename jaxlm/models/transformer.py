@@ -90,9 +90,8 @@ class TransformerConfig:
     def forward_flops(self, length: int, num_predicted: int) -> float:
         """FLOPs of a source of ``length`` tokens and a target of ``num_predicted``.
 
-        All of the target reaches the head. A multiply-add counts as two. The products alone:
-        projections, attention over all positions (of the target's, half are masked, but
-        computed), and the vocabulary.
+        The products alone, a multiply-add as two: projections, attention over all positions (of
+        the target's, half are masked, but computed), and the vocabulary at each of the target.
         """
         h, m = self.hidden_dim, self.mlp_dim
         encoder = 2 * (4 * h * h + 2 * h * m) + 4 * length * h
