@@ -29,7 +29,7 @@ from jaxlm.nn.norms import RmsNorm
 from jaxlm.nn.relative import RelativeBias
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack, project_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Bias, Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Bias, Dtype, Hidden, Mask, SourceMask, Tokens
 
 Encoded = Float[Array, "sources source_length embed"]
 
@@ -224,7 +224,7 @@ class Seen(NamedTuple):
     """What decoders may attend to of their own and of the source; and the bias of the former."""
 
     mask: Mask
-    source_mask: Mask | None
+    source_mask: SourceMask | None
     bias: Bias
 
 

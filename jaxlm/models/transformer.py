@@ -26,7 +26,7 @@ from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.positions import sinusoids
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack, project_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Dtype, Hidden, Mask, SourceMask, Tokens
 
 Encoded = Float[Array, "sources source_length embed"]
 
@@ -203,7 +203,7 @@ class DecoderBlock(nn.Module):
         x: Hidden,
         encoded: Encoded,
         mask: Mask,
-        source_mask: Mask | None,
+        source_mask: SourceMask | None,
         deterministic: bool,
     ) -> Hidden:
         y = self.attention(x, mask=mask, deterministic=deterministic)
@@ -214,7 +214,7 @@ class DecoderBlock(nn.Module):
         return self.cross_attention.project(encoded)
 
     def extend(
-        self, x: Hidden, cache: DecoderLayerCache, mask: Mask, source_mask: Mask
+        self, x: Hidden, cache: DecoderLayerCache, mask: Mask, source_mask: SourceMask
     ) -> tuple[Hidden, DecoderLayerCache]:
         """The same over what is in the cache."""
         y, own = self.attention.extend(x, cache.own, mask=mask)
@@ -227,7 +227,7 @@ class DecoderBlock(nn.Module):
         y: Hidden,
         key: Array,
         value: Array,
-        source_mask: Mask | None,
+        source_mask: SourceMask | None,
         deterministic: bool,
     ) -> Hidden:
         x = self.attention_norm(x + self.dropout(y, deterministic=deterministic))
