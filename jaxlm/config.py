@@ -23,6 +23,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import StoragePath, locate
@@ -38,7 +39,7 @@ from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
 # What a run's configuration may hold: another architecture or task is added here.
-Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig
+Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig | XlnetConfig
 PretrainingTask = MaskedLm | CausalLm
 LabelledTask = (
     Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding | Instruction

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxlm import sharding
-from jaxlm.convert import bert, folder, gpt2, hub, llama, sentence_encoder, table
+from jaxlm.convert import bert, folder, gpt2, hub, llama, sentence_encoder, table, xlnet
 from jaxlm.convert.architecture import Architecture, Fields
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.convert.table import Row, Sizes, Tensors, Weights
@@ -30,11 +30,12 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import Pooling
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runtime.storage import on_disk
 from jaxlm.sharding import AxisTable, Rules
 from jaxlm.typing import Params
 
-Known = BertConfig | Gpt2Config | LlamaConfig
+Known = BertConfig | Gpt2Config | LlamaConfig | XlnetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Published:
 
 
 def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Published:
-    """The BERT, RoBERTa, GPT-2 or Llama in a folder of Hugging Face's layout, or on the hub.
+    """The BERT, RoBERTa, GPT-2, Llama or XLNet in a folder of Hugging Face's layout, or on the hub.
 
     The folder holds ``config.json``, ``model.safetensors`` (or its shards and their index), and
     ``tokenizer.json``, ``vocab.txt``, or ``vocab.json`` and ``merges.txt``. Heads of tasks are not
@@ -129,7 +130,7 @@ def read_config(path: Path) -> ModelConfig:
 def to_huggingface(
     params: PyTree[Float[Array | np.ndarray, "..."]], config: Known
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """The tensors of a ``BertForPreTraining``, a ``GPT2LMHeadModel`` or a ``LlamaForCausalLM``.
+    """The tensors of a ``BertForPreTraining`` or of another's model with its language model's head.
 
     Or the part of it that ``params`` holds. The paths are those of a run: ``encoder/…``,
     ``head/pooler/…`` and, of the head that scores the vocabulary, ``head/{transform,norm,bias}`` or
@@ -142,8 +143,10 @@ def to_huggingface(
             architecture = gpt2.architecture(tied=config.tied)
         case LlamaConfig():
             architecture = llama.architecture(config)
+        case XlnetConfig():
+            architecture = xlnet.XLNET
     sizes = _sizes(config)
-    if not isinstance(config, BertConfig) and (tokens := config.num_tokens) is not None:
+    if isinstance(config, Gpt2Config | LlamaConfig) and (tokens := config.num_tokens) is not None:
         sizes = {**sizes, "vocab": tokens}
         cut = {"token_embed/embedding": (slice(tokens),), "unembed/kernel": (..., slice(tokens))}
         flat: Any = flatten_dict(params, sep="/")
@@ -174,17 +177,21 @@ def save(
     if path.exists():
         raise InputError(f"{path} exists: name a new folder")
     found = SpecialTokens.of(tokenizer)
-    if isinstance(config, BertConfig):
+    inputs, side = ["input_ids", "token_type_ids", "attention_mask"], "right"
+    if isinstance(config, BertConfig | XlnetConfig):
         special = {name: i for name, i in asdict(found).items() if i is not None}
+    if isinstance(config, BertConfig):
         written = bert.write_config(config, found.pad)
-        inputs = ["input_ids", "token_type_ids", "attention_mask"]
         inputs = inputs if config.num_token_types > 1 else inputs[::2]
+    elif isinstance(config, XlnetConfig):
+        written = xlnet.write_config(config) | {"pad_token_id": found.pad}
+        side = "left"  # so that the last position of all rows is a token
     else:
         special = {"bos": found.cls, "eos": found.sep, "pad": found.pad}
         written = gpt2.write_config(config) if isinstance(config, Gpt2Config) else None
         written = llama.write_config(config) if isinstance(config, LlamaConfig) else written
         written = {**(written or {}), **{f"{name}_token_id": i for name, i in special.items()}}
-        inputs = ["input_ids", "attention_mask"]
+        inputs = inputs[::2]
     configs = {
         folder.CONFIG: written,
         # Without it, other libraries take every BERT's tokenizer for WordPiece.
@@ -192,6 +199,7 @@ def save(
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.max_length,
             "model_input_names": inputs,
+            "padding_side": side,
             **{f"{name}_token": tokenizer.id_to_token(i) for name, i in special.items()},
         },
     }
@@ -222,10 +230,12 @@ def _describe(path: Path) -> tuple[Architecture, Known]:
             return gpt2.read_config(raw, source)
         case "llama":
             return llama.read_config(raw, source)
+        case "xlnet":
+            return xlnet.read_config(raw, source)
         case other:
             raise InputError(
-                f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2 and llama "
-                "are"
+                f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2, llama and "
+                "xlnet are"
             )
 
 
@@ -237,6 +247,8 @@ def _sizes(config: Known) -> Sizes:
             return gpt2.sizes(config)
         case LlamaConfig():
             return llama.sizes(config)
+        case XlnetConfig():
+            return xlnet.sizes(config)
 
 
 def _all_rows(architecture: Architecture) -> list[Row]:
