@@ -34,13 +34,14 @@ from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
 # What a run's configuration may hold: another architecture or task is added here.
 Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig | XlnetConfig
-PretrainingTask = MaskedLm | CausalLm
+PretrainingTask = MaskedLm | CausalLm | PermutationLm
 LabelledTask = (
     Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding | Instruction
 )

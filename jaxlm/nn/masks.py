@@ -33,3 +33,9 @@ def causal(
     if segment_ids is not None:
         seen = seen & segments(segment_ids, segment_ids)
     return seen if mask is None else seen & mask
+
+
+def permutation(order: Int[Array, "batch length"]) -> Bool[Array, "batch 1 length length"]:
+    """Positions of order 0 are seen by all; any other by those of a higher order than its own."""
+    query, key = order[:, None, :, None], order[:, None, None, :]
+    return (key == 0) | (key < query)
