@@ -10,12 +10,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.models import bert, gpt2, llama
+from jaxlm.models import bert, gpt2, llama, xlnet
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import ClassificationHead, WithHead, WithLmHead
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.nn.intercept import Site
 from jaxlm.peft import lora
 from jaxlm.sharding import (
@@ -32,9 +33,9 @@ from jaxlm.sharding import (
 
 PRESETS = {
     prefix + name: value
-    for prefix, module in (("", bert), ("GPT2_", gpt2), ("LLAMA_", llama))
+    for prefix, module in (("", bert), ("GPT2_", gpt2), ("LLAMA_", llama), ("XLNET_", xlnet))
     for name, value in vars(module).items()
-    if isinstance(value, BertConfig | Gpt2Config | LlamaConfig)
+    if isinstance(value, BertConfig | Gpt2Config | LlamaConfig | XlnetConfig)
 }
 MESHES = [
     MeshConfig(),
@@ -69,6 +70,7 @@ def test_presets_are_found():
     assert {"TINY", "MINI", "SMALL", "MEDIUM", "BASE", "LARGE", "ROBERTA_BASE"} <= PRESETS.keys()
     assert {"GPT2_SMALL", "GPT2_MEDIUM", "GPT2_LARGE", "GPT2_XL"} <= PRESETS.keys()
     assert {"LLAMA_TINY", "LLAMA_SMALL", "LLAMA_BASE"} <= PRESETS.keys()
+    assert {"XLNET_MINI", "XLNET_BASE", "XLNET_LARGE"} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -161,7 +161,7 @@ def test_what_is_predicted_has_not_been_seen(isolate_documents):
     model = WithLmHead(config.make(), config.make_lm_head())
     shapes = jax.eval_shape(model.init, KEY, jnp.zeros((1, LENGTH), jnp.int32))
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda s: jnp.float32(rng.normal(size=s.shape)), shapes)
+    variables = jax.tree.map(lambda s: jnp.float32(rng.normal(size=s.shape) / 3), shapes)
     told = {}
 
     def kept(*args, **given):
@@ -191,4 +191,4 @@ def test_what_is_predicted_has_not_been_seen(isolate_documents):
     before = [place for i, place in enumerate(predicted) if i != last]
     same = [place // 6 == predicted[last] // 6 for place in before]  # document
     for place, of_same in zip(before, same, strict=True):
-        assert (changed(place)[last] > 1e-3) == (of_same or not isolate_documents)
+        assert (changed(place)[last] > 1e-4) == (of_same or not isolate_documents)

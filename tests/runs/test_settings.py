@@ -41,6 +41,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.nn.positions import LinearScaling, Llama3Scaling
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -58,6 +59,7 @@ from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train import loop
@@ -408,7 +410,9 @@ def run_of(config: Any) -> str:
 OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.masking.final_rate": 0.4,
     "task.eval_masking.final_rate": 0.4,
+    "task.choice.final_rate": 0.4,
     "task.masking.budget": 3,
+    "task.choice.budget": 3,
     "task.eval_masking.budget": 3,
     "tuning.ranks": (3,),
     "tuning.targets": ("key/kernel",),
@@ -510,6 +514,8 @@ GPT2 = Gpt2Config(**SIZES, max_length=8)
 LLAMA = LlamaConfig(
     **SIZES, num_kv_heads=1, max_length=8, dropout_rate=0.1, attention_dropout_rate=0.1
 )
+XLNET = XlnetConfig(**SIZES, max_length=8)
+PERMUTED = replace(PRETRAINED, model=XLNET, task=PermutationLm())
 SLOWED = replace(LLAMA, rope_scaling=LinearScaling(factor=2.0))
 SCALING = Llama3Scaling(factor=2.0, low_freq_factor=0.02, high_freq_factor=0.9, original_length=8)
 STRETCHED = replace(LLAMA, rope_scaling=SCALING)
@@ -603,6 +609,9 @@ PARTS = {
     "gpt2 rows": Part(causal(GPT2), longest_of, ("model.max_length",)),
     "llama": Part(causal(LLAMA), model_of, ("model",), ("model.max_length",)),
     "llama rows": Part(causal(LLAMA), longest_of, ("model.max_length",)),
+    "xlnet": Part(PERMUTED, model_of, ("model",), ("model.max_length",)),
+    "xlnet rows": Part(PERMUTED, longest_of, ("model.max_length",)),
+    "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice")),
     "linear scaling": Part(causal(SLOWED), model_of, ("model.rope_scaling",)),
     "llama 3 scaling": Part(causal(STRETCHED), model_of, ("model.rope_scaling",)),
     "causal": Part(causal(GPT2), step_of, ("task",)),
