@@ -36,12 +36,13 @@ from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.replaced_token import ReplacedToken
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
 # What a run's configuration may hold: another architecture or task is added here.
 Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig | XlnetConfig
-PretrainingTask = MaskedLm | CausalLm | PermutationLm
+PretrainingTask = MaskedLm | CausalLm | PermutationLm | ReplacedToken
 LabelledTask = (
     Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding | Instruction
 )

@@ -44,6 +44,12 @@ class ChoiceConfig:
         if self.budget is not None and self.budget < 1:
             raise InputError(f"budget={self.budget} has no room for one token: None = enough")
 
+    def rate_at(self, progress: Scalar) -> Scalar | float:
+        """The rate after that share of the run."""
+        if self.final_rate is None:
+            return self.rate
+        return self.rate + (self.final_rate - self.rate) * progress
+
     def num_predicted(self, length: int) -> int:
         """Predicted positions for which a row of ``length`` tokens has room."""
         if self.budget is not None:
@@ -152,9 +158,7 @@ def choose(
             "where words begin is not known of this tokenizer: set the unit of what is predicted "
             "to token or span (task.choice.unit; or task.masking.unit and task.eval_masking.unit)"
         )
-    rate = config.rate
-    if config.final_rate is not None:
-        rate = rate + (config.final_rate - rate) * progress
+    rate = config.rate_at(progress)
     num_predicted = config.num_predicted(tokens.shape[1])
 
     def row(tokens: Array, length: Array, index: Array) -> Chosen:

@@ -61,6 +61,7 @@ from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.replaced_token import ReplacedToken
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train import loop
 from jaxlm.train.checkpoint import Checkpointer
@@ -166,10 +167,11 @@ def model_of(config: Any) -> str:
 def hidden_of(config: PretrainConfig) -> str:
     """What masking hides in training and in evaluation, and what a model is told, as programs."""
 
-    def apply(variables: Any, tokens: Any, predicted: Any, **told: Any) -> Any:
+    def apply(variables: Any, tokens: Any, predicted: Any = None, **told: Any) -> Any:
         told = {name: value for name, value in told.items() if name != "deterministic"}
         seen = sum(jnp.sum(x) for x in jax.tree.leaves((tokens, told.get("segment_ids"))))
-        return jnp.zeros((*predicted.shape, 32)) + seen
+        shape = tokens.shape if predicted is None else (*predicted.shape, 32)
+        return jnp.zeros(shape) + seen
 
     batch = {"tokens": jnp.zeros((4, 8), jnp.int32)}
     batch |= {name: jnp.zeros(4, jnp.int32) for name in ("lengths", "index")}
@@ -413,6 +415,7 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.choice.final_rate": 0.4,
     "task.masking.budget": 3,
     "task.choice.budget": 3,
+    "task.generator_share": 1.0,
     "task.eval_masking.budget": 3,
     "tuning.ranks": (3,),
     "tuning.targets": ("key/kernel",),
@@ -516,6 +519,8 @@ LLAMA = LlamaConfig(
 )
 XLNET = XlnetConfig(**SIZES, max_length=8)
 PERMUTED = replace(PRETRAINED, model=XLNET, task=PermutationLm())
+DETECTING = replace(PRETRAINED, task=ReplacedToken())
+SMALLER = ("task.generator_share",)
 SLOWED = replace(LLAMA, rope_scaling=LinearScaling(factor=2.0))
 SCALING = Llama3Scaling(factor=2.0, low_freq_factor=0.02, high_freq_factor=0.9, original_length=8)
 STRETCHED = replace(LLAMA, rope_scaling=SCALING)
@@ -612,6 +617,8 @@ PARTS = {
     "xlnet": Part(PERMUTED, model_of, ("model",), ("model.max_length",)),
     "xlnet rows": Part(PERMUTED, longest_of, ("model.max_length",)),
     "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice")),
+    "detection": Part(DETECTING, hidden_of, ("task", "task.masking", "task.eval_masking"), SMALLER),
+    "generator": Part(DETECTING, step_of, SMALLER),
     "linear scaling": Part(causal(SLOWED), model_of, ("model.rope_scaling",)),
     "llama 3 scaling": Part(causal(STRETCHED), model_of, ("model.rope_scaling",)),
     "causal": Part(causal(GPT2), step_of, ("task",)),
