@@ -26,6 +26,8 @@ from jaxlm.data.labelled.records import JsonLines
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.model import TwoStreamConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
@@ -38,6 +40,7 @@ from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
@@ -71,6 +74,7 @@ MODELS: dict[str, Any] = {
     "bert": replace(BERT, vocab_size=None, num_layers=1, max_length=32),
     "bilstm": BilstmConfig(embed_dim=16, hidden_dim=16),
     "gpt2": Gpt2Config(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=24, max_length=32),
+    "xlnet": XlnetConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=24),
 }
 
 
@@ -106,6 +110,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, model in MODELS.items():
         once = TrainConfig(steps=1, num_evals=1, eval_rows=16)
         task = CausalLm() if model.is_causal else MaskedLm()
+        task = PermutationLm() if isinstance(model, TwoStreamConfig) else task
         made[name] = pretrain(replace(config, name=name, model=model, task=task, train=once))
     return made
 
@@ -116,6 +121,7 @@ def journeys() -> list[Any]:
     usual |= {
         ("tags", "full", "bilstm"),
         ("instruction", "lora", "gpt2"),
+        ("pair", "lora", "xlnet"),
     }
     return [
         pytest.param(*way, marks=() if way in usual else pytest.mark.slow, id="-".join(way))

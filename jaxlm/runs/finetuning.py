@@ -20,7 +20,7 @@ from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batches import make_buckets, train_batches
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
-from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.models.heads import FIRST, Pooling
@@ -181,16 +181,22 @@ def resolve(
         given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
         vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
         model = replace(config.model, vocab_size=vocab_size)
-    config = replace(config, task=_with_prompt(_with_pooling(config.task, base, model), base))
+    task = _with_prompt(_with_pooling(config.task, base, model, tokenizer), base)
+    config = replace(config, task=task)
     return finetuned.with_encoder(config, model, platform)
 
 
-def _with_pooling(task: Any, base: Base | None, model: ModelConfig) -> Any:
-    given = vars(task).get("pooling")
+def _with_pooling(task: Any, base: Base | None, model: ModelConfig, tokenizer: Tokenizer) -> Any:
+    given, cls_last = vars(task).get("pooling"), ends_with_cls(tokenizer)
     if model.is_causal and given in FIRST:
         raise InputError(
             f"task.pooling={given} takes the first token, which in {type(model).__name__} has seen "
             "no other: use last, mean or max"
+        )
+    if cls_last and given in FIRST:
+        raise InputError(
+            f"task.pooling={given} takes the first token, and this tokenizer puts its classifying "
+            "token last: use last, mean or max"
         )
     says = base and base.sentence_encoder
     if says and says.problem and task.with_pooling(None) != task:
@@ -199,7 +205,7 @@ def _with_pooling(task: Any, base: Base | None, model: ModelConfig) -> Any:
             f"{base.name} makes one vector of a text with {says.problem}, which is not supported: "
             "choose how, such as --task.pooling mean"
         )
-    default: Pooling | None = "last" if model.is_causal else None
+    default: Pooling | None = "last" if model.is_causal or cls_last else None
     return task.with_pooling((says and says.pooling) or default)
 
 

@@ -28,7 +28,7 @@ from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
-from jaxlm.tasks.task import Generative, Given, PretrainTask
+from jaxlm.tasks.task import Generative, Given, Laborious, PretrainTask
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
@@ -101,8 +101,11 @@ def make_placement(
 def flops_per_token(config: PretrainConfig, row_length: int) -> float:
     """Floating-point operations of one training step per token read (forward and backward)."""
     assert config.model is not None  # resolved
-    num_predicted = config.task.num_predicted(row_length)
-    return 3 * config.model.forward_flops(row_length, num_predicted) / row_length
+    task, model = config.task, config.model
+    forward = model.forward_flops(row_length, task.num_predicted(row_length))
+    if isinstance(task, Laborious):
+        forward += task.more_flops(model, row_length)
+    return 3 * forward / row_length
 
 
 def eval_rows(

@@ -67,6 +67,11 @@ class CausalLm:
                 f"{type(config).__name__} sees all of them: use task=MaskedLm, or one that reads "
                 "one way, such as a GPT-2"
             )
+        if not isinstance(config, CausalConfig):
+            raise InputError(
+                f"task=CausalLm is for models that write, which {type(config).__name__} does not: "
+                "use a GPT-2 or a Llama"
+            )
         return WithLmHead(config.make(), config.make_lm_head())
 
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:

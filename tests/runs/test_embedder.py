@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_xlnet
 from rich.console import Console
 from tiny_models import BERT
 
@@ -24,6 +25,7 @@ from jaxlm.data.labelled.records import Record, Table
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runs import base, finetuning, resume
 from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuning import resolve
@@ -167,6 +169,19 @@ def test_a_causal_base_pools_the_last_token(pooled, folder):
     for first in ("bert", "cls"):
         with pytest.raises(InputError, match=f"pooling={first} takes the first token"):
             resolve(tuned(folder, Classification(pooling=first)), causal, loaded.tokenizer, "cpu")
+
+
+def test_where_the_classifying_token_is_last_it_is_pooled(folder):
+    loaded, tokenizer = base.load(str(folder)), tiny_xlnet.tokenizer()
+    xlnet = replace(loaded, config=XlnetConfig(vocab_size=64), tokenizer=tokenizer)
+    for task in (Classification(), Embedding(), MultipleChoice()):
+        config = resolve(tuned(folder, task), xlnet, tokenizer, "cpu")
+        assert vars(config.task)["pooling"] == "last"
+    message = "pooling=cls takes the first token, and this tokenizer puts its classifying token las"
+    with pytest.raises(InputError, match=message):
+        resolve(tuned(folder, Classification(pooling="cls")), xlnet, tokenizer, "cpu")
+    config = resolve(tuned(folder, Classification(pooling="mean")), xlnet, tokenizer, "cpu")
+    assert vars(config.task)["pooling"] == "mean"
 
 
 def tuned(folder: Path, task, **more) -> FinetuneConfig:
