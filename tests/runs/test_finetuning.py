@@ -206,7 +206,16 @@ def test_interrupted_and_resumed_is_uninterrupted(
 
 
 @pytest.mark.parametrize(
-    "tuning", [HeadOnly(), BitFit(), Ia3Config(), Full(), LoraConfig(kind="dora")], ids=str
+    "tuning",
+    [
+        Ia3Config(),
+        LoraConfig(kind="dora"),
+        *(
+            pytest.param(tuning, marks=pytest.mark.slow)
+            for tuning in (HeadOnly(), BitFit(), Full())
+        ),
+    ],
+    ids=str,
 )
 def test_every_tuning_trains_what_it_says(config: FinetuneConfig, tuning, tmp_path: Path) -> None:
     short = replace(config, runs=tmp_path, tuning=tuning, train=TrainConfig(steps=1, num_evals=1))
