@@ -1,7 +1,6 @@
 """Every task, tuning and architecture through every script: trained, evaluated, used, merged.
 
-One test for the whole table. Each task, most tunings and each architecture are tried each time; the
-whole product is slow.
+One test for the whole table. A few ways through it are tried each time; the whole product is slow.
 """
 
 import functools
