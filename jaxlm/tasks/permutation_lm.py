@@ -19,7 +19,7 @@ from jaxlm.models.model import ModelConfig, TwoStreamConfig
 from jaxlm.objectives import permutation_lm
 from jaxlm.objectives.masking import ChoiceConfig, Vocabulary
 from jaxlm.tasks import blanks
-from jaxlm.tasks.task import Given
+from jaxlm.tasks.task import Given, require_one_text
 from jaxlm.typing import Apply, Loss, Variables
 
 
@@ -66,6 +66,7 @@ class PermutationLm:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder with the head of its architecture."""
+        require_one_text(config, "PermutationLm")
         name = type(config).__name__
         if not isinstance(config, TwoStreamConfig):
             other = "CausalLm" if config.is_causal else "MaskedLm"

@@ -19,7 +19,7 @@ from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import replaced_token
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.tasks import blanks
-from jaxlm.tasks.task import Given
+from jaxlm.tasks.task import Given, require_one_text
 from jaxlm.typing import Apply, Loss, Variables
 
 _BUCKET = 32  # tokens: texts are padded to a multiple, so that few shapes are compiled
@@ -97,6 +97,7 @@ class ReplacedToken:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The discriminator, with the parameters of its generator."""
+        require_one_text(config, "ReplacedToken")
         if config.is_causal:
             raise InputError(
                 f"task=ReplacedToken looks at both sides of a token, and {type(config).__name__} "
