@@ -137,17 +137,6 @@ def to_huggingface(
     ``head/pooler/…`` and, of the head that scores the vocabulary, ``head/{transform,norm,bias}`` or
     ``head/unembed``.
     """
-    match config:
-        case BertConfig():
-            architecture = bert.BERT
-        case Gpt2Config():
-            architecture = gpt2.architecture(tied=config.tied)
-        case LlamaConfig():
-            architecture = llama.architecture(config)
-        case T5Config():
-            architecture = t5.architecture(config)
-        case XlnetConfig():
-            architecture = xlnet.XLNET
     sizes = _sizes(config)
     tokens = None if isinstance(config, BertConfig | XlnetConfig) else config.num_tokens
     if tokens is not None:
@@ -157,7 +146,13 @@ def to_huggingface(
         ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
         flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
         params = unflatten_dict(flat, sep="/")
-    return table.write(_all_rows(architecture), params, sizes)
+    return table.write(_all_rows(_architecture(config)), params, sizes)
+
+
+def keeps_pooler(config: ModelConfig) -> bool:
+    """Whether the folder of such a model can hold the layer on the first token's hidden state."""
+    rows = _all_rows(_architecture(config)) if isinstance(config, Known) else []
+    return any(row.ours.startswith("head/pooler/") for row in rows)
 
 
 def save(
@@ -248,6 +243,21 @@ def _describe(path: Path) -> tuple[Architecture, Known]:
                 f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2, llama, t5 "
                 "and xlnet are"
             )
+
+
+def _architecture(config: Known) -> Architecture:
+    """How one of ours is written."""
+    match config:
+        case BertConfig():
+            return bert.BERT
+        case Gpt2Config():
+            return gpt2.architecture(tied=config.tied)
+        case LlamaConfig():
+            return llama.architecture(config)
+        case T5Config():
+            return t5.architecture(config)
+        case XlnetConfig():
+            return xlnet.XLNET
 
 
 def _sizes(config: Known) -> Sizes:

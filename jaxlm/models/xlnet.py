@@ -309,9 +309,10 @@ class Xlnet(nn.Module):
         if c.max_length is not None and length > c.max_length:
             raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
         remembered = 0 if memory is None else memory.shape[2]
-        table = distance_table(remembered + length, length, c.hidden_dim, c.clamp_length)
         dtype = jnp.dtype(c.dtype or "float32")
         drop = lambda x: self.dropout(x, deterministic=deterministic)
+        distances = distance_table(remembered + length, length, c.hidden_dim, c.clamp_length)
+        table = drop(distances[None].astype(dtype))
         query = None
         if predicted is not None:
             shape = (*predicted.shape, c.hidden_dim)
@@ -320,9 +321,8 @@ class Xlnet(nn.Module):
         views = self._views(predicted, token_type_ids, segment_ids, mask, length, remembered)
 
         def body(block: nn.Module, x: Streams, memory: Array | None) -> tuple[Streams, Array]:
-            return block(x, memory, drop_table, views, deterministic), x.content
+            return block(x, memory, table, views, deterministic), x.content
 
-        drop_table = drop(table[None].astype(dtype))
         x = Streams(content, query)
         x, inputs = scan_stack(
             body, self.layers, c.num_layers, x, memory, unroll=c.unroll, remat=c.remat

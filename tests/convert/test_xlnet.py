@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from jaxlm.convert import huggingface
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithLmHead, last_pool
 from jaxlm.models.xlnet import XlnetConfig, remember
 from jaxlm.tree import leaves_with_path
@@ -218,3 +219,5 @@ def test_what_has_no_name_there_is_refused(tmp_path):
     config = XlnetConfig(vocab_size=24, num_layers=1, hidden_dim=8, num_heads=2, mlp_dim=12)
     with pytest.raises(InputError, match="head/transform/kernel has no name there"):
         huggingface.to_huggingface({"head": {"transform": {"kernel": np.ones(2)}}}, config)
+    assert not huggingface.keeps_pooler(config)  # the other such layer, which a BERT's folder has
+    assert huggingface.keeps_pooler(BertConfig(vocab_size=24))
