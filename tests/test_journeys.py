@@ -125,7 +125,6 @@ def journeys() -> list[Any]:
         ("answer", "lora", "bert"),
         ("tags", "full", "bilstm"),
         ("instruction", "lora", "gpt2"),
-        ("pair", "lora", "xlnet"),
     }
     return [
         pytest.param(*way, marks=() if way in usual else pytest.mark.slow, id="-".join(way))
