@@ -12,7 +12,14 @@ import jax
 import numpy as np
 
 from jaxlm.decode import decoding
-from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, require_several, shortened
+from jaxlm.decode.causal_model import (
+    CausalModel,
+    bucket,
+    left_padded,
+    require_several,
+    right_padded,
+    shortened,
+)
 from jaxlm.decode.continuation import Continuation, Stopped
 from jaxlm.decode.decoding import Progress
 from jaxlm.decode.sampling import Sampling
@@ -120,14 +127,17 @@ class Generate:
         self._model = model
         model = replace(model, variables={})  # none are kept by what is compiled
 
-        def begin(tokens, lengths, sampling, variables, *, kv_length):
-            def inside(tokens, lengths, sampling, variables):
-                state = model.make_state(tokens.shape[0], kv_length)
+        def begin(sources, tokens, lengths, sampling, variables, *, kv_length):
+            def inside(sources, tokens, lengths, sampling, variables):
+                if model.read is None:
+                    state = model.make_state(tokens.shape[0], kv_length)
+                else:
+                    state = model.read(variables, *sources, kv_length)
                 return decoding.begin(
                     model.step, variables, state, tokens, lengths, sampling, kv_length
                 )
 
-            return model.traced(inside)(tokens, lengths, sampling, variables)
+            return model.traced(inside)(sources, tokens, lengths, sampling, variables)
 
         def advance(state, progress, sampling, ended, steps, variables, *, places):
             step = model.traced(partial(decoding.advance, model.step))
@@ -204,10 +214,10 @@ class Generate:
     def _run(self, rows: "_Rows", batch_size: int, steps: int) -> Iterator[Progress]:
         """Runs the model ``steps`` tokens at a time, until all rows have ended."""
         model = self._model
-        tokens, lengths, sampling, kv_length = rows.arrays(batch_size)
-        tokens, lengths, sampling = model.put((tokens, lengths, sampling))
+        *given, kv_length = rows.arrays(batch_size)
+        sources, tokens, lengths, sampling = model.put(given)
         state, progress = self._begin(
-            tokens, lengths, sampling, model.arranged, kv_length=kv_length
+            sources, tokens, lengths, sampling, model.arranged, kv_length=kv_length
         )
         places = tuple(x.sharding for x in jax.tree.leaves((state, progress)) if model.mesh)
         while not all(ended := rows.extend(progress)):
@@ -232,6 +242,7 @@ class _Rows:
         self._model, self._config, self._first = model, config, first
         self._texts = [text if isinstance(text, str) else model.decode(text) for text in texts]
         self._prompts = [model.prompt(text) for text in texts]
+        self._sources = None if model.read is None else [model.source(text) for text in texts]
         self._limits = [
             min(config.max_new_tokens, model.max_length - len(prompt)) for prompt in self._prompts
         ]
@@ -254,13 +265,14 @@ class _Rows:
             for prompt, limit in zip(self._prompts, self._limits, strict=True)
         ]
 
-    def arrays(self, batch_size: int) -> tuple[Any, Any, Sampling, int]:
-        """Tokens, their numbers and rules, each a row, and the room that they need."""
+    def arrays(self, batch_size: int) -> tuple[Any, Any, Any, Sampling, int]:
+        """Sources if there are any, tokens, their numbers and rules, and the room they need."""
         config, model = self._config, self._model
         count = model.num_rows(len(self._prompts), batch_size)
         spare = count - len(self._prompts)  # copies of the first, which end at once
         prompts = [*self._prompts, *[self._prompts[0]] * spare]
-        length = bucket(max(map(len, prompts)))
+        longest = max(map(len, prompts))
+        length = bucket(longest) if self._sources is None else longest  # equal for all sources
         banned: Any = np.ones((count, model.vocab_size), bool)
         banned[:, model.ids] = False
         banned[:, [model.token(name) for name in config.banned_tokens]] = True
@@ -293,7 +305,17 @@ class _Rows:
         )
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         room = bucket(length + max(_ROOM, *self._limits))
-        return left_padded(prompts, length), lengths, sampling, room
+        return self._read(spare), left_padded(prompts, length), lengths, sampling, room
+
+    def _read(self, spare: int) -> Any:
+        """The tokens of sources and their segment ids."""
+        if self._sources is None:
+            return None
+        sources = [*self._sources, *[self._sources[0]] * spare]
+        sizes = np.array([len(source) for source in sources])
+        length = bucket(sizes.max())
+        segment_ids = np.where(np.arange(length)[None, :] < sizes[:, None], 0, -1)
+        return right_padded(sources, length), segment_ids.astype(np.int32)
 
     def extend(self, progress: Progress) -> list[bool]:
         """Takes over what is new; gives which rows have ended."""
