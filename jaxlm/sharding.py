@@ -35,7 +35,7 @@ AXES: tuple[tuple[str, str], ...] = (
     (r"(position|token_type)_embed/embedding", "table -> embed"),
     (r"(query|key|value)/kernel", "embed -> heads head_dim"),
     (r"(query|key|value)/bias", "heads head_dim"),
-    (r"attention/out/kernel", "heads head_dim -> embed"),
+    (r"(cross_)?attention/out/kernel", "heads head_dim -> embed"),
     (r"(up|gate)/kernel", "embed -> mlp"),
     (r"(up|gate)/bias", "mlp"),
     (r"down/kernel", "mlp -> embed"),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlm.nn.cache import Cache
+from jaxlm.nn.cache import AnyCache, DecoderCache
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import gelu
@@ -133,19 +133,67 @@ class WithLmHead(nn.Module):
     def extend(
         self,
         tokens: Tokens,
-        cache: Cache,
+        cache: AnyCache,
         *,
         positions: Int[Array, "batch length"],
         segment_ids: Int[Array, "batch length"] | None = None,
-    ) -> tuple[Float[Array, "batch vocab"], Cache]:
+    ) -> tuple[Float[Array, "batch vocab"], AnyCache]:
         """Float32 logits for what follows each row's last position, and the longer cache.
 
-        Of an encoder with an ``extend``, such as :class:`jaxlm.models.gpt2.Gpt2`.
+        Of a model with an ``extend``, such as :class:`jaxlm.models.gpt2.Gpt2`.
         """
         hidden, cache = self.encoder.extend(
             tokens, cache, positions=positions, segment_ids=segment_ids
         )
         return self.head(hidden[:, -1], self.encoder.token_embed), cache
+
+
+class EncoderDecoderLm(nn.Module):
+    """:class:`WithLmHead` of a model with a decoder, such as :class:`jaxlm.models.t5.T5`."""
+
+    preserve_adopted_names = True
+
+    encoder: nn.Module
+    head: nn.Module
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch source_length"],
+        decoder_tokens: Tokens,
+        predicted: Int[Array, "batch masked"] | None = None,
+        *,
+        positions: Int[Array, "#batch source_length"] | None = None,
+        segment_ids: Int[Array, "batch source_length"] | None = None,
+        decoder_positions: Int[Array, "#batch length"] | None = None,
+        decoder_segment_ids: Int[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch predicted vocab"]:
+        """Float32 logits at the positions ``predicted`` of each target, or at all of them."""
+        hidden = self.encoder(
+            tokens,
+            decoder_tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            decoder_positions=decoder_positions,
+            decoder_segment_ids=decoder_segment_ids,
+            deterministic=deterministic,
+        )
+        if predicted is not None:
+            hidden = jnp.take_along_axis(hidden, predicted[:, :, None], axis=1)
+        return self.head(hidden, self.encoder.token_embed)
+
+    def start(
+        self,
+        tokens: Int[Array, "sources source_length"],
+        cache: DecoderCache,
+        *,
+        segment_ids: Int[Array, "sources source_length"] | None = None,
+    ) -> DecoderCache:
+        """The cache with what its rows continue: sources, each for as many consecutive rows."""
+        encoded = self.encoder.encode(tokens, segment_ids=segment_ids)
+        return self.encoder.start(encoded, segment_ids, cache)
+
+    extend = WithLmHead.extend
 
 
 Pool = Callable[..., Float[Array, "batch embed"]]  # (hidden, segment_ids) -> one vector a row

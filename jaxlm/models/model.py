@@ -8,7 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 
-from jaxlm.nn.cache import Cache
+from jaxlm.nn.cache import Cache, DecoderCache
 from jaxlm.typing import Dtype
 
 
@@ -54,7 +54,7 @@ class ModelConfig(Protocol):
 
     @property
     def is_causal(self) -> bool:
-        """Whether a position's hidden state has seen no later one."""
+        """Whether a position's hidden state has seen no later one, of anything that it sees."""
         ...
 
     def make(self) -> nn.Module:
@@ -92,4 +92,44 @@ class CausalConfig(ModelConfig, Protocol):
 
     def make_cache(self, batch: int, kv_length: int, dtype: Dtype | None = None) -> Cache:
         """An empty cache of ``kv_length`` slots a row; of the model's dtype unless told."""
+        ...
+
+
+@runtime_checkable
+class EncoderDecoderConfig(ModelConfig, Protocol):
+    """The configuration of an encoder of a source and a decoder of a target, which sees both.
+
+    Its module is called as ``model(tokens, decoder_tokens, *, positions, segment_ids,
+    decoder_positions, decoder_segment_ids, deterministic)`` and returns hidden states of the
+    target, of which none depends on later tokens of it: ``decoder_tokens`` are the target moved by
+    one, behind a start. All but the tokens are optional. Equal segment ids see each other, within
+    each side and from the target to the source; below 0 is padding; those not given are all 0.
+    Methods:
+
+    - ``encode(tokens, *, positions, segment_ids, deterministic)``: hidden states of the source.
+    - ``decode(decoder_tokens, encoded, *, encoded_segment_ids, positions, segment_ids,
+      deterministic)``: hidden states of the target.
+    - ``start(encoded, segment_ids, cache)``: the cache of :meth:`make_cache` with each layer's keys
+      and values of the source, computed once. Each n consecutive rows of the cache share one of
+      ``encoded``, if it has n times as many.
+    - ``extend(decoder_tokens, cache, *, positions, segment_ids)``: hidden states of what follows
+      and the longer cache, as of a :class:`CausalConfig`. ``cache.take(rows)`` selects rows.
+
+    Its blocks are stacked as ``encoder_layers`` and ``decoder_layers``. For
+    :meth:`forward_flops` the source has ``length`` tokens, and the target ``num_predicted``.
+    :class:`jaxlm.models.heads.EncoderDecoderLm` joins it with its head.
+    """
+
+    @property
+    def num_decoder_layers(self) -> int | None:
+        """Blocks of the decoder; None: as many as of the encoder."""
+        ...
+
+    def make_cache(
+        self, batch: int, kv_length: int, source_length: int, dtype: Dtype | None = None
+    ) -> DecoderCache:
+        """An empty cache of ``kv_length`` slots a row for sources of ``source_length`` tokens.
+
+        Of the model's dtype unless told.
+        """
         ...

@@ -29,13 +29,16 @@ def dot_product_attention(
     bias: Bias | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
+    scale: float | None = None,
 ) -> Float[Array, "batch q_length heads head_dim"]:
-    """``softmax(q kᵀ / sqrt(head_dim) + bias) v`` (equation 1); softmax in float32.
+    """``softmax(q kᵀ scale + bias) v`` (equation 1); softmax in float32.
 
-    ``dropout_key`` draws which attention weights are dropped; without it none are. Hand-written
-    gradient: forward mode only inside :func:`custom_vjp.plain`.
+    The scale is ``1 / sqrt(head_dim)`` unless told. ``dropout_key`` draws which attention
+    weights are dropped; without it none are. Hand-written gradient: forward mode only inside
+    :func:`custom_vjp.plain`.
     """
-    scores = product("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+    scores = product("bqhd,bkhd->bhqk", query, key)
+    scores *= query.shape[-1] ** -0.5 if scale is None else scale
     if bias is not None:
         scores += bias
     if mask is not None:
@@ -79,6 +82,38 @@ def grouped_attention(
     return rearrange(out, "batch (q group) kv d -> batch q (kv group) d", group=group)
 
 
+def shared_attention(
+    attend: Callable[..., Float[Array, "..."]],
+    query: Float[Array, "batch q_length heads head_dim"],
+    key: Float[Array, "sources kv_length kv_heads head_dim"],
+    value: Float[Array, "sources kv_length kv_heads head_dim"],
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: PRNGKey | None = None,
+) -> Float[Array, "batch q_length heads head_dim"]:
+    """:func:`grouped_attention` where consecutive rows of queries share one of keys and values.
+
+    Such as the beams of a search, which continue one source: they are laid out as more positions
+    of one row, so that no key is repeated.
+    """
+    options: dict[str, Any] = {"dropout_rate": dropout_rate, "dropout_key": dropout_key}
+    sharing = query.shape[0] // key.shape[0]
+    if sharing == 1:
+        return grouped_attention(attend, query, key, value, mask=mask, bias=bias, **options)
+
+    def fold(x: Array | None) -> Array | None:
+        if x is None or (x.shape[0], x.shape[2]) == (1, 1):
+            return x  # the same for all rows and queries
+        x = jnp.broadcast_to(x, (query.shape[0], x.shape[1], query.shape[1], x.shape[3]))
+        return rearrange(x, "(batch n) heads q k -> batch heads (n q) k", n=sharing)
+
+    rows = rearrange(query, "(batch n) q heads d -> batch (n q) heads d", n=sharing)
+    out = grouped_attention(attend, rows, key, value, mask=fold(mask), bias=fold(bias), **options)
+    return rearrange(out, "batch (n q) heads d -> (batch n) q heads d", n=sharing)
+
+
 class MultiHeadAttention(nn.Module):
     """Attention of ``x`` over itself in ``num_heads`` subspaces (section 3.2.2).
 
@@ -86,12 +121,16 @@ class MultiHeadAttention(nn.Module):
     ``segment_ids`` (equal ids see each other); so do the angles by which queries and keys are
     turned (``rotary``). Returns the projection of all heads, ``[batch, length, embed]``.
 
+    Attention over something else, such as what an encoder has read, is
+    ``attention.over(x, *attention.project(source))``.
+
     Attributes:
         attend: how the heads attend: :func:`dot_product_attention`, or another equation with its
             arguments, whose gradient JAX finds.
         num_kv_heads: heads of keys and values, each for as many consecutive heads of queries;
             None: one for each (:func:`grouped_attention`).
         out_init: initializer of ``out``, if it is not ``kernel_init``.
+        query_init: that of ``query``.
     """
 
     num_heads: int
@@ -103,6 +142,14 @@ class MultiHeadAttention(nn.Module):
     attend: Callable[..., Float[Array, "..."]] = dot_product_attention
     num_kv_heads: int | None = None
     out_init: Callable[..., Array] | None = None
+    query_init: Callable[..., Array] | None = None
+
+    def setup(self) -> None:
+        kv_shape = self.num_kv_heads or self.num_heads, self.head_dim
+        query_init = self.query_init or self.kernel_init
+        self.query = self._linear((self.num_heads, self.head_dim), query_init)
+        self.key = self._linear(kv_shape, self.kernel_init)
+        self.value = self._linear(kv_shape, self.kernel_init)
 
     def __call__(
         self,
@@ -121,7 +168,6 @@ class MultiHeadAttention(nn.Module):
             x, None, mask=mask, bias=bias, rotary=rotary, deterministic=deterministic
         )[0]
 
-    @nn.compact
     def extend(
         self,
         x: Hidden,
@@ -136,21 +182,44 @@ class MultiHeadAttention(nn.Module):
 
         Which slots is up to the ``mask`` (``Cache.open``). Without a cache, over ``x`` itself.
         """
-
-        def heads(name: str, num_heads: int) -> Float[Array, "batch length heads head_dim"]:
-            y = self._linear((num_heads, self.head_dim), name, self.kernel_init)(x)
-            return constrain(y, ("batch", "length", "heads", "head_dim"))
-
-        num_kv_heads = self.num_kv_heads or self.num_heads
-        query, key = heads("query", self.num_heads), heads("key", num_kv_heads)
-        value = heads("value", num_kv_heads)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+        key, value = self.project(x, rotary=rotary)
         if cache is not None:
             cache = cache.write(key, value)
-            key, value = cache.read(x.shape[1] * self.num_heads // num_kv_heads)
+            key, value = cache.read(x.shape[1] * self.num_heads // key.shape[2])
+        options: dict[str, Any] = {"mask": mask, "bias": bias, "rotary": rotary}
+        return self.over(x, key, value, **options, deterministic=deterministic), cache
+
+    def project(
+        self, source: Float[Array, "batch kv_length embed"], *, rotary: Rotary | None = None
+    ) -> tuple[
+        Float[Array, "batch kv_length kv_heads head_dim"],
+        Float[Array, "batch kv_length kv_heads head_dim"],
+    ]:
+        """The keys and values of what is attended to, for any number of calls of :meth:`over`."""
+        key, value = _pinned(self.key(source)), _pinned(self.value(source))
+        return key if rotary is None else rotate(key, rotary), value
+
+    @nn.compact
+    def over(
+        self,
+        x: Float[Array, "batch q_length embed"],
+        key: Float[Array, "sources kv_length kv_heads head_dim"],
+        value: Float[Array, "sources kv_length kv_heads head_dim"],
+        *,
+        mask: Mask | None = None,
+        bias: Bias | None = None,
+        rotary: Rotary | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch q_length embed"]:
+        """Attention of ``x`` over these keys and values.
+
+        Where they have fewer rows, as many consecutive rows of ``x`` share each of them.
+        """
+        query = _pinned(self.query(x))
+        if rotary is not None:
+            query = rotate(query, rotary)
         drops = not deterministic and self.dropout_rate > 0
-        out = grouped_attention(
+        out = shared_attention(
             self.attend,
             query,
             key,
@@ -160,15 +229,15 @@ class MultiHeadAttention(nn.Module):
             dropout_rate=self.dropout_rate,
             dropout_key=self.make_rng("dropout") if drops else None,
         )
-        project = self._linear(x.shape[-1], "out", self.out_init or self.kernel_init, num_inputs=2)
-        return project(out), cache
+        init = self.out_init or self.kernel_init
+        return self._linear(x.shape[-1], init, num_inputs=2, name="out")(out)
 
     def _linear(
         self,
         features: int | tuple[int, int],
-        name: str,
         init: Callable[..., Array],
         num_inputs: int = 1,
+        name: str | None = None,
     ) -> Linear:
         return Linear(
             features,
@@ -178,3 +247,7 @@ class MultiHeadAttention(nn.Module):
             kernel_init=init,
             name=name,
         )
+
+
+def _pinned(x: Float[Array, "batch length heads head_dim"]) -> Array:
+    return constrain(x, ("batch", "length", "heads", "head_dim"))

@@ -243,6 +243,9 @@ def attention(drop: Callable[..., Array]) -> Callable[[Callable[P, R]], _HandWri
     ``drop(weights, rate, key)`` drops attention weights.
     """
 
+    def scaled(scores: Array, query: Array, scale: float | None) -> Array:
+        return scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+
     def dropped(weights: Array, rate: float, key: Array | None) -> Array:
         return drop(weights, rate, key) if key is not None and rate > 0 else weights
 
@@ -254,8 +257,9 @@ def attention(drop: Callable[..., Array]) -> Callable[[Callable[P, R]], _HandWri
         bias: Array | None,
         rate: float,
         dropout_key: Array | None,
+        scale: float | None,
     ) -> tuple[Array, tuple[Any, ...]]:
-        scores = product(SCORES, query, key) * query.shape[-1] ** -0.5
+        scores = scaled(product(SCORES, query, key), query, scale)
         if bias is not None:
             scores += bias
         if mask is not None:
@@ -267,7 +271,9 @@ def attention(drop: Callable[..., Array]) -> Callable[[Callable[P, R]], _HandWri
         residuals = query, key, value, mask, bias, dropout_key, weights, total
         return out.astype(query.dtype), residuals
 
-    def backward(rate: float, residuals: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+    def backward(
+        rate: float, scale: float | None, residuals: tuple[Any, ...], g: Array
+    ) -> tuple[Array | None, ...]:
         # The barrier keeps XLA from keeping more instead: float32 scores, and what was dropped.
         residuals, g = lax.optimization_barrier((residuals, g))
         query, key, value, mask, bias, dropout_key, weights, total = residuals
@@ -283,10 +289,10 @@ def attention(drop: Callable[..., Array]) -> Callable[[Callable[P, R]], _HandWri
         if bias is not None:
             widen = lambda b: jnp.broadcast_to(b.astype(jnp.float32), dscores.shape)
             (dbias,) = jax.vjp(widen, bias)[1](dscores)
-        dquery, dkey = product_gradients(SCORES, query, key, dscores * query.shape[-1] ** -0.5)
+        dquery, dkey = product_gradients(SCORES, query, key, scaled(dscores, query, scale))
         return dquery, dkey, dvalue, None, dbias, None
 
-    return gradient(forward, backward, static=(5,))
+    return gradient(forward, backward, static=(5, 7))
 
 
 def _per_query(total: Array) -> Array:

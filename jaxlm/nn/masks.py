@@ -33,3 +33,15 @@ def causal(
     if segment_ids is not None:
         seen = seen & segments(segment_ids, segment_ids)
     return seen if mask is None else seen & mask
+
+
+def cross(
+    q_segment_ids: Int[Array, "batch q_length"] | None,
+    kv_segment_ids: Int[Array, "batch kv_length"] | None,
+) -> Mask | None:
+    """:func:`segments`, where ids that are not given are all 0; None, if neither are."""
+    if q_segment_ids is not None and kv_segment_ids is not None:
+        return segments(q_segment_ids, kv_segment_ids)
+    if kv_segment_ids is not None:
+        return (kv_segment_ids == 0)[:, None, None, :]
+    return None if q_segment_ids is None else (q_segment_ids == 0)[:, None, :, None]

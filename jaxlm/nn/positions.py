@@ -1,8 +1,9 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864, section 3.4).
+"""Positions as angles: rotations of queries and keys, and sinusoids.
 
-Each pair of channels of queries and keys is turned by an angle that grows with the position, so
-that scores depend on distances alone. Channel i is paired with i + head_dim / 2 ("half-split", as
-published weights of Llama, ModernBERT and others are arranged), not with its neighbour.
+Rotary position embeddings (Su et al. 2021, arXiv:2104.09864, section 3.4): each pair of channels
+of queries and keys is turned by an angle that grows with the position, so that scores depend on
+distances alone. Channel i is paired with i + head_dim / 2 ("half-split", as published weights of
+Llama, ModernBERT and others are arranged), not with its neighbour.
 """
 
 from dataclasses import dataclass
@@ -78,3 +79,14 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def sinusoids(
+    positions: Int[Array, "#batch length"], features: int
+) -> Float[Array, "#batch length embed"]:
+    """``sin(p f_i), cos(p f_i)`` by turns (Vaswani et al. 2017, section 3.5); in float32.
+
+    ``f`` are the :func:`frequencies` of base 10,000. To be added to the embeddings.
+    """
+    cos, sin = rotary(positions, frequencies(features, 10_000.0))[:2]
+    return jnp.stack([sin, cos], axis=-1).reshape(*sin.shape[:2], features)

@@ -1,19 +1,20 @@
 """A stack of equal blocks, with one parameter tree however it is computed."""
 
-from dataclasses import replace
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from jaxlm.nn.cache import Cache, LayerCache
+from jaxlm.nn.cache import AnyCache
 from jaxlm.typing import Hidden
 
 Remat = Literal["full", "dots"]
+T = TypeVar("T")
 
 
 def apply_stack(
@@ -60,24 +61,35 @@ def apply_stack(
 
 
 def extend_stack(
-    block: nn.Module, num_layers: int, x: Hidden, cache: Cache, *args: Any
-) -> tuple[Hidden, Cache]:
+    block: nn.Module, num_layers: int, x: Hidden, cache: AnyCache, *args: Any
+) -> tuple[Hidden, AnyCache]:
     """``x, layer_cache = block.extend(x, layer_cache, *args)`` for each layer of the cache.
 
     With the parameters of :func:`apply_stack`, and without a loop: each layer reads its own slice
     of them, which XLA copies every time unless they are :class:`Layers` under :func:`join`.
     """
-    layers: list[LayerCache] = []
+    layers: list[Any] = []
     for number in range(num_layers):
-        take = lambda stacked, i=number: jax.tree.map(
-            lambda leaf: lax.index_in_dim(leaf, i, keepdims=False), stacked
-        )
         run = lambda block, *inputs: block.extend(*inputs)
-        one = nn.map_variables(run, mapped_collections=True, trans_in_fn=take)
-        x, layer = one(block, x, cache.layer(number), *args)
+        x, layer = _with_layer(block, number, run, x, cache.layer(number), *args)
         layers.append(layer)
-    keys, values = tuple(layer.key for layer in layers), tuple(layer.value for layer in layers)
-    return x, replace(cache, keys=keys, values=values, index=cache.index + x.shape[1])
+    return x, cache.advance(layers, x.shape[1])
+
+
+def project_stack(
+    block: nn.Module, num_layers: int, source: Hidden
+) -> list[tuple[Float[Array, "..."], Float[Array, "..."]]]:
+    """``block.project(source)`` by each layer: keys and values of what all of them attend to."""
+    run = lambda block, source: block.project(source)
+    return [_with_layer(block, number, run, source) for number in range(num_layers)]
+
+
+def _with_layer(block: nn.Module, number: int, run: Callable[..., T], *args: Any) -> T:
+    """``run(block, *args)`` with the parameters of one layer of :func:`apply_stack`."""
+    take = lambda stacked: jax.tree.map(
+        lambda leaf: lax.index_in_dim(leaf, number, keepdims=False), stacked
+    )
+    return nn.map_variables(run, mapped_collections=True, trans_in_fn=take)(block, *args)
 
 
 @flax.struct.dataclass
