@@ -23,6 +23,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import StoragePath, locate
@@ -34,18 +35,25 @@ from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
 # What a run's configuration may hold: another architecture or task is added here.
-Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig
+Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig | TransformerConfig
 PretrainingTask = MaskedLm | CausalLm
 LabelledTask = (
-    Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding | Instruction
+    Classification
+    | Tagging
+    | QuestionAnswering
+    | MultipleChoice
+    | Embedding
+    | Instruction
+    | Seq2Seq
 )
 UNKNOWN_BASE = BertConfig()  # what the compile check takes a base for that is not there
 ANY_BASE = Gpt2Config(vocab_size=8, num_layers=1, hidden_dim=4, num_heads=1, mlp_dim=4)
-"""A model that every labelled task takes."""
+"""A model that every labelled task takes but Seq2Seq."""
 
 
 def check_name(name: str) -> None:

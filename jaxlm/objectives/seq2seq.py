@@ -25,8 +25,8 @@ def make_loss(apply: Apply, *, label_smoothing: float = 0.0) -> Loss:
     """The summed cross-entropy of the tokens of targets, their ends among them.
 
     ``apply(variables, tokens, decoder_tokens, *, segment_ids, decoder_segment_ids, deterministic,
-    rngs)`` gives logits ``[batch, target_length, vocab]``. With ``label_smoothing`` the loss
-    without it is there as ``nll``; for evaluation leave it out.
+    rngs)`` gives logits ``[batch, target_length, vocab]``. What is minimised is with
+    ``label_smoothing``, and there as ``smoothed_loss``; ``loss`` is without, so that it compares.
     """
     if not 0 <= label_smoothing < 1:
         raise InputError(f"label_smoothing={label_smoothing} is not inside [0, 1); 0.1 is usual")
@@ -43,10 +43,11 @@ def make_loss(apply: Apply, *, label_smoothing: float = 0.0) -> Loss:
         key = jax.random.fold_in(key, jnp.asarray(batch["index"])[0])
         scored = _scored(apply, variables, batch, None if deterministic else key, label_smoothing)
         sums = weighted_sums(scored, scored["losses"], scored["correct"])
-        if label_smoothing:
-            sums.totals["nll"] = (scored["unsmoothed"] * scored["weights"]).sum()
+        minimised = (scored["smoothed"] * scored["weights"]).sum()
+        totals = sums.totals | ({"smoothed_loss": minimised} if label_smoothing else {})
         tokens = jnp.asarray(batch["lengths"]).sum() + jnp.asarray(batch["target_lengths"]).sum()
-        return sums.totals["loss"], replace(sums, counts={"tokens": tokens.astype(jnp.float32)})
+        counts = {"tokens": tokens.astype(jnp.float32)}
+        return minimised, replace(sums, totals=totals, counts=counts)
 
     return loss
 
@@ -80,9 +81,9 @@ def _scored(
         deterministic=key is None,
         rngs=None if key is None else {"dropout": key},
     )
-    losses, unsmoothed, correct = smoothed_cross_entropy(logits, targets, label_smoothing)
+    smoothed, losses, correct = smoothed_cross_entropy(logits, targets, label_smoothing)
     weights = (decoder_segment_ids == 0) * jnp.asarray(batch["weights"], jnp.float32)[:, None]
-    return {"losses": losses, "unsmoothed": unsmoothed, "correct": correct, "weights": weights}
+    return {"smoothed": smoothed, "losses": losses, "correct": correct, "weights": weights}
 
 
 def _segment_ids(tokens: Array, lengths: Array) -> Int[Array, "batch length"]:

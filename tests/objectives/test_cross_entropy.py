@@ -102,7 +102,9 @@ def test_smoothing_equals_soft_labels(smoothing, rows):
             losses, _, correct = smoothed_cross_entropy(logits, labels, smoothing)
         return losses, correct
 
-    logits = jnp.pad(LOGITS, (*[(0, 0)] * (LOGITS.ndim - 1), (0, rows - 17)), constant_values=NEGATIVE)
+    logits = jnp.pad(
+        LOGITS, (*[(0, 0)] * (LOGITS.ndim - 1), (0, rows - 17)), constant_values=NEGATIVE
+    )
     exact = value_and_gradient(soft, logits, LABELS, WEIGHTS)
     for plain in (contextlib.nullcontext, custom_vjp.plain):
         found = value_and_gradient(partial(ours, plain=plain), logits, LABELS, WEIGHTS)

@@ -398,7 +398,7 @@ def run_of(config: Any) -> str:
                 recorder,  # pyright: ignore[reportArgumentType]
                 cursor,
                 view,
-                batch_size=2,
+                examples_after=lambda steps: 2 * steps,
             )
         except InputError as error:
             recorder.told.append(str(error))

@@ -86,13 +86,13 @@ class Plan:
         )
         return 1 - int(self.examples.sizes.sum()) / padded
 
-    def describe(self) -> str:
+    def describe(self) -> Iterator[str]:
         """A line on the shapes of batches."""
         shapes = (
             f"{rows} x {'+'.join(map(str, bucket))}"
             for rows, bucket in zip(self.rows, self.buckets, strict=True)
         )
-        return (
+        yield (
             f"batches of {', '.join(shapes)} tokens, {self.padding:.1%} of which are padding; "
             f"an epoch has {self.steps(1):,}"
         )
@@ -110,6 +110,10 @@ class Plan:
         order = self._order(epoch)[: step - self._batches(epoch)]
         return before + sum(self.rows[bucket] for bucket, _ in order)
 
+    def after(self, examples_seen: int, steps: int) -> int:
+        """How many examples are seen after so many more batches."""
+        return self.examples_after(self.step_of(examples_seen) + steps)
+
     def step_of(self, examples_seen: int) -> int:
         """The batch that comes after so many examples."""
         # The number of examples grows with that of steps.
@@ -125,8 +129,8 @@ class Plan:
 
     def train_batches(
         self,
-        *,
         examples_seen: int = 0,
+        *,
         augment: Augment | None = None,
         batch_rows: BatchRows = ALL_ROWS,
     ) -> Iterator[Row]:
