@@ -11,6 +11,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,23 +19,27 @@ import tyro
 
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import prepared
-from jaxlm.data.labelled import spelling
+from jaxlm.data.labelled import parallel, spelling
 from jaxlm.data.labelled.dataset import like, read_records
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.folder import TOKENIZER, read_any_config
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
-from jaxlm.tasks.task import Generative
+from jaxlm.tasks.seq2seq import Seq2Seq
+from jaxlm.tasks.task import Generative, Scored
 from jaxlm.train import loop
 
 EVAL = "eval.json"
+GREEDY = GenerateConfig()
 
 
 def main(
     directory: Annotated[Path, tyro.conf.Positional],
     /,
     data: Path | None = None,
+    target: Path | None = None,
     split: Literal["train", "validation"] = "validation",
     rows: int | None = None,
     stride: int | None = None,
@@ -42,6 +47,7 @@ def main(
     base: str | None = None,
     out: Path | None = None,
     on_bad_row: Literal["raise", "skip"] | None = None,
+    generate: GenerateConfig = GREEDY,
 ) -> None:
     """Metrics, printed and written to eval.json.
 
@@ -54,16 +60,19 @@ def main(
         directory: The run folder.
         data: Prepared data, or a file of labelled data with the columns of training; None = the
             run's own.
+        target: Of a run that writes targets for sources: the file of targets, where --data has a
+            source a line; None = --data has both.
         split: Which part of the run's own data, or of prepared data.
         rows: How many rows or examples; None = all.
         stride: Of a causal run: read windows as long as the model allows, each so many tokens after
             the one before, of which only these count; so they are predicted from longer contexts
             than rows give. None = rows as they are.
-        step: Which checkpoint; None = the best.
+        step: Which checkpoint; None = the best, or the mean of the last, as the run's config says.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
         out: The folder for these files; None = in the run folder.
         on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
             None = as in training.
+        generate: How targets are written for sources.
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
@@ -71,7 +80,7 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(read_any_config(folder), FinetuneConfig):
             result = evaluate_tuned(
-                folder, Path(scratch), data, split, rows, step, base, on_bad_row
+                folder, Path(scratch), data, target, split, rows, step, base, on_bad_row, generate
             )
         else:
             result = evaluate_pretrained(folder, data, split, rows, stride, step)
@@ -153,29 +162,41 @@ def evaluate_pretrained(
     unigram = pretrained.unigram_entropy(infos)
     metrics = loop.evaluate(loaded.placement, loaded.state, batches)
     metrics |= loaded.task.metrics(metrics["loss"], infos, split)
-    print(f"{directory} at step {loaded.step}, {split} split of {where}:")
+    print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
     print(f"  {'unigram':<18} {unigram:.4f}  (entropy of single tokens)")
-    return {"step": loaded.step, "data": where, "split": split, **metrics}
+    about = {"step": loaded.step, "averaged": list(loaded.averaged), "data": where, "split": split}
+    return {**about, **metrics}
 
 
 def evaluate_tuned(
     directory: StoragePath,
     out: Path,
     data: Path | None,
+    target: Path | None,
     split: Literal["train", "validation"],
     rows: int | None,
     step: int | None,
     base: str | None,
     on_bad_row: Literal["raise", "skip"] | None,
+    generate: GenerateConfig,
 ) -> dict[str, Any]:
     """On labelled examples."""
     loaded = finetuned.open_finetuned(directory, step=step, base=base)
     task, labels = loaded.task, loaded.labels
+    if target is not None and (data is None or not isinstance(task, Seq2Seq)):
+        raise InputError(
+            f"--target {target} has the targets of the sources of --data: give both, of a run "
+            "that was trained for Seq2Seq"
+        )
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
-        records = like(loaded.config.data.train, data).records()
+        if target is not None:
+            names = task.fields.source, task.fields.target
+            records = parallel.read(str(data), str(target), names)
+        else:
+            records = like(loaded.config.data.train, data).records()
         examples = read_records(
             records, task.read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
         )
@@ -185,10 +206,16 @@ def evaluate_tuned(
         print(f"note: {note}")
     sums, outputs = loaded.outputs(examples)
     assert sums is not None  # the examples are labelled
+    signatures = {}
+    if isinstance(task, Scored):
+        written = list(loaded.responder.respond(examples, generate))
+        outputs, signatures = {**outputs, "written": written}, task.signatures()
     metrics = {"loss": sums.means()["loss"], **task.metrics(examples, labels, outputs)}
-    number = int(loaded.state.step)
-    print(f"{directory} at step {number}, {len(examples):,} examples of {where}:")
+    which = at(loaded.averaged)
+    print(f"{directory} at {which}, {len(examples):,} examples of {where}:")
     show(metrics)
+    for name, signature in signatures.items():
+        print(f"  {name}: {signature}")
     predictions = task.predictions(examples, labels, outputs)
     wrong = report.most_wrong(predictions)
     if wrong:
@@ -199,7 +226,17 @@ def evaluate_tuned(
         print(f"  wrong.jsonl: the {len(wrong)} most wrong")
     for name, content in task.plots(examples, labels, outputs, out).items():
         print(f"  {name}: {content}")
-    return {"step": number, "data": where, "examples": len(examples), **metrics}
+    known = {f"{name}_signature": signature for name, signature in signatures.items()}
+    number = int(loaded.state.step)
+    about = {"step": number, "averaged": list(loaded.averaged), "data": where}
+    return about | {"examples": len(examples), **metrics, **known}
+
+
+def at(steps: Sequence[int]) -> str:
+    """Which checkpoints a model is the mean of."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    return f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
 
 
 def show(metrics: dict[str, float]) -> None:

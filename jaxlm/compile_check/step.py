@@ -91,6 +91,8 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
     if config.base is not None:
         model = steps.base_model(model, config.mesh)
     config = finetuned.with_encoder(config, model, "tpu")
+    train = config.train.with_epochs(lambda epochs: 1000)  # as many as examples would give
+    config = dataclasses.replace(config, train=train)
     labels = tuple(str(number) for number in range(assumed.labels))
     state = jax.eval_shape(partial(finetuned.make_state, config, labels, None))
     placement = finetuned.make_placement(config, labels, state, devices=devices)

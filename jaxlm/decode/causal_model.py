@@ -39,6 +39,8 @@ class CausalModel:
     """Tokens with which a text ends, as in training."""
     step_all: Step | None = None
     """The same with the logits of all positions, if ``step`` has only the last: for choices."""
+    batch_size: int = 8
+    """Texts that are continued together, if the caller does not say."""
     mesh: Mesh | None = None
     """Where the variables lie, if on several devices; rows are split over it as in training."""
     rules: Rules = RULES

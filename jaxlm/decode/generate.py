@@ -165,24 +165,40 @@ class Generate:
         texts: Iterable[str | Sequence[int]],
         config: GenerateConfig = GenerateConfig(),
         *,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         first: int = 0,
     ) -> Iterator[Generation]:
-        """The continuation of each text, or of the tokens of one.
+        """The continuation of each text, or of the tokens of one; or the target of each source.
 
-        ``first`` is the number of the first, for its seed.
+        ``first`` is the number of the first, for its seed; ``batch_size`` is the model's unless
+        given. Sources are read all before the first target is written, those of like length
+        together.
         """
         require_several("texts", texts)
+        batch_size = self._model.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
-        texts = iter(texts)
-        while batch := list(islice(texts, batch_size)):
+        if self._model.read is not None:
+            sources = [self._model.source(text) for text in texts]
+            order = np.argsort([-len(source) for source in sources], kind="stable").tolist()
+            written = self._in_batches([(first + i, sources[i]) for i in order], config, batch_size)
+            yield from dict(sorted(zip(order, written, strict=True))).values()
+            return
+        yield from self._in_batches(enumerate(texts, start=first), config, batch_size)
+
+    def _in_batches(
+        self,
+        numbered: Iterable[tuple[int, str | Sequence[int]]],
+        config: GenerateConfig,
+        batch_size: int,
+    ) -> Iterator[Generation]:
+        numbered = iter(numbered)
+        while batch := list(islice(numbered, batch_size)):
             # Stop strings are looked for on the host, now and then.
             steps = 8 if config.stop_strings else self._model.max_length
-            rows = _Rows(self._model, batch, config, first)
+            rows = _Rows(self._model, batch, config)
             *_, progress = self._run(rows, batch_size, steps)
             yield from rows.generations(progress)
-            first += len(batch)
 
     def stream(
         self,
@@ -196,7 +212,7 @@ class Generate:
 
         Together they are the text that a call gives for the text of this number.
         """
-        rows = _Rows(self._model, [text], config, number)
+        rows = _Rows(self._model, [(number, text)], config)
         (row,) = rows.continuations
         for _ in self._run(rows, 1, steps):
             if piece := row.show():
@@ -235,11 +251,11 @@ class _Rows:
     def __init__(
         self,
         model: CausalModel,
-        texts: Sequence[str | Sequence[int]],
+        numbered: Sequence[tuple[int, str | Sequence[int]]],
         config: GenerateConfig,
-        first: int,
     ):
-        self._model, self._config, self._first = model, config, first
+        self._model, self._config = model, config
+        self._numbers, texts = map(list, zip(*numbered, strict=True))
         self._texts = [text if isinstance(text, str) else model.decode(text) for text in texts]
         self._prompts = [model.prompt(text) for text in texts]
         self._sources = None if model.read is None else [model.source(text) for text in texts]
@@ -288,7 +304,7 @@ class _Rows:
         def full(value: Any, dtype: Any = np.float32) -> Any:
             return np.full(count, value, dtype)
 
-        numbers: Any = np.arange(self._first, self._first + count, dtype=np.int32)
+        numbers: Any = np.array([*self._numbers, *[0] * spare], np.int32)
         limits: Any = np.array([*self._limits, *[1] * spare], np.int32)
         sampling = Sampling(
             temperature=full(config.temperature),
@@ -313,7 +329,7 @@ class _Rows:
             return None
         sources = [*self._sources, *[self._sources[0]] * spare]
         sizes = np.array([len(source) for source in sources])
-        length = bucket(sizes.max())
+        length = bucket(int(sizes.max()))
         segment_ids = np.where(np.arange(length)[None, :] < sizes[:, None], 0, -1)
         return right_padded(sources, length), segment_ids.astype(np.int32)
 

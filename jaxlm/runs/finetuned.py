@@ -214,6 +214,8 @@ class FinetunedRun:
     unlabelled: Placement
     """For data without labels."""
     cursor: Cursor
+    averaged: tuple[int, ...]
+    """The steps that the parameters are the mean of; a single one is as it was saved."""
 
     @property
     def task(self) -> Task:
@@ -325,7 +327,7 @@ def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
 def open_finetuned(
     directory: StoragePath | str, *, base: Base | str | None = None, step: int | None = None
 ) -> FinetunedRun:
-    """Read a fine-tuned run: its best checkpoint, or that of ``step``.
+    """Read a fine-tuned run: its best checkpoint, the mean of its last, or that of ``step``.
 
     ``base`` is the encoder's path, if it is no longer the config's, or is that encoder, read
     once for several adapters; it is not needed if all parameters were tuned. Raises
@@ -361,15 +363,14 @@ def open_finetuned(
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
     unlabelled = make_placement(config, labels, state, labelled=False)
-    restored = restore.restore_part(
-        checkpoints,
-        {"trainable": placement.abstract_state.trainable},
-        restore.best_step(checkpoints, best.monitor(config), report=restore.warn)
-        if step is None
-        else step,
-    )
+    chosen = steps.chosen(config, checkpoints, best.monitor(config), step)
+    target = {"trainable": placement.abstract_state.trainable}
+    restored = restore.restore_mean(checkpoints, target, chosen)
     state = steps.put_state(
         TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )
-    return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, restored.cursor)
+    averaged = tuple(chosen or [restored.step])
+    return FinetunedRun(
+        config, tokenizer, labels, state, placement, unlabelled, restored.cursor, averaged
+    )

@@ -22,6 +22,7 @@ from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.data.tokenizers import TokenizerConfig
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.heads import FIRST, Pooling
 from jaxlm.models.model import ModelConfig
@@ -155,6 +156,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     directory = train(job, console)
     chosen = restore.best_step(directory / CHECKPOINTS, monitor)
     console.print(f"the best checkpoint by {monitor.name} is that of step {chosen}")
+    if config.train.average is not None:
+        for line in _of_mean(directory, splits.validation, base):
+            console.print(Text(line), soft_wrap=True)
     if isinstance(task, Thresholded) and task.chooses_thresholds:
         for line in _choose_thresholds(directory, splits.validation, base):
             console.print(Text(line))
@@ -250,6 +254,21 @@ def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:
         parts += [f"{title} {' / '.join(values)}"] if values else []
     shown = f"{name} / rmse" if "rmse" in baseline and name != "rmse" else name
     return f"validation {shown}: {', '.join(parts).replace('nan', 'undefined')}"
+
+
+def _of_mean(directory: StoragePath, examples: Sequence[Any], base: Base | None) -> Iterator[str]:
+    """A line on the mean of a run's last checkpoints."""
+    loaded = finetuned.open_finetuned(directory, base=base)
+    sums, outputs = loaded.outputs(examples)
+    assert sums is not None  # the examples are labelled
+    if isinstance(loaded.task, Scored) and jax.process_count() == 1:
+        written = loaded.responder.respond(examples[: loaded.task.num_scored], GenerateConfig())
+        outputs = {**outputs, "written": list(written)}
+    metrics = {"loss": sums.means()["loss"]}
+    metrics |= loaded.task.metrics(examples, loaded.labels, outputs)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    steps = ", ".join(map(str, loaded.averaged))
+    yield f"the mean of the checkpoints of steps {steps}, which is used from now on: {shown}"
 
 
 def _choose_thresholds(

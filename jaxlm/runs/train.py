@@ -74,7 +74,11 @@ def train(job: Job, console: Console) -> StoragePath:
     with (
         Progress(config.train.steps, visible=main_process, console=console) as progress,
         Checkpointer(
-            checkpoints, keep=config.train.keep, monitor=job.monitor, report=progress.warn
+            checkpoints,
+            keep=config.train.keep,
+            average=config.train.average,
+            monitor=job.monitor,
+            report=progress.warn,
         ) as checkpointer,
     ):
         distributed.check_same("run", job.cursor)

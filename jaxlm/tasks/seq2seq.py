@@ -267,6 +267,7 @@ def encoder_decoder(
         max_length=config.max_length or _MAX_LENGTH,
         start=(special.cls,),
         end=(special.sep,),
+        batch_size=64,
     )
 
 

@@ -50,6 +50,9 @@ class TrainConfig:
     None: no early stopping."""
     keep: int = 2
     """Number of newest checkpoints to keep; the best is kept as well."""
+    average: int | None = None
+    """The mean of the parameters of the last so many evaluated checkpoints, which are kept, is the
+    model that is evaluated and used afterwards; None: the best checkpoint is."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     max_skipped: int = 20
