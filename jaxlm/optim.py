@@ -40,7 +40,7 @@ class OptimizerConfig:
     warmup_share: float = 0.06
     """Share of the run in which the learning rate grows from 0 on a line."""
     warmup_steps: int | None = None
-    """The same in steps, in place of `warmup_share`; of a run whose length is in steps or epochs."""
+    """The same in steps, in place of `warmup_share`; of a run that has steps or epochs."""
     decay_share: float = 0.2
     """Share of the run that decays under wsd."""
     final_lr_share: float = 0.0

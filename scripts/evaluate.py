@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,10 +21,12 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
 from jaxlm.data.labelled.dataset import like, read_records
+from jaxlm.data.labelled.records import Record
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
+from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import TOKENIZER, read_any_config
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
 from jaxlm.tasks.seq2seq import Seq2Seq
@@ -76,6 +78,8 @@ def main(
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
+    if target is not None and data is None:
+        raise InputError(f"--target {target} is the other side of --data: give both")
     folder = locate(directory)
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(read_any_config(folder), FinetuneConfig):
@@ -91,17 +95,17 @@ def main(
             for name, value in result.items()
         }
         (Path(scratch) / EVAL).write_text(json.dumps(finite, indent=2) + "\n")
-        target = locate(out) if out else folder_of(folder, data, split)
+        into = locate(out) if out else folder_of(folder, data, split)
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            upload(Path(scratch), target)
+            into.mkdir(parents=True, exist_ok=True)
+            upload(Path(scratch), into)
         except OSError as error:
-            reason = f"{target} cannot be written ({error.strerror or error})"
+            reason = f"{into} cannot be written ({error.strerror or error})"
             if out is not None:
                 raise InputError(f"{reason}: name another folder for --out") from error
             print(f"nothing was written: {reason}; --out FOLDER writes elsewhere")
             return
-        print(f"  in {target}: {', '.join(sorted(path.name for path in Path(scratch).iterdir()))}")
+        print(f"  in {into}: {', '.join(sorted(path.name for path in Path(scratch).iterdir()))}")
 
 
 def folder_of(run: StoragePath, data: Path | None, split: str) -> StoragePath:
@@ -184,19 +188,10 @@ def evaluate_tuned(
     """On labelled examples."""
     loaded = finetuned.open_finetuned(directory, step=step, base=base)
     task, labels = loaded.task, loaded.labels
-    if target is not None and (data is None or not isinstance(task, Seq2Seq)):
-        raise InputError(
-            f"--target {target} has the targets of the sources of --data: give both, of a run "
-            "that was trained for Seq2Seq"
-        )
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
-        if target is not None:
-            names = task.fields.source, task.fields.target
-            records = parallel.read(str(data), str(target), names)
-        else:
-            records = like(loaded.config.data.train, data).records()
+        records = records_of(loaded, data, target)
         examples = read_records(
             records, task.read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
         )
@@ -230,6 +225,16 @@ def evaluate_tuned(
     number = int(loaded.state.step)
     about = {"step": number, "averaged": list(loaded.averaged), "data": where}
     return about | {"examples": len(examples), **metrics, **known}
+
+
+def records_of(loaded: FinetunedRun, data: Path, target: Path | None) -> Iterator[Record]:
+    """Those of a file as in training, or of the pairs of lines of two."""
+    if target is None:
+        return like(loaded.config.data.train, data).records()
+    if not isinstance(loaded.task, Seq2Seq):
+        raise InputError(f"--target {target} is for runs of Seq2Seq: leave it out")
+    fields = loaded.task.fields
+    return parallel.read(str(data), str(target), (fields.source, str(fields.target)))
 
 
 def at(steps: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -16,6 +16,7 @@ from jaxlm.data.labelled.token_batches import check_room, make_plan
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 
 
+@runtime_checkable
 class Batching(Protocol):
     """The batches of a data set; each is a function of (data, seed, examples seen)."""
 

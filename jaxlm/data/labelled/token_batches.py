@@ -43,7 +43,7 @@ def make_pair_buckets(
     values = [v[np.linspace(0, len(v) - 1, min(len(v), _MOST)).astype(int)] for v in values]
     tried = np.stack(np.meshgrid(*values, indexing="ij"), axis=-1).reshape(-1, 2)
     prices = tried @ _SIDES
-    fits = (cells[:, None] <= tried[None]).all(-1)  # [cells, tried]
+    fits = np.all(cells[:, None] <= tried[None], axis=-1)  # [cells, tried]
     largest = len(tried) - 1
 
     def best(others: Sequence[int]) -> int:
@@ -225,7 +225,7 @@ def make_plan(
         buckets: tuple[Bucket, ...] = tuple((length,) for length in lengths)
     else:
         buckets = make_pair_buckets(sizes, num_buckets, max_length=max_length)
-    fits = (sizes[:, None] <= np.array(buckets)[None]).all(-1)
+    fits = np.all(sizes[:, None] <= np.array(buckets)[None], axis=-1)
     which = fits.argmax(1)  # the first that fits is the cheapest
     members = [np.flatnonzero(which == i) for i in range(len(buckets))]
     used = [i for i, own in enumerate(members) if len(own)]
