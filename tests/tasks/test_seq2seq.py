@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.tokenizers import TokenizerConfig
@@ -20,44 +22,44 @@ from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.runs import finetuned
 from jaxlm.runs.finetuning import finetune
+from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
 
 WORDS = {"red": "rot", "blue": "blau", "green": "grün", "white": "weiß"}
 MODEL = TransformerConfig(num_layers=1, hidden_dim=32, num_heads=2, mlp_dim=64, dropout_rate=0.0)
-
-
-@pytest.fixture(scope="module")
-def lines() -> dict[str, str]:
-    """Three words each, and the other words for them, the other way round."""
-    chosen = np.random.default_rng(0).choice(list(WORDS), (60, 3))
-    chosen = np.unique(chosen, axis=0)
-    return {" ".join(words): " ".join(WORDS[w] for w in words[::-1]) for words in chosen.tolist()}
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture
-def config(lines, tmp_path):
-    for side, texts in (("en", lines.keys()), ("de", lines.values())):
-        (tmp_path / f"a.{side}").write_text("".join(f"{text}\n" for text in texts))
-    source = ParallelText(source=str(tmp_path / "a.en"), target=str(tmp_path / "a.de"))
-    return replace(
-        _config(source),
-        runs=tmp_path,
-    )
-
-
-def _config(source):
-    from jaxlm.config import FinetuneConfig
-
+def config(tmp_path: Path) -> FinetuneConfig:
+    """One to three words, and the other words for them the other way round."""
+    sources = [words for n in (1, 2, 3) for words in itertools.product(WORDS, repeat=n)]
+    targets = [[WORDS[word] for word in reversed(words)] for words in sources]
+    for side, texts in (("en", sources), ("de", targets)):
+        (tmp_path / f"a.{side}").write_text("".join(f"{' '.join(text)}\n" for text in texts))
     return FinetuneConfig(
         name="tiny",
+        runs=tmp_path,
         data=LabelledConfig(
-            train=source, validation=source, batch_size=4, batch_tokens=128, num_buckets=2
+            train=ParallelText(source=str(tmp_path / "a.en"), target=str(tmp_path / "a.de")),
+            batch_size=8,
+            batch_tokens=256,
+            num_buckets=2,
         ),
         task=Seq2Seq(label_smoothing=0.1, num_scored=None, sample_tokens=12),
         model=MODEL,
         tokenizer=TokenizerConfig(kind="bpe", vocab_size=300),
         optimizer=OptimizerConfig(peak_lr=0.01, schedule="inverse_sqrt", warmup_steps=20),
-        train=TrainConfig(steps=150, num_evals=5, average=2),
+        train=TrainConfig(steps=120, num_evals=4, average=2),
     )
+
+
+def test_a_model_learns_to_translate(config, tmp_path, monkeypatch, capsys) -> None:
+    out = io.StringIO()
+    directory = finetune(config, console=Console(file=out, width=300))
+    printed = out.getvalue()
+    print(printed)
+    lines = [line for line in read_jsonl(directory / "metrics.jsonl") if "eval/bleu" in line]
+    assert lines[-1]["eval/bleu"] > 90

@@ -94,7 +94,7 @@ class Plan:
         )
         yield (
             f"batches of {', '.join(shapes)} tokens, {self.padding:.1%} of which are padding; "
-            f"an epoch has {self.steps(1):,}"
+            f"an epoch has {self.steps(1.0):,}"
         )
 
     def steps(self, epochs: float) -> int:
