@@ -23,6 +23,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
@@ -40,7 +41,7 @@ from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
 # What a run's configuration may hold: another architecture or task is added here.
-Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig | TransformerConfig
+Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig | TransformerConfig | T5Config
 PretrainingTask = MaskedLm | CausalLm
 LabelledTask = (
     Classification

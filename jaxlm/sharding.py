@@ -33,6 +33,7 @@ Rules = Sequence[tuple[str, tuple[str, ...] | None]]
 AXES: tuple[tuple[str, str], ...] = (
     (r"token_embed/embedding", "vocab -> embed"),
     (r"(position|token_type)_embed/embedding", "table -> embed"),
+    (r"relative_embed/embedding", "table heads"),
     (r"(query|key|value)/kernel", "embed -> heads head_dim"),
     (r"(query|key|value)/bias", "heads head_dim"),
     (r"(cross_)?attention/out/kernel", "heads head_dim -> embed"),

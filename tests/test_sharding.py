@@ -10,12 +10,15 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.models import bert, gpt2, llama
+from jaxlm.models import bert, gpt2, llama, t5, transformer
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
-from jaxlm.models.heads import ClassificationHead, WithHead, WithLmHead
+from jaxlm.models.heads import ClassificationHead, EncoderDecoderLm, WithHead, WithLmHead
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.model import EncoderDecoderConfig
+from jaxlm.models.t5 import T5Config
+from jaxlm.models.transformer import TransformerConfig
 from jaxlm.nn.intercept import Site
 from jaxlm.peft import lora
 from jaxlm.sharding import (
@@ -32,9 +35,15 @@ from jaxlm.sharding import (
 
 PRESETS = {
     prefix + name: value
-    for prefix, module in (("", bert), ("GPT2_", gpt2), ("LLAMA_", llama))
+    for prefix, module in (
+        ("", bert),
+        ("GPT2_", gpt2),
+        ("LLAMA_", llama),
+        ("TRANSFORMER_", transformer),
+        ("T5_", t5),
+    )
     for name, value in vars(module).items()
-    if isinstance(value, BertConfig | Gpt2Config | LlamaConfig)
+    if isinstance(value, BertConfig | Gpt2Config | LlamaConfig | TransformerConfig | T5Config)
 }
 MESHES = [
     MeshConfig(),
@@ -48,8 +57,11 @@ CUBE = MESHES[2]
 @cache
 def shapes_of(preset):
     config = replace(PRESETS[preset], vocab_size=30528)
-    model = WithLmHead(config.make(), config.make_lm_head())
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+    join, sides = WithLmHead, 1
+    if isinstance(config, EncoderDecoderConfig):
+        join, sides = EncoderDecoderLm, 2
+    model = join(config.make(), config.make_lm_head())
+    return jax.eval_shape(model.init, jax.random.key(0), *[jnp.zeros((1, 8), jnp.int32)] * sides)
 
 
 @cache
@@ -69,6 +81,8 @@ def test_presets_are_found():
     assert {"TINY", "MINI", "SMALL", "MEDIUM", "BASE", "LARGE", "ROBERTA_BASE"} <= PRESETS.keys()
     assert {"GPT2_SMALL", "GPT2_MEDIUM", "GPT2_LARGE", "GPT2_XL"} <= PRESETS.keys()
     assert {"LLAMA_TINY", "LLAMA_SMALL", "LLAMA_BASE"} <= PRESETS.keys()
+    assert {"TRANSFORMER_TINY", "TRANSFORMER_BASE", "TRANSFORMER_BIG"} <= PRESETS.keys()
+    assert {"T5_TINY", "T5_SMALL", "T5_BASE", "T5_SMALL_V1_1", "T5_BASE_V1_1"} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

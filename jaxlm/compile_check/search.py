@@ -15,6 +15,7 @@ from jaxlm.compile_check.step import Assumed, encoder_config
 from jaxlm.compile_check.topology import Topology
 from jaxlm.config import Config
 from jaxlm.errors import InputError
+from jaxlm.models.model import EncoderDecoderConfig
 from jaxlm.sharding import MeshConfig
 
 
@@ -25,8 +26,8 @@ def candidates(config: Config, assumed: Assumed, target: Topology) -> list[MeshC
         raise InputError("--search varies the mesh, and placement=pmap has none: leave it out")
     model = encoder_config(config, assumed)
     model = dataclasses.replace(model, vocab_size=model.vocab_size or 64)  # any size is padded
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    shapes = jax.eval_shape(model.make().init, jax.random.key(0), tokens)
+    sides = [jnp.zeros((1, 8), jnp.int32)] * (2 if isinstance(model, EncoderDecoderConfig) else 1)
+    shapes = jax.eval_shape(model.make().init, jax.random.key(0), *sides)
     in_slice = target.num_devices // target.num_slices
     meshes = []
     for tensor in (1, 2, 4, 8):

@@ -44,6 +44,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(folder / CONFIG)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether there is a file that :class:`Tensors` reads."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
 class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
     """The tensors of a folder by name, in the dtype of their file; each is read when asked for."""
 

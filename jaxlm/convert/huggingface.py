@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxlm import sharding
-from jaxlm.convert import bert, folder, gpt2, hub, llama, sentence_encoder, table
+from jaxlm.convert import bert, folder, gpt2, hub, llama, sentence_encoder, t5, table
 from jaxlm.convert.architecture import Architecture, Fields
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.convert.table import Row, Sizes, Tensors, Weights
@@ -30,11 +30,12 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import Pooling
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.t5 import T5Config
 from jaxlm.runtime.storage import on_disk
 from jaxlm.sharding import AxisTable, Rules
 from jaxlm.typing import Params
 
-Known = BertConfig | Gpt2Config | LlamaConfig
+Known = BertConfig | Gpt2Config | LlamaConfig | T5Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Published:
 
 
 def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Published:
-    """The BERT, RoBERTa, GPT-2 or Llama in a folder of Hugging Face's layout, or on the hub.
+    """The BERT, RoBERTa, GPT-2, Llama or T5 in a folder of Hugging Face's layout, or on the hub.
 
     The folder holds ``config.json``, ``model.safetensors`` (or its shards and their index), and
     ``tokenizer.json``, ``vocab.txt``, or ``vocab.json`` and ``merges.txt``. Heads of tasks are not
@@ -129,7 +130,8 @@ def read_config(path: Path) -> ModelConfig:
 def to_huggingface(
     params: PyTree[Float[Array | np.ndarray, "..."]], config: Known
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """The tensors of a ``BertForPreTraining``, a ``GPT2LMHeadModel`` or a ``LlamaForCausalLM``.
+    """The tensors of a ``BertForPreTraining``, a ``GPT2LMHeadModel``, a ``LlamaForCausalLM`` or a
+    ``T5ForConditionalGeneration``.
 
     Or the part of it that ``params`` holds. The paths are those of a run: ``encoder/…``,
     ``head/pooler/…`` and, of the head that scores the vocabulary, ``head/{transform,norm,bias}`` or
@@ -142,6 +144,8 @@ def to_huggingface(
             architecture = gpt2.architecture(tied=config.tied)
         case LlamaConfig():
             architecture = llama.architecture(config)
+        case T5Config():
+            architecture = t5.architecture(config)
     sizes = _sizes(config)
     if not isinstance(config, BertConfig) and (tokens := config.num_tokens) is not None:
         sizes = {**sizes, "vocab": tokens}
@@ -183,6 +187,7 @@ def save(
         special = {"bos": found.cls, "eos": found.sep, "pad": found.pad}
         written = gpt2.write_config(config) if isinstance(config, Gpt2Config) else None
         written = llama.write_config(config) if isinstance(config, LlamaConfig) else written
+        written = t5.write_config(config, found.pad) if isinstance(config, T5Config) else written
         written = {**(written or {}), **{f"{name}_token_id": i for name, i in special.items()}}
         inputs = ["input_ids", "attention_mask"]
     configs = {
@@ -222,10 +227,13 @@ def _describe(path: Path) -> tuple[Architecture, Known]:
             return gpt2.read_config(raw, source)
         case "llama":
             return llama.read_config(raw, source)
+        case "t5":
+            weights = folder.Tensors(path) if folder.has_weights(path) else {}
+            return t5.read_config(raw, source, weights)
         case other:
             raise InputError(
-                f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2 and llama "
-                "are"
+                f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2, llama and "
+                "t5 are"
             )
 
 
@@ -237,6 +245,8 @@ def _sizes(config: Known) -> Sizes:
             return gpt2.sizes(config)
         case LlamaConfig():
             return llama.sizes(config)
+        case T5Config():
+            return t5.sizes(config)
 
 
 def _all_rows(architecture: Architecture) -> list[Row]:

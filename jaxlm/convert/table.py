@@ -38,6 +38,12 @@ class Row:
     parts: int = 1
     factors: tuple[float, ...] | None = None
     """What ours is multiplied by when it is read, for each layer."""
+    stack: str = "layers"
+    """The size that says how many layers there are."""
+
+    def of(self, stack: str) -> "Row":
+        """The same in that stack."""
+        return replace(self, stack=stack)
 
     def times(self, factors: tuple[float, ...] | None) -> "Row":
         """The same with these factors; where all are 1, with none."""
@@ -45,13 +51,13 @@ class Row:
 
     def names(self, sizes: Sizes) -> list[str]:
         """Names of all tensors that make up the parameter."""
-        layers = range(sizes["layers"]) if self._stacked else [0]
+        layers = range(sizes[self.stack]) if self._stacked else [0]
         return [self.theirs.format(layer=layer) for layer in layers]
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """That of ours."""
         ours = _shape(self.layout.split(" -> ")[1], sizes)
-        return (sizes["layers"], *ours) if self._stacked else ours
+        return (sizes[self.stack], *ours) if self._stacked else ours
 
     def read(
         self,

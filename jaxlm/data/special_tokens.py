@@ -11,14 +11,14 @@ PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MAS
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids of the tokens with a meaning of their own, found by name: BERT's, RoBERTa's, GPT-2's or
-    Llama's."""
+    """Ids of the tokens with a meaning of their own, found by name: BERT's, RoBERTa's, GPT-2's,
+    Llama's or T5's."""
 
     pad: int
     unk: int | None
     """None: the tokenizer knows every character."""
     cls: int
-    """Begins a text."""
+    """Begins a text; in T5 padding does."""
     sep: int
     """Ends a text."""
     mask: int | None
@@ -32,7 +32,7 @@ class SpecialTokens:
         return cls(
             pad=sep if pad is None else pad,  # what is padding, lengths say
             unk=_look_up(tokenizer, UNK, "<unk>"),
-            cls=_find(tokenizer, CLS, "<s>", "<|begin_of_text|>", "<|endoftext|>"),
+            cls=_find(tokenizer, CLS, "<s>", "<|begin_of_text|>", "<|endoftext|>", "<pad>"),
             sep=sep,
             mask=_look_up(tokenizer, MASK, "<mask>"),
         )

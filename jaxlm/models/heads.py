@@ -52,15 +52,17 @@ class TiedLmHead(nn.Module):
 
     Attributes:
         num_tokens: of the table's rows; the others, which stand for no token, are never likely.
+        scale: what hidden states are multiplied by.
     """
 
     num_tokens: int | None = None
+    scale: float = 1.0
 
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "*batch embed"], table: Embed
     ) -> Float[Array, "*batch vocab"]:
-        return _only_tokens(table.attend(hidden), self.num_tokens)
+        return _only_tokens(table.attend(_times(hidden, self.scale)), self.num_tokens)
 
 
 class UntiedLmHead(nn.Module):
@@ -69,6 +71,7 @@ class UntiedLmHead(nn.Module):
     dtype: Dtype = jnp.float32
     initializer_std: float = 0.02
     num_tokens: int | None = None
+    scale: float = 1.0
 
     @nn.compact
     def __call__(
@@ -82,7 +85,11 @@ class UntiedLmHead(nn.Module):
             result_dtype=jnp.float32,
             name="unembed",
         )
-        return _only_tokens(unembed(hidden), self.num_tokens)
+        return _only_tokens(unembed(_times(hidden, self.scale)), self.num_tokens)
+
+
+def _times(hidden: Float[Array, "*batch embed"], scale: float) -> Float[Array, "*batch embed"]:
+    return hidden if scale == 1 else hidden * scale
 
 
 def _only_tokens(

@@ -26,7 +26,7 @@ from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.positions import sinusoids
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack, project_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Dtype, Hidden, Mask, SourceMask, Tokens
 
 Encoded = Float[Array, "sources source_length embed"]
 
@@ -90,9 +90,8 @@ class TransformerConfig:
     def forward_flops(self, length: int, num_predicted: int) -> float:
         """FLOPs of a source of ``length`` tokens and a target of ``num_predicted``.
 
-        All of the target reaches the head. A multiply-add counts as two. The products alone:
-        projections, attention over all positions (of the target's, half are masked, but
-        computed), and the vocabulary.
+        The products alone, a multiply-add as two: projections, attention over all positions (of
+        the target's, half are masked, but computed), and the vocabulary at each of the target.
         """
         h, m = self.hidden_dim, self.mlp_dim
         encoder = 2 * (4 * h * h + 2 * h * m) + 4 * length * h
@@ -204,7 +203,7 @@ class DecoderBlock(nn.Module):
         x: Hidden,
         encoded: Encoded,
         mask: Mask,
-        source_mask: Mask | None,
+        source_mask: SourceMask | None,
         deterministic: bool,
     ) -> Hidden:
         y = self.attention(x, mask=mask, deterministic=deterministic)
@@ -215,7 +214,7 @@ class DecoderBlock(nn.Module):
         return self.cross_attention.project(encoded)
 
     def extend(
-        self, x: Hidden, cache: DecoderLayerCache, mask: Mask, source_mask: Mask
+        self, x: Hidden, cache: DecoderLayerCache, mask: Mask, source_mask: SourceMask
     ) -> tuple[Hidden, DecoderLayerCache]:
         """The same over what is in the cache."""
         y, own = self.attention.extend(x, cache.own, mask=mask)
@@ -228,7 +227,7 @@ class DecoderBlock(nn.Module):
         y: Hidden,
         key: Array,
         value: Array,
-        source_mask: Mask | None,
+        source_mask: SourceMask | None,
         deterministic: bool,
     ) -> Hidden:
         x = self.attention_norm(x + self.dropout(y, deterministic=deterministic))

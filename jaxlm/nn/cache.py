@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxlm.errors import InputError
 from jaxlm.nn import masks
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Mask
+from jaxlm.typing import Dtype, Mask, SourceMask
 
 PADDING = -1  # the segment id of slots that nothing attends to
 
@@ -168,7 +168,7 @@ class Source:
         """That of one layer."""
         return LayerSource(self.keys[number], self.values[number])
 
-    def mask(self, segment_ids: Int[Array, "batch length"]) -> Mask:
+    def mask(self, segment_ids: Int[Array, "batch length"]) -> SourceMask:
         """Which of its positions those of these ids may attend to."""
         ids = jnp.repeat(self.segment_ids, len(segment_ids) // len(self.segment_ids), axis=0)
         return masks.segments(segment_ids, ids)
@@ -208,7 +208,9 @@ class DecoderCache:
         """That of one layer."""
         return DecoderLayerCache(self.own.layer(number), self.source.layer(number))
 
-    def open(self, segment_ids: Int[Array, "batch length"]) -> tuple["DecoderCache", Mask, Mask]:
+    def open(
+        self, segment_ids: Int[Array, "batch length"]
+    ) -> tuple["DecoderCache", Mask, SourceMask]:
         """As :meth:`Cache.open`; the second mask is of the source's positions."""
         own, mask = self.own.open(segment_ids)
         return replace(self, own=own), mask, self.source.mask(segment_ids)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxlm.nn import custom_vjp
+from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.linear import Linear
 from jaxlm.sharding import constrain
 from jaxlm.typing import Dtype, Hidden
@@ -46,6 +47,7 @@ class Mlp(nn.Module):
 
     Attributes:
         out_init: initializer of ``down``, if it is not ``kernel_init``.
+        dropout_rate: of what ``down`` gets.
     """
 
     mlp_dim: int
@@ -54,12 +56,17 @@ class Mlp(nn.Module):
     dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
     out_init: Callable[..., Array] | None = None
+    dropout_rate: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Hidden, *, deterministic: bool = True) -> Hidden:
         h = self.activation(self._linear(self.mlp_dim, "up", self.kernel_init)(x))
+        return self._down(h, x.shape[-1], deterministic)
+
+    def _down(self, h: Float[Array, "..."], features: int, deterministic: bool) -> Hidden:
         h = constrain(h, ("batch", "length", "mlp"))
-        return self._linear(x.shape[-1], "down", self.out_init or self.kernel_init)(h)
+        h = Dropout(self.dropout_rate, name="dropout")(h, deterministic=deterministic)
+        return self._linear(features, "down", self.out_init or self.kernel_init)(h)
 
     def _linear(self, features: int, name: str, init: Callable[..., Array]) -> Linear:
         return Linear(
@@ -73,8 +80,7 @@ class GatedMlp(Mlp):
     activation: Callable[[Array], Array] = jax.nn.silu
 
     @nn.compact
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Hidden, *, deterministic: bool = True) -> Hidden:
         gate = self.activation(self._linear(self.mlp_dim, "gate", self.kernel_init)(x))
         h = gate * self._linear(self.mlp_dim, "up", self.kernel_init)(x)
-        h = constrain(h, ("batch", "length", "mlp"))
-        return self._linear(x.shape[-1], "down", self.out_init or self.kernel_init)(h)
+        return self._down(h, x.shape[-1], deterministic)

@@ -241,6 +241,7 @@ def intercept(apply: Apply, collection: str, rewrite: Callable[[Call, Leaves], A
     """``apply`` in which ``rewrite`` replaces the calls of modules that have a ``collection``.
 
     Raises where a part of the collection is used by no module: it would silently have no effect.
+    A ``method`` of the model may use a part of it, such as a decoder's: then only if none is used.
     """
 
     def intercepted(variables: Mapping[str, PyTree], *args: Any, **kwargs: Any) -> Any:
@@ -263,7 +264,7 @@ def intercept(apply: Apply, collection: str, rewrite: Callable[[Call, Leaves], A
         # Here, and not around it: a function already compiled would not notice.
         with nn.intercept_methods(_interceptor(replace)):
             y = apply(variables, *args, **kwargs)
-        if unread:
+        if unread and (kwargs.get("method") is None or len(unread) == len(leaves)):
             raise InputError(
                 f"no module read the {collection!r} of {', '.join(sorted(unread))}: the model has "
                 "no such linear map or table, or does not call it, or scans it without "

@@ -18,6 +18,7 @@ from jaxlm.runs.base import Base
 from jaxlm.runs.folder import is_run, read_any_config
 from jaxlm.runtime.storage import locate
 from jaxlm.tasks.embedding import Embed, Embedding, make_embed
+from jaxlm.tasks.task import require_one_text
 from jaxlm.train import restore
 
 
@@ -98,6 +99,7 @@ def _of_run(
 
 
 def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embedder:
+    require_one_text(base.config, "Embedding")
     says = base.sentence_encoder
     if says is None:
         pooling, scale, longest = "mean", unit_length, None

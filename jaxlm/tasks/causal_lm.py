@@ -22,7 +22,7 @@ from jaxlm.models.model import CausalConfig, ModelConfig
 from jaxlm.nn import stack
 from jaxlm.objectives import causal_lm
 from jaxlm.objectives.masking import Vocabulary
-from jaxlm.tasks.task import Given
+from jaxlm.tasks.task import Given, require_one_text
 from jaxlm.typing import Apply, Loss, Variables
 
 _MAX_LENGTH = 2048  # of models that have no limit
@@ -59,6 +59,7 @@ class CausalLm:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The decoder with the head of its architecture."""
+        require_one_text(config, "CausalLm")
         if not config.is_causal:
             raise InputError(
                 f"task=CausalLm predicts each token from those before it, and a model of "

@@ -36,6 +36,7 @@ from jaxlm.tasks.task import (
     Outputs,
     Task,
     class_entropy,
+    require_one_text,
     rows_of_tokens,
     shape,
 )
@@ -211,6 +212,7 @@ class Classification:
 
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each label, or for the number."""
+        require_one_text(config, "Classification")
         size = 1 if self.fields.target == "number" else len(labels)
         head = ClassificationHead(size, dropout_rate, POOLS[self.pooling or "bert"])
         return WithHead(config.make(), head)

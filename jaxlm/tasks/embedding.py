@@ -26,7 +26,15 @@ from jaxlm.models.heads import POOLS, EmbeddingHead, Pooling, WithHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import contrastive, supervised
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, rows_of_tokens, shape
+from jaxlm.tasks.task import (
+    AbstractBatch,
+    Labels,
+    Outputs,
+    Task,
+    require_one_text,
+    rows_of_tokens,
+    shape,
+)
 from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
@@ -135,6 +143,7 @@ class Embedding:
 
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One vector of length 1 of hidden states; it has no parameters."""
+        require_one_text(config, "Embedding")
         return WithHead(config.make(), EmbeddingHead(POOLS[self.pooling or "mean"]))
 
     def make_loss(self, apply: Apply) -> Loss:

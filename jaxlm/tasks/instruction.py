@@ -25,7 +25,7 @@ from jaxlm.models.model import CausalConfig, ModelConfig
 from jaxlm.objectives import instruction
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.causal_lm import causal_model
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, shape
+from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, require_one_text, shape
 from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss, Variables
 
@@ -114,6 +114,7 @@ class Instruction:
 
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """The decoder with the head of its architecture, both the base's."""
+        require_one_text(config, "Instruction")
         if not isinstance(config, CausalConfig) or not config.is_causal:
             raise InputError(
                 f"task=Instruction writes responses token by token, and a model of "

@@ -17,7 +17,7 @@ from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
-from jaxlm.tasks.task import Given
+from jaxlm.tasks.task import Given, require_one_text
 from jaxlm.typing import Apply, Loss, Variables
 
 _LONG_WORD, _MOST_IN_LONG_WORDS = 16, 0.05  # tokens; share of all
@@ -79,6 +79,7 @@ class MaskedLm:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder with the head of its architecture."""
+        require_one_text(config, "MaskedLm")
         if config.is_causal:
             raise InputError(
                 f"task=MaskedLm fills in blanks from both sides, and {type(config).__name__} reads "

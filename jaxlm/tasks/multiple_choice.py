@@ -28,6 +28,7 @@ from jaxlm.tasks.task import (
     Outputs,
     Task,
     class_entropy,
+    require_one_text,
     rows_of_tokens,
     shape,
 )
@@ -110,6 +111,7 @@ class MultipleChoice:
 
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One number for a choice."""
+        require_one_text(config, "MultipleChoice")
         head = ClassificationHead(1, dropout_rate, POOLS[self.pooling or "bert"])
         return WithHead(config.make(), head)
 

@@ -25,7 +25,15 @@ from jaxlm.models.heads import Pooling, TokenHead, WithHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
-from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, rows_of_tokens, shape
+from jaxlm.tasks.task import (
+    AbstractBatch,
+    Labels,
+    Outputs,
+    Task,
+    require_one_text,
+    rows_of_tokens,
+    shape,
+)
 from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
@@ -123,6 +131,7 @@ class QuestionAnswering:
 
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """Two outputs at each position: the answer starts here, it ends here."""
+        require_one_text(config, "QuestionAnswering")
         return WithHead(config.make(), TokenHead(2, dropout_rate))
 
     def make_loss(self, apply: Apply) -> Loss:

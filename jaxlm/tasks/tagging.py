@@ -33,6 +33,7 @@ from jaxlm.tasks.task import (
     Outputs,
     Task,
     class_entropy,
+    require_one_text,
     rows_of_tokens,
     shape,
 )
@@ -128,6 +129,7 @@ class Tagging:
 
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each tag, at each position."""
+        require_one_text(config, "Tagging")
         return WithHead(config.make(), TokenHead(len(labels), dropout_rate))
 
     def make_loss(self, apply: Apply) -> Loss:

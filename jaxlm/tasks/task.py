@@ -18,10 +18,11 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.decode.generate import Generate, GenerateConfig
+from jaxlm.errors import InputError
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import Pooling
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.supervised import Predict
 from jaxlm.train.plots import Reference
@@ -304,6 +305,15 @@ class Thresholded(Protocol):
     def with_thresholds(self, chosen: Mapping[str, float]) -> "Task":
         """The task with these."""
         ...
+
+
+def require_one_text(config: ModelConfig, task: str) -> None:
+    """Raises for a model that reads one text and writes another: the task has no other."""
+    if isinstance(config, EncoderDecoderConfig):
+        raise InputError(
+            f"task={task} reads one text, and a model of {type(config).__name__} reads a source "
+            "and writes a target: use task=Seq2Seq, or an encoder such as a BERT"
+        )
 
 
 def class_entropy(classes: Sequence[str], num_examples: int) -> Reference:

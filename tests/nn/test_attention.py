@@ -261,3 +261,42 @@ def test_a_group_of_heads_shares_a_key(shape):
         assert x.shape == y.shape
         np.testing.assert_allclose(x, y, atol=1e-5)
     assert np.abs(other - expected[1]).max() > 0.1
+
+
+# Attention to something else.
+
+
+def test_keys_and_values_may_come_from_elsewhere(params):
+    x, source = normal(2, 3, 8), normal(2, 5, 8, seed=1)
+    mask = jnp.asarray(np.arange(5) < 4)[None, None, None, :]
+
+    @jax.jit
+    def over(params, x, source):
+        call = lambda module, x, source: module.over(x, *module.project(source), mask=mask)
+        return ATTENTION.apply({"params": params}, x, source, method=call)
+
+    out = over(params, x, source)
+    # With both in one row, where what is read sees itself, the same is seen.
+    joined = jnp.concatenate([x, source], axis=1)
+    seen = jnp.asarray((np.arange(8) >= 3) & (np.arange(8) < 7))[None, None, None, :]
+    expected = ATTENTION.apply({"params": params}, joined, mask=seen)[:, :3]
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    # Rows that share a source are as if each had its own.
+    many = normal(6, 3, 8, seed=2)
+    shared, own = over(params, many, source), over(params, many, jnp.repeat(source, 3, axis=0))
+    np.testing.assert_allclose(shared, own, atol=1e-5)
+    assert np.abs(shared - over(params, many, jnp.tile(source, (3, 1, 1)))).max() > 1e-2
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_the_scale_of_scores(scale):
+    query, key, value = (normal(2, 3, 2, 4, seed=seed) for seed in range(3))
+
+    @jax.jit
+    def both(query, key, value):
+        told = lambda *x: jnp.sum(jnp.sin(dot_product_attention(*x, scale=scale)))
+        turned = lambda q, k, v: jnp.sum(jnp.sin(dot_product_attention(2 * scale * q, k, v)))
+        return [jax.value_and_grad(f, (0, 1, 2))(query, key, value) for f in (told, turned)]
+
+    ours, expected = both(query, key, value)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, expected)

@@ -79,3 +79,14 @@ def test_mlp_equals_its_equation(kind, use_bias):
     np.testing.assert_allclose(y, expected, atol=1e-5)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 4)))["params"]
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.parametrize("kind", [Mlp, GatedMlp])
+def test_mlp_drops_what_its_last_map_gets(kind):
+    module, x = kind(6, use_bias=False, dropout_rate=0.5), jnp.asarray(X[:8].reshape(1, 2, 4))
+    params = module.init(jax.random.key(0), x)
+    key = {"dropout": jax.random.key(1)}
+    dropped = module.apply(params, x, deterministic=False, rngs=key)
+    kept = module.apply(params, x)
+    assert np.abs(dropped - kept).max() > 1e-3
+    np.testing.assert_array_equal(kept, kind(6, use_bias=False).apply(params, x))

@@ -53,3 +53,12 @@ def test_causal():
         [0, 0, 1, 0],
         [0, 0, 0, 1],
     ]
+
+
+def test_ids_that_are_not_given_are_zero():
+    q, kv = jnp.asarray([[0, -1, 2]]), jnp.asarray([[2, 0, 0, -1]])
+    cross = lambda a, b: np.asarray(masks.cross(a, b) & np.ones((1, 1, 3, 4), bool))
+    np.testing.assert_array_equal(cross(q, kv), masks.segments(q, kv))
+    np.testing.assert_array_equal(cross(q, None), masks.segments(q, 0 * kv))
+    np.testing.assert_array_equal(cross(None, kv), masks.segments(0 * q, kv))
+    assert masks.cross(None, None) is None

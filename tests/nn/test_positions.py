@@ -4,7 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.positions import LinearScaling, Llama3Scaling, frequencies, rotary, rotate
+from jaxlm.nn.positions import (
+    LinearScaling,
+    Llama3Scaling,
+    frequencies,
+    rotary,
+    rotate,
+    sinusoids,
+)
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 2, 4)), jnp.float32)
 POSITIONS = jnp.asarray(np.array([[0, 1, 7], [5, 5, 2]]))
@@ -63,3 +70,13 @@ def test_wavelengths_go_from_two_pi_to_the_base(base):
     assert found[0] == 1
     assert found[-1] == pytest.approx(base ** (-62 / 64))
     np.testing.assert_allclose(found[1:] / found[:-1], base ** (-2 / 64), rtol=1e-6)
+
+
+def test_sinusoids_by_hand():
+    made = np.asarray(sinusoids(POSITIONS, 6))
+    for row, positions in zip(made, POSITIONS.tolist(), strict=True):
+        for channels, position in zip(row, positions, strict=True):
+            for i in range(3):  # even channels are sines, odd ones cosines
+                angle = position / 10_000 ** (2 * i / 6)
+                expected = math.sin(angle), math.cos(angle)
+                np.testing.assert_allclose(channels[2 * i : 2 * i + 2], expected, atol=1e-5)

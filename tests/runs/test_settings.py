@@ -40,7 +40,10 @@ from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.t5 import T5Config
+from jaxlm.models.transformer import TransformerConfig
 from jaxlm.nn.positions import LinearScaling, Llama3Scaling
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -145,16 +148,20 @@ def step_of(config: Any) -> str:
 @cache
 def model_of(config: Any) -> str:
     """The encoder and its head, forward alone, as programs: to draw them, and to train them."""
-    tokens, key = jnp.zeros((2, 8), jnp.int32), jax.random.key(0)
     if isinstance(config, PretrainConfig):
         model = pretrained.make_model(config)
     else:
         model = finetuned.make_model(finetuned.with_encoder(config, config.model, "cpu"), ("a",))
-    drawn = jax.make_jaxpr(model.init)(key, tokens)
-    variables = jax.eval_shape(model.init, key, tokens)
+    return program_of(model, jnp.zeros((2, 8), jnp.int32))
+
+
+def program_of(model: Any, *tokens: Any) -> str:
+    key = jax.random.key(0)
+    drawn = jax.make_jaxpr(model.init)(key, *tokens)
+    variables = jax.eval_shape(model.init, key, *tokens)
 
     def trained(variables: Any, key: Any) -> Any:
-        return model.apply(variables, tokens, deterministic=False, rngs={"dropout": key})
+        return model.apply(variables, *tokens, deterministic=False, rngs={"dropout": key})
 
     program = jax.make_jaxpr(trained)(variables, key)
     return as_text(f"{drawn} {program} {listed(program.consts)}")
@@ -519,6 +526,17 @@ def causal(model: Any) -> PretrainConfig:
     return replace(PRETRAINED, model=model, task=CausalLm())
 
 
+TRANSFORMER = TransformerConfig(**SIZES, num_decoder_layers=2)
+T5 = T5Config(**SIZES, head_dim=4, num_buckets=4, max_distance=6)
+
+
+@cache
+def decoder_of(config: Any) -> str:
+    """An encoder and its decoder, forward alone, as programs: to draw them, and to train them."""
+    model = EncoderDecoderLm(config.model.make(), config.model.make_lm_head())
+    return program_of(model, *[jnp.zeros((2, 8), jnp.int32)] * 2)
+
+
 def longest_of(config: Any) -> str:
     """Whether rows of nine tokens fit."""
     try:
@@ -605,6 +623,8 @@ PARTS = {
     "llama rows": Part(causal(LLAMA), longest_of, ("model.max_length",)),
     "linear scaling": Part(causal(SLOWED), model_of, ("model.rope_scaling",)),
     "llama 3 scaling": Part(causal(STRETCHED), model_of, ("model.rope_scaling",)),
+    "transformer": Part(replace(PRETRAINED, model=TRANSFORMER), decoder_of, ("model",)),
+    "t5": Part(replace(PRETRAINED, model=T5), decoder_of, ("model",)),
     "causal": Part(causal(GPT2), step_of, ("task",)),
     "tuned bert": Part(
         replace(TUNED, dropout_rate=0.2, dtype="float32"),

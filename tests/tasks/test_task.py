@@ -1,6 +1,7 @@
 """What all tasks have in common."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 
@@ -9,7 +10,10 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
+from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.t5 import T5Config
+from jaxlm.models.transformer import TransformerConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.multiple_choice import MultipleChoice
@@ -51,3 +55,21 @@ def test_evaluation_leaves_out_what_regularises(task):
     regularisers = {"label_smoothing", "r_drop"} & vars(task).keys()
     assert changed == regularisers
     assert all(getattr(plain, name) == 0 for name in regularisers)
+
+
+@pytest.mark.parametrize("task", get_args(configs.LabelledTask), ids=lambda task: task.__name__)
+def test_a_model_that_reads_a_source_and_writes_a_target_is_refused(task):
+    refused(lambda model: task().make_model(model, ("a", "b"), 0.0), task)
+
+
+@pytest.mark.parametrize("task", get_args(configs.PretrainingTask), ids=lambda task: task.__name__)
+def test_and_is_not_pretrained_on_one_text(task):
+    refused(lambda model: task().make_model(model), task)
+
+
+def refused(make, task):
+    """Unless it is of the tasks that have two texts."""
+    models = [TransformerConfig(vocab_size=32), T5Config(vocab_size=32)]
+    for model in models if task.__name__ not in ("Seq2Seq", "SpanCorruption") else []:
+        with pytest.raises(InputError, match=f"task={task.__name__} reads one text, and a model"):
+            make(model)

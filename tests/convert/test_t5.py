@@ -1,0 +1,288 @@
+"""T5 against transformers: numbers, files, there and back."""
+
+import json
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
+
+from jaxlm import sharding
+from jaxlm.convert import huggingface
+from jaxlm.errors import InputError
+from jaxlm.models.heads import EncoderDecoderLm
+from jaxlm.models.t5 import T5Config
+from jaxlm.tree import leaves_with_path
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+KINDS = ("t5", "t5_flags")
+VOCAB = {"<pad>": 0, "</s>": 1} | {c: i for i, c in enumerate("abcdefghijkl", 2)}
+HEAD, TABLE = "lm_head.weight", "shared.weight"
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+@cache
+def golden(kind):
+    """The ``config.json`` of a model of ``transformers``, its tensors, inputs and outputs."""
+    path = GOLDEN / f"seq2seq_{kind}.safetensors"
+    with safe_open(path, framework="np") as file:
+        config = json.loads(file.metadata()["config"])
+    arrays = load_file(path)
+    weights = {n.removeprefix("weights/"): x for n, x in arrays.items() if n.startswith("weights/")}
+    return config, weights, arrays
+
+
+def write(path, config, weights):
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    save_file(weights, path / "model.safetensors")
+    Tokenizer(models.BPE(VOCAB, [])).save(str(path / "tokenizer.json"))
+    return path
+
+
+def load(path, kind, config=None, weights=None):
+    """The golden model, with some other keys and tensors; None takes one away."""
+    raw, tensors, _ = golden(kind)
+    without = lambda fields: {name: x for name, x in fields.items() if x is not None}
+    raw, tensors = raw | (config or {}), tensors | (weights or {})
+    return huggingface.load(write(path / "model", without(raw), without(tensors)))
+
+
+def params_of(published):
+    head = {"head": published.lm_head} if published.lm_head else {}
+    return jax.tree.map(jnp.asarray, published.params | head)
+
+
+def model_of(config):
+    return EncoderDecoderLm(config.make(), config.make_lm_head())
+
+
+@partial(jax.jit, static_argnums=0)
+def run(config, params, tokens, decoder_tokens, segment_ids, decoder_segment_ids):
+    """Logits, and the gradient of the sum of their sines over the real positions."""
+
+    def total(params):
+        logits = model_of(config).apply(
+            {"params": params},
+            tokens,
+            decoder_tokens,
+            segment_ids=segment_ids,
+            decoder_segment_ids=decoder_segment_ids,
+        )
+        return jnp.where(decoder_segment_ids[..., None] >= 0, jnp.sin(logits), 0).sum(), logits
+
+    gradients, logits = jax.grad(total, has_aux=True)(params)
+    return logits, gradients
+
+
+def outputs(published, kind, side):
+    _, _, arrays = golden(kind)
+    names = "tokens", "decoder_tokens"
+    tokens = [np.int32(arrays[name]) for name in names]
+    segments = [np.int32(arrays[f"{name}/{side}"]) - 1 for name in names]
+    return run(published.config, params_of(published), *tokens, *segments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_transformers(kind, tmp_path):
+    published = load(tmp_path, kind)
+    assert published.config.tied == published.config.scale_outputs == (kind == "t5")
+    _, _, arrays = golden(kind)
+    for side in ("left", "right"):
+        real = arrays[f"decoder_tokens/{side}"]
+        logits, gradients = outputs(published, kind, side)
+        theirs = arrays[f"logits/{side}"][real]
+        assert np.abs(theirs).max() > 1
+        np.testing.assert_allclose(np.asarray(logits)[real], theirs, rtol=0, atol=1e-4)
+    gradients = huggingface.to_huggingface(gradients, published.config)
+    theirs = {n.removeprefix("gradients/"): x for n, x in arrays.items() if "gradients/" in n}
+    assert gradients.keys() == theirs.keys()
+    for name, gradient in gradients.items():
+        scale = np.abs(theirs[name]).max()
+        assert scale > 1e-3
+        np.testing.assert_allclose(
+            gradient, theirs[name], rtol=0, atol=1e-4 * max(1, scale), err_msg=name
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tree_is_the_models_and_goes_back(kind, tmp_path):
+    published = load(tmp_path, kind)
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    shapes = jax.eval_shape(model_of(published.config).init, jax.random.key(0), tokens, tokens)
+    ours = params_of(published)
+    assert [(path, leaf.shape) for path, leaf in leaves_with_path(ours)] == [
+        (path, leaf.shape) for path, leaf in leaves_with_path(shapes["params"])
+    ]
+    saved = tmp_path / "saved"
+    huggingface.save(saved, ours, published.config, published.tokenizer)
+    again = huggingface.load(saved)
+    assert again.config == published.config == huggingface.read_config(saved)
+    jax.tree.map(np.testing.assert_array_equal, params_of(again), ours)
+    tensors = load_file(saved / "model.safetensors")
+    assert tensors.keys() == golden(kind)[1].keys()
+    jax.tree.map(np.testing.assert_array_equal, tensors, golden(kind)[1])
+    written = json.loads((saved / "config.json").read_text())
+    ids = [written[f"{name}_token_id"] for name in ("decoder_start", "pad", "eos")]
+    assert ids == [0, 0, 1]
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=4, tensor=2))
+    config, placed = huggingface.place(saved, mesh)
+    assert config == published.config
+    jax.tree.map(np.testing.assert_array_equal, placed, ours)
+
+
+# What a file says, and what it holds.
+
+
+def test_the_file_says_whether_logits_are_by_the_table(tmp_path):
+    published = load(tmp_path, "t5")
+    table = golden("t5")[1][TABLE]
+    for copies in ((HEAD,), COPIES, (*COPIES, HEAD)):
+        same = load(tmp_path, "t5", weights={name: table.copy() for name in copies})
+        assert same.fingerprint == published.fingerprint
+    for copy in COPIES:  # alone, as files have it from which copies are left out
+        same = load(tmp_path, "t5", weights={TABLE: None, copy: table.copy(), HEAD: table.copy()})
+        assert same.fingerprint == published.fingerprint
+    # A head of its own, whatever the configuration says; and none.
+    untied = load(tmp_path, "t5", weights={HEAD: table + 1})
+    assert (untied.config.tied, untied.config.scale_outputs) == (False, True)
+    np.testing.assert_array_equal(untied.lm_head["unembed"]["kernel"], table.T + 1)
+    tied = load(tmp_path, "t5_flags", weights={HEAD: None})
+    assert (tied.config.tied, tied.config.scale_outputs) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("said", "scaled"),
+    [
+        ({}, True),
+        ({"tie_word_embeddings": True}, True),
+        ({"tie_word_embeddings": False}, False),
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, False),
+        ({"tie_word_embeddings": False, "scale_decoder_outputs": True}, True),
+    ],
+)
+def test_the_configuration_says_whether_outputs_are_scaled(said, scaled, tmp_path):
+    nothing = {"tie_word_embeddings": None, "scale_decoder_outputs": None}
+    assert load(tmp_path, "t5", nothing | said).config.scale_outputs == scaled
+
+
+def test_old_and_new_configurations(tmp_path):
+    names = ("feed_forward_proj", "num_decoder_layers", "dense_act_fn", "is_gated_act")
+    old = dict.fromkeys((*names, "relative_attention_max_distance"), None)
+    config = load(tmp_path, "t5", old | {"n_positions": 512}).config
+    assert (config.activation, config.gated) == ("relu", False)
+    assert (config.num_layers, config.decoder_layers, config.max_distance) == (2, 2, 128)
+    for said, activation in (("gated-silu", "silu"), ("gated-gelu", "gelu_tanh")):
+        config = load(tmp_path, "t5_flags", {"feed_forward_proj": said}).config
+        assert (config.activation, config.gated, config.decoder_layers) == (activation, True, 3)
+    unread = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    load(tmp_path, "t5", weights={unread: np.ones((8, 2), np.float32)})
+
+
+def test_rows_that_are_no_tokens_are_neither_predicted_nor_written(tmp_path):
+    published = load(tmp_path, "t5")
+    params = params_of(published)
+    table = params["encoder"]["token_embed"]
+    table["embedding"] = jnp.pad(table["embedding"], ((0, 8), (0, 0)), constant_values=9)
+    config = published.config.with_vocab_size(32)
+    logits = model_of(config).apply({"params": params}, *[jnp.ones((1, 2), jnp.int32)] * 2)
+    assert float(logits[..., 24:].max()) < -1e29 < float(logits[..., :24].min())
+    huggingface.save(tmp_path / "saved", params, config, published.tokenizer)
+    again = huggingface.load(tmp_path / "saved")
+    jax.tree.map(np.testing.assert_array_equal, params_of(again), params_of(published))
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        ({"feed_forward_proj": "gated-tanh"}, {}, "feed_forward_proj='gated-tanh' is not suppor"),
+        ({"decoder_start_token_id": 1}, {}, "decoder_start_token_id=1 is not supported; pad_tok"),
+        ({"num_layers": 3}, {}, "lacks the tensor encoder.block.2.layer.0.layer_norm.weight"),
+        ({"num_decoder_layers": 1}, {}, "tensor decoder.block.1.* does not belong to this archi"),
+        ({"d_kv": 5}, {}, r"q.weight has the shape \(12, 8\), but the configuration .* \(10, 8\)"),
+        ({"num_heads": 0}, {}, "config.json: num_heads=0 is not above 0"),
+        ({"relative_attention_num_buckets": 3}, {}, "num_buckets=3 is not an even number from 4"),
+        ({"relative_attention_max_distance": 4}, {}, "max_distance=4 is not above half of num_bu"),
+        ({"d_model": None}, {}, "config.json lacks d_model"),
+        (
+            {},
+            {COPIES[0]: np.ones((24, 8), np.float32)},
+            "encoder.* differs from shared.weight; o",
+        ),
+        ({}, {"decoder.final_layer_norm.weight": None}, "lacks the tensor decoder.final_layer_nor"),
+    ],
+)
+def test_models_that_do_not_fit(config, weights, message, tmp_path):
+    with pytest.raises(InputError, match=message) as raised:
+        load(tmp_path, "t5", config, weights)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_activation_that_other_libraries_would_take_for_another(tmp_path):
+    config = T5Config(vocab_size=14, activation="gelu", gated=True)
+    with pytest.raises(InputError, match=r"activation=gelu in gated blocks .*: use that"):
+        huggingface.save(tmp_path / "x", {}, config, Tokenizer(models.BPE(VOCAB, [])))
+
+
+# Texts: with a cache, as transformers writes them.
+
+
+def greedy(published, tokens, segment_ids, length):
+    """The likeliest continuations, by a cache."""
+    model, params = model_of(published.config), {"params": params_of(published)}
+    rows, source_length = tokens.shape
+
+    @jax.jit
+    def start(tokens, segment_ids):
+        empty = published.config.make_cache(rows, length, source_length)
+        return model.apply(params, tokens, empty, segment_ids=segment_ids, method="start")
+
+    @jax.jit
+    def extend(fed, cache, positions):
+        return model.apply(params, fed, cache, positions=positions, method="extend")
+
+    cache, new = start(tokens, segment_ids), [np.zeros(rows, np.int32)]
+    for place in range(length):
+        positions = np.full((rows, 1), place, np.int32)
+        logits, cache = extend(new[-1][:, None], cache, positions)
+        new.append(np.asarray(logits.argmax(-1), np.int32))
+    return np.stack(new, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generates_what_transformers_does(kind, tmp_path):
+    _, _, arrays = golden(kind)
+    tokens, real = np.int32(arrays["tokens"]), np.int32(arrays["tokens/right"])
+    ours = greedy(load(tmp_path, kind), tokens, real - 1, 10)
+    np.testing.assert_array_equal(ours, arrays["generated"])
+    assert len(np.unique(ours)) > 3  # not one token again and again
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_opens_what_is_saved(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    published = load(tmp_path, kind)
+    saved = tmp_path / "saved"
+    huggingface.save(saved, params_of(published), published.config, published.tokenizer)
+    auto = transformers.AutoModelForSeq2SeqLM
+    model, info = auto.from_pretrained(saved, output_loading_info=True)
+    assert not any(info.values()), info  # no missing or unexpected key, no other shape
+    _, _, arrays = golden(kind)
+    theirs = model.generate(
+        torch.tensor(arrays["tokens"]),
+        attention_mask=torch.tensor(arrays["tokens/right"]).long(),
+        do_sample=False,
+        max_new_tokens=10,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    np.testing.assert_array_equal(theirs, arrays["generated"])
+    words = transformers.AutoTokenizer.from_pretrained(saved)
+    assert words("abc")["input_ids"] == published.tokenizer.encode("abc").ids
