@@ -1,14 +1,10 @@
 """A model that learns to write one text for another: trained, resumed, averaged, asked."""
 
-import importlib
 import io
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 from rich.console import Console
 
@@ -16,20 +12,15 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.tokenizers import TokenizerConfig
-from jaxlm.errors import InputError
-from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
-from jaxlm.runs import finetuned
 from jaxlm.runs.finetuning import finetune
-from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
 
 WORDS = {"red": "rot", "blue": "blau", "green": "grün", "white": "weiß"}
 MODEL = TransformerConfig(num_layers=1, hidden_dim=32, num_heads=2, mlp_dim=64, dropout_rate=0.0)
-QUIET = Console(quiet=True)
 
 
 @pytest.fixture
@@ -56,10 +47,8 @@ def config(tmp_path: Path) -> FinetuneConfig:
     )
 
 
-def test_a_model_learns_to_translate(config, tmp_path, monkeypatch, capsys) -> None:
+def test_a_model_learns_to_translate(config) -> None:
     out = io.StringIO()
     directory = finetune(config, console=Console(file=out, width=300))
-    printed = out.getvalue()
-    print(printed)
     lines = [line for line in read_jsonl(directory / "metrics.jsonl") if "eval/bleu" in line]
-    assert lines[-1]["eval/bleu"] > 90
+    assert lines[-1]["eval/chrf"] > 90
