@@ -168,7 +168,8 @@ def make_samples(
         kept = [one for one in before if one["step"] < step]
         lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in (*kept, *news)]
         write_whole(path, "".join(lines))
-        return Samples(written=written[:wanted], lines=[_line(one, width) for one in news])
+        shown = [line for one in news for line in _lines_of(one, width)]
+        return Samples(written=written[:wanted], lines=shown)
 
     return samples
 
@@ -188,10 +189,13 @@ def _lines(path: StoragePath) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _line(sample: dict[str, Any], width: int) -> str:
+def _lines_of(sample: dict[str, Any], width: int) -> Iterator[str]:
+    """What was asked and written; below it what was wanted, where that is known."""
     prompt, response = (" ".join(sample[name].split()) for name in ("prompt", "response"))
-    half = max(width // 2 - 4, 8)
-    if len(prompt) > half:
-        prompt = f"{prompt[: half - 1]}…"
-    line = f"  {prompt} → {response or '(nothing)'}"
+    yield _cut(f"  {_cut(prompt, max(width // 2 - 4, 8))} → {response or '(nothing)'}", width)
+    if sample["wanted"] is not None:
+        yield _cut(f"    wanted: {' '.join(sample['wanted'].split())}", width)
+
+
+def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else f"{line[: width - 1]}…"

@@ -1,5 +1,6 @@
 """From text to text: a source is read, and a target written, such as its translation."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, shape
 from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss, Variables
 
+TRANSLATIONS = "translations.jsonl"
 _MAX_LENGTH = 1024  # of models that have no limit
 
 
@@ -174,9 +176,12 @@ class Seq2Seq:
     def baselines(
         self, train: Sequence[Pair], validation: Sequence[Pair], labels: Labels
     ) -> Baselines:
-        """What the sources themselves score as outputs."""
-        sources = [example.source for example in validation]
-        return {"the source copied": scoring.scores(sources, _targets(validation))}
+        """What the sources themselves score as outputs, of the examples that are scored."""
+        scored = validation[: self.num_scored]
+        if not scored:
+            return {}
+        sources = [example.source for example in scored]
+        return {"the source copied": scoring.scores(sources, _targets(scored))}
 
     def predictions(
         self, examples: Sequence[Pair], labels: Labels, outputs: Outputs
@@ -201,8 +206,15 @@ class Seq2Seq:
     def plots(
         self, examples: Sequence[Pair], labels: Labels, outputs: Outputs, folder: Path
     ) -> dict[str, str]:
-        """``lengths.png`` and the outputs, a line each."""
-        return {}
+        """``translations.jsonl``: each source, what was written for it, and what was wanted."""
+        if "written" not in outputs:
+            return {}
+        answers = self.answers(examples, labels, outputs)
+        with (folder / TRANSLATIONS).open("w", encoding="utf-8") as file:
+            for example, answer in zip(examples, answers, strict=True):
+                row = {"origin": example.origin, **answer, "reference": example.target}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return {TRANSLATIONS: "sources, what was written for them, and references"}
 
     def make_generate(
         self, config: ModelConfig, variables: Variables, tokenizer: Tokenizer
