@@ -188,7 +188,9 @@ def test_every_script_does_its_part(
             finetune(config, console=Console(quiet=True))
         return
     if (task == "seq2seq") != isinstance(MODELS[model], EncoderDecoderConfig):
-        with pytest.raises(InputError, match="one of them alone|reads one text, and a model of T5"):
+        with pytest.raises(
+            InputError, match=r"one of them alone|reads one text, and a model of T5"
+        ):
             finetune(config, console=Console(quiet=True))
         return
     run = finetune(config, console=Console(quiet=True))
