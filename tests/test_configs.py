@@ -111,7 +111,8 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
     config = replace(configs.read_file(path), mesh=mesh)
     sizes = {"vocab_size": VOCAB_SIZE, "dtype": "float32"}
     if config.base is None:
-        model = resized(config.model, embed_dim=16, hidden_dim=32, **sizes)
+        few = {"embed_dim": 16, "hidden_dim": 32, "num_layers": 1, "mlp_dim": 32}
+        model = resized(config.model, **few, **sizes)
     else:  # of a base there is here nothing but its kind
         small = {"num_layers": 2, "hidden_dim": 128, "num_heads": 4, "mlp_dim": 32}
         generates = isinstance(config.task, Instruction)

@@ -141,7 +141,6 @@ def journeys() -> list[Any]:
     usual |= {
         ("tags", "full", "bilstm"),
         ("instruction", "lora", "gpt2"),
-        ("seq2seq", "lora", "t5"),
     }
     return [
         pytest.param(*way, marks=() if way in usual else pytest.mark.slow, id="-".join(way))

@@ -45,8 +45,8 @@ class CausalModel:
     """Where the variables lie, if on several devices; rows are split over it as in training."""
     rules: Rules = RULES
     read: Read | None = None
-    """Of a model that reads a source and writes a target: what texts are then are sources, and each
-    target begins with ``start`` alone. ``make_state`` is not called."""
+    """How a model reads sources that writes targets: texts are then sources, and each target begins
+    with ``start`` alone. ``make_state`` is not called."""
     arrange: Callable[[Variables], Variables] | None = None
     """What the step takes instead of the variables, if something else is read faster."""
 

@@ -14,8 +14,8 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.instruction import Dialogue, Turn
 from jaxlm.decode.generate import Generate, GenerateConfig, Generation
 from jaxlm.errors import InputError
+from jaxlm.models.model import example_inputs
 from jaxlm.peft import tuning
-from jaxlm.runs import steps
 from jaxlm.runtime.storage import StoragePath, write_whole
 from jaxlm.tasks.task import Responsive, Scored
 from jaxlm.train.state import TrainState
@@ -69,7 +69,7 @@ def make_responder(
         )
     decoder = config.model
     assert decoder is not None  # resolved
-    inputs = steps.inputs(decoder)
+    inputs = example_inputs(decoder)
     call = lambda variables: model.apply(variables, *inputs)
     # Adapters would be computed for each token.
     merge = jax.jit(lambda variables: tuning.merge(config.tuning, variables, call))
@@ -129,7 +129,7 @@ class Samples:
     """What a state writes at an evaluation."""
 
     written: list[Generation]
-    """Of the first examples: empty where nothing is written, or not by this process alone."""
+    """What is written for the first examples: nothing where several processes share the model."""
     lines: list[str]
     """Some of it, to be shown."""
 

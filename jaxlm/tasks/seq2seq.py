@@ -48,8 +48,8 @@ class Seq2Seq:
     prefix: str = ""
     """What stands before each source, such as T5's 'translate English to German: '."""
     long: Long = "cut"
-    """Of pairs with a side of more than data.max_length tokens: cut it at its end, skip them in
-    training, or raise."""
+    """What becomes of pairs with a side of more than data.max_length tokens: it is cut at its end,
+    they are skipped in training, or they raise."""
     label_smoothing: float = 0.0
     """Share of each label that is spread evenly over the vocabulary in training."""
     num_samples: int = 3
@@ -124,7 +124,7 @@ class Seq2Seq:
         return data.encode(framer, examples, prefix=self.prefix, long=self.long)
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
-        """Of targets as long as their sources."""
+        """Targets are as long as their sources."""
         one, along = shape(jnp.int32, rows), shape(jnp.int32, rows, length)
         batch = dict.fromkeys(("tokens", "targets", "decoder_tokens"), along)
         batch |= dict.fromkeys(("lengths", "target_lengths", "index"), one)
@@ -149,7 +149,7 @@ class Seq2Seq:
         return seq2seq.make_predict(apply)
 
     def metric_names(self, examples: Sequence[Pair], labels: Labels) -> tuple[str, ...]:
-        """Of tokens, and of texts where they are written."""
+        """Those of tokens, and those of texts where they are written."""
         return "perplexity", "accuracy", *(scoring.NAMES if self.num_scored != 0 else ())
 
     def metrics(

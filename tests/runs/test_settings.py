@@ -42,6 +42,7 @@ from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.model import example_inputs
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.nn.positions import LinearScaling, Llama3Scaling
@@ -49,7 +50,7 @@ from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.runs import best, command_line, finetuned, finetuning, pretrained, pretraining, steps
+from jaxlm.runs import best, command_line, finetuned, finetuning, pretrained, pretraining
 from jaxlm.runs import train as driver
 from jaxlm.runs.base import Base
 from jaxlm.runs.idle import idle
@@ -197,7 +198,7 @@ def loss_of(config: FinetuneConfig) -> str:
     labels = ("B-a", "B-b", "O")
     config = finetuned.with_encoder(config, config.model, "cpu")
     model = finetuned.make_model(config, labels)
-    variables = jax.eval_shape(model.init, jax.random.key(0), *steps.inputs(config.model))
+    variables = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(config.model))
     batch = config.task.abstract_batch(4, 8, len(labels))
     loss = config.task.make_loss(model.apply)
 

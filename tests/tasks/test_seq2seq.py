@@ -6,7 +6,9 @@ import itertools
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ def make_config(folder: Path) -> FinetuneConfig:
         model=MODEL,
         tokenizer=TokenizerConfig(kind="bpe", vocab_size=300),
         optimizer=OptimizerConfig(peak_lr=0.01, schedule="inverse_sqrt", warmup_steps=20),
-        train=TrainConfig(steps=20, num_evals=2, average=2),
+        train=TrainConfig(steps=20, num_evals=2),
     )
 
 
@@ -74,6 +76,10 @@ def printed(config: FinetuneConfig) -> str:
     return out.getvalue()
 
 
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def evaluations(config: FinetuneConfig) -> list[dict]:
     lines = read_jsonl(config.directory / "metrics.jsonl")
     return [line for line in lines if "eval/loss" in line]
@@ -88,67 +94,72 @@ def test_a_run_says_what_it_reads_and_writes(config, printed) -> None:
     assert last["eval/perplexity"] == pytest.approx(np.exp(last["eval/loss"]), rel=1e-4)
     names = {"eval/accuracy", "eval/bleu", "eval/chrf"}
     assert names <= last.keys()
-    samples = [json.loads(line) for line in (config.directory / "samples.jsonl").open()]
+    samples = rows_of(config.directory / "samples.jsonl")
     assert [one["step"] for one in samples] == [0, 10, 20]
     said = printed.splitlines()
     shown = said.index(f"  {samples[-1]['prompt']} → {samples[-1]['response'] or '(nothing)'}")
     assert said[shown + 1] == f"    wanted: {samples[-1]['wanted']}"
-    assert "the mean of the checkpoints of steps 10, 20, which is used from now on: los" in printed
     assert "the source copied" in printed
     batch_sizes = {8, 16, 32, 64}  # as many rows as 256 tokens allow
     assert any(f"batches of {rows} x " in shapes for rows in batch_sizes)
 
 
-def test_it_is_evaluated_and_asked(config, printed, monkeypatch, capsys) -> None:
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> list[ModuleType]:
+    """Those that evaluate and ask a run, which is read once for all of a test."""
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    evaluate, predict = map(importlib.import_module, ("evaluate", "predict"))
+    monkeypatch.setattr(finetuned, "open_finetuned", cache(finetuned.open_finetuned))
+    return [importlib.import_module(name) for name in ("evaluate", "predict")]
+
+
+def test_it_is_evaluated_and_asked(config, printed, scripts, capsys) -> None:
+    evaluate, predict = scripts
     folder, run = config.runs, config.directory
-    (folder / "b.en").write_text("red blue\nwhite\n\ngreen red white\n")
+    (folder / "b.en").write_text("red\nwhite\n\nblue\n")
     capsys.readouterr()
     with pytest.raises(InputError, match=r"b\.en is one side alone: give the other with --target"):
         evaluate.main(run, data=folder / "b.en")
     evaluate.main(run, data=folder / "a.en", target=folder / "a.de", rows=4)
     said = capsys.readouterr().out
-    assert "at the mean of 2 checkpoints, steps 10 to 20, 4 examples of " in said
+    assert "4 examples of " in said
     assert "  bleu: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in said
     found = json.loads((run / "eval" / "a" / "eval.json").read_text())
     assert found["chrf_signature"].startswith("nrefs:1|")
-    assert found["averaged"] == [10, 20]
-    rows = [json.loads(line) for line in (run / "eval" / "a" / TRANSLATIONS).open()]
-    assert [(one["source"], one["reference"]) for one in rows] == [
-        (word, WORDS[word]) for word in WORDS
-    ]
-    written = [one["translation"] for one in rows]
+    rows = rows_of(run / "eval" / "a" / TRANSLATIONS)
+    assert [(one["source"], one["reference"]) for one in rows] == list(WORDS.items())
+    written = {one["source"]: " ".join(one["translation"].split()) for one in rows}
 
     out = folder / "b.de"
-    predict.main(run, "translate", file=folder / "a.en", out=out)
-    assert [" ".join(text.split()) for text in written] == out.read_text().splitlines()[:4]
     predict.main(run, "translate", file=folder / "b.en", out=out)
-    lines = out.read_text().splitlines()
-    assert len(lines) == 4  # line n for line n
-    assert lines[2] == ""
+    expected = [written["red"], written["white"], "", written["blue"]]  # line n for line n
+    assert out.read_text().splitlines() == expected
     predict.main(run, "translate", file=folder / "b.en", out=folder / "b.jsonl")
-    answers = [json.loads(line) for line in (folder / "b.jsonl").open()]
+    answers = rows_of(folder / "b.jsonl")
     assert [one["line"] for one in answers] == [1, 2, 3, 4]
     assert "'source' is empty" in answers[2]["error"]
-    capsys.readouterr()
-    predict.main(run, "translate", "white")
-    assert " ".join(capsys.readouterr().out.split()) == lines[1]
+    assert " ".join(answers[3]["translation"].split()) == written["blue"]
 
 
 @pytest.mark.slow
-def test_a_model_learns_to_translate(tmp_path) -> None:
-    config = make_config(tmp_path)
+def test_a_model_learns_to_translate(tmp_path, scripts, capsys) -> None:
+    """It is the mean of two checkpoints."""
+    config, (evaluate, predict) = make_config(tmp_path), scripts
     data = replace(config.data, num_buckets=2)
     task = replace(config.task, num_scored=None)
-    train = replace(config.train, steps=120, num_evals=4)
-    run = finetune(replace(config, data=data, task=task, train=train), console=quiet())
+    train = replace(config.train, steps=120, num_evals=4, average=2)
+    run = finetune(replace(config, data=data, task=task, train=train), console=Console(width=300))
     assert evaluations(config)[-1]["eval/chrf"] > 90
-    loaded = finetuned.open_finetuned(run)
-    assert loaded.averaged == (90, 120)
-    (answer,) = loaded.answer(["blue red white"])
-    assert answer["translation"] == "weiß rot blau"
+    said = "the mean of the checkpoints of steps 90, 120, which is used from now on: loss "
+    assert said in capsys.readouterr().out
+    evaluate.main(run)
+    said = capsys.readouterr().out
+    assert (
+        "at the mean of 2 checkpoints, steps 90 to 120, 9 examples of its validation data" in said
+    )
+    assert json.loads((run / "eval.json").read_text())["averaged"] == [90, 120]
+    predict.main(run, "translate", "blue red white")
+    assert capsys.readouterr().out == "weiß rot blau\n"
 
 
 @pytest.mark.slow
@@ -237,7 +248,7 @@ def test_metrics() -> None:
     right = [str(one.target) for one in long]
     found = task.metrics(long, (), outputs(*right))
     assert tuple(found) == task.metric_names(long, ())
-    assert found["bleu"] == found["chrf"] == pytest.approx(100)
+    assert [found["bleu"], found["chrf"]] == pytest.approx([100, 100])
     worse = task.metrics(long, (), outputs(*right[:2], "w x y"))
     assert 50 < worse["bleu"] < worse["chrf"] < 100
     # Of fewer that are written only these are compared.

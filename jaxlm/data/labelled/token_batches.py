@@ -73,7 +73,7 @@ class Plan:
     examples: Examples
     buckets: tuple[Bucket, ...]
     rows: tuple[int, ...]
-    """Of a batch of each bucket."""
+    """Those of a batch of each bucket."""
     members: tuple[Int[np.ndarray, " _"], ...]
     """The examples of each bucket; none is empty."""
     seed: int
