@@ -137,7 +137,7 @@ def test_a_model_that_has_diverged_is_said_and_trained_on(config, tokenizer) -> 
     dialogue = Dialogue(turns=(Turn("user", "a b"), Turn("assistant", "c")), origin="x:1")
     samples = writing.make_samples(config, make, [dialogue], 80)
     state = TrainState(jnp.asarray(3), {}, {}, ())
-    (line,) = samples(state)
+    (line,) = samples(state).lines
     assert line.startswith("  no samples: the model's logits behind 'a b")
     assert not (config.directory / writing.SAMPLES).exists()
 
