@@ -486,6 +486,7 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.null_threshold": -50.0,
     "task.max_answer_length": 1,
     "task.num_best": 1,
+    "task.prefix": "the ",
     "task.fields.source": "target",
     "task.fields.question": "other",
     "task.fields.answers": "given",
