@@ -39,6 +39,7 @@ from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.replaced_token import ReplacedToken
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
@@ -54,11 +55,17 @@ Model = (
 )
 PretrainingTask = MaskedLm | CausalLm | PermutationLm | ReplacedToken
 LabelledTask = (
-    Classification | Tagging | QuestionAnswering | MultipleChoice | Embedding | Instruction
+    Classification
+    | Tagging
+    | QuestionAnswering
+    | MultipleChoice
+    | Embedding
+    | Instruction
+    | Seq2Seq
 )
 UNKNOWN_BASE = BertConfig()  # what the compile check takes a base for that is not there
 ANY_BASE = Gpt2Config(vocab_size=8, num_layers=1, hidden_dim=4, num_heads=1, mlp_dim=4)
-"""A model that every labelled task takes."""
+"""A model that every labelled task takes but Seq2Seq."""
 
 
 def check_name(name: str) -> None:

@@ -39,6 +39,8 @@ class OptimizerConfig:
     1 - sqrt in the last `decay_share`; inverse_sqrt: 1 / sqrt(progress), never 0."""
     warmup_share: float = 0.06
     """Share of the run in which the learning rate grows from 0 on a line."""
+    warmup_steps: int | None = None
+    """The same in steps, in place of `warmup_share`; of a run that has steps or epochs."""
     decay_share: float = 0.2
     """Share of the run that decays under wsd."""
     final_lr_share: float = 0.0
@@ -63,6 +65,11 @@ class OptimizerConfig:
                 f"warmup_share={self.warmup_share} and decay_share={self.decay_share} are shares "
                 "of the run, between 0 and 1"
             )
+        if self.warmup_steps is not None and self.warmup_steps < 1:
+            raise InputError(
+                f"optimizer.warmup_steps={self.warmup_steps} is not above 0; for none leave it "
+                "out, and set warmup_share=0"
+            )
         for name in ("peak_lr", "epsilon", "clip_norm"):
             value = vars(self)[name]
             if value is not None and not 0 < value < math.inf:
@@ -80,9 +87,16 @@ class OptimizerConfig:
             raise InputError(f"layer_decay={self.layer_decay} is not inside (0, 1]; 0.9 is usual")
 
 
-def make_schedule(config: OptimizerConfig) -> Schedule:
-    """The learning rate as a function of progress."""
+def make_schedule(config: OptimizerConfig, steps: int | None = None) -> Schedule:
+    """The learning rate as a function of progress; ``steps`` of the run, for ``warmup_steps``."""
     warmup, decay, floor = config.warmup_share, config.decay_share, config.final_lr_share
+    if config.warmup_steps is not None:
+        if steps is None:
+            raise InputError(
+                f"optimizer.warmup_steps={config.warmup_steps} of a run whose number of steps is "
+                "not known: set train.steps or train.epochs, or warmup_share instead"
+            )
+        warmup = min(config.warmup_steps / steps, 1.0)
 
     def shape(progress: Scalar) -> Scalar:
         since = jnp.clip((progress - warmup) / max(1 - warmup, 1e-9), 0, 1)

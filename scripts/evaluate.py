@@ -11,6 +11,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,23 +19,29 @@ import tyro
 
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import prepared
-from jaxlm.data.labelled import spelling
+from jaxlm.data.labelled import parallel, spelling
 from jaxlm.data.labelled.dataset import like, read_records
+from jaxlm.data.labelled.records import Record
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
+from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import TOKENIZER, read_any_config
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
-from jaxlm.tasks.task import Generative
+from jaxlm.tasks.seq2seq import Seq2Seq
+from jaxlm.tasks.task import Generative, Scored
 from jaxlm.train import loop
 
 EVAL = "eval.json"
+GREEDY = GenerateConfig()
 
 
 def main(
     directory: Annotated[Path, tyro.conf.Positional],
     /,
     data: Path | None = None,
+    target: Path | None = None,
     split: Literal["train", "validation"] = "validation",
     rows: int | None = None,
     stride: int | None = None,
@@ -43,6 +50,7 @@ def main(
     out: Path | None = None,
     int8: bool = False,
     on_bad_row: Literal["raise", "skip"] | None = None,
+    generate: GenerateConfig = GREEDY,
 ) -> None:
     """Metrics, printed and written to eval.json.
 
@@ -55,27 +63,32 @@ def main(
         directory: The run folder.
         data: Prepared data, or a file of labelled data with the columns of training; None = the
             run's own.
+        target: Of a run that writes targets for sources: the file of targets, where --data has a
+            source a line; None = --data has both.
         split: Which part of the run's own data, or of prepared data.
         rows: How many rows or examples; None = all.
         stride: Of a causal run: read windows as long as the model allows, each so many tokens after
             the one before, of which only these count; so they are predicted from longer contexts
             than rows give. None = rows as they are.
-        step: Which checkpoint; None = the best.
+        step: Which checkpoint; None = the best, or the mean of the last, as the run's config says.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
         out: The folder for these files; None = in the run folder.
         int8: Of a pretrained run: round weights, and what they multiply, to 8 bits.
         on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
             None = as in training.
+        generate: How targets are written for sources.
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
+    if target is not None and data is None:
+        raise InputError(f"--target {target} is the other side of --data: give both")
     folder = locate(directory)
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(read_any_config(folder), FinetuneConfig):
             if int8:
                 raise InputError(f"--int8 is for pretrained runs, and {directory} is fine-tuned")
             result = evaluate_tuned(
-                folder, Path(scratch), data, split, rows, step, base, on_bad_row
+                folder, Path(scratch), data, target, split, rows, step, base, on_bad_row, generate
             )
         else:
             result = evaluate_pretrained(folder, data, split, rows, stride, step, int8)
@@ -86,17 +99,17 @@ def main(
             for name, value in result.items()
         }
         (Path(scratch) / EVAL).write_text(json.dumps(finite, indent=2) + "\n")
-        target = locate(out) if out else folder_of(folder, data, split)
+        into = locate(out) if out else folder_of(folder, data, split)
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            upload(Path(scratch), target)
+            into.mkdir(parents=True, exist_ok=True)
+            upload(Path(scratch), into)
         except OSError as error:
-            reason = f"{target} cannot be written ({error.strerror or error})"
+            reason = f"{into} cannot be written ({error.strerror or error})"
             if out is not None:
                 raise InputError(f"{reason}: name another folder for --out") from error
             print(f"nothing was written: {reason}; --out FOLDER writes elsewhere")
             return
-        print(f"  in {target}: {', '.join(sorted(path.name for path in Path(scratch).iterdir()))}")
+        print(f"  in {into}: {', '.join(sorted(path.name for path in Path(scratch).iterdir()))}")
 
 
 def folder_of(run: StoragePath, data: Path | None, split: str) -> StoragePath:
@@ -159,21 +172,24 @@ def evaluate_pretrained(
     loaded = loaded.quantized() if int8 else loaded
     metrics = loop.evaluate(loaded.placement, loaded.state, batches)
     metrics |= loaded.task.metrics(metrics["loss"], infos, split)
-    print(f"{directory} at step {loaded.step}, {split} split of {where}:")
+    print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
     print(f"  {'unigram':<18} {unigram:.4f}  (entropy of single tokens)")
-    return {"step": loaded.step, "data": where, "split": split, **metrics}
+    about = {"step": loaded.step, "averaged": list(loaded.averaged), "data": where, "split": split}
+    return {**about, **metrics}
 
 
 def evaluate_tuned(
     directory: StoragePath,
     out: Path,
     data: Path | None,
+    target: Path | None,
     split: Literal["train", "validation"],
     rows: int | None,
     step: int | None,
     base: str | None,
     on_bad_row: Literal["raise", "skip"] | None,
+    generate: GenerateConfig,
 ) -> dict[str, Any]:
     """On labelled examples."""
     loaded = finetuned.open_finetuned(directory, step=step, base=base)
@@ -181,7 +197,7 @@ def evaluate_tuned(
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
-        records = like(loaded.config.data.train, data).records()
+        records = records_of(loaded, data, target)
         examples = read_records(
             records, task.read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
         )
@@ -191,10 +207,16 @@ def evaluate_tuned(
         print(f"note: {note}")
     sums, outputs = loaded.outputs(examples)
     assert sums is not None  # the examples are labelled
+    signatures = {}
+    if isinstance(task, Scored):
+        written = list(loaded.responder.respond(examples, generate))
+        outputs, signatures = {**outputs, "written": written}, task.signatures()
     metrics = {"loss": sums.means()["loss"], **task.metrics(examples, labels, outputs)}
-    number = int(loaded.state.step)
-    print(f"{directory} at step {number}, {len(examples):,} examples of {where}:")
+    which = at(loaded.averaged)
+    print(f"{directory} at {which}, {len(examples):,} examples of {where}:")
     show(metrics)
+    for name, signature in signatures.items():
+        print(f"  {name}: {signature}")
     predictions = task.predictions(examples, labels, outputs)
     wrong = report.most_wrong(predictions)
     if wrong:
@@ -205,7 +227,27 @@ def evaluate_tuned(
         print(f"  wrong.jsonl: the {len(wrong)} most wrong")
     for name, content in task.plots(examples, labels, outputs, out).items():
         print(f"  {name}: {content}")
-    return {"step": number, "data": where, "examples": len(examples), **metrics}
+    known = {f"{name}_signature": signature for name, signature in signatures.items()}
+    number = int(loaded.state.step)
+    about = {"step": number, "averaged": list(loaded.averaged), "data": where}
+    return about | {"examples": len(examples), **metrics, **known}
+
+
+def records_of(loaded: FinetunedRun, data: Path, target: Path | None) -> Iterator[Record]:
+    """Those of a file as in training, or of the pairs of lines of two."""
+    if target is None:
+        return like(loaded.config.data.train, data).records()
+    if not isinstance(loaded.task, Seq2Seq):
+        raise InputError(f"--target {target} is for runs of Seq2Seq: leave it out")
+    fields = loaded.task.fields
+    return parallel.read(str(data), str(target), (fields.source, str(fields.target)))
+
+
+def at(steps: Sequence[int]) -> str:
+    """Which checkpoints a model is the mean of."""
+    if len(steps) == 1:
+        return f"step {steps[0]}"
+    return f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
 
 
 def show(metrics: dict[str, float]) -> None:

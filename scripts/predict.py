@@ -1,9 +1,9 @@
 """Use a model: ``python scripts/predict.py runs/quickstart fill-mask "A [MASK] of strings."``.
 
 Pretrained runs fill in masks, or generate text; fine-tuned ones do what they were tuned for:
-classify, tag, answer, choose or embed. Any encoder, a published one too, embeds and searches. A
-text is given as an argument, or many in a file, a JSON object (or a text) a line; answers to files
-are JSON lines, or a table.
+classify, tag, answer, choose, embed or translate. Any encoder, a published one too, embeds and
+searches. A text is given as an argument, or many in a file, a JSON object (or a text) a line;
+answers to files are JSON lines, or a table.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -37,6 +37,8 @@ from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import read_any_config
 from jaxlm.runs.writing import Conversation
 from jaxlm.runtime.storage import locate, on_disk, whole
+from jaxlm.tasks.instruction import Instruction
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.task import Responsive
 from jaxlm.train.restore import warn
 
@@ -67,16 +69,17 @@ def main(
     Args:
         run: The run folder; for embed and search also a folder in Hugging Face's layout or a hub
             name.
-        task: What the run has learned: fill-mask, generate, classify, tag, answer, choose or embed;
-            or search, which finds the texts of --file that are nearest to the text; or chat, in
-            turns, with a run that has learned to respond.
+        task: What the run has learned: fill-mask, generate, classify, tag, answer, choose, embed or
+            translate (write a text for another); or search, which finds the texts of --file that
+            are nearest to the text; or chat, in turns, with a run that has learned to respond.
         text: What to do it with; or give --file. Of chat: what the model is told beforehand.
         pair: The second text of a pair, or the context of a question.
         file: A text or a JSON object a line (fill-mask: with "text"), - for standard input; or, as
             .csv, .tsv, .conll, .json or named as the training data are, what training reads.
         out: Where answers go: JSON lines, a table if it ends in .csv or .tsv, or, of embed, an
-            array of vectors if it ends in .npy; None = JSON lines to standard output. Answers have
-            the number of the line and the other columns of the file.
+            array of vectors if it ends in .npy; of translate the translations alone, a line each,
+            unless it ends in .jsonl, .csv or .tsv; None = JSON lines to standard output. Answers
+            have the number of the line and the other columns of the file.
         column: Of embed and search: the column or field with the texts; None = that of the run's
             training, or text.
         prompt: Of embed and search: the name of the prompt to put before texts, or of search before
@@ -85,7 +88,7 @@ def main(
         file_prompt: Of search: that of the texts of --file; None = the folder's document, passage
             or corpus, else its default.
         top_k: Candidates for each blank, classes to show, or texts to find.
-        generate: How a text is continued.
+        generate: How a text is continued, or written for another.
         stream: Show the continuation of a text as it is written.
         int8: Of generate with a pretrained run: weights, and what they multiply, of 8 bits, in a
             quarter of the memory.
@@ -155,7 +158,7 @@ def main(
         if value is not None:
             raise InputError(f"{name} {value} is for embed and search, not for {task}")
     config = read_any_config(locate(run))
-    if is_chat and isinstance(config.task, Responsive):
+    if is_chat and isinstance(config.task, Instruction):
         chat(finetuned.open_finetuned(run, step=step, base=base), generate, text)
         return
     if config.task.verb != task:
@@ -183,12 +186,16 @@ def main(
     if file is not None:
         names = loaded.task.text_fields
         records = read_records(loaded.config.data.train, loaded.labels, names, file)
-        write(counted(loaded.stream(records, generate=generate)), names, out)
+        answers = counted(loaded.stream(records, generate=generate))
+        if isinstance(loaded.task, Seq2Seq) and out and out.suffix not in (".jsonl", *TABLES):
+            write_lines((answer.get("translation", "") for _, answer in answers), out)
+            return
+        write(answers, names, out)
         return
     record = record_of(loaded, text or "", pair)
     if isinstance(loaded.task, Responsive):
-        (dialogue,) = loaded.task.read([record], labelled=False)
-        pieces = loaded.responder.stream(dialogue, generate)
+        (example,) = loaded.task.read([record], labelled=False)
+        pieces = loaded.responder.stream(example, generate)
         show_pieces("", pieces if stream else ["".join(pieces)])
         return
     (answer,) = loaded.answer([record])
@@ -348,6 +355,13 @@ def write(pairs: Iterable[Answered], used: Sequence[str], out: Path | None) -> N
             for answer in joined(counting(), used):
                 file.write(json.dumps(answer, ensure_ascii=False) + "\n")
     print(f"{count} answers in {out}")
+
+
+def write_lines(texts: Iterable[str], out: Path) -> None:
+    """A line for each text; empty where there is no answer."""
+    with writing(out) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        count = sum(file.write(" ".join(text.split()) + "\n") > 0 for text in texts)
+    print(f"{count} lines in {out}")
 
 
 @contextmanager

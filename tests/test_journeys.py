@@ -18,22 +18,28 @@ import pytest
 from rich.console import Console
 from tiny_models import BERT
 from tiny_runs import make_config
+from tokenizers import Tokenizer
 
 from jaxlm.compile_check.step import Assumed, make_step
 from jaxlm.config import FinetuneConfig
+from jaxlm.convert import huggingface
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import JsonLines
+from jaxlm.data.tokenizers import vocab_size
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
-from jaxlm.models.model import TwoStreamConfig
+from jaxlm.models.heads import EncoderDecoderLm
+from jaxlm.models.model import EncoderDecoderConfig, TwoStreamConfig
+from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.runs.base import load
 from jaxlm.runs.finetuning import finetune
+from jaxlm.runs.folder import read_tokenizer
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.classification import Classification
@@ -43,6 +49,7 @@ from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
@@ -60,6 +67,7 @@ TASKS: dict[str, Any] = {
     "choice": MultipleChoice(),
     "embedding": Embedding(),
     "instruction": Instruction(num_samples=1),
+    "seq2seq": Seq2Seq(num_samples=1, num_scored=2, sample_tokens=4),
 }
 KERNELS = (r".*/kernel",)
 TUNINGS: dict[str, Any] = {
@@ -75,8 +83,13 @@ MODELS: dict[str, Any] = {
     "bert": replace(BERT, vocab_size=None, num_layers=1, max_length=32),
     "bilstm": BilstmConfig(embed_dim=16, hidden_dim=16),
     "gpt2": Gpt2Config(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=24, max_length=32),
+    "t5": T5Config(num_layers=1, hidden_dim=16, num_heads=2, head_dim=8, mlp_dim=24, tied=False),
     "xlnet": XlnetConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=24),
 }
+
+
+NOTHING = {"head": ("embedding", "instruction", "seq2seq"), "biases": ("seq2seq",)}
+"""Tasks by the tunings that leave nothing to learn: their heads have no parameters of their own."""
 
 
 def row(task: str, rng: np.random.Generator, i: int) -> dict[str, Any]:
@@ -97,6 +110,8 @@ def row(task: str, rng: np.random.Generator, i: int) -> dict[str, Any]:
             return {"text": text, "label": 10.0 + i % 7}
         case "instruction":
             return {"prompt": text, "response": pair}
+        case "seq2seq":
+            return {"source": text, "target": pair}
         case "embedding":
             return {"text": text, "pair": f"{pair} {i}"}
         case _:
@@ -105,18 +120,31 @@ def row(task: str, rng: np.random.Generator, i: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Any architecture, pretrained for a step when it is first asked for."""
-    config = make_config(tmp_path_factory.mktemp("journeys"), steps=1)
+    """Any architecture, pretrained for a step when it is first asked for, or else random."""
+    folder = tmp_path_factory.mktemp("journeys")
+    config = make_config(folder, steps=1)
     once = TrainConfig(steps=1, num_evals=1, eval_rows=16)
 
     @functools.cache
     def base(name: str) -> Path:
         model = MODELS[name]
+        if isinstance(model, EncoderDecoderConfig):
+            return save(folder / name, model, read_tokenizer(base("bert")))
         task = CausalLm() if model.is_causal else MaskedLm()
         task = PermutationLm() if isinstance(model, TwoStreamConfig) else task
         return pretrain(replace(config, name=name, model=model, task=task, train=once))
 
     return base
+
+
+def save(folder: Path, model: Any, tokenizer: Tokenizer) -> Path:
+    """The model with random parameters, in Hugging Face's layout."""
+    model = replace(model, vocab_size=vocab_size(tokenizer))
+    side = jax.numpy.zeros((1, 4), "int32")
+    module = EncoderDecoderLm(model.make(), model.make_lm_head())
+    params = jax.jit(module.init)(jax.random.key(0), side, side)["params"]
+    huggingface.save(folder, params, model, tokenizer)
+    return folder
 
 
 def journeys() -> list[Any]:
@@ -166,12 +194,17 @@ def test_every_script_does_its_part(
         tuning=TUNINGS[tuning],
         train=TrainConfig(steps=2, num_evals=1),
     )
+    if (task == "seq2seq") != isinstance(MODELS[model], EncoderDecoderConfig):
+        refused = r"is one of them alone|reads one text, and a model of T5Config reads a source"
+        with pytest.raises(InputError, match=refused):
+            finetune(config, console=Console(quiet=True))
+        return
     if task == "instruction" and not MODELS[model].is_causal:
         with pytest.raises(InputError, match="sees all of a text: name a base that reads one way"):
             finetune(config, console=Console(quiet=True))
         return
-    if tuning == "head" and task in ("embedding", "instruction"):
-        with pytest.raises(InputError, match=r"HeadOnly leaves nothing to learn: .* tune the enc"):
+    if task in NOTHING.get(tuning, ()):
+        with pytest.raises(InputError, match=r"leaves nothing to learn: .* tune the encoder"):
             finetune(config, console=Console(quiet=True))
         return
     run = finetune(config, console=Console(quiet=True))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import sharding
 from jaxlm.data import tokenizers
-from jaxlm.decode.decoding import MakeState, Step
+from jaxlm.decode.decoding import MakeState, Read, Step
 from jaxlm.errors import InputError
 from jaxlm.sharding import RULES, Rules
 from jaxlm.typing import Variables
@@ -39,9 +39,14 @@ class CausalModel:
     """Tokens with which a text ends, as in training."""
     step_all: Step | None = None
     """The same with the logits of all positions, if ``step`` has only the last: for choices."""
+    batch_size: int = 8
+    """Texts that are continued together, if the caller does not say."""
     mesh: Mesh | None = None
     """Where the variables lie, if on several devices; rows are split over it as in training."""
     rules: Rules = RULES
+    read: Read | None = None
+    """How a model reads sources that writes targets: texts are then sources, and each target begins
+    with ``start`` alone. ``make_state`` is not called."""
     arrange: Callable[[Variables], Variables] | None = None
     """What the step takes instead of the variables, if something else is read faster."""
 
@@ -71,7 +76,12 @@ class CausalModel:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt(self, text: str | Sequence[int]) -> list[int]:
-        """The tokens of a text to be continued, or these; at least one more fits behind them."""
+        """The tokens of a text to be continued, or these; at least one more fits behind them.
+
+        Of a model that reads sources what it writes first, whatever the source.
+        """
+        if self.read is not None:
+            return list(self.start)
         ids = self.encode(text) if isinstance(text, str) else list(text)
         if not ids:
             raise InputError(f"the prompt {text!r} holds no token: give at least one word")
@@ -86,6 +96,14 @@ class CausalModel:
                 f"{len(ids) - self.max_length + 1}"
             )
         return ids
+
+    def source(self, text: str | Sequence[int]) -> list[int]:
+        """The tokens of a source, framed as the tokenizer does, or these; as many as fit."""
+        if isinstance(text, str):
+            text = self.tokenizer.encode(text).ids
+        if not len(text):
+            raise InputError("a source holds no token: give at least one word")
+        return list(text)[: self.max_length]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; special ones have none."""
@@ -147,6 +165,14 @@ def bucket(length: int) -> int:
     """The next of 32, 48, 64, 96, 128, …: few lengths are compiled, and little is padding."""
     power = max(32, 1 << (length - 1).bit_length())
     return power * 3 // 4 if 32 < length <= power * 3 // 4 else power
+
+
+def right_padded(rows: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "batch length"]:
+    """Rows of tokens that all begin at the left."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    for row, into in zip(rows, tokens, strict=True):
+        into[: len(row)] = row
+    return tokens
 
 
 def left_padded(rows: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "batch length"]:

@@ -7,6 +7,9 @@ are enough here. Its state, any pytree that ``make_state(batch, kv_length)`` mak
 be known of the tokens so far, such as keys and values. It is given the prompts first, padded on the
 left, then one token at a time. Segment ids are 0 at tokens and -1 at padding; positions count from
 0 at a row's first token.
+
+Where a model reads a source first, its state begins with that: the state of
+``read(variables, sources, segment_ids, kv_length)``, whose sources are padded on the right.
 """
 
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from jaxlm.typing import Tokens, Variables
 
 Step = Callable[..., Any]  # (variables, state, tokens, positions, segment_ids) -> (logits, state)
 MakeState = Callable[[int, int], PyTree]  # (batch, kv_length) -> state
+Read = Callable[..., PyTree]  # (variables, sources, segment_ids, kv_length) -> state
 
 
 class Progress(NamedTuple):

@@ -12,7 +12,14 @@ import jax
 import numpy as np
 
 from jaxlm.decode import decoding
-from jaxlm.decode.causal_model import CausalModel, bucket, left_padded, require_several, shortened
+from jaxlm.decode.causal_model import (
+    CausalModel,
+    bucket,
+    left_padded,
+    require_several,
+    right_padded,
+    shortened,
+)
 from jaxlm.decode.continuation import Continuation, Stopped
 from jaxlm.decode.decoding import Progress
 from jaxlm.decode.sampling import Sampling
@@ -120,14 +127,17 @@ class Generate:
         self._model = model
         model = replace(model, variables={})  # none are kept by what is compiled
 
-        def begin(tokens, lengths, sampling, variables, *, kv_length):
-            def inside(tokens, lengths, sampling, variables):
-                state = model.make_state(tokens.shape[0], kv_length)
+        def begin(sources, tokens, lengths, sampling, variables, *, kv_length):
+            def inside(sources, tokens, lengths, sampling, variables):
+                if model.read is None:
+                    state = model.make_state(tokens.shape[0], kv_length)
+                else:
+                    state = model.read(variables, *sources, kv_length)
                 return decoding.begin(
                     model.step, variables, state, tokens, lengths, sampling, kv_length
                 )
 
-            return model.traced(inside)(tokens, lengths, sampling, variables)
+            return model.traced(inside)(sources, tokens, lengths, sampling, variables)
 
         def advance(state, progress, sampling, ended, steps, variables, *, places):
             step = model.traced(partial(decoding.advance, model.step))
@@ -155,24 +165,40 @@ class Generate:
         texts: Iterable[str | Sequence[int]],
         config: GenerateConfig = GenerateConfig(),
         *,
-        batch_size: int = 8,
+        batch_size: int | None = None,
         first: int = 0,
     ) -> Iterator[Generation]:
-        """The continuation of each text, or of the tokens of one.
+        """The continuation of each text, or of the tokens of one; or the target of each source.
 
-        ``first`` is the number of the first, for its seed.
+        ``first`` is the number of the first, for its seed; ``batch_size`` is the model's unless
+        given. Sources are read all before the first target is written, those of like length
+        together.
         """
         require_several("texts", texts)
+        batch_size = self._model.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
-        texts = iter(texts)
-        while batch := list(islice(texts, batch_size)):
+        if self._model.read is not None:
+            sources = [self._model.source(text) for text in texts]
+            order = np.argsort([-len(source) for source in sources], kind="stable").tolist()
+            written = self._in_batches([(first + i, sources[i]) for i in order], config, batch_size)
+            yield from dict(sorted(zip(order, written, strict=True))).values()
+            return
+        yield from self._in_batches(enumerate(texts, start=first), config, batch_size)
+
+    def _in_batches(
+        self,
+        numbered: Iterable[tuple[int, str | Sequence[int]]],
+        config: GenerateConfig,
+        batch_size: int,
+    ) -> Iterator[Generation]:
+        numbered = iter(numbered)
+        while batch := list(islice(numbered, batch_size)):
             # Stop strings are looked for on the host, now and then.
             steps = 8 if config.stop_strings else self._model.max_length
-            rows = _Rows(self._model, batch, config, first)
+            rows = _Rows(self._model, batch, config)
             *_, progress = self._run(rows, batch_size, steps)
             yield from rows.generations(progress)
-            first += len(batch)
 
     def stream(
         self,
@@ -186,7 +212,7 @@ class Generate:
 
         Together they are the text that a call gives for the text of this number.
         """
-        rows = _Rows(self._model, [text], config, number)
+        rows = _Rows(self._model, [(number, text)], config)
         (row,) = rows.continuations
         for _ in self._run(rows, 1, steps):
             if piece := row.show():
@@ -204,10 +230,10 @@ class Generate:
     def _run(self, rows: "_Rows", batch_size: int, steps: int) -> Iterator[Progress]:
         """Runs the model ``steps`` tokens at a time, until all rows have ended."""
         model = self._model
-        tokens, lengths, sampling, kv_length = rows.arrays(batch_size)
-        tokens, lengths, sampling = model.put((tokens, lengths, sampling))
+        *given, kv_length = rows.arrays(batch_size)
+        sources, tokens, lengths, sampling = model.put(given)
         state, progress = self._begin(
-            tokens, lengths, sampling, model.arranged, kv_length=kv_length
+            sources, tokens, lengths, sampling, model.arranged, kv_length=kv_length
         )
         places = tuple(x.sharding for x in jax.tree.leaves((state, progress)) if model.mesh)
         while not all(ended := rows.extend(progress)):
@@ -225,13 +251,14 @@ class _Rows:
     def __init__(
         self,
         model: CausalModel,
-        texts: Sequence[str | Sequence[int]],
+        numbered: Sequence[tuple[int, str | Sequence[int]]],
         config: GenerateConfig,
-        first: int,
     ):
-        self._model, self._config, self._first = model, config, first
+        self._model, self._config = model, config
+        self._numbers, texts = map(list, zip(*numbered, strict=True))
         self._texts = [text if isinstance(text, str) else model.decode(text) for text in texts]
         self._prompts = [model.prompt(text) for text in texts]
+        self._sources = None if model.read is None else [model.source(text) for text in texts]
         self._limits = [
             min(config.max_new_tokens, model.max_length - len(prompt)) for prompt in self._prompts
         ]
@@ -254,13 +281,14 @@ class _Rows:
             for prompt, limit in zip(self._prompts, self._limits, strict=True)
         ]
 
-    def arrays(self, batch_size: int) -> tuple[Any, Any, Sampling, int]:
-        """Tokens, their numbers and rules, each a row, and the room that they need."""
+    def arrays(self, batch_size: int) -> tuple[Any, Any, Any, Sampling, int]:
+        """Sources if there are any, tokens, their numbers and rules, and the room they need."""
         config, model = self._config, self._model
         count = model.num_rows(len(self._prompts), batch_size)
         spare = count - len(self._prompts)  # copies of the first, which end at once
         prompts = [*self._prompts, *[self._prompts[0]] * spare]
-        length = bucket(max(map(len, prompts)))
+        longest = max(map(len, prompts))
+        length = bucket(longest) if self._sources is None else longest  # equal for all sources
         banned: Any = np.ones((count, model.vocab_size), bool)
         banned[:, model.ids] = False
         banned[:, [model.token(name) for name in config.banned_tokens]] = True
@@ -276,7 +304,7 @@ class _Rows:
         def full(value: Any, dtype: Any = np.float32) -> Any:
             return np.full(count, value, dtype)
 
-        numbers: Any = np.arange(self._first, self._first + count, dtype=np.int32)
+        numbers: Any = np.array([*self._numbers, *[0] * spare], np.int32)
         limits: Any = np.array([*self._limits, *[1] * spare], np.int32)
         sampling = Sampling(
             temperature=full(config.temperature),
@@ -293,7 +321,17 @@ class _Rows:
         )
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         room = bucket(length + max(_ROOM, *self._limits))
-        return left_padded(prompts, length), lengths, sampling, room
+        return self._read(spare), left_padded(prompts, length), lengths, sampling, room
+
+    def _read(self, spare: int) -> Any:
+        """The tokens of sources and their segment ids."""
+        if self._sources is None:
+            return None
+        sources = [*self._sources, *[self._sources[0]] * spare]
+        sizes = np.array([len(source) for source in sources])
+        length = bucket(int(sizes.max()))
+        segment_ids = np.where(np.arange(length)[None, :] < sizes[:, None], 0, -1)
+        return right_padded(sources, length), segment_ids.astype(np.int32)
 
     def extend(self, progress: Progress) -> list[bool]:
         """Takes over what is new; gives which rows have ended."""

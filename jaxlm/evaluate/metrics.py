@@ -42,6 +42,8 @@ HIGHER_IS_BETTER = {
     "recall@5": True,
     "recall@10": True,
     "mrr": True,
+    "bleu": True,
+    "chrf": True,
     "mse": False,
     "rmse": False,
     "calibration_error": False,

@@ -26,7 +26,8 @@ def score(
 ) -> Sums:
     """The summed cross-entropy, and hits as ``accuracy``."""
     labels = jnp.asarray(batch["labels"], jnp.int32)
-    return weighted_sums(batch, *smoothed_cross_entropy(logits, labels, label_smoothing))
+    losses, _, correct = smoothed_cross_entropy(logits, labels, label_smoothing)
+    return weighted_sums(batch, losses, correct)
 
 
 def make_loss(apply: Apply, *, label_smoothing: float = 0.0) -> Loss:

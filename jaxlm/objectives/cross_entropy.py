@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.nn import custom_vjp
+from jaxlm.nn.masks import NEGATIVE
 
 
 def _is_label(logits: Array, labels: Array) -> Array:
@@ -54,15 +55,54 @@ def cross_entropy(
     return loss, _gather(logits, labels) >= logits.max(-1)
 
 
+def _are_tokens(logits: Array) -> Array:
+    """Which logits are of tokens: a head makes those of other rows of its table very unlikely."""
+    first = lax.slice(logits, (0,) * logits.ndim, (*(1,) * (logits.ndim - 1), logits.shape[-1]))
+    return first > NEGATIVE / 2
+
+
+def _smoothed_forward(
+    logits: Array, labels: Array, smoothing: float
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    (losses, correct), (exp, scale, _) = _forward(logits, labels)
+    tokens = _are_tokens(logits)
+    share = tokens / tokens.sum().astype(losses.dtype)
+    mean = jnp.where(tokens, logits, 0).sum(-1) / tokens.sum().astype(losses.dtype)
+    uniform = losses + (_gather(logits, labels) - mean)
+    smoothed = losses + smoothing * (uniform - losses)
+    return (smoothed, losses, correct), (exp, scale, labels, share)
+
+
+def _smoothed_backward(
+    smoothing: float, residuals: tuple[Array, ...], gradients: tuple[Array, Array, Any]
+) -> tuple[Array, None]:
+    exp, scale, labels, share = residuals
+    smoothed, unsmoothed = (g[..., None] for g in gradients[:2])
+    at_label = (1 - smoothing) * smoothed + unsmoothed
+    softmax = exp * (scale[..., None] * (smoothed + unsmoothed))
+    label = jnp.where(_is_label(softmax, labels), at_label, 0)
+    return softmax - label - (smoothing * smoothed) * share, None
+
+
+@custom_vjp.gradient(_smoothed_forward, _smoothed_backward, static=(2,))
+def _smoothed(logits: Array, labels: Array, smoothing: float) -> tuple[Array, Array, Array]:
+    losses, correct = cross_entropy(logits, labels)
+    tokens = _are_tokens(logits)
+    mean = jnp.where(tokens, logits, 0).sum(-1) / tokens.sum().astype(losses.dtype)
+    uniform = jax.nn.logsumexp(logits, axis=-1) - mean
+    return losses + smoothing * (uniform - losses), losses, correct
+
+
 def smoothed_cross_entropy(
     logits: Float[Array, "*batch vocab"], labels: Int[Array, "*batch"], smoothing: float
-) -> tuple[Float[Array, "*batch"], Bool[Array, "*batch"]]:
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"], Bool[Array, "*batch"]]:
     """:func:`cross_entropy` with the share ``smoothing`` of each label spread over all of them.
 
-    Szegedy et al. (2016), section 7: ``(1 - ε) H(label, p) + ε H(uniform, p)``.
+    Szegedy et al. (2016), section 7: ``(1 - ε) H(label, p) + ε H(uniform, p)``. Then the loss
+    without smoothing, and whether no logit is above the label's. Rows of a token table that stand
+    for no token (``NEGATIVE`` logits) get no share.
     """
+    if smoothing:
+        return _smoothed(logits, labels, smoothing)
     losses, correct = cross_entropy(logits, labels)
-    if not smoothing:
-        return losses, correct
-    uniform = jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
-    return losses + smoothing * (uniform - losses), correct
+    return losses, losses, correct

@@ -4,20 +4,22 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm.config import ANY_BASE, FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.tasks.task import Labels
+from jaxlm.models.model import example_inputs
+from jaxlm.tasks.task import Generative, Labels
 from jaxlm.train.restore import Monitor
 
 
 def monitor(config: FinetuneConfig) -> Monitor:
     """Which checkpoint is best: never one with an untrained head, if there is another."""
     name = config.monitor or config.task.monitor
+    if isinstance(config.task, Generative):  # with the base's head
+        return Monitor(name, higher_is_better(name))
     model = config.task.make_model(ANY_BASE, ("a", "b"), 0.0)  # the config's may not be known yet
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(ANY_BASE))
     return Monitor(name, higher_is_better(name), first_step=int("head" in shapes["params"]))
 
 

@@ -15,13 +15,13 @@ from tokenizers import Tokenizer
 
 from jaxlm import optim, tree
 from jaxlm.config import FinetuneConfig
-from jaxlm.data.labelled.batches import eval_batches, make_buckets
+from jaxlm.data.labelled.batching import Batching, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
-from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, note
+from jaxlm.models.model import example_inputs
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
 from jaxlm.runs import best, steps, thresholds
@@ -75,10 +75,11 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
     """Step 0: the base's parameters, and a new head and adapters, on the host's first device."""
     model = make_model(config, labels)
     assert config.model is not None  # resolved
+    inputs = example_inputs(config.model)
     key, adapter_key = jax.random.split(jax.random.key(config.train.seed))
 
     def init(key: PRNGKey) -> Params:
-        params = dict(model.init(key, _tokens())["params"])
+        params = dict(model.init(key, *inputs)["params"])
         if base is not None:  # what is not returned is not computed
             del params["encoder"]
             params.pop(LM_HEAD, None)
@@ -94,7 +95,7 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
         config.tuning,
         adapter_key,
         params,
-        lambda variables: model.apply(variables, _tokens()),
+        lambda variables: model.apply(variables, *inputs),
         config.frozen_dtype,
         split_layers=config.model.unrolls_layers,
     )
@@ -110,7 +111,8 @@ def _given(config: FinetuneConfig, model: nn.Module, base: Base) -> dict[str, An
     """The base's parameters for a model: of the encoder, and of the head over the vocabulary."""
     assert config.model is not None  # resolved
     given = {"encoder": steps.with_rows(base.encoder, config.model)}
-    if LM_HEAD not in jax.eval_shape(model.init, jax.random.key(0), _tokens())["params"]:
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(config.model))
+    if LM_HEAD not in shapes["params"]:
         return given
     if base.lm_head is None:
         raise InputError(
@@ -118,11 +120,6 @@ def _given(config: FinetuneConfig, model: nn.Module, base: Base) -> dict[str, An
             f"{type(config.model).__name__} does not share with its embeddings: name one with it"
         )
     return given | {LM_HEAD: steps.with_bias(base.lm_head, config.model)}
-
-
-def _tokens() -> jax.Array:
-    """To initialise and to trace with."""
-    return jnp.zeros((1, 8), jnp.int32)
 
 
 def make_optimizer(config: FinetuneConfig) -> Any:
@@ -179,19 +176,11 @@ def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) 
 def predict(
     placement: Placement,
     state: TrainState,
-    examples: Examples,
-    batch_size: int,
-    buckets: Sequence[int],
+    batching: Batching,
 ) -> tuple[Sums | None, Outputs]:
     """Sums over all examples, if they are labelled, and the outputs for each, in their order."""
     sums, rows = [], {}
-    batches = eval_batches(
-        examples,
-        batch_size,
-        buckets,
-        batch_rows=placement.batch_rows,
-    )
-    for batch in batches:
+    for batch in batching.eval_batches(batch_rows=placement.batch_rows):
         one, outputs = jax.device_get(placement.eval_step(state, placement.put_batch(batch)))
         sums += [] if one is None else [one]
         for i, example in enumerate(outputs.pop("example").tolist()):
@@ -226,6 +215,8 @@ class FinetunedRun:
     unlabelled: Placement
     """For data without labels."""
     cursor: Cursor
+    averaged: tuple[int, ...]
+    """The steps that the parameters are the mean of; a single one is as it was saved."""
 
     @property
     def task(self) -> Task:
@@ -252,7 +243,9 @@ class FinetunedRun:
     def merged(self) -> Params:
         """The parameters of a plain model, without adapters, that computes the same."""
         model = make_model(self.config, self.labels)
-        call = lambda variables: model.apply(variables, _tokens())
+        assert self.config.model is not None  # resolved
+        inputs = example_inputs(self.config.model)
+        call = lambda variables: model.apply(variables, *inputs)
         return tuning.merge(self.config.tuning, self.variables, call)
 
     def outputs(
@@ -269,11 +262,8 @@ class FinetunedRun:
         placement = self.placement if labelled else self.unlabelled
         framer = make_framer(self.config, self.tokenizer)
         encoded = self.task.for_evaluation().encode(framer, examples, self.labels)
-        buckets = make_buckets(
-            encoded.lengths, self.config.data.num_buckets, max_length=framer.max_length
-        )
-        batch_size = self.config.data.batch_size
-        found = predict(placement, self.state, encoded, batch_size, buckets)
+        batching = make_batching(encoded, self.config.data, framer.max_length)
+        found = predict(placement, self.state, batching)
         cut = int((encoded.untruncated > framer.max_length).sum())
         report(cut, len(examples), framer.max_length)
         return found
@@ -338,7 +328,7 @@ def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
 def open_finetuned(
     directory: StoragePath | str, *, base: Base | str | None = None, step: int | None = None
 ) -> FinetunedRun:
-    """Read a fine-tuned run: its best checkpoint, or that of ``step``.
+    """Read a fine-tuned run: its best checkpoint, the mean of its last, or that of ``step``.
 
     ``base`` is the encoder's path, if it is no longer the config's, or is that encoder, read
     once for several adapters; it is not needed if all parameters were tuned. Raises
@@ -374,15 +364,14 @@ def open_finetuned(
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
     unlabelled = make_placement(config, labels, state, labelled=False)
-    restored = restore.restore_part(
-        checkpoints,
-        {"trainable": placement.abstract_state.trainable},
-        restore.best_step(checkpoints, best.monitor(config), report=restore.warn)
-        if step is None
-        else step,
-    )
+    chosen = steps.chosen(config, checkpoints, best.monitor(config), step)
+    target = {"trainable": placement.abstract_state.trainable}
+    restored = restore.restore_mean(checkpoints, target, chosen)
     state = steps.put_state(
         TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )
-    return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, restored.cursor)
+    averaged = tuple(chosen or [restored.step])
+    return FinetunedRun(
+        config, tokenizer, labels, state, placement, unlabelled, restored.cursor, averaged
+    )

@@ -17,11 +17,12 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import report
 from jaxlm.data.labelled.augment import make_augment
-from jaxlm.data.labelled.batches import make_buckets, train_batches
+from jaxlm.data.labelled.batching import make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
 from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.tokenizers import TokenizerConfig
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.heads import FIRST, Pooling
 from jaxlm.models.model import ModelConfig
@@ -31,10 +32,11 @@ from jaxlm.runs import best, finetuned, resume, steps, thresholds, writing
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
+from jaxlm.runs.writing import Samples
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, write_whole
-from jaxlm.tasks.task import Labels, Responsive, Thresholded
+from jaxlm.tasks.task import Labels, Responsive, Scored, Thresholded
 from jaxlm.train import restore
 from jaxlm.train.state import TrainState
 from jaxlm.typing import HostBatch
@@ -61,7 +63,13 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     framer = finetuned.make_framer(config, tokenizer)
     examples = task.encode(framer, splits.train, labels)
     validation = task.for_evaluation().encode(framer, splits.validation, labels)
-    config = replace(config, train=config.train.with_steps(len(examples), config.data.batch_size))
+    lengths = np.concatenate([examples.lengths, validation.lengths])
+    options: Any = {"max_length": framer.max_length, "lengths": lengths}
+    batching = make_batching(
+        examples, config.data, seed=config.train.seed, for_training=True, **options
+    )
+    eval_batching = make_batching(validation, config.data, **options)
+    config = replace(config, train=config.train.with_epochs(batching.steps))
     described = {
         "training": describe(
             examples,
@@ -75,7 +83,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     }
     console.print(render(described))
     said = [f"validation: {note}" for note in validation.notes]
-    for note in (*splits.notes, *examples.notes, *said):
+    for note in (*splits.notes, *examples.notes, *said, *batching.describe()):
         console.print(Text(f"note: {note}"))
     reference = task.reference(splits.train, splits.validation)
     if reference.deviation is not None:
@@ -91,9 +99,6 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         None if base else config.tokenizer or TokenizerConfig(),
         longer=longer(examples, config.model and config.model.max_length),
     )
-    lengths = np.concatenate([examples.lengths, validation.lengths])
-    buckets = make_buckets(lengths, config.data.num_buckets, max_length=framer.max_length)
-
     make_state = partial(finetuned.make_state, config, labels, base)
     shapes = jax.eval_shape(make_state)
     placement = finetuned.make_placement(config, labels, shapes)
@@ -106,12 +111,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     def batches(examples_seen: int) -> Iterator[HostBatch]:
         augment = config.data.augment
         special = SpecialTokens.of(tokenizer)
-        return train_batches(
-            examples,
-            config.data.batch_size,
-            buckets,
-            seed=config.train.seed,
-            examples_seen=examples_seen,
+        return batching.train_batches(
+            examples_seen,
             augment=augment and make_augment(augment, special, config.train.seed),
             batch_rows=placement.batch_rows,
         )
@@ -120,13 +121,15 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     samples = _samples(config, labels, tokenizer, splits.validation, console.width)
 
     def evaluation(state: TrainState) -> dict[str, float]:
-        batch_size = config.data.batch_size
-        sums, outputs = finetuned.predict(placement, state, validation, batch_size, buckets)
+        sums, outputs = finetuned.predict(placement, state, eval_batching)
         assert sums is not None  # the validation data are labelled
+        written = samples(state)
+        if isinstance(task, Scored) and task.num_scored != 0:
+            outputs = {**outputs, "written": written.written}
         metrics = {"loss": sums.means()["loss"]}
         metrics |= task.metrics(splits.validation, labels, outputs)
         best.check_measured(monitor.name, metrics)
-        for line in samples(state):
+        for line in written.lines:
             console.print(Text(line), soft_wrap=True)
         return metrics
 
@@ -144,6 +147,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         init=init,
         cursor=cursor | {"labels": list(labels)},
         batches=batches,
+        examples_after=batching.after,
         evaluate=evaluation,
         monitor=monitor,
         reference=reference,
@@ -152,6 +156,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     directory = train(job, console)
     chosen = restore.best_step(directory / CHECKPOINTS, monitor)
     console.print(f"the best checkpoint by {monitor.name} is that of step {chosen}")
+    if config.train.average is not None:
+        for line in _of_mean(directory, splits.validation, base):
+            console.print(Text(line), soft_wrap=True)
     if isinstance(task, Thresholded) and task.chooses_thresholds:
         for line in _choose_thresholds(directory, splits.validation, base):
             console.print(Text(line))
@@ -243,10 +250,10 @@ def _samples(
     tokenizer: Tokenizer,
     examples: Sequence[Any],
     width: int,
-) -> Callable[[TrainState], list[str]]:
-    """Lines on what a state writes, where models of the task do."""
+) -> Callable[[TrainState], Samples]:
+    """What a state writes, where models of the task do."""
     if not isinstance(config.task, Responsive):
-        return lambda _: []
+        return lambda _: Samples(written=[], lines=[])
     model = finetuned.make_model(config, labels)
     framer = finetuned.make_framer(config, tokenizer)
     make = writing.make_responder(config, model, framer, tokenizer)
@@ -263,6 +270,23 @@ def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:
         parts += [f"{title} {' / '.join(values)}"] if values else []
     shown = f"{name} / rmse" if "rmse" in baseline and name != "rmse" else name
     return f"validation {shown}: {', '.join(parts).replace('nan', 'undefined')}"
+
+
+def _of_mean(directory: StoragePath, examples: Sequence[Any], base: Base | None) -> Iterator[str]:
+    """A line on the mean of a run's last checkpoints."""
+    loaded = finetuned.open_finetuned(directory, base=base)
+    sums, outputs = loaded.outputs(examples)
+    assert sums is not None  # the examples are labelled
+    task = loaded.task
+    if isinstance(task, Scored) and task.num_scored != 0 and jax.process_count() == 1:
+        greedy = GenerateConfig(max_new_tokens=task.sample_tokens)
+        written = loaded.responder.respond(examples[: task.num_scored], greedy)
+        outputs = {**outputs, "written": list(written)}
+    metrics = {"loss": sums.means()["loss"]}
+    metrics |= task.metrics(examples, loaded.labels, outputs)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    steps = ", ".join(map(str, loaded.averaged))
+    yield f"the mean of the checkpoints of steps {steps}, which is used from now on: {shown}"
 
 
 def _choose_thresholds(

@@ -23,6 +23,8 @@ def idle(config: Config) -> dict[str, str]:
     if optimizer.schedule in ("inverse_sqrt", "constant"):
         why = f"optimizer.schedule={optimizer.schedule} has its own end"
         put(why, "optimizer", "final_lr_share")
+    if optimizer.warmup_steps is not None:
+        put("optimizer.warmup_steps takes its place", "optimizer", "warmup_share")
     if optimizer.name != "muon":
         put(f"optimizer.name is {optimizer.name}, not muon", "optimizer", "momentum")
     if optimizer.name == "adafactor":

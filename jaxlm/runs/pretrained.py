@@ -32,7 +32,7 @@ from jaxlm.tasks.task import Generative, Given, Laborious, PretrainTask
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
-from jaxlm.train.restore import Cursor
+from jaxlm.train.restore import Cursor, Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step
 from jaxlm.typing import HostBatch, PRNGKey, Variables
@@ -156,6 +156,8 @@ class Pretrained:
     variables: Variables
     cursor: Cursor
     placement: Placement
+    averaged: tuple[int, ...]
+    """The steps that the variables are the mean of; a single one is as it was saved."""
 
     @property
     def task(self) -> PretrainTask:
@@ -230,7 +232,7 @@ class Pretrained:
 
 
 def open_pretrained(directory: StoragePath | str, step: int | None = None) -> Pretrained:
-    """Read a run folder: its best checkpoint, or that of ``step``.
+    """Read a run folder: its best checkpoint, the mean of its last, or that of ``step``.
 
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
@@ -239,12 +241,16 @@ def open_pretrained(directory: StoragePath | str, step: int | None = None) -> Pr
     tokenizer = read_tokenizer(directory)
     placement = make_placement(config, make_vocabulary(tokenizer))
     checkpoints = directory / CHECKPOINTS
-    restored = restore.restore_part(
-        checkpoints,
-        {"trainable": placement.abstract_state.trainable},
-        restore.best_step(checkpoints, report=restore.warn) if step is None else step,
-    )
+    chosen = steps.chosen(config, checkpoints, Monitor(), step)
+    target = {"trainable": placement.abstract_state.trainable}
+    restored = restore.restore_mean(checkpoints, target, chosen)
     check_tokenizer(directory, restored.cursor, tokenizer)
     return Pretrained(
-        config, tokenizer, restored.step, restored.state["trainable"], restored.cursor, placement
+        config,
+        tokenizer,
+        restored.step,
+        restored.state["trainable"],
+        restored.cursor,
+        placement,
+        tuple(chosen or [restored.step]),
     )

@@ -99,6 +99,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             monitor=monitor.name,
         ),
         batches=batches,
+        examples_after=lambda seen, steps: seen + steps * config.data.batch_size,
         evaluate=evaluation,
         monitor=monitor,
         reference=Reference({"unigram entropy": pretrained.unigram_entropy(infos)}),

@@ -21,8 +21,8 @@ from jaxlm.train.restore import Cursor
 # are computed, and what is kept and shown.
 _FREE = (
     r"name|runs|resume|accept_changes|wandb|baseline|placement|base|mesh\..*|prepare(\..*)?"
-    r"|data\.paths|task\.split|data\.(train|validation)\.(path|data_dir)|model\.(remat|unroll)"
-    r"|train\.(num_micro_batches|save_every|keep|log_every|max_skipped)"
+    r"|data\.paths|task\.split|data\.(train|validation)\.(path|data_dir|source|target)|model\.(remat|unroll)"
+    r"|train\.(num_micro_batches|save_every|keep|average|log_every|max_skipped)"
 )
 # And of a finished run, which is extended, or one not yet begun: its length.
 _LENGTH = r"train\.(steps|epochs|minutes|num_evals)"

@@ -13,8 +13,11 @@ from jaxlm import optim, sharding
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
+from jaxlm.runtime.storage import StoragePath
 from jaxlm.sharding import MeshConfig
+from jaxlm.train import restore
 from jaxlm.train.placement import Init, Placement, jit_placement, pmap_placement
+from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, make_train_step
 from jaxlm.typing import Loss
@@ -40,7 +43,7 @@ def make_placement(
     train_step = make_train_step(
         loss,
         optim.make_optimizer(config.optimizer, lr_factor),
-        optim.make_schedule(config.optimizer),
+        optim.make_schedule(config.optimizer, config.train.steps),
         seed=config.train.seed,
         num_micro_batches=config.train.num_micro_batches,
         axis_name=axis_name,
@@ -122,6 +125,16 @@ def with_bias(head: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
 def _missing(rows: int, model: ModelConfig) -> int:
     assert model.vocab_size is not None  # resolved
     return model.vocab_size - rows
+
+
+def chosen(
+    config: Config, checkpoints: StoragePath, monitor: Monitor, step: int | None
+) -> list[int]:
+    """The steps whose mean is the model to be read: that of ``step``, or what the config says."""
+    if step is not None:
+        return [step]
+    average = config.train.average
+    return restore.chosen_steps(checkpoints, monitor, average, report=restore.warn)
 
 
 def put_state(state: TrainState, placement: Placement) -> TrainState:

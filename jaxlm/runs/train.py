@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -43,6 +44,8 @@ class Job:
     """Where the run stands at step 0, with fingerprints of what it stands on."""
     batches: Callable[[int], Iterator[HostBatch]]
     """The batches that follow after so many examples."""
+    examples_after: Callable[[int, int], int]
+    """How many examples are seen where there were some before, and so many batches followed."""
     evaluate: Callable[[TrainState], dict[str, float]]
     """``loss`` and other metrics on the validation data."""
     monitor: Monitor
@@ -71,7 +74,11 @@ def train(job: Job, console: Console) -> StoragePath:
     with (
         Progress(config.train.steps, visible=main_process, console=console) as progress,
         Checkpointer(
-            checkpoints, keep=config.train.keep, monitor=job.monitor, report=progress.warn
+            checkpoints,
+            keep=config.train.keep,
+            average=config.train.average,
+            monitor=job.monitor,
+            report=progress.warn,
         ) as checkpointer,
     ):
         distributed.check_same("run", job.cursor)
@@ -105,7 +112,7 @@ def train(job: Job, console: Console) -> StoragePath:
                 checkpointer,
                 cursor,
                 view,
-                batch_size=config.data.batch_size,
+                examples_after=partial(job.examples_after, cursor["examples_seen"]),
             )
     return directory
 

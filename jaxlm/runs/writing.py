@@ -7,7 +7,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from jaxlm.config import FinetuneConfig
@@ -15,9 +14,10 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.instruction import Dialogue, Turn
 from jaxlm.decode.generate import Generate, GenerateConfig, Generation
 from jaxlm.errors import InputError
+from jaxlm.models.model import example_inputs
 from jaxlm.peft import tuning
 from jaxlm.runtime.storage import StoragePath, write_whole
-from jaxlm.tasks.task import Responsive
+from jaxlm.tasks.task import Responsive, Scored
 from jaxlm.train.state import TrainState
 from jaxlm.typing import Variables
 
@@ -35,21 +35,21 @@ class Responder:
     framer: Framer
     generate: Generate
 
-    def prompt(self, turns: Sequence[Turn], room: int | None = None) -> list[int]:
-        """The tokens behind which a response to turns begins, or the last ``room`` of them."""
-        return self.task.prompt_ids(self.framer, turns, room=room)
+    def prompt(self, example: Any, room: int | None = None) -> list[int]:
+        """The tokens that a response is a response to, or so many as have ``room``."""
+        return self.task.prompt_ids(self.framer, example, room=room)
 
     def respond(
-        self, dialogues: Sequence[Dialogue], config: GenerateConfig, *, room: int | None = None
+        self, examples: Sequence[Any], config: GenerateConfig, *, room: int | None = None
     ) -> Iterator[Generation]:
         """The response to each."""
-        prompts = (self.prompt(one.prompt, room) for one in dialogues)
+        prompts = (self.prompt(one, room) for one in examples)
         for written in self.generate(prompts, config):
             yield replace(written, text=written.text.removeprefix(" "))
 
-    def stream(self, dialogue: Dialogue, config: GenerateConfig) -> Iterator[str]:
+    def stream(self, example: Any, config: GenerateConfig) -> Iterator[str]:
         """The response to one, in pieces."""
-        pieces = self.generate.stream(self.prompt(dialogue.prompt), config)
+        pieces = self.generate.stream(self.prompt(example), config)
         yield next(pieces, "").removeprefix(" ")
         yield from pieces
 
@@ -69,7 +69,8 @@ def make_responder(
         )
     decoder = config.model
     assert decoder is not None  # resolved
-    call = lambda variables: model.apply(variables, jnp.zeros((1, 8), jnp.int32))
+    inputs = example_inputs(decoder)
+    call = lambda variables: model.apply(variables, *inputs)
     # Adapters would be computed for each token.
     merge = jax.jit(lambda variables: tuning.merge(config.tuning, variables, call))
     compiled: list[Generate] = []
@@ -98,7 +99,7 @@ class Conversation:
         first where the text alone is too long, and forgets nothing.
         """
         turn, forgotten = Turn("user", text), 0
-        if len(self._responder.prompt([*self._first, turn])) >= self._responder.generate.max_length:
+        if self._size([turn]) >= self._responder.generate.max_length:
             return 0, self._pieces([turn])
         turns = [*self._turns, turn]
         while len(turns) > 1 and not self._has_room(turns):
@@ -106,63 +107,81 @@ class Conversation:
         return forgotten, self._pieces(turns)
 
     def _has_room(self, turns: Sequence[Turn]) -> bool:
-        size = len(self._responder.prompt([*self._first, *turns]))
-        return size + self._config.max_new_tokens <= self._responder.generate.max_length
+        size = self._size(turns) + self._config.max_new_tokens
+        return size <= self._responder.generate.max_length
+
+    def _size(self, turns: Sequence[Turn]) -> int:
+        return len(self._responder.prompt(self._dialogue(turns)))
+
+    def _dialogue(self, turns: Sequence[Turn]) -> Dialogue:
+        return Dialogue(turns=(*self._first, *turns), origin="the conversation")
 
     def _pieces(self, turns: list[Turn]) -> Iterator[str]:
-        dialogue = Dialogue(turns=(*self._first, *turns), origin="the conversation")
         pieces = []
-        for piece in self._responder.stream(dialogue, self._config):
+        for piece in self._responder.stream(self._dialogue(turns), self._config):
             pieces.append(piece)
             yield piece
         self._turns = [*turns, Turn("assistant", "".join(pieces))]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """What a state writes at an evaluation."""
+
+    written: list[Generation]
+    """What is written for the first examples: nothing where several processes share the model."""
+    lines: list[str]
+    """Some of it, to be shown."""
+
+
 def make_samples(
     config: FinetuneConfig,
     make: Callable[[Variables], Responder],
-    examples: Sequence[Dialogue],
+    examples: Sequence[Any],
     width: int,
-) -> Callable[[TrainState], list[str]]:
+) -> Callable[[TrainState], Samples]:
     """The greedy responses of a state to the first of the examples, in lines of at most ``width``.
 
-    They are written to the run folder, in place of those of this and of later steps. Of several
-    processes none holds a whole model, and there are none.
+    Those shown are written to the run folder, in place of those of this and of later steps. Of
+    several processes none holds a whole model, and there are none.
     """
     task, path = config.task, config.directory / SAMPLES
     assert isinstance(task, Responsive)  # or there would be nothing to make
-    chosen = [] if jax.process_count() > 1 else list(examples[: task.num_samples])
+    wanted = task.num_scored if isinstance(task, Scored) else 0
+    count = len(examples) if wanted is None else max(wanted, task.num_samples)
+    chosen = [] if jax.process_count() > 1 else list(examples[:count])
     greedy = GenerateConfig(max_new_tokens=task.sample_tokens)
 
-    def samples(state: TrainState) -> list[str]:
+    def samples(state: TrainState) -> Samples:
         if not chosen:
-            return []
+            return Samples(written=[], lines=[])
         step, responder = int(state.step), make(state.variables)
         longest = responder.framer.max_length
         room = max(longest - task.sample_tokens, longest // 2)  # what is asked is cut at its left
         try:
             written = list(responder.respond(chosen, greedy, room=room))
         except InputError as error:  # such as of a model that has diverged: training goes on
-            return [f"  no samples: {error}"]
-        pairs = zip(chosen, written, strict=True)
-        news = [_sample(step, dialogue, one) for dialogue, one in pairs]
+            return Samples(written=[], lines=[f"  no samples: {error}"])
+        pairs = zip(chosen[: task.num_samples], written, strict=False)
+        news = [_sample(step, example, one) for example, one in pairs]
         before = [json.loads(line) for line in _lines(path)]
         kept = [one for one in before if one["step"] < step]
         lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in (*kept, *news)]
         write_whole(path, "".join(lines))
-        return [_line(one["prompt"], one["response"], width) for one in news]
+        shown = [line for one in news for line in _lines_of(one, width)]
+        return Samples(written=written[:wanted], lines=shown)
 
     return samples
 
 
-def _sample(step: int, dialogue: Dialogue, written: Generation) -> dict[str, Any]:
+def _sample(step: int, example: Any, written: Generation) -> dict[str, Any]:
     return {
         "step": step,
-        "origin": dialogue.origin,
-        "prompt": dialogue.asked,
+        "origin": example.origin,
+        "prompt": example.asked,
         "response": written.text,
         "stopped": written.stopped,
-        "wanted": dialogue.response,
+        "wanted": example.response,
     }
 
 
@@ -170,10 +189,13 @@ def _lines(path: StoragePath) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _line(prompt: str, response: str, width: int) -> str:
-    prompt, response = (" ".join(text.split()) for text in (prompt, response))
-    half = max(width // 2 - 4, 8)
-    if len(prompt) > half:
-        prompt = f"{prompt[: half - 1]}…"
-    line = f"  {prompt} → {response or '(nothing)'}"
+def _lines_of(sample: dict[str, Any], width: int) -> Iterator[str]:
+    """What was asked and written; below it what was wanted, where that is known."""
+    prompt, response = (" ".join(sample[name].split()) for name in ("prompt", "response"))
+    yield _cut(f"  {_cut(prompt, max(width // 2 - 4, 8))} → {response or '(nothing)'}", width)
+    if sample["wanted"] is not None:
+        yield _cut(f"    wanted: {' '.join(sample['wanted'].split())}", width)
+
+
+def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else f"{line[: width - 1]}…"

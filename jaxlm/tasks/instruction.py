@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from jaxlm.data.labelled import instruction as data
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
-from jaxlm.data.labelled.instruction import Dialogue, DialogueFields, Template, Turn
+from jaxlm.data.labelled.instruction import Dialogue, DialogueFields, Template
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
@@ -170,10 +170,10 @@ class Instruction:
         return Generate(causal_model(model, config, variables, tokenizer))
 
     def prompt_ids(
-        self, framer: Framer, turns: Sequence[Turn], *, room: int | None = None
+        self, framer: Framer, example: Dialogue, *, room: int | None = None
     ) -> list[int]:
         """The tokens behind which a response to turns begins, or the last ``room`` of them."""
-        return data.prompt_ids(framer, turns, self.template, room)
+        return data.prompt_ids(framer, example.prompt, self.template, room)
 
     def answers(
         self, examples: Sequence[Dialogue], labels: Labels, outputs: Outputs

@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
-from jaxlm.data.labelled.instruction import Turn
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.decode.generate import Generate, GenerateConfig
@@ -248,7 +247,7 @@ class Task(Protocol):
     def plots(
         self, examples: Sequence[Any], labels: Labels, outputs: Outputs, folder: Path
     ) -> dict[str, str]:
-        """Pictures of the outputs, drawn into ``folder``: names of files, and what each shows."""
+        """Files on the outputs, written into ``folder``: their names, and what each shows."""
         ...
 
     def answers(
@@ -275,10 +274,25 @@ class Responsive(Generative, Protocol):
         """The most tokens of such a response."""
         ...
 
-    def prompt_ids(
-        self, framer: Framer, turns: Sequence[Turn], *, room: int | None = None
-    ) -> list[int]:
-        """The tokens behind which a response to turns begins, or the last ``room`` of them."""
+    def prompt_ids(self, framer: Framer, example: Any, *, room: int | None = None) -> list[int]:
+        """The tokens that an example's response is a response to, or so many as have ``room``."""
+        ...
+
+
+@runtime_checkable
+class Scored(Responsive, Protocol):
+    """What a task has as well whose models' responses are compared with what was wanted.
+
+    :meth:`Task.metrics` are of ``outputs["written"]``, too, which is of the first examples.
+    """
+
+    @property
+    def num_scored(self) -> int | None:
+        """Validation examples that are responded to at each evaluation; None: all."""
+        ...
+
+    def signatures(self) -> dict[str, str]:
+        """How metrics are computed that are computed in several ways, by their names."""
         ...
 
 

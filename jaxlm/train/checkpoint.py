@@ -26,7 +26,8 @@ _LOSS = Monitor()
 class Checkpointer:
     """Writes the checkpoints of one run; a context manager, entered by all processes together.
 
-    Kept are the newest ``keep`` and the best by ``monitor``. What an earlier run,
+    Kept are the newest ``keep``, the newest ``average`` of those that were evaluated, and the best
+    by ``monitor``. What an earlier run,
     killed, left half-written is removed. A full or read-only disk raises InputError: at once, or,
     when it shows in the background, from the next ``save`` or at the end; finished steps stay.
     """
@@ -36,6 +37,7 @@ class Checkpointer:
         directory: StoragePath,
         *,
         keep: int = 2,
+        average: int | None = None,
         monitor: Monitor = _LOSS,
         report: Report = print,
     ):
@@ -56,7 +58,7 @@ class Checkpointer:
             self._manager = _Manager(
                 without_patterns(self._directory),
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=_NewestAndBest(keep, self._ranks),
+                    preservation_policy=_NewestAndBest(keep, average or 0, self._ranks),
                     lightweight_initialize=True,  # else one damaged step fails the opening
                 ),
             )
@@ -158,14 +160,16 @@ class _Manager(ocp.CheckpointManager):
 class _NewestAndBest(ocp.checkpoint_managers.PreservationPolicy):
     """Orbax's own ``best_fn`` with ``max_to_keep`` deletes the newest when it is not the best."""
 
-    def __init__(self, keep: int, ranks: dict[int, restore.Rank]):
+    def __init__(self, keep: int, average: int, ranks: dict[int, restore.Rank]):
         self.keep = keep
+        self.average = average
         self.ranks = ranks  # shared with the Checkpointer, which fills it
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         present = sorted(info.step for info in checkpoints)
         scored = [step for step in present if step in self.ranks]
         kept = {*present[-self.keep :], min(scored, key=self.ranks.__getitem__, default=None)}
+        kept.update(scored[max(len(scored) - self.average, 0) :])
         return [info.step in kept for info in checkpoints]
 
 

@@ -50,6 +50,9 @@ class TrainConfig:
     None: no early stopping."""
     keep: int = 2
     """Number of newest checkpoints to keep; the best is kept as well."""
+    average: int | None = None
+    """The mean of the parameters of the last so many evaluated checkpoints, which are kept, is the
+    model that is evaluated and used afterwards; None: the best checkpoint is."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     max_skipped: int = 20
@@ -68,9 +71,13 @@ class TrainConfig:
 
     def with_steps(self, num_examples: int, batch_size: int) -> "TrainConfig":
         """The same with ``steps`` that follow from ``epochs``."""
+        return self.with_epochs(lambda epochs: math.ceil(epochs * num_examples / batch_size))
+
+    def with_epochs(self, steps_of: Callable[[float], int]) -> "TrainConfig":
+        """The same with the ``steps`` that ``epochs`` have."""
         if self.epochs is None:
             return self
-        steps = math.ceil(self.epochs * num_examples / batch_size)
+        steps = steps_of(self.epochs)
         return replace(self, steps=min(steps, self.steps or steps), epochs=None)
 
 
@@ -84,13 +91,14 @@ def fit(
     cursor: Cursor,
     view: View,
     *,
-    batch_size: int,
+    examples_after: Callable[[int], int],
 ) -> TrainState:
     """Train to the end of ``config``'s steps, minutes or patience, or until SIGINT or SIGTERM.
 
     Step n is dispatched before the sums of step n-1 are read, so the devices never wait for the
-    host. ``cursor`` says where the run stands; it is saved with every checkpoint. Batches may have
-    a few different shapes; the step is compiled for each when it first comes.
+    host. ``cursor`` says where the run stands; it is saved with every checkpoint, with the number
+    of examples that are seen ``examples_after`` so many steps from here. Batches may have a few
+    different shapes; the step is compiled for each when it first comes.
     """
     first = step = int(state.step)
     clock, monitor = Clock(config, cursor), checkpointer.monitor
@@ -110,7 +118,8 @@ def fit(
     def compiled_for(batch: Batch) -> Callable[..., tuple[TrainState, Sums]]:
         shapes = tuple(x.shape for x in batch.values())
         if shapes not in compiled:
-            rows = f" for rows of {batch['tokens'].shape[-1]}" if compiled else ""
+            sides = [batch[x].shape[-1] for x in ("tokens", "targets") if x in batch]
+            rows = f" for rows of {' and '.join(map(str, sides))}" if compiled else ""
             with pause(f"compiling the train step{rows}"):
                 example = state, batch, np.float32(share)
                 compiled[shapes] = compile_ahead(placement.train_step, *example)
@@ -132,7 +141,7 @@ def fit(
     def save(metrics: dict[str, float]) -> None:
         read()
         now = {
-            "examples_seen": cursor["examples_seen"] + (step - first) * batch_size,
+            "examples_seen": examples_after(step - first),
             "tokens_seen": view.tokens_seen,
             "elapsed_s": clock.elapsed_s(),
             "share": share,

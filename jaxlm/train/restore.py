@@ -17,7 +17,7 @@ import textwrap
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -104,6 +104,20 @@ def best_step(
     return min(ranks, key=ranks.__getitem__, default=None)
 
 
+def chosen_steps(
+    directory: StoragePath, monitor: Monitor, average: int | None, *, report: Report | None = None
+) -> list[int]:
+    """The steps whose mean is a run's model: the newest ``average`` that were evaluated.
+
+    The one before training is left out, where there is another. Without ``average`` the best step
+    alone; empty where none was evaluated.
+    """
+    ranks = read_ranks(directory, monitor, report)
+    if average is None or not ranks:
+        return [min(ranks, key=ranks.__getitem__)] if ranks else []
+    return sorted(step for step in ranks if step > 0 or len(ranks) == 1)[-average:]
+
+
 def peek(directory: StoragePath) -> Cursor:
     """Cursor of the newest checkpoint whose metadata are whole: it holds for all steps of a run."""
     reason = "it holds none"
@@ -125,6 +139,25 @@ def restore_part(
     differ: arrays are verified as they were saved and then cast.
     """
     return restore(absolute(directory), target, step, whole=False, report=report)
+
+
+def restore_mean(
+    directory: StoragePath, target: PyTree, steps: Sequence[int], *, report: Report = warn
+) -> Restored:
+    """As :func:`restore_part` of the last of ``steps``, with the mean of all steps' arrays.
+
+    Of one step that is the step itself; of none it is the newest that is undamaged.
+    """
+    *others, last = steps or [None]
+    restored = restore_part(directory, target, last, report=report)
+    wide = lambda x: x.astype(np.promote_types(x.dtype, np.float32))
+    total = jax.tree.map(wide, restored.state) if others else restored.state
+    for step in others:
+        total = jax.tree.map(
+            lambda x, y: x + wide(y), total, restore_part(directory, target, step).state
+        )
+    mean = jax.tree.map(lambda x, old: (x / len(steps)).astype(old.dtype), total, restored.state)
+    return replace(restored, state=mean if others else restored.state)
 
 
 def restore(

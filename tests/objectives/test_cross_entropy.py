@@ -1,3 +1,6 @@
+import contextlib
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +8,8 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxlm.nn import custom_vjp
+from jaxlm.nn.masks import NEGATIVE
 from jaxlm.objectives.cross_entropy import cross_entropy, smoothed_cross_entropy
 
 RNG = np.random.default_rng(0)
@@ -82,18 +87,36 @@ def test_a_sharded_vocabulary(platform):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [17, 20])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_smoothing_equals_soft_labels(smoothing):
+def test_smoothing_equals_soft_labels(smoothing, rows):
+    """Over the tokens: the table's other rows have no share."""
+
     def soft(logits, labels):
         target = (1 - smoothing) * jax.nn.one_hot(labels, 17) + smoothing / 17
-        return -(target * jax.nn.log_softmax(logits)).sum(-1), logits.argmax(-1) == labels
+        losses = -(target * jax.nn.log_softmax(logits[..., :17])).sum(-1)
+        return losses, logits.argmax(-1) == labels
 
-    def ours(logits, labels):
-        return smoothed_cross_entropy(logits, labels, smoothing)
+    def ours(logits, labels, plain=contextlib.nullcontext):
+        with plain():
+            losses, _, correct = smoothed_cross_entropy(logits, labels, smoothing)
+        return losses, correct
 
-    found = value_and_gradient(ours, LOGITS, LABELS, WEIGHTS)
-    exact = value_and_gradient(soft, LOGITS, LABELS, WEIGHTS)
-    for a, b in zip(found, exact, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    logits = jnp.pad(
+        LOGITS, (*[(0, 0)] * (LOGITS.ndim - 1), (0, rows - 17)), constant_values=NEGATIVE
+    )
+    exact = value_and_gradient(soft, logits, LABELS, WEIGHTS)
+    for plain in (contextlib.nullcontext, custom_vjp.plain):
+        found = value_and_gradient(partial(ours, plain=plain), logits, LABELS, WEIGHTS)
+        for a, b in zip(found, exact, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     hard = value_and_gradient(cross_entropy, LOGITS, LABELS, WEIGHTS)
     assert (np.abs(found[0] - hard[0]).max() > 0.1) == (smoothing > 0)
+
+
+def test_the_loss_without_smoothing_is_given_as_well():
+    unsmoothed = lambda logits, labels: smoothed_cross_entropy(logits, labels, 0.3)[1:]
+    found = value_and_gradient(unsmoothed, LOGITS, LABELS, WEIGHTS)
+    exact = value_and_gradient(cross_entropy, LOGITS, LABELS, WEIGHTS)
+    for a, b in zip(found, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

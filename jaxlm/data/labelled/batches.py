@@ -7,7 +7,7 @@ computed as long ones, and few shapes are compiled.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int
 
 from jaxlm.data.labelled.augment import Augment
 from jaxlm.data.labelled.examples import Examples, Row, pad_rows
@@ -89,7 +89,7 @@ def train_batches(
                 keys = zip(rows, numbers[local].tolist(), epochs[local].tolist(), strict=True)
                 rows = [augment(row, number, epoch) for row, number, epoch in keys]
             length = buckets[which[numbers].max()]
-            yield _stack(examples, rows, length) | _index(step * batch_size, local)
+            yield stack(examples, rows, length) | index_of(step * batch_size, local)
             step += 1
 
     return batches()
@@ -117,10 +117,10 @@ def eval_batches(
             length = buckets[which[numbers].max()]
             real = (np.arange(batch_size) < len(numbers))[local]
             numbers = np.resize(numbers, batch_size)[local]
-            batch = _stack(examples, [examples.rows[i] for i in numbers], length)
+            batch = stack(examples, [examples.rows[i] for i in numbers], length)
             batch["weights"][~real] = 0
             example = np.where(real, numbers, -1).astype(np.int32)
-            yield batch | _index(start, local) | {"example": example}
+            yield batch | index_of(start, local) | {"example": example}
 
     return batches()
 
@@ -145,28 +145,33 @@ def _chunk_order(
     epochs, places = np.divmod(np.arange(chunk * size, (chunk + 1) * size), len(which))
     numbers = np.empty(size, int)
     for epoch in np.unique(epochs):
-        order = _rng(seed, _EPOCH, int(epoch)).permutation(len(which))
+        order = rng_of(seed, _EPOCH, int(epoch)).permutation(len(which))
         numbers[epochs == epoch] = order[places[epochs == epoch]]
     rows = np.stack([numbers, epochs], axis=-1)
     rows = rows[np.argsort(which[numbers], kind="stable")]
     batches = rows.reshape(chunk_batches, batch_size, 2)
-    return batches[_rng(seed, _ORDER, chunk).permutation(chunk_batches)]
+    return batches[rng_of(seed, _ORDER, chunk).permutation(chunk_batches)]
 
 
-def _rng(seed: int, *key: int) -> np.random.Generator:
+def rng_of(seed: int, *key: int) -> np.random.Generator:
+    """Random numbers of their own for each key."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
-def _index(start: int, local: np.ndarray) -> dict[str, Int32[np.ndarray, " batch"]]:
+def index_of(start: int, local: Int[np.ndarray, " batch"]) -> dict[str, np.ndarray]:
+    """Numbers of the rows of a run, modulo 2³¹."""
     return {"index": ((start + local) % 2**31).astype(np.int32)}
 
 
-def _stack(examples: Examples, rows: list[Row], length: int) -> Row:
+def stack(examples: Examples, rows: Sequence[Row], *lengths: int) -> Row:
+    """A batch of rows, each side of which is padded to its length."""
+    sides = examples.along_length, examples.along_target
+    padded = {name: size for names, size in zip(sides, lengths, strict=False) for name in names}
     batch = {}
     for name in rows[0]:
         arrays = [row[name] for row in rows]
-        if name in examples.along_length:
-            batch[name] = pad_rows(arrays, examples.pad if name == "tokens" else 0, length)
+        if name in padded:
+            batch[name] = pad_rows(arrays, examples.pad if name == "tokens" else 0, padded[name])
         else:
             batch[name] = np.stack(arrays)
     return batch

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from jaxlm.data import files
 from jaxlm.data.labelled import formats, spelling, splits
 from jaxlm.data.labelled.augment import AugmentConfig
+from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.pydocs import PyDocsTopics
 from jaxlm.data.labelled.records import (
     Conll,
@@ -25,7 +26,7 @@ from jaxlm.data.labelled.spelling import Labelled
 from jaxlm.errors import InputError, note
 
 _ENDINGS = (".jsonl", ".json", ".conll", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-Source = Table | JsonLines | Conll | Squad | TfdsRecords | PyDocsTopics
+Source = Table | JsonLines | Conll | Squad | TfdsRecords | PyDocsTopics | ParallelText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,14 @@ class LabelledConfig:
     max_length: int = 128
     """Tokens in the longest row; longer texts are truncated."""
     batch_size: int = 32
-    """Examples in a global batch, over all processes."""
+    """Examples in a global batch, over all processes; with `batch_tokens`, batches of any length
+    have a multiple of so many."""
+    batch_tokens: int | None = None
+    """Tokens in a global batch, padding included, so that short examples come in larger batches; of
+    pairs of texts, those of the longer side. None: all batches have `batch_size` examples."""
     num_buckets: int = 4
-    """Number of lengths that batches are padded to; each is compiled once."""
+    """Number of lengths, or of pairs of lengths, that batches are padded to; each is compiled
+    once."""
     augment: AugmentConfig | None = None
     """Random changes to training texts."""
     on_bad_row: Literal["raise", "skip"] = "raise"
@@ -57,8 +63,8 @@ class LabelledConfig:
     name the first of them and stop, or leave all of them out and say how many."""
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "batch_size", "num_buckets"):
-            if vars(self)[name] < 1:
+        for name in ("max_length", "batch_size", "batch_tokens", "num_buckets"):
+            if vars(self)[name] is not None and vars(self)[name] < 1:
                 raise InputError(f"data.{name}={vars(self)[name]} is not above 0")
         if not 0 <= self.split_seed < 2**32:
             raise InputError(f"data.split_seed={self.split_seed} is not from 0 to 4294967295")
@@ -203,6 +209,8 @@ def like(source: Source, path: Path) -> Source:
         return dataclasses.replace(source, path=str(path))
     if path.is_file() and formats.kind_of(path, None) is not None:
         return JsonLines(path=str(path))
+    if isinstance(source, ParallelText):
+        raise InputError(f"{path} is one side alone: give the other with --target")
     raise InputError(
         f"{path}: the kind of its data is not known; name it .csv, .tsv, .conll or .jsonl"
     )

@@ -21,6 +21,8 @@ class Examples:
     """The token that pads ``tokens``; all other arrays are padded with 0."""
     untruncated: Int32[np.ndarray, " examples"]
     """Tokens of each example if there were no maximal length."""
+    along_target: frozenset[str] = frozenset()
+    """Those arrays whose last axis is positions of a second row, as that of ``targets`` is."""
     notes: tuple[str, ...] = ()
     """What a user should know of how they were encoded, a line each."""
 
@@ -31,6 +33,12 @@ class Examples:
     def lengths(self) -> Int32[np.ndarray, " examples"]:
         """Positions that each example needs in a batch."""
         return np.array([row["tokens"].shape[-1] for row in self.rows], np.int32)
+
+    @property
+    def sizes(self) -> Int32[np.ndarray, "examples sides"]:
+        """The same for each side: one, or two where there are ``targets``."""
+        names = ["tokens", *(["targets"] if self.along_target else [])]
+        return np.array([[row[name].shape[-1] for name in names] for row in self.rows], np.int32)
 
 
 def pad_rows(

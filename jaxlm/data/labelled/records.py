@@ -130,7 +130,7 @@ class Table:
 
     def has_columns(self, names: Collection[str]) -> bool:
         """Whether the header has one of these; a table without header has any."""
-        path = _files(self.path)[0]
+        path = find_all(self.path)[0]
         try:
             rows = tabular.read_table(path, self._dialect(path), encoding=self.encoding)
             _, first = next(rows, ("", []))
@@ -143,7 +143,7 @@ class Table:
 
     def fingerprint(self) -> str:
         """A sha256 of contents and settings, but not of the file's name."""
-        paths = _files(self.path)
+        paths = find_all(self.path)
         if formats.kind_of(paths[0], self.encoding) is None:
             first, *rest = self._dialect(paths[0]).names()
         else:
@@ -175,7 +175,7 @@ class JsonLines:
 
     def fingerprint(self) -> str:
         """A sha256 of the contents, but not of the file's name."""
-        return files.sha256(_files(self.path), "jsonl", *files.given(self.encoding))
+        return files.sha256(find_all(self.path), "jsonl", *files.given(self.encoding))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +218,7 @@ class Conll:
 
     def notes(self) -> list[str]:
         """A line on what was skipped, if anything."""
-        words = [path for path in _files(self.path) if not formats.kind_of(path, self.encoding)]
+        words = [path for path in find_all(self.path) if not formats.kind_of(path, self.encoding)]
         kinds = Counter(kind for path in words for _, _, kind in self._lines(path))
         skipped = {
             "comment": "comments (a # and no tag)",
@@ -282,7 +282,7 @@ class Conll:
 
     def begins_with(self, tags: Collection[str]) -> bool:
         """Whether the first line is a word alone, or has one of ``tags``; ordinary text has not."""
-        first = _files(self.path)[0]
+        first = find_all(self.path)[0]
         lines = (line for line in files.lines(first, encoding=self.encoding) if line.strip())
         cells = next((_cells(line) for line in lines if not line.startswith("-DOCSTART-")), [])
         tag = [] if self.tag_column is None else cells[self.tag_column :][:1]
@@ -291,7 +291,7 @@ class Conll:
     def fingerprint(self) -> str:
         """A sha256 of contents and settings, but not of the file's name."""
         columns = (str(self.token_column), str(self.tag_column))
-        return files.sha256(_files(self.path), "conll", *columns, *files.given(self.encoding))
+        return files.sha256(find_all(self.path), "conll", *columns, *files.given(self.encoding))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +312,7 @@ class Squad:
 
     def fingerprint(self) -> str:
         """A sha256 of the contents, but not of the file's name."""
-        return files.sha256(_files(self.path), "squad")
+        return files.sha256(find_all(self.path), "squad")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +351,7 @@ def _records(
     paths: Paths, encoding: str | None, rows: Callable[[Path], Iterable[Row]]
 ) -> Iterator[Record]:
     """The records of all files; ``rows`` are those of a file whose bytes do not say what it is."""
-    for path in _files(paths):
+    for path in find_all(paths):
         count = 0
         for origin, fields in formats.read(path, encoding) or rows(path):
             if isinstance(fields, InputError):
@@ -363,7 +363,8 @@ def _records(
             raise InputError(f"{path} holds no records; is it the right file?")
 
 
-def _files(paths: Paths) -> list[Path]:
+def find_all(paths: Paths) -> list[Path]:
+    """The files of all names."""
     names = (paths,) if isinstance(paths, str) else paths
     if not names:
         raise InputError("path names no file; give at least one")

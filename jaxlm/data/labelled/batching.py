@@ -1,0 +1,123 @@
+"""Which batches a data set is read in, by its configuration."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxlm.data.labelled.augment import Augment
+from jaxlm.data.labelled.batches import eval_batches, make_buckets, train_batches
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.examples import Examples, Row
+from jaxlm.data.labelled.token_batches import check_room, make_plan
+from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """The batches of a data set; each is a function of (data, seed, examples seen)."""
+
+    @property
+    def examples(self) -> Examples:
+        """What is in them."""
+        ...
+
+    def steps(self, epochs: float) -> int:
+        """Batches of so many epochs."""
+        ...
+
+    def after(self, examples_seen: int, steps: int) -> int:
+        """How many examples are seen after so many more batches."""
+        ...
+
+    def train_batches(
+        self, examples_seen: int, *, augment: Augment | None, batch_rows: BatchRows
+    ) -> Iterator[Row]:
+        """The rows that one process holds of every batch from there on, without end."""
+        ...
+
+    def eval_batches(self, *, batch_rows: BatchRows = ALL_ROWS) -> Iterator[Row]:
+        """The rows that one process holds of every batch of one pass, with ``example``."""
+        ...
+
+    def describe(self) -> Iterator[str]:
+        """Lines on what a user should know of them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Even:
+    """Batches of equally many examples, of one side."""
+
+    examples: Examples
+    batch_size: int
+    buckets: Sequence[int]
+    seed: int
+
+    def steps(self, epochs: float) -> int:
+        """Batches of so many epochs."""
+        return math.ceil(epochs * len(self.examples) / self.batch_size)
+
+    def after(self, examples_seen: int, steps: int) -> int:
+        """How many examples are seen after so many more batches."""
+        return examples_seen + steps * self.batch_size
+
+    def train_batches(
+        self,
+        examples_seen: int,
+        *,
+        augment: Augment | None = None,
+        batch_rows: BatchRows = ALL_ROWS,
+    ) -> Iterator[Row]:
+        """As :func:`~jaxlm.data.labelled.batches.train_batches` makes them."""
+        return train_batches(
+            self.examples,
+            self.batch_size,
+            self.buckets,
+            seed=self.seed,
+            examples_seen=examples_seen,
+            augment=augment,
+            batch_rows=batch_rows,
+        )
+
+    def eval_batches(self, *, batch_rows: BatchRows = ALL_ROWS) -> Iterator[Row]:
+        """As :func:`~jaxlm.data.labelled.batches.eval_batches` makes them."""
+        return eval_batches(self.examples, self.batch_size, self.buckets, batch_rows=batch_rows)
+
+    def describe(self) -> Iterator[str]:
+        """Nothing."""
+        yield from ()
+
+
+def make_batching(
+    examples: Examples,
+    config: LabelledConfig,
+    max_length: int,
+    *,
+    seed: int = 0,
+    lengths: Int[np.ndarray, " _"] | None = None,
+    for_training: bool = False,
+) -> Batching:
+    """By tokens where the configuration says so, or examples have two sides, and else even.
+
+    ``lengths`` are those that buckets are made for, where there are more than of ``examples``.
+    ``for_training`` batches of no more tokens than are allowed are insisted on.
+    """
+    if config.batch_tokens is None and not examples.along_target:
+        lengths = examples.lengths if lengths is None else lengths
+        buckets = make_buckets(lengths, config.num_buckets, max_length=max_length)
+        return Even(examples, config.batch_size, buckets, seed)
+    plan = make_plan(
+        examples,
+        num_buckets=config.num_buckets,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+        max_length=max_length,
+        seed=seed,
+    )
+    if for_training:
+        check_room(plan, config.batch_size, config.batch_tokens)
+    return plan
