@@ -27,9 +27,9 @@ from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
-from jaxlm.models.heads import Pooling
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import Pooling
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runtime.storage import on_disk
