@@ -376,7 +376,7 @@ PUBLISHED = {
 }
 
 
-@both
+@one
 def test_dropout_where_it_is_published(kind):
     model = model_of(replace(CONFIGS[kind], dropout_rate=0.5, unroll=1))
     seen = set()
