@@ -25,6 +25,7 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import StoragePath, locate
@@ -35,14 +36,24 @@ from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.replaced_token import ReplacedToken
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
 # What a run's configuration may hold: another architecture or task is added here.
-Model = BertConfig | BilstmConfig | Gpt2Config | LlamaConfig | TransformerConfig | T5Config
-PretrainingTask = MaskedLm | CausalLm
+Model = (
+    BertConfig
+    | BilstmConfig
+    | Gpt2Config
+    | LlamaConfig
+    | TransformerConfig
+    | T5Config
+    | XlnetConfig
+)
+PretrainingTask = MaskedLm | CausalLm | PermutationLm | ReplacedToken
 LabelledTask = (
     Classification
     | Tagging

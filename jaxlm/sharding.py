@@ -34,7 +34,7 @@ AXES: tuple[tuple[str, str], ...] = (
     (r"token_embed/embedding", "vocab -> embed"),
     (r"(position|token_type)_embed/embedding", "table -> embed"),
     (r"relative_embed/embedding", "table heads"),
-    (r"(query|key|value)/kernel", "embed -> heads head_dim"),
+    (r"(query|key|value|position)/kernel", "embed -> heads head_dim"),
     (r"(query|key|value)/bias", "heads head_dim"),
     (r"(cross_)?attention/out/kernel", "heads head_dim -> embed"),
     (r"(up|gate)/kernel", "embed -> mlp"),
@@ -53,6 +53,9 @@ AXES: tuple[tuple[str, str], ...] = (
     (r"(\w+_)?norm/(scale|bias)", "norm"),
     (r"head/bias", "vocab"),
     (r"unembed/kernel", "embed -> vocab"),
+    (r"(content|position|segment)_bias", "heads head_dim"),
+    (r"segment_embed", "table heads head_dim"),
+    (r"query_embed", "norm"),
 )
 
 # What stands beside a linear map's or a table's parameter W, or in its place, has axes of W.

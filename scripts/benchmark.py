@@ -1,6 +1,7 @@
 """Measure jaxlm's training step against other frameworks, on this machine.
 
     pip install -e ".[bench]" && python scripts/benchmark.py mlm
+    python scripts/benchmark.py clm
     python scripts/benchmark.py finetune
 
 Every variant is a live process. They take turns, in an order that rotates with each round: one
@@ -35,21 +36,23 @@ ATTEMPTS = 4
 """Turns of one round, until one is clean."""
 
 SHAPES: dict[str, dict[str, int]] = {
+    "nano": {"num_layers": 6, "hidden_dim": 384, "num_heads": 6, "mlp_dim": 1536},
     "mini": {"num_layers": 4, "hidden_dim": 256, "num_heads": 4, "mlp_dim": 1024},
     "small": {"num_layers": 4, "hidden_dim": 512, "num_heads": 8, "mlp_dim": 2048},
     "base": {"num_layers": 12, "hidden_dim": 768, "num_heads": 12, "mlp_dim": 3072},
 }
 
 
-Size = Literal["mini", "small", "base"]
+Size = Literal["nano", "mini", "small", "base"]
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["cpu", "cuda"]
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, "glibc's huge pages"
 
-TITLES = {"mlm": "pretraining", "full": "full fine-tuning", "lora": "LoRA"}
+TITLES = {"mlm": "pretraining", "clm": "pretraining", "full": "full fine-tuning", "lora": "LoRA"}
 NAMES = {
     "mlm": ("HF", "HF + gathered head"),
+    "clm": ("HF", "HF tuned"),
     "full": ("HF", "HF tuned"),
     "lora": ("peft", "peft tuned"),
 }
@@ -64,7 +67,7 @@ class Options:
     dtypes: tuple[Dtype, ...] | None = None
     """None = both on a CPU, bfloat16 on a GPU."""
     batch_size: dict[str, int] = field(
-        default_factory=lambda: {"mini": 32, "small": 32, "base": 16}
+        default_factory=lambda: {"nano": 16, "mini": 32, "small": 32, "base": 16}
     )
     """Rows of a step, by size."""
     row_length: int = 128
@@ -85,6 +88,15 @@ class Options:
 @dataclass(frozen=True, kw_only=True)
 class Mlm(Options):
     """Masked-language-model pretraining: BERT, AdamW, 15 % masked, dropout 0.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clm(Options):
+    """Causal-language-model pretraining: GPT-2, AdamW, one document a row, dropout 0.1."""
+
+    sizes: tuple[Size, ...] = ("nano",)
+    row_length: int = 256
+    vocab_size: int = 50257
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +179,7 @@ def _clean_environment() -> dict[str, str]:
 
 def make_variants(
     options: Options,
-    task: Literal["mlm", "full", "lora"],
+    task: Literal["mlm", "clm", "full", "lora"],
     size: Size,
     dtype: Dtype,
     device: Device,
@@ -235,7 +247,7 @@ def make_variants(
         # All workers of a table live on the GPU at once, so jax may not take most of it.
         return [*variants, jaxlm({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".40"}, "jax")]
     variants.append(jaxlm(*best))
-    if task != "mlm" and best[1] == "tcmalloc":
+    if task in ("full", "lora") and best[1] == "tcmalloc":
         # Memory matters here, and tcmalloc may hold the temporary buffer twice.
         variants.append(jaxlm(*HUGE_PAGES))
     return variants
@@ -292,12 +304,14 @@ def run(options: Options) -> None:
         raise InputError(f"--output {options.output}: the folder does not exist")
     device = options.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
     dtypes = options.dtypes or (("float32", "bfloat16") if device == "cpu" else ("bfloat16",))
-    tasks = options.tunings if isinstance(options, Finetune) else ("mlm",)
+    pretraining = ("clm",) if isinstance(options, Clm) else ("mlm",)
+    tasks = options.tunings if isinstance(options, Finetune) else pretraining
     groups: list[dict[str, Any]] = []
     report = {"command": sys.argv, "machine": _machine(), "groups": groups}
     for size, task, dtype in itertools.product(options.sizes, tasks, dtypes):
+        model = "GPT-2" if task == "clm" else "BERT"
         title = (
-            f"BERT-{size}, {TITLES[task]}, {dtype}, batch {options.batch_size[size]} × "
+            f"{model}-{size}, {TITLES[task]}, {dtype}, batch {options.batch_size[size]} × "
             f"{options.row_length} tokens, vocabulary {options.vocab_size:,}"
         )
         _say(title)
@@ -333,7 +347,7 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        run(tyro.extras.subcommand_cli_from_dict({"mlm": Mlm, "finetune": Finetune}))
+        run(tyro.extras.subcommand_cli_from_dict({"mlm": Mlm, "clm": Clm, "finetune": Finetune}))
     except InputError as error:
         _say(f"error: {error}")
         sys.exit(2)

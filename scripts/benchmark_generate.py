@@ -4,7 +4,8 @@
     python scripts/benchmark_generate.py
 
 Prompts of 32 random tokens are continued greedily by 128. transformers' ``generate`` is as it is
-shipped. The roof is what it takes to read all weights once for each token at the bandwidth with
+shipped, and with its static cache, compiled. int8 is jaxlm's own: there transformers computes in
+float32. The roof is what it takes to read all weights once for each token at the bandwidth with
 which this machine sums an array. Both libraries get the same weights, and must write the same
 tokens in float32.
 """
@@ -37,6 +38,8 @@ from jaxlm import tree
 from jaxlm.convert import huggingface
 from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.models.heads import WithLmHead
+from jaxlm.nn.intercept import find_sites
+from jaxlm.peft.quantize import quantize
 from jaxlm.tasks.causal_lm import causal_model
 
 END = "<|endoftext|>"
@@ -47,7 +50,7 @@ Write = Callable[[Sequence[Sequence[int]]], list[list[int]]]
 class Options:
     """What is measured."""
 
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    dtypes: tuple[Literal["float32", "bfloat16", "int8"], ...] = ("float32", "bfloat16", "int8")
     batch_sizes: tuple[int, ...] = (1, 8)
     num_layers: int = 12
     hidden_dim: int = 768
@@ -55,22 +58,28 @@ class Options:
     prompt_length: int = 32
     new_tokens: int = 128
     rounds: int = 3
-    """How often both are measured, one after the other."""
+    """How often all are measured, one after the other."""
+    static: bool = True
+    """Measure transformers with its static cache, too, which it compiles for a minute or more."""
 
 
 def main(options: Options) -> None:
     console = Console()
-    table = Table("dtype", "rows", "transformers", "jaxlm", "ratio", "share of the roof", "compile")
+    console.width = max(console.width, 110)  # a table that is cut says nothing
+    table = Table("dtype", "rows", "transformers", "static cache", "jaxlm", "ratio", "to static")
+    table.add_column("share of the roof")
+    table.add_column("compile")
+    reading = bandwidth()
     with tempfile.TemporaryDirectory() as folder:
         model = save(options, Path(folder))
         for dtype in options.dtypes:
             for rows in options.batch_sizes:
-                table.add_row(*compare(options, model, Path(folder), dtype, rows))
+                table.add_row(*compare(options, model, Path(folder), dtype, rows, reading))
                 console.print(f"{dtype}, {rows} rows: measured", highlight=False)
     console.print(table)
     print(
         f"tokens a second, medians of {options.rounds} rounds; "
-        f"reading: {bandwidth() / 1e9:.0f} GB/s; {len(os.sched_getaffinity(0))} cores"
+        f"reading: {reading / 1e9:.0f} GB/s; {len(os.sched_getaffinity(0))} cores"
     )
 
 
@@ -95,7 +104,7 @@ def compare(options: Options, model: Any, folder: Path, dtype: str, rows: int) -
     """A row of the table."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, 50_000, (rows, options.prompt_length)).tolist()
-    theirs = with_transformers(options, model, dtype)
+    theirs = with_transformers(options, model, dtype, {})
     ours, size = with_jaxlm(options, folder, dtype)
     start = time.perf_counter()
     first = ours(prompts)
@@ -104,31 +113,37 @@ def compare(options: Options, model: Any, folder: Path, dtype: str, rows: int) -
         raise SystemExit("the two libraries do not write the same tokens")
     theirs(prompts)
     speeds: dict[Write, list[float]] = {theirs: [], ours: []}
+    if options.static and dtype != "int8":
+        static = with_transformers(options, model, dtype, {"cache_implementation": "static"})
+        static(prompts)
+        speeds[static] = []
     for _ in range(options.rounds):
         for write, found in speeds.items():
             wait_until_quiet(20)
             start = time.perf_counter()
             write(prompts)
             found.append(rows * options.new_tokens / (time.perf_counter() - start))
-    there, here = (statistics.median(found) for found in speeds.values())
-    ratios = [b / a for a, b in zip(*speeds.values(), strict=True)]
-    roof = rows * bandwidth() / size
+    there, here, *others = (statistics.median(found) for found in speeds.values())
+    ratios = [b / a for a, b, *_ in zip(*speeds.values(), strict=True)]
+    roof = rows * reading / size
     return [
         dtype,
         str(rows),
         f"{there:.1f}",
+        *([f"{other:.1f}" for other in others] or ["-"]),
         f"{here:.1f}",
         f"{here / there:.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
+        *([f"{here / other:.2f}" for other in others] or ["-"]),
         f"{here / roof:.0%}",
         f"{compiling - rows * options.new_tokens / here:.1f} s",
     ]
 
 
-def with_transformers(options: Options, model: Any, dtype: str) -> Write:
-    """``generate`` as it is shipped."""
+def with_transformers(options: Options, model: Any, dtype: str, how: dict[str, str]) -> Write:
+    """``generate`` as it is shipped, or with other arguments."""
     import torch
 
-    model = model.to(getattr(torch, dtype))
+    model = model.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
     def write(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         tokens = torch.tensor(prompts)
@@ -140,6 +155,7 @@ def with_transformers(options: Options, model: Any, dtype: str) -> Write:
                 min_new_tokens=options.new_tokens,
                 do_sample=False,
                 pad_token_id=0,
+                **how,
             )
         return found[:, options.prompt_length :].tolist()
 
@@ -149,12 +165,15 @@ def with_transformers(options: Options, model: Any, dtype: str) -> Write:
 def with_jaxlm(options: Options, folder: Path, dtype: str) -> tuple[Write, int]:
     """Our generation, and the bytes of the weights that a token needs."""
     published = huggingface.load(folder)
-    config = published.config.__class__(**{**vars(published.config), "dtype": dtype})
+    kept = jnp.dtype("float32" if dtype == "int8" else dtype)
+    config = published.config.__class__(**{**vars(published.config), "dtype": kept.name})
     model = WithLmHead(config.make(), config.make_lm_head())
-    kept = jnp.dtype(dtype)
     params = {"encoder": published.params["encoder"], "head": published.lm_head or {}}
     params = jax.tree.map(lambda x: jnp.asarray(x, kept), params)
-    size = tree.num_params(params) * kept.itemsize
+    if dtype == "int8":
+        call = lambda variables: model.apply(variables, jnp.zeros((1, 8), jnp.int32))
+        params = quantize(params, find_sites(call, {"params": params}))
+    size = tree.num_bytes(params)
     generate = Generate(causal_model(model, config, {"params": params}, published.tokenizer))
     greedy = GenerateConfig(max_new_tokens=options.new_tokens, min_new_tokens=options.new_tokens)
 
@@ -169,7 +188,7 @@ def bandwidth() -> float:
     array = jnp.ones(2**27, jnp.float32)
     total = jax.jit(jnp.sum)
     seconds = []
-    for _ in range(5):
+    for _ in range(10):
         start = time.perf_counter()
         total(array).block_until_ready()
         seconds.append(time.perf_counter() - start)

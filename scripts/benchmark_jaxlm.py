@@ -15,8 +15,9 @@ import optax
 from benchmark_protocol import Work, read_work, serve
 
 from jaxlm.models.bert import BertConfig
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import ClassificationHead, MlmHead, WithHead, WithLmHead
-from jaxlm.objectives import classification, masked_lm
+from jaxlm.objectives import causal_lm, classification, masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.peft import tuning
@@ -43,7 +44,7 @@ def make_batch(work: Work) -> HostBatch:
         "lengths": np.full(work.batch_size, work.row_length, np.int32),
         "index": np.arange(work.batch_size, dtype=np.int32),
     }
-    if work.task == "mlm":
+    if work.task in ("mlm", "clm"):
         return batch
     return batch | {
         "token_type_ids": np.zeros_like(batch["tokens"]),
@@ -91,6 +92,25 @@ def pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Lo
     return masked_lm.make_loss(model.apply, make_vocabulary(work), masking), init
 
 
+def causal_pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
+    """GPT-2 of the sizes asked for."""
+    config = Gpt2Config(
+        vocab_size=work.vocab_size,
+        num_layers=work.num_layers,
+        hidden_dim=work.hidden_dim,
+        num_heads=work.num_heads,
+        mlp_dim=work.mlp_dim,
+        max_length=max(1024, work.row_length),
+        dtype=work.dtype,
+    ).with_dropout(work.dropout_rate)
+    model = WithLmHead(config.make(), config.make_lm_head())
+
+    def init(key: PRNGKey) -> TrainState:
+        return TrainState.create(model.init(key, DUMMY), {}, optimizer)
+
+    return causal_lm.make_loss(model.apply, make_vocabulary(work)), init
+
+
 def fine_tuning(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
     """BERT with a classifier, whose parameters all learn, or only adapters and the head."""
     head = ClassificationHead(work.num_labels, work.dropout_rate)
@@ -107,6 +127,9 @@ def fine_tuning(work: Work, optimizer: optax.GradientTransformation) -> tuple[Lo
     return classification.make_loss(tuning.adapt(chosen, model.apply)), init
 
 
+MAKERS = {"mlm": pretraining, "clm": causal_pretraining, "lora": fine_tuning, "full": fine_tuning}
+
+
 def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
     """A function that dispatches one training step and returns what it will give."""
     # As torch's AdamW: constant learning rate, its own constants, and no clipping.
@@ -120,7 +143,7 @@ def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
         clip_norm=None,
     )
     optimizer = make_optimizer(optimization)
-    loss, init = (pretraining if work.task == "mlm" else fine_tuning)(work, optimizer)
+    loss, init = MAKERS[work.task](work, optimizer)
     placement = jit_placement(
         init,
         make_train_step(loss, optimizer, make_schedule(optimization), seed=0),

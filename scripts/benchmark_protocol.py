@@ -26,8 +26,9 @@ PREFIX = "benchmark: "
 class Work:
     """One training step, the same for every framework but for the recipe."""
 
-    task: Literal["mlm", "full", "lora"]
-    """Pretraining, or fine-tuning a classifier: all of it, or LoRA on queries and values."""
+    task: Literal["mlm", "clm", "full", "lora"]
+    """Pretraining by masked tokens or by the next one, or fine-tuning a classifier: all of it, or
+    LoRA on queries and values."""
     recipe: Literal["shipped", "tuned", "compiled"]
     """For torch, how much is done for speed. jaxlm has one way, "tuned"."""
     dtype: Literal["float32", "bfloat16"]
@@ -56,7 +57,8 @@ class Work:
     @property
     def num_projected(self) -> int:
         """Positions of a row that reach the vocabulary."""
-        return self.row_length if self.recipe == "shipped" else self.num_masked
+        whole = self.task == "clm" or self.recipe == "shipped"
+        return self.row_length if whole else self.num_masked
 
 
 @dataclass(frozen=True, kw_only=True)

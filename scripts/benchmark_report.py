@@ -37,8 +37,9 @@ def step_flops(work: Work) -> float:
     layer = 3 * (weights + 4 * work.row_length * h)
     if work.task == "lora":
         layer += 3 * 2 * 4 * h * work.rank - weights
-    outputs = work.vocab_size if work.task == "mlm" else work.num_labels
-    projected = work.num_projected if work.task == "mlm" else 1
+    pretrains = work.task in ("mlm", "clm")
+    outputs = work.vocab_size if pretrains else work.num_labels
+    projected = work.num_projected if pretrains else 1
     head = 3 * projected * (2 * h * h + 2 * h * outputs)
     return work.batch_size * (work.row_length * work.num_layers * layer + head)
 

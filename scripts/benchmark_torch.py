@@ -3,7 +3,8 @@
 ``shipped`` is the model and its usual training step: the loss of its own forward pass (labels of
 -100 outside the masked positions), SDPA attention, the padding mask a collator makes, and fused
 AdamW (the Trainer's default optimizer). ``tuned`` sends only the masked positions to the
-vocabulary, passes no mask, since no row is padded, and with bfloat16 keeps frozen matrices in it;
+vocabulary, or all but a row's last, passes no mask, since no row is padded, and with bfloat16 keeps
+frozen matrices in it;
 ``compiled`` is that under ``torch.compile``. Gradients are not clipped. LoRA trains what peft
 trains unasked: the adapters and the last layer.
 """
@@ -61,6 +62,35 @@ def pretraining(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
     return model, shipped if work.recipe == "shipped" else tuned
 
 
+def causal_pretraining(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
+    """``GPT2LMHeadModel``."""
+    config = transformers.GPT2Config(
+        vocab_size=work.vocab_size,
+        n_embd=work.hidden_dim,
+        n_layer=work.num_layers,
+        n_head=work.num_heads,
+        n_inner=work.mlp_dim,
+        n_positions=max(1024, work.row_length),
+        resid_pdrop=work.dropout_rate,
+        embd_pdrop=work.dropout_rate,
+        attn_pdrop=work.dropout_rate,
+        attn_implementation="sdpa",
+    )
+    model = transformers.GPT2LMHeadModel(config).to(work.device).train()
+    tokens = random_tokens(work)
+    attention_mask = torch.ones_like(tokens)
+
+    def shipped() -> torch.Tensor:
+        return model(input_ids=tokens, attention_mask=attention_mask, labels=tokens).loss
+
+    def tuned() -> torch.Tensor:
+        hidden = model.transformer(tokens, use_cache=False).last_hidden_state[:, :-1]
+        logits = model.lm_head(hidden.flatten(0, 1))
+        return torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+
+    return model, shipped if work.recipe == "shipped" else tuned
+
+
 def fine_tuning(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
     """``BertForSequenceClassification``, with adapters for LoRA."""
     model = transformers.BertForSequenceClassification(make_config(work))
@@ -92,11 +122,14 @@ def fine_tuning(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
     return model, shipped if work.recipe == "shipped" else tuned
 
 
+MAKERS = {"mlm": pretraining, "clm": causal_pretraining, "lora": fine_tuning, "full": fine_tuning}
+
+
 def main() -> None:
     """Build the step and serve it."""
     work = read_work()
     torch.manual_seed(0)
-    model, loss_of_batch = pretraining(work) if work.task == "mlm" else fine_tuning(work)
+    model, loss_of_batch = MAKERS[work.task](work)
     if work.recipe == "compiled":
         loss_of_batch = torch.compile(loss_of_batch)
     optimizer = torch.optim.AdamW(

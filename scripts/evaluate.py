@@ -48,6 +48,7 @@ def main(
     step: int | None = None,
     base: str | None = None,
     out: Path | None = None,
+    int8: bool = False,
     on_bad_row: Literal["raise", "skip"] | None = None,
     generate: GenerateConfig = GREEDY,
 ) -> None:
@@ -72,6 +73,7 @@ def main(
         step: Which checkpoint; None = the best, or the mean of the last, as the run's config says.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
         out: The folder for these files; None = in the run folder.
+        int8: Of a pretrained run: round weights, and what they multiply, to 8 bits.
         on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
             None = as in training.
         generate: How targets are written for sources.
@@ -83,11 +85,13 @@ def main(
     folder = locate(directory)
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(read_any_config(folder), FinetuneConfig):
+            if int8:
+                raise InputError(f"--int8 is for pretrained runs, and {directory} is fine-tuned")
             result = evaluate_tuned(
                 folder, Path(scratch), data, target, split, rows, step, base, on_bad_row, generate
             )
         else:
-            result = evaluate_pretrained(folder, data, split, rows, stride, step)
+            result = evaluate_pretrained(folder, data, split, rows, stride, step, int8)
         if data is not None:
             result["path"] = os.fspath(absolute(locate(data)))
         finite = {
@@ -137,6 +141,7 @@ def evaluate_pretrained(
     rows: int | None,
     stride: int | None,
     step: int | None,
+    int8: bool,
 ) -> dict[str, Any]:
     """On rows of prepared data, or on windows over them."""
     loaded = pretrained.open_pretrained(directory, step)
@@ -164,6 +169,7 @@ def evaluate_pretrained(
     where = ", ".join(str(dataset.directory) for dataset in datasets)
     infos = [dataset.info for dataset in datasets]
     unigram = pretrained.unigram_entropy(infos)
+    loaded = loaded.quantized() if int8 else loaded
     metrics = loop.evaluate(loaded.placement, loaded.state, batches)
     metrics |= loaded.task.metrics(metrics["loss"], infos, split)
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")

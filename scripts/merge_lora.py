@@ -44,17 +44,21 @@ def main(
     merged = loaded.merged()
     lost = tuning.lost_in_bfloat16(loaded.variables["params"], merged)
     params = jax.tree.map(np.asarray, merged)
-    head = {name: leaf for name, leaf in params.get("head", {}).items() if name == "pooler"}
     model = loaded.config.model
     assert model is not None  # resolved
+    head = {name: leaf for name, leaf in params.get("head", {}).items() if name == "pooler"}
+    left_out = ""
+    if head and not huggingface.keeps_pooler(model):
+        head, left_out = {}, "; its pooler, which has no place there, is left out with the head"
     head |= params.get("lm_head", {})
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
     task = loaded.task
     pooling = (task.pooling or "mean") if isinstance(task, Embedding) else None
-    huggingface.save(out, kept, model, loaded.tokenizer, pooling=pooling)
+    prompts = task.prompts if isinstance(task, Embedding) else None
+    huggingface.save(out, kept, model, loaded.tokenizer, pooling=pooling, prompts=prompts)
     print(
         f"{run} at step {int(loaded.state.step)}, merged, is in {out}, in float32: rounded to "
-        f"bfloat16 its weights would differ by {lost:.1%} of what was added"
+        f"bfloat16 its weights would differ by {lost:.1%} of what was added{left_out}"
     )
 
 

@@ -23,7 +23,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from jaxlm.config import PretrainConfig
+from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import Source, holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
@@ -32,7 +32,7 @@ from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import retrieval
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.answers import ERROR, Answer, Answered, joined, write_table
-from jaxlm.runs.embedder import Embedder, open_embedder
+from jaxlm.runs.embedder import DOCUMENTS, QUERIES, Embedder, open_embedder
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import read_any_config
 from jaxlm.runs.writing import Conversation
@@ -55,9 +55,12 @@ def main(
     file: Path | None = None,
     out: Path | None = None,
     column: str | None = None,
+    prompt: str | None = None,
+    file_prompt: str | None = None,
     top_k: int = 5,
     generate: GenerateConfig = GREEDY,
     stream: bool = False,
+    int8: bool = False,
     step: int | None = None,
     base: str | None = None,
 ) -> None:
@@ -79,9 +82,16 @@ def main(
             have the number of the line and the other columns of the file.
         column: Of embed and search: the column or field with the texts; None = that of the run's
             training, or text.
+        prompt: Of embed and search: the name of the prompt to put before texts, or of search before
+            the query alone, such as query; '' = none. None = the folder's default, or of search its
+            query, if there is one. Which it is is said.
+        file_prompt: Of search: that of the texts of --file; None = the folder's document, passage
+            or corpus, else its default.
         top_k: Candidates for each blank, classes to show, or texts to find.
         generate: How a text is continued, or written for another.
         stream: Show the continuation of a text as it is written.
+        int8: Of generate with a pretrained run: weights, and what they multiply, of 8 bits, in a
+            quarter of the memory.
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
     """
@@ -113,25 +123,40 @@ def main(
         )
     if out is not None and file is not None and out.resolve() == file.resolve():
         raise InputError(f"--out {out} is the file that is read: name another")
+    if int8 and (task != "generate" or isinstance(read_any_config(locate(run)), FinetuneConfig)):
+        raise InputError(f"--int8 is for generate with a pretrained run, not for {task} with {run}")
     if task in ("embed", "search"):
         if pair is not None:
             raise InputError(f"{task} takes one text, no --pair")
-        embedder = open_embedder(str(run), step=step, base=base)
-        print(embedder.about, file=sys.stderr)
+        opened = open_embedder(str(run), step=step, base=base)
+        column = column or opened.column
+        opened = replace(opened, column=column)
+        if not is_search and file_prompt is not None:
+            raise InputError("--file-prompt is for search; of embed, --prompt is that of all texts")
+        query = embedder = opened.with_prompt(prompt)
+        said = f"; prompt: {query.prompt!r}" if opened.prompts else ""
+        if is_search:
+            query = opened.with_prompt(prompt, *QUERIES)
+            embedder = opened.with_prompt(file_prompt, *DOCUMENTS)
+            said = said and f"; prompts: {query.prompt!r}, of the file's {embedder.prompt!r}"
+        print(opened.about, said, sep="", file=sys.stderr)
         if file is None:
             print_json({"text": text, "embedding": embedder([text or ""])[0].tolist()})
             return
-        column = column or embedder.column
-        embedder = replace(embedder, column=column)
         records = with_column(read_records(embedder.source, (), (column,), file), column)
         if text is None:
             write_vectors(counted(embedder.stream(records)), column, out)
         else:
-            search(embedder, text, counted(embedder.stream(records)), out, top_k)
+            search(query, text, counted(embedder.stream(records)), out, top_k)
         return
-    for name, value in (("--column", column), ("--out", out and out.suffix == ARRAY)):
-        if value:
-            raise InputError(f"{name} {column or out} is for embed and search, not for {task}")
+    for name, value in (
+        ("--column", column),
+        ("--prompt", prompt),
+        ("--file-prompt", file_prompt),
+        ("--out", out if out and out.suffix == ARRAY else None),
+    ):
+        if value is not None:
+            raise InputError(f"{name} {value} is for embed and search, not for {task}")
     config = read_any_config(locate(run))
     if is_chat and isinstance(config.task, Instruction):
         chat(finetuned.open_finetuned(run, step=step, base=base), generate, text)
@@ -143,6 +168,7 @@ def main(
         )
     if isinstance(config, PretrainConfig):
         loaded = pretrained.open_pretrained(run, step)
+        loaded = loaded.quantized() if int8 else loaded
         if file is None:
             if stream:
                 show_pieces(text or "", loaded.generate().stream(text or "", generate))

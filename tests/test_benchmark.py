@@ -236,7 +236,7 @@ def test_fine_tuning_is_measured_with_both_allocators(monkeypatch):
     assert rows("lora", "float32")[2:] == ours[1:]
 
 
-@pytest.mark.parametrize("task", ["mlm", "full", "lora"])
+@pytest.mark.parametrize("task", ["mlm", "clm", "full", "lora"])
 def test_the_work_of_jaxlm(task):
     work = make_work(
         task=task,
@@ -250,7 +250,7 @@ def test_the_work_of_jaxlm(task):
     )
     state, sums = load("benchmark_jaxlm").make_step(work)()
     learning = {path for path, _ in tree.leaves_with_path(state.trainable)}
-    chance = math.log(1200 if task == "mlm" else 2)
+    chance = math.log(1200 if task in ("mlm", "clm") else 2)
     assert sums.means()["loss"] == pytest.approx(chance, rel=0.05)
     assert ("lora/encoder/layers/attention/query/a" in learning) == (task == "lora")
     assert ("params/encoder/token_embed/embedding" in learning) == (task != "lora")

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.models import bert, gpt2, llama, t5, transformer
+from jaxlm.models import bert, gpt2, llama, t5, transformer, xlnet
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
@@ -19,6 +19,7 @@ from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import EncoderDecoderConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.nn.intercept import Site
 from jaxlm.peft import lora
 from jaxlm.sharding import (
@@ -41,9 +42,13 @@ PRESETS = {
         ("LLAMA_", llama),
         ("TRANSFORMER_", transformer),
         ("T5_", t5),
+        ("XLNET_", xlnet),
     )
     for name, value in vars(module).items()
-    if isinstance(value, BertConfig | Gpt2Config | LlamaConfig | TransformerConfig | T5Config)
+    if isinstance(
+        value,
+        BertConfig | Gpt2Config | LlamaConfig | TransformerConfig | T5Config | XlnetConfig,
+    )
 }
 MESHES = [
     MeshConfig(),
@@ -83,6 +88,7 @@ def test_presets_are_found():
     assert {"LLAMA_TINY", "LLAMA_SMALL", "LLAMA_BASE"} <= PRESETS.keys()
     assert {"TRANSFORMER_TINY", "TRANSFORMER_BASE", "TRANSFORMER_BIG"} <= PRESETS.keys()
     assert {"T5_TINY", "T5_SMALL", "T5_BASE", "T5_SMALL_V1_1", "T5_BASE_V1_1"} <= PRESETS.keys()
+    assert {"XLNET_MINI", "XLNET_BASE", "XLNET_LARGE"} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -152,7 +152,8 @@ def run_scaling(
 def _tell_assumed(config: Config, console: Console) -> None:
     if config.base and base_config(config.base) is None:
         console.print(
-            f"the base {config.base} cannot be read here: assuming the encoder of --encoder",
+            f"the base {config.base} cannot be read here: assuming the encoder of --encoder; "
+            "for another architecture, a folder with its config.json is enough as --base",
             soft_wrap=True,
         )
 

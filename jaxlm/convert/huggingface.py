@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxlm import sharding
-from jaxlm.convert import bert, folder, gpt2, hub, llama, sentence_encoder, t5, table
+from jaxlm.convert import bert, folder, gpt2, hub, llama, sentence_encoder, t5, table, xlnet
 from jaxlm.convert.architecture import Architecture, Fields
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.convert.table import Row, Sizes, Tensors, Weights
@@ -31,11 +31,12 @@ from jaxlm.models.heads import Pooling
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
 from jaxlm.models.t5 import T5Config
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runtime.storage import on_disk
 from jaxlm.sharding import AxisTable, Rules
 from jaxlm.typing import Params
 
-Known = BertConfig | Gpt2Config | LlamaConfig | T5Config
+Known = BertConfig | Gpt2Config | LlamaConfig | T5Config | XlnetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Published:
 
 
 def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Published:
-    """The BERT, RoBERTa, GPT-2, Llama or T5 in a folder of Hugging Face's layout, or on the hub.
+    """The BERT, RoBERTa, GPT-2, Llama, T5 or XLNet in a folder, or on the hub.
 
     The folder holds ``config.json``, ``model.safetensors`` (or its shards and their index), and
     ``tokenizer.json``, ``vocab.txt``, or ``vocab.json`` and ``merges.txt``. Heads of tasks are not
@@ -130,31 +131,28 @@ def read_config(path: Path) -> ModelConfig:
 def to_huggingface(
     params: PyTree[Float[Array | np.ndarray, "..."]], config: Known
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """The tensors of a ``BertForPreTraining``, a ``GPT2LMHeadModel``, a ``LlamaForCausalLM`` or a
-    ``T5ForConditionalGeneration``.
+    """The tensors of a ``BertForPreTraining`` or of another's model with its language model's head.
 
     Or the part of it that ``params`` holds. The paths are those of a run: ``encoder/…``,
     ``head/pooler/…`` and, of the head that scores the vocabulary, ``head/{transform,norm,bias}`` or
     ``head/unembed``.
     """
-    match config:
-        case BertConfig():
-            architecture = bert.BERT
-        case Gpt2Config():
-            architecture = gpt2.architecture(tied=config.tied)
-        case LlamaConfig():
-            architecture = llama.architecture(config)
-        case T5Config():
-            architecture = t5.architecture(config)
     sizes = _sizes(config)
-    if not isinstance(config, BertConfig) and (tokens := config.num_tokens) is not None:
+    tokens = None if isinstance(config, BertConfig | XlnetConfig) else config.num_tokens
+    if tokens is not None:
         sizes = {**sizes, "vocab": tokens}
         cut = {"token_embed/embedding": (slice(tokens),), "unembed/kernel": (..., slice(tokens))}
         flat: Any = flatten_dict(params, sep="/")
         ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
         flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
         params = unflatten_dict(flat, sep="/")
-    return table.write(_all_rows(architecture), params, sizes)
+    return table.write(_all_rows(_architecture(config)), params, sizes)
+
+
+def keeps_pooler(config: ModelConfig) -> bool:
+    """Whether the folder of such a model can hold the layer on the first token's hidden state."""
+    rows = _all_rows(_architecture(config)) if isinstance(config, Known) else []
+    return any(row.ours.startswith("head/pooler/") for row in rows)
 
 
 def save(
@@ -164,10 +162,12 @@ def save(
     tokenizer: Tokenizer,
     *,
     pooling: Pooling | None = None,
+    prompts: Mapping[str, str] | None = None,
 ) -> None:
     """A new folder that :func:`load`, and other libraries, read; it appears when it is complete.
 
-    With ``pooling`` it is a sentence encoder's, whose vectors have length 1.
+    With ``pooling`` it is a sentence encoder's, whose vectors have length 1. The first of its
+    ``prompts`` is the default.
     """
     path = on_disk(path)
     if not isinstance(config, Known):
@@ -178,18 +178,22 @@ def save(
     if path.exists():
         raise InputError(f"{path} exists: name a new folder")
     found = SpecialTokens.of(tokenizer)
-    if isinstance(config, BertConfig):
+    inputs, side = ["input_ids", "token_type_ids", "attention_mask"], "right"
+    if isinstance(config, BertConfig | XlnetConfig):
         special = {name: i for name, i in asdict(found).items() if i is not None}
+    if isinstance(config, BertConfig):
         written = bert.write_config(config, found.pad)
-        inputs = ["input_ids", "token_type_ids", "attention_mask"]
         inputs = inputs if config.num_token_types > 1 else inputs[::2]
+    elif isinstance(config, XlnetConfig):
+        written = xlnet.write_config(config) | {"pad_token_id": found.pad}
+        side = "left"  # so that the last position of all rows is a token
     else:
         special = {"bos": found.cls, "eos": found.sep, "pad": found.pad}
         written = gpt2.write_config(config) if isinstance(config, Gpt2Config) else None
         written = llama.write_config(config) if isinstance(config, LlamaConfig) else written
         written = t5.write_config(config, found.pad) if isinstance(config, T5Config) else written
         written = {**(written or {}), **{f"{name}_token_id": i for name, i in special.items()}}
-        inputs = ["input_ids", "attention_mask"]
+        inputs = inputs[::2]
     configs = {
         folder.CONFIG: written,
         # Without it, other libraries take every BERT's tokenizer for WordPiece.
@@ -197,6 +201,7 @@ def save(
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.max_length,
             "model_input_names": inputs,
+            "padding_side": side,
             **{f"{name}_token": tokenizer.id_to_token(i) for name, i in special.items()},
         },
     }
@@ -209,7 +214,8 @@ def save(
             (unfinished / name).write_text(text, encoding="utf-8")
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
         if pooling is not None:
-            sentence_encoder.write(unfinished, pooling, config.hidden_dim, config.max_length)
+            width, longest = config.hidden_dim, config.max_length
+            sentence_encoder.write(unfinished, pooling, width, longest, prompts)
         save_file(tensors, unfinished / folder.WEIGHTS, metadata={"format": "pt"})
         unfinished.rename(path)
     except OSError as error:
@@ -230,11 +236,28 @@ def _describe(path: Path) -> tuple[Architecture, Known]:
         case "t5":
             weights = folder.Tensors(path) if folder.has_weights(path) else {}
             return t5.read_config(raw, source, weights)
+        case "xlnet":
+            return xlnet.read_config(raw, source)
         case other:
             raise InputError(
-                f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2, llama and "
-                "t5 are"
+                f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2, llama, t5 "
+                "and xlnet are"
             )
+
+
+def _architecture(config: Known) -> Architecture:
+    """How one of ours is written."""
+    match config:
+        case BertConfig():
+            return bert.BERT
+        case Gpt2Config():
+            return gpt2.architecture(tied=config.tied)
+        case LlamaConfig():
+            return llama.architecture(config)
+        case T5Config():
+            return t5.architecture(config)
+        case XlnetConfig():
+            return xlnet.XLNET
 
 
 def _sizes(config: Known) -> Sizes:
@@ -247,6 +270,8 @@ def _sizes(config: Known) -> Sizes:
             return llama.sizes(config)
         case T5Config():
             return t5.sizes(config)
+        case XlnetConfig():
+            return xlnet.sizes(config)
 
 
 def _all_rows(architecture: Architecture) -> list[Row]:

@@ -5,7 +5,8 @@ follows the encoder, each module with a folder for its settings.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ class SentenceEncoder:
     """Vectors have length 1."""
     max_length: int | None = None
     """Tokens of a text that are read, special ones among them; None: as many as the encoder can."""
-    prompts: tuple[str, ...] = ()
-    """What may stand before a text, such as "query: "; nothing is added here."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """What may stand before a text, such as "query: ", by name."""
+    default_prompt: str = ""
+    """What stands before a text where nothing else is asked for."""
     problem: str = ""
     lowered: bool = False
     """Texts are in small letters before they are tokenised."""
@@ -60,16 +63,26 @@ def read(path: Path) -> SentenceEncoder | None:
     known = ("Transformer", "Pooling", "Normalize")
     problem = next((f"a {kind} layer" for kind, _ in kinds if kind not in known), "")
     pools = [path / where for kind, where in kinds if kind == "Pooling"]
-    modes = [mode for pool in pools for mode in _modes(folder.read_json(pool / folder.CONFIG))]
+    settings = [folder.read_json(pool / folder.CONFIG) for pool in pools]
+    modes = [mode for one in settings for mode in _modes(one)]
     if len(modes) != 1 or modes[0] not in _MODES:
         problem = problem or f"pooling by {' and '.join(modes) or 'nothing'}"
     lengths = _settings(path / LENGTHS)
-    prompts = {"prompts": {}} | _settings(path / PROMPTS)
+    said = _settings(path / PROMPTS)
+    prompts, default = said.get("prompts") or {}, said.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise InputError(
+            f"{path / PROMPTS}: default_prompt_name={default!r} is none of the prompts "
+            f"{', '.join(map(repr, prompts)) or '(there are none)'}; correct it"
+        )
+    if any(prompts.values()) and not all(one.get("include_prompt", True) for one in settings):
+        problem = problem or "pooling that leaves out the prompt's tokens"
     return SentenceEncoder(
         pooling=None if problem else _MODES[modes[0]],
         normalized=any(kind == "Normalize" for kind, _ in kinds),
         max_length=lengths.get("max_seq_length"),
-        prompts=tuple(filter(None, (prompts["prompts"] or {}).values())),
+        prompts=prompts,
+        default_prompt=prompts.get(default, ""),
         problem=problem,
         lowered=lengths.get("do_lower_case") is True,
     )
@@ -89,8 +102,17 @@ def _modes(config: dict[str, Any]) -> list[str]:
     return [name.removeprefix(prefix) for name in flags if name.startswith(prefix) and flags[name]]
 
 
-def write(path: Path, pooling: Pooling, width: int, max_length: int | None) -> None:
-    """Make a model's folder that of a sentence encoder, with vectors of length 1."""
+def write(
+    path: Path,
+    pooling: Pooling,
+    width: int,
+    max_length: int | None,
+    prompts: Mapping[str, str] | None = None,
+) -> None:
+    """Make a model's folder that of a sentence encoder, with vectors of length 1.
+
+    The first of ``prompts`` is the default.
+    """
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     modules = [
         {
@@ -112,6 +134,7 @@ def write(path: Path, pooling: Pooling, width: int, max_length: int | None) -> N
         MODULES: modules,
         f"1_Pooling/{folder.CONFIG}": config,
         LENGTHS: {"max_seq_length": max_length, "do_lower_case": False},
+        PROMPTS: {"prompts": prompts or {}, "default_prompt_name": next(iter(prompts or {}), None)},
     }
     for where in kinds:
         (path / where).mkdir(exist_ok=True)

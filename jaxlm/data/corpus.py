@@ -15,7 +15,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import Tally
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.data.sources import Source
-from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.errors import InputError
 
 SPLITS = ("train", "validation")
@@ -132,7 +132,7 @@ class Encoded(NamedTuple):
 def encode(
     corpus: Corpus, tokenizer: Tokenizer, directory: Path, on_read: OnRead = ignore
 ) -> Encoded:
-    """Tokenise every document as [CLS] … [SEP] into new spools."""
+    """Tokenise every document as [CLS] … [SEP], or … <sep> <cls>, into new spools."""
     result = make_spools(directory, tokenizers.vocab_size(tokenizer))
     framed, tally = _framing(tokenizer), Tally(SpecialTokens.of(tokenizer).unk)
     for batch in _batches(corpus.documents(on_read)):
@@ -162,8 +162,9 @@ def _framing(tokenizer: Tokenizer) -> Tokenizer:
     copy.encode_special_tokens = True
     special = SpecialTokens.of(tokenizer)
     frame = {token: tokenizer.id_to_token(token) for token in (special.cls, special.sep)}
+    first, last = frame[special.cls], frame[special.sep]
     copy.post_processor = processors.TemplateProcessing(
-        single=f"{frame[special.cls]} $A {frame[special.sep]}",
+        single=f"$A {last} {first}" if ends_with_cls(tokenizer) else f"{first} $A {last}",
         special_tokens=[(name, token) for token, name in frame.items()],
     )
     return copy

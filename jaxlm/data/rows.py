@@ -1,6 +1,7 @@
 """Rows of token ids as a data set of TensorFlow Datasets, in array_record files."""
 
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int, Shaped
 
 from jaxlm.data.files import OnRead, ignore
@@ -98,8 +99,18 @@ class Rows:
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         self._records = builder.as_data_source(split=split, deserialize_method=raw)
         self._features = builder.info.features
+        files = builder.info.splits[split]
+        self._files = [os.fspath(path) for path in files.filepaths]
+        self._ends = np.cumsum(files.shard_lengths)
+        self._own = threading.local()  # each thread's readers, which stand at a record
         self._place = f"{directory} ({split})"
         self._around: tuple[bytes, bytes] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_own": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_own": threading.local()}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -121,8 +132,8 @@ class Rows:
         if not len(indices) or indices.min() < 0 or indices.max() >= len(self):
             raise IndexError(f"rows {indices.tolist()} of {len(self)}")
         try:
-            records = self._records.__getitems__(indices.tolist())
-        except (RuntimeError, ValueError):
+            records = self._read(indices)
+        except (RuntimeError, ValueError, IndexError):
             records = []  # one by one, to name the row that is damaged
         # A full row's record is the same bytes as another's, but for its tokens.
         before, after = self._around or self._learn_layout(records, indices)
@@ -134,6 +145,22 @@ class Rows:
             return {"tokens": tokens, "length": np.full(len(records), shape[0], np.int32)}
         rows = [self[index] for index in indices.tolist()]
         return {name: np.stack([row[name] for row in rows]) for name in ("tokens", "length")}
+
+    def _read(self, indices: np.ndarray) -> list[bytes]:
+        """Records, by a seek each: 2 µs. array_record's own reads of numbers look through the index
+        of the whole file for each: 12 µs, in files of 10,000 records."""
+        readers = self._own.__dict__
+        files = np.searchsorted(self._ends, indices, side="right")
+        places = indices - np.append(0, self._ends)[files]
+        records = []
+        for file, place in zip(files.tolist(), places.tolist(), strict=True):
+            name = self._files[file]
+            if name not in readers:
+                options = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+                readers[name] = ArrayRecordReader(name, **options)
+            readers[name].seek(place)
+            records.append(readers[name].read())
+        return records
 
     def _learn_layout(self, records: Sequence[bytes], indices: np.ndarray) -> tuple[bytes, bytes]:
         """What stands before and after the tokens in the record of a full row; empty: not known."""

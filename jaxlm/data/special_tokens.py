@@ -12,13 +12,13 @@ PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MAS
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
     """Ids of the tokens with a meaning of their own, found by name: BERT's, RoBERTa's, GPT-2's,
-    Llama's or T5's."""
+    Llama's, T5's or XLNet's, which has <s> and </s> besides, and does not use them."""
 
     pad: int
     unk: int | None
     """None: the tokenizer knows every character."""
     cls: int
-    """Begins a text; in T5 padding does."""
+    """Begins a text; in T5 padding does; XLNet's stands at its end."""
     sep: int
     """Ends a text."""
     mask: int | None
@@ -27,12 +27,14 @@ class SpecialTokens:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
         """Those of a tokenizer; :class:`InputError` names the one it lacks."""
-        sep = _find(tokenizer, SEP, "</s>", "<|end_of_text|>", "<|endoftext|>")
+        sep = _find(tokenizer, SEP, "<sep>", "</s>", "<|end_of_text|>", "<|endoftext|>")
         pad = _look_up(tokenizer, PAD, "<pad>", "<|finetune_right_pad_id|>")
         return cls(
             pad=sep if pad is None else pad,  # what is padding, lengths say
             unk=_look_up(tokenizer, UNK, "<unk>"),
-            cls=_find(tokenizer, CLS, "<s>", "<|begin_of_text|>", "<|endoftext|>", "<pad>"),
+            cls=_find(
+                tokenizer, CLS, "<cls>", "<s>", "<|begin_of_text|>", "<|endoftext|>", "<pad>"
+            ),
             sep=sep,
             mask=_look_up(tokenizer, MASK, "<mask>"),
         )
@@ -54,3 +56,9 @@ def _find(tokenizer: Tokenizer, *names: str) -> int:
     if found is None:
         raise InputError(f"the tokenizer has no token {' or '.join(names)}; add it, or use another")
     return found
+
+
+def ends_with_cls(tokenizer: Tokenizer) -> bool:
+    """Whether it frames a text as XLNet's does, with the classifying token at the end."""
+    ids, cls = tokenizer.encode("a").ids, SpecialTokens.of(tokenizer).cls
+    return ids[-1:] == [cls] != ids[:1]

@@ -20,7 +20,7 @@ from jaxlm.nn.feedforward import gelu
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.masks import NEGATIVE
 from jaxlm.nn.norms import LayerNorm
-from jaxlm.typing import Dtype, Hidden, Tokens
+from jaxlm.typing import Dtype, Hidden, Mask, Tokens
 
 
 class MlmHead(nn.Module):
@@ -48,21 +48,27 @@ class MlmHead(nn.Module):
 
 
 class TiedLmHead(nn.Module):
-    """``E x`` with the encoder's token table E: float32 logits without parameters of their own.
+    """``E x`` with the encoder's token table E: float32 logits without a kernel of their own.
 
     Attributes:
         num_tokens: of the table's rows; the others, which stand for no token, are never likely.
         scale: what hidden states are multiplied by.
+        use_bias: adds one for each row.
     """
 
     num_tokens: int | None = None
     scale: float = 1.0
+    use_bias: bool = False
 
     @nn.compact
     def __call__(
         self, hidden: Float[Array, "*batch embed"], table: Embed
     ) -> Float[Array, "*batch vocab"]:
-        return _only_tokens(table.attend(_times(hidden, self.scale)), self.num_tokens)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (table.num_embeddings,), jnp.float32)
+        logits = table.attend(_times(hidden, self.scale), bias)
+        return _only_tokens(logits, self.num_tokens)
 
 
 class UntiedLmHead(nn.Module):
@@ -135,6 +141,24 @@ class WithLmHead(nn.Module):
         )
         if predicted is not None:
             hidden = jnp.take_along_axis(hidden, predicted[:, :, None], axis=1)
+        return self.head(hidden, self.encoder.token_embed)
+
+    def predict(
+        self,
+        tokens: Tokens,
+        predicted: Int[Array, "batch masked"],
+        *,
+        mask: Mask,
+        segment_ids: Int[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch masked vocab"]:
+        """Float32 logits at the positions ``predicted``, by what ``mask`` shows them alone.
+
+        Of an encoder with a ``predict``, such as :class:`jaxlm.models.xlnet.Xlnet`.
+        """
+        hidden = self.encoder.predict(
+            tokens, predicted, mask=mask, segment_ids=segment_ids, deterministic=deterministic
+        )
         return self.head(hidden, self.encoder.token_embed)
 
     def extend(

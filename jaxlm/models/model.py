@@ -137,6 +137,21 @@ class EncoderDecoderConfig(ModelConfig, Protocol):
         ...
 
 
+@runtime_checkable
+class TwoStreamConfig(ModelConfig, Protocol):
+    """The configuration of a model that predicts tokens in any order (Yang et al. 2019).
+
+    Its module has a second method, ``predict(tokens, predicted, *, mask, token_type_ids,
+    segment_ids, deterministic)``, which gives hidden states ``[batch, masked, hidden_dim]`` of the
+    positions ``predicted`` that have seen what ``mask`` shows them, and nothing of a token that it
+    does not.
+    """
+
+    def query_flops(self, length: int, num_predicted: int) -> float:
+        """Operations of ``predict`` for a row, beside those of ``forward_flops``."""
+        ...
+
+
 def example_inputs(config: ModelConfig) -> tuple[Int32[Array, "1 8"], ...]:
     """A row of tokens to initialise a model and to trace it with; one for each side it has."""
     tokens = jnp.zeros((1, 8), jnp.int32)

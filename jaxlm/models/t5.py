@@ -26,7 +26,7 @@ from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import ACTIVATIONS, Activation, GatedMlp, Mlp
 from jaxlm.nn.norms import RmsNorm
-from jaxlm.nn.relative import RelativeBias
+from jaxlm.nn.relative_bias import RelativeBias
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack, project_stack
 from jaxlm.sharding import constrain
 from jaxlm.typing import Bias, Dtype, Encoded, Hidden, Mask, SourceMask, Tokens

@@ -77,6 +77,7 @@ class Call(NamedTuple):
         axes: those of ``x`` that are contracted with the kernel's inputs: of a convolution, the
             channels; of a table, none.
         run: the module's own computation.
+        arguments: what the method was given beside ``x``, such as the bias of ``attend``.
     """
 
     path: str
@@ -85,6 +86,7 @@ class Call(NamedTuple):
     x: Float[Array, "..."] | Int[Array, "..."]
     axes: tuple[int, ...]
     run: Callable[[Array], Array]
+    arguments: tuple[Any, ...] = ()
 
     @property
     def weight(self) -> Float[Array, "..."]:
@@ -309,7 +311,8 @@ def _interceptor(
         if axes is None:
             pass_over(module, "its einsum is not '...inputs,inputs outputs->...outputs'")
             return run(x)
-        call = Call("/".join(module.path), module, kind, x, axes, run)
+        others = (*args[1:], *kwargs.values()) if args else ()
+        call = Call("/".join(module.path), module, kind, x, axes, run, others)
         sizes = [x.shape[axis] for axis in axes if axis >= 0]
         shape = call.weight.shape[-2:] if kind == "conv" else call.weight.shape
         if sizes != list(shape[: len(axes)]):

@@ -45,3 +45,9 @@ def cross(
     if kv_segment_ids is not None:
         return (kv_segment_ids == 0)[:, None, None, :]
     return None if q_segment_ids is None else (q_segment_ids == 0)[:, None, :, None]
+
+
+def permutation(order: Int[Array, "batch length"]) -> Bool[Array, "batch 1 length length"]:
+    """Positions of order 0 are seen by all; any other by those of a higher order than its own."""
+    query, key = order[:, None, :, None], order[:, None, None, :]
+    return (key == 0) | (key < query)

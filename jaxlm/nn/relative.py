@@ -1,69 +1,150 @@
-"""A bias of attention's scores by distance (Raffel et al. 2020, arXiv:1910.10683, section 2.1)."""
+"""Attention by distances and not positions (Dai et al. 2019, arXiv:1901.02860, section 3.3).
 
-import math
+With XLNet's equality of token types, and for its two streams (Yang et al. 2019, arXiv:1906.08237,
+appendix A.2). Another equation than :class:`jaxlm.nn.attention.MultiHeadAttention`'s, but its
+second and third term are a bias to that one's scores.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxlm.nn.embed import Embed
-from jaxlm.typing import Bias
+from jaxlm.nn.attention import dot_product_attention
+from jaxlm.nn.linear import Linear
+from jaxlm.nn.products import product
+from jaxlm.sharding import constrain
+from jaxlm.typing import Dtype, Hidden, Mask
 
 
-def buckets_before(
-    distances: Int[Array, "..."], num_buckets: int, max_distance: int
-) -> Int[Array, "..."]:
-    """Numbers below ``num_buckets`` for what is so many places before; what is behind counts as 0.
+def distance_table(
+    before: int, after: int, features: int, clamp_length: int | None = None
+) -> Float[Array, "distances features"]:
+    """Sines, and behind them cosines, of distances from ``before`` down to ``1 - after``.
 
-    Half of them stand for one distance each, the others for distances that grow geometrically up
-    to ``max_distance``, and the last for all beyond (T5's published code).
+    Dai et al. (2019, arXiv:1901.02860, section 3.3); float32. With ``clamp_length`` distances
+    beyond it, either way, count as it.
     """
-    exact = num_buckets // 2
-    far = np.arange(max_distance + 1, dtype=np.float32)
-    # In float32, as published: at its edges other roundings give another bucket.
-    grown = np.log(np.maximum(far, 1) / np.float32(exact))
-    grown = grown / np.float32(math.log(max_distance / exact)) * np.float32(num_buckets - exact)
-    large = np.minimum(exact + grown.astype(np.int32), num_buckets - 1)
-    table = jnp.asarray(np.where(far < exact, far, large).astype(np.int32))
-    return table[jnp.clip(distances, 0, max_distance)]
+    distances = np.arange(before, -after, -1)
+    if clamp_length is not None:
+        distances = np.clip(distances, -clamp_length, clamp_length)
+    frequencies = 10_000 ** -(np.arange(0, features, 2) / features)
+    angles = jnp.asarray(np.outer(distances, frequencies), jnp.float32)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def buckets_around(
-    distances: Int[Array, "..."], num_buckets: int, max_distance: int
-) -> Int[Array, "..."]:
-    """The same, with half of the numbers for what is before, and the others for what is behind."""
-    half = num_buckets // 2
-    before = buckets_before(jnp.abs(distances), half, max_distance)
-    return before + jnp.where(distances < 0, half, 0)
+class View(NamedTuple):
+    """What the positions of a stream see of memory and row."""
+
+    mask: Mask | None
+    other_type: Bool[Array, "batch q_length kv_length"] | None
+    """Whether token types differ; None: nowhere."""
+    places: Int[Array, "batch q_length"] | None
+    """Where in the row they are; None: everywhere, in order."""
 
 
-class RelativeBias(nn.Module):
-    """A learned number for each bucket of distances and each head, in float32.
+class Opened(NamedTuple):
+    """What both streams attend to, in heads."""
+
+    key: Float[Array, "batch kv_length heads head_dim"]
+    value: Float[Array, "batch kv_length heads head_dim"]
+    distances: Float[Array, "1 distances heads head_dim"]
+
+
+def shift(
+    scores: Float[Array, "batch heads q_length distances"],
+    kv_length: int,
+    places: Int[Array, "batch q_length"] | None,
+    length: int,
+) -> Float[Array, "batch heads q_length kv_length"]:
+    """From scores of distances, the largest first, to those of keys.
+
+    Position i of a row of ``length`` has in front of it what is ``length - i`` further than the
+    first distance.
+    """
+    batch, heads, queries, distances = scores.shape
+    if places is None:  # the rows of a matrix, each moved by one more: a matrix one narrower
+        flat = scores.reshape(batch, heads, distances, queries)[:, :, 1:]
+        return flat.reshape(batch, heads, queries, distances - 1)[..., :kv_length]
+
+    def one(scores: Array, start: Array) -> Array:
+        return lax.dynamic_slice_in_dim(scores, start, kv_length, axis=1)
+
+    by_query = rearrange(scores, "batch heads q r -> batch q heads r")
+    moved = jax.vmap(jax.vmap(one))(by_query, length - places)
+    return rearrange(moved, "batch q heads kv -> batch heads q kv")
+
+
+class RelativeAttention(nn.Module):
+    """Attention by content, distance and equality of token types, for either stream (A.2).
+
+    ``softmax(((q + u) kᵀ + (q + v) pᵀ + (q + s) eᵀ) / sqrt(head_dim)) v`` with p the projected
+    distance of query and key, and e one of two vectors: of equal types, and of different ones.
 
     Attributes:
-        std: of the normal distribution that they are drawn from.
+        attend: as that of :class:`jaxlm.nn.attention.MultiHeadAttention`.
     """
 
+    features: int
     num_heads: int
-    num_buckets: int
-    max_distance: int
-    std: float = 0.02
+    head_dim: int
+    dropout_rate: float = 0.0
+    dtype: Dtype = jnp.float32
+    kernel_init: Callable[..., Array] = nn.initializers.lecun_normal()
+    attend: Callable[..., Float[Array, "..."]] = dot_product_attention
 
     def setup(self) -> None:
-        init = nn.initializers.normal(self.std)
-        self.relative_embed = Embed(self.num_buckets, self.num_heads, embedding_init=init)
+        heads = self.num_heads, self.head_dim
+        options = {"use_bias": False, "dtype": self.dtype, "kernel_init": self.kernel_init}
+        self.query, self.key = Linear(heads, **options), Linear(heads, **options)
+        self.value, self.position = Linear(heads, **options), Linear(heads, **options)
+        self.out = Linear(self.features, num_inputs=2, **options)
+        names = ("content_bias", "position_bias", "segment_bias")
+        shapes = dict.fromkeys(names, heads) | {"segment_embed": (2, *heads)}
+        self.terms = {
+            name: self.param(name, self.kernel_init, shape, jnp.float32).astype(self.dtype)
+            for name, shape in shapes.items()
+        }
 
-    def around(self, places: Int[Array, "length"]) -> Bias:
-        """Between all of these places."""
-        distances = places[:, None] - places[None, :]
-        return self._of(buckets_around(distances, self.num_buckets, self.max_distance))
+    def open(self, x: Hidden, table: Float[Array, "1 distances embed"]) -> Opened:
+        """What is attended to: the hidden states ``x``, at the distances of the table."""
+        names = ("batch", "length", "heads", "head_dim")
+        return Opened(
+            constrain(self.key(x), names), constrain(self.value(x), names), self.position(table)
+        )
 
-    def before(self, q_places: Int[Array, "q_length"], kv_places: Int[Array, "kv_length"]) -> Bias:
-        """From these places to others that are not behind them."""
-        distances = q_places[:, None] - kv_places[None, :]
-        return self._of(buckets_before(distances, self.num_buckets, self.max_distance))
-
-    def _of(self, buckets: Int[Array, "q_length kv_length"]) -> Bias:
-        return rearrange(self.relative_embed(buckets), "q k heads -> 1 heads q k")
+    def __call__(
+        self,
+        x: Hidden,
+        opened: Opened,
+        view: View,
+        length: int,
+        deterministic: bool,
+    ) -> Hidden:
+        query = constrain(self.query(x), ("batch", "length", "heads", "head_dim"))
+        content_bias, position_bias, segment_bias, types = self.terms.values()
+        bias = product("bqhd,rhd->bhqr", query + position_bias[None, None], opened.distances[0])
+        bias = shift(bias, opened.key.shape[1], view.places, length)
+        if view.other_type is not None:  # what is added to all keys of a query has no effect
+            score = product("bqhd,hd->bhq", query + segment_bias[None, None], types[1] - types[0])
+            bias += jnp.where(view.other_type[:, None], score[..., None], 0)
+        drops = not deterministic and self.dropout_rate > 0
+        out = self.attend(
+            query + content_bias[None, None],
+            opened.key,
+            opened.value,
+            mask=view.mask,
+            bias=bias * self.head_dim**-0.5,
+            dropout_rate=self.dropout_rate,
+            dropout_key=self.make_rng("dropout") if drops else None,
+        )
+        if view.places is not None and view.mask is not None:
+            sees = jnp.swapaxes(view.mask.any(-1, keepdims=True), 1, 2)
+            out = jnp.where(sees, out, 0)
+        return self.out(out)

@@ -37,10 +37,24 @@ def apply_stack(
             block's input; ``"dots"``, all but the results of matrix products. On CPUs it takes
             effect inside a loop alone (``unroll``): XLA:CPU merges what it sees computed twice.
     """
+    body = lambda block, x, _: (block(x, *args), None)
+    return scan_stack(body, block, num_layers, x, None, unroll=unroll, remat=remat)[0]
 
-    def body(block: nn.Module, x: Hidden, _: None) -> tuple[Hidden, None]:
-        return block(x, *args), None
 
+def scan_stack(
+    body: Callable[..., tuple[Any, Any]],
+    block: nn.Module,
+    num_layers: int,
+    carry: PyTree,
+    inputs: PyTree,
+    *,
+    unroll: int | None = None,
+    remat: Remat | None = None,
+) -> tuple[PyTree, PyTree]:
+    """``carry, outputs[i] = body(block, carry, inputs[i])``, as :func:`apply_stack` computes it.
+
+    Inputs and outputs are pytrees of arrays ``[layers, ...]``, or None.
+    """
     if remat is not None:
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = nn.remat(
@@ -57,7 +71,7 @@ def apply_stack(
         # Drawing the parameters of one layer is compiled once; a step's time does not matter there.
         unroll=1 if block.is_initializing() else unroll or num_layers,
     )
-    return scan(block, x, None)[0]
+    return scan(block, carry, inputs)
 
 
 def extend_stack(

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.objectives import packing
-from jaxlm.objectives.cross_entropy import cross_entropy
-from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt
+from jaxlm.objectives.masking import MaskingConfig, Vocabulary, corrupt, score
 from jaxlm.sums import Sums
 from jaxlm.typing import Apply, Batch, Loss, PRNGKey, Scalar, Variables
 
@@ -47,16 +46,6 @@ def make_loss(
             deterministic=deterministic,
             rngs=None if deterministic else {"dropout": dropout_key},
         )
-        losses, correct = cross_entropy(logits, corrupted.labels)
-        total = (losses * corrupted.weights).sum()
-        sums = Sums(
-            totals={"loss": total, "accuracy": (correct * corrupted.weights).sum()},
-            weight=corrupted.weights.sum(),
-            counts={
-                "tokens": lengths.sum().astype(jnp.float32),
-                "overflow": corrupted.overflow,
-            },
-        )
-        return total, sums
+        return score(logits, corrupted, lengths)
 
     return loss

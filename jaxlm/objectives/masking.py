@@ -11,15 +11,17 @@ from typing import Literal, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlm.errors import InputError
+from jaxlm.objectives.cross_entropy import cross_entropy
+from jaxlm.sums import Sums
 from jaxlm.typing import PRNGKey, Scalar, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskingConfig:
-    """How many tokens are predicted, which, and what stands in their place (BERT's by default)."""
+class ChoiceConfig:
+    """Which tokens are predicted."""
 
     rate: float = 0.15
     """Share of a row's ordinary tokens that are predicted, inside (0, 1)."""
@@ -29,10 +31,6 @@ class MaskingConfig:
     """What is chosen as a whole: tokens, words, or spans cut at random."""
     mean_span: float = 3.8
     """Mean length of a span, in tokens (SpanBERT, Joshi et al. 2020, section 3.1)."""
-    mask_share: float = 0.8
-    """Share of the predicted tokens that the mask token replaces."""
-    random_share: float = 0.1
-    """Share replaced by a random token; the rest stay as they are."""
     budget: int | None = None
     """Predicted positions computed per row; what is chosen beyond it is left alone and counted as
     overflow. None = enough for tokens; for words and spans, with a margin."""
@@ -41,16 +39,16 @@ class MaskingConfig:
         for name, rate in (("rate", self.rate), ("final_rate", self.final_rate)):
             if rate is not None and not 0 < rate < 1:
                 raise InputError(f"{name}={rate} is not inside (0, 1); 0.15 to 0.4 is usual")
-        shares = self.mask_share, self.random_share
-        if min(shares) < 0 or sum(shares) > 1:
-            raise InputError(
-                f"mask_share={self.mask_share} and random_share={self.random_share} are shares of "
-                "the predicted tokens: each at least 0, together at most 1"
-            )
         if self.mean_span < 1:
             raise InputError(f"mean_span={self.mean_span} is shorter than one token")
         if self.budget is not None and self.budget < 1:
             raise InputError(f"budget={self.budget} has no room for one token: None = enough")
+
+    def rate_at(self, progress: Scalar) -> Scalar | float:
+        """The rate after that share of the run."""
+        if self.final_rate is None:
+            return self.rate
+        return self.rate + (self.final_rate - self.rate) * progress
 
     def num_predicted(self, length: int) -> int:
         """Predicted positions for which a row of ``length`` tokens has room."""
@@ -60,13 +58,32 @@ class MaskingConfig:
         return min(math.ceil(max(self.rate, self.final_rate or 0) * length) + margin, length)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig(ChoiceConfig):
+    """How many tokens are predicted, which, and what stands in their place (BERT's by default)."""
+
+    mask_share: float = 0.8
+    """Share of the predicted tokens that the mask token replaces."""
+    random_share: float = 0.1
+    """Share replaced by a random token; the rest stay as they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shares = self.mask_share, self.random_share
+        if min(shares) < 0 or sum(shares) > 1:
+            raise InputError(
+                f"mask_share={self.mask_share} and random_share={self.random_share} are shares of "
+                "the predicted tokens: each at least 0, together at most 1"
+            )
+
+
 @flax.struct.dataclass
 class Vocabulary:
     """What objectives have to know of the tokenizer.
 
     Attributes:
         mask_id: shown in place of a masked token; None: there is none.
-        start_id: begins every document.
+        start_id: begins every document; None: nothing does, and one begins behind another's end.
         end_id: ends every document; may be the same.
         ordinary: ids that may be predicted and drawn: all but the special tokens, ``[ordinary]``.
         is_ordinary: the same as a table, ``[vocab]``.
@@ -74,33 +91,58 @@ class Vocabulary:
     """
 
     mask_id: int | None = flax.struct.field(pytree_node=False)
-    start_id: int = flax.struct.field(pytree_node=False)
+    start_id: int | None = flax.struct.field(pytree_node=False)
     end_id: int = flax.struct.field(pytree_node=False)
     ordinary: Int[Array, "ordinary"]
     is_ordinary: Bool[Array, "vocab"]
     word_starts: Bool[Array, "vocab"] | None
 
 
-class Corrupted(NamedTuple):
-    """A batch to fill in: the tokens shown, and for each row what to predict where."""
+class Chosen(NamedTuple):
+    """For each row what to predict where, in random order of the units."""
 
-    tokens: Tokens
     predicted: Int[Array, "batch masked"]  # positions
     labels: Int[Array, "batch masked"]
     weights: Float[Array, "batch masked"]  # 1, or 0 on spare positions
     overflow: Scalar  # chosen tokens that had no room in the budget
 
 
-def corrupt(
+class Corrupted(NamedTuple):
+    """A batch to fill in: the tokens shown, and of :class:`Chosen` the rest."""
+
+    tokens: Tokens
+    predicted: Int[Array, "batch masked"]
+    labels: Int[Array, "batch masked"]
+    weights: Float[Array, "batch masked"]
+    overflow: Scalar
+
+
+def score(
+    logits: Float[Array, "batch masked vocab"],
+    chosen: Chosen | Corrupted,
+    lengths: Int[Array, "batch"],
+) -> tuple[Scalar, Sums]:
+    """The summed cross-entropy of what was to be predicted, and what is reported of it."""
+    losses, correct = cross_entropy(logits, chosen.labels)
+    total = (losses * chosen.weights).sum()
+    sums = Sums(
+        totals={"loss": total, "accuracy": (correct * chosen.weights).sum()},
+        weight=chosen.weights.sum(),
+        counts={"tokens": lengths.sum().astype(jnp.float32), "overflow": chosen.overflow},
+    )
+    return total, sums
+
+
+def choose(
     key: PRNGKey,
     tokens: Tokens,
     lengths: Int[Array, "batch"],
     index: Int[Array, "batch"],
     vocabulary: Vocabulary,
-    config: MaskingConfig,
+    config: ChoiceConfig,
     *,
     progress: Scalar,
-) -> Corrupted:
+) -> Chosen:
     """Choose ``round(rate * ordinary tokens)`` of each row, at least one (Devlin et al. 2018, A.1).
 
     Whole units are taken in random order until the count is reached, so words and spans may
@@ -111,24 +153,16 @@ def corrupt(
         index: a number for each row: its stream of random numbers.
         progress: share of the run that is done, for ``final_rate``.
     """
-    mask_id = vocabulary.mask_id
-    if mask_id is None:
-        raise InputError(
-            "the tokenizer has no token [MASK] or <mask>; add it, or use another, or task=CausalLm"
-        )
     if config.unit == "word" and vocabulary.word_starts is None:
         raise InputError(
-            "where words begin is not known of this tokenizer: set task.masking.unit and "
-            "task.eval_masking.unit to token or span"
+            "where words begin is not known of this tokenizer: set the unit of what is predicted "
+            "to token or span (task.choice.unit; or task.masking.unit and task.eval_masking.unit)"
         )
-    rate = config.rate
-    if config.final_rate is not None:
-        rate = rate + (config.final_rate - rate) * progress
+    rate = config.rate_at(progress)
     num_predicted = config.num_predicted(tokens.shape[1])
-    mask_share, random_share = config.mask_share, config.random_share
 
-    def row(tokens: Array, length: Array, index: Array) -> Corrupted:
-        keys = jax.random.split(jax.random.fold_in(key, index), 4)
+    def row(tokens: Array, length: Array, index: Array) -> Chosen:
+        keys = row_keys(key, index)
         position = jnp.arange(tokens.size)
         allowed = vocabulary.is_ordinary[tokens] & (position < length)
         if config.unit == "word" and vocabulary.word_starts is not None:
@@ -146,19 +180,48 @@ def corrupt(
         count = allowed.sum()
         target = jnp.clip(jnp.round(rate * count), 1, count)
         chosen = (rank < target) & jnp.isfinite(order)
-
         predicted, weights = position[:num_predicted], chosen[:num_predicted]
-        labels = tokens[predicted]
+        overflow = chosen[num_predicted:].sum().astype(jnp.float32)
+        return Chosen(predicted, tokens[predicted], weights.astype(jnp.float32), overflow)
+
+    rows = jax.vmap(row)(tokens, lengths, index)
+    return rows._replace(overflow=rows.overflow.sum())
+
+
+def row_keys(key: PRNGKey, index: Int[Array, ""]) -> Key[Array, "4"]:
+    """A row's: for the order of units, for the drawn tokens, for their fate, for spans."""
+    return jax.random.split(jax.random.fold_in(key, index), 4)
+
+
+def corrupt(
+    key: PRNGKey,
+    tokens: Tokens,
+    lengths: Int[Array, "batch"],
+    index: Int[Array, "batch"],
+    vocabulary: Vocabulary,
+    config: MaskingConfig,
+    *,
+    progress: Scalar,
+) -> Corrupted:
+    """:func:`choose`, and show something else in place of what is chosen."""
+    mask_id = vocabulary.mask_id
+    if mask_id is None:
+        raise InputError(
+            "the tokenizer has no token [MASK] or <mask>; add it, or use another, or task=CausalLm"
+        )
+    chosen = choose(key, tokens, lengths, index, vocabulary, config, progress=progress)
+    mask_share, random_share = config.mask_share, config.random_share
+
+    def shown(tokens: Array, index: Array, predicted: Array, labels: Array, real: Array) -> Array:
+        keys = row_keys(key, index)
         draw = jax.random.randint(keys[1], labels.shape, 0, vocabulary.ordinary.size)
         fate = jax.random.uniform(keys[2], labels.shape)
-        shown = jnp.where(
+        instead = jnp.where(
             fate < mask_share,
             mask_id,
             jnp.where(fate < mask_share + random_share, vocabulary.ordinary[draw], labels),
         )
-        tokens = tokens.at[predicted].set(jnp.where(weights, shown, labels))
-        overflow = chosen[num_predicted:].sum().astype(jnp.float32)
-        return Corrupted(tokens, predicted, labels, weights.astype(jnp.float32), overflow)
+        return tokens.at[predicted].set(jnp.where(real, instead, labels))
 
-    rows = jax.vmap(row)(tokens, lengths, index)
-    return rows._replace(overflow=rows.overflow.sum())
+    hidden = jax.vmap(shown)(tokens, index, chosen.predicted, chosen.labels, chosen.weights > 0)
+    return Corrupted(hidden, *chosen)

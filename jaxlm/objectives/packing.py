@@ -21,7 +21,10 @@ class Packed(NamedTuple):
 
 def documents(tokens: Tokens, lengths: Int[Array, "batch"], vocabulary: Vocabulary) -> Packed:
     """Each document by itself, the first of a row being perhaps the rest of one."""
-    starts = tokens == vocabulary.start_id
+    if vocabulary.start_id is None:
+        starts = jnp.roll(tokens, 1, axis=1) == vocabulary.end_id
+    else:
+        starts = tokens == vocabulary.start_id
     if vocabulary.end_id == vocabulary.start_id:  # GPT-2's <|endoftext|>: of two, the second starts
         before = jnp.roll(tokens, 1, axis=1) == vocabulary.end_id
         starts &= before | (jnp.arange(tokens.shape[1])[None, :] == 0)

@@ -1,7 +1,7 @@
 """Vectors of texts from any encoder: published, pretrained here, or tuned for embeddings."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Float32
@@ -21,6 +21,9 @@ from jaxlm.tasks.embedding import Embed, Embedding, make_embed
 from jaxlm.tasks.task import require_one_text
 from jaxlm.train import restore
 
+QUERIES, DOCUMENTS = ("query",), ("document", "passage", "corpus")
+"""What the prompts of queries, and of what is searched, are called."""
+
 
 @dataclass(frozen=True)
 class Embedder:
@@ -33,16 +36,36 @@ class Embedder:
     """The field of a record that it embeds."""
     source: Source = field(default_factory=lambda: Table(path="texts.csv"))
     """The form of files of texts."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """What may stand before a text, by name."""
+    prompt: str = ""
+    """What is put before each text."""
 
     def __call__(self, texts: Sequence[str]) -> Float32[np.ndarray, "texts embed"]:
         """A vector for each text, in their order."""
-        return self.embed(texts)
+        return self.embed([self.prompt + text for text in texts])
+
+    def with_prompt(self, name: str | None, *usual: str) -> "Embedder":
+        """With the prompt of that name before each text; "" is none.
+
+        None: the first of the ``usual`` names that there is, else the prompt that it has.
+        """
+        if name is None:
+            found = [self.prompts[one] for one in usual if one in self.prompts]
+            return replace(self, prompt=[*found, self.prompt][0])
+        if name and name not in self.prompts:
+            known = ", ".join(f"{key} ({text!r})" for key, text in self.prompts.items())
+            raise InputError(
+                f"there is no prompt {name!r}, but {known or 'none at all'}; '' puts nothing "
+                "before texts"
+            )
+        return replace(self, prompt=self.prompts.get(name, ""))
 
     def stream(self, records: Iterable[Record]) -> Iterator[Answered]:
         """Each record with its text and, as ``embedding``, its vector, an array."""
 
         def answer(texts: list[str]) -> list[Answer]:
-            vectors = self.embed(texts)
+            vectors = self(texts)
             pairs = zip(texts, vectors, strict=True)
             return [{"text": text, "embedding": vector} for text, vector in pairs]
 
@@ -87,20 +110,23 @@ def _of_run(
             f"{task.verb}, or its base, {config.base}"
         )
     loaded = finetuned.open_finetuned(name, step=step, base=base)
+    bare = replace(task, prompt="", pair_prompt=None)  # which is put before texts here
+    loaded = replace(loaded, config=replace(loaded.config, task=bare))
     (column,) = task.text_fields
 
     def embed(texts: Sequence[str]) -> Float32[np.ndarray, "texts embed"]:
         records = (Record(fields={column: text}, origin="the texts given") for text in texts)
-        _, outputs = loaded.outputs(task.read(records, labelled=False), labelled=False)
+        _, outputs = loaded.outputs(bare.read(records, labelled=False), labelled=False)
         return outputs["embeddings"]
 
     about = f"pooling: {task.pooling or 'mean'}, as it was tuned; vectors of length 1"
-    return Embedder(embed, about, column, loaded.config.data.train)
+    source, prompts = loaded.config.data.train, task.prompts
+    return Embedder(embed, about, column, source, prompts, prompts.get("query", ""))
 
 
 def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embedder:
     require_one_text(base.config, "Embedding")
-    says = base.sentence_encoder
+    says, prompts, prompt = base.sentence_encoder, {}, ""
     if says is None:
         pooling, scale, longest = "mean", unit_length, None
         about = (
@@ -116,10 +142,7 @@ def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embe
         scale = unit_length if says.normalized else as_it_is
         length = "scaled to length 1" if says.normalized else "not scaled"
         about = f"pooling: {pooling}, {length}, as the folder of {base.name} says"
-        if says.prompts:
-            about += (
-                f"; before a text write its prompt, if any: {', '.join(map(repr, says.prompts))}"
-            )
+        prompts, prompt = says.prompts, says.default_prompt
     lengths = [length for length in (longest, base.config.max_length) if length is not None]
     embed = make_embed(
         base.config.make(),
@@ -130,4 +153,4 @@ def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embe
         head=EmbeddingHead(POOLS[pooling], scale),
         report=report,
     )
-    return Embedder(embed, about, "text")
+    return Embedder(embed, about, "text", prompts=prompts, prompt=prompt)

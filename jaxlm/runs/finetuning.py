@@ -20,7 +20,7 @@ from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batching import make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
-from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
@@ -188,16 +188,22 @@ def resolve(
         given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
         vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
         model = replace(config.model, vocab_size=vocab_size)
-    config = replace(config, task=_with_pooling(config.task, base, model))
+    task = _with_prompt(_with_pooling(config.task, base, model, tokenizer), base)
+    config = replace(config, task=task)
     return finetuned.with_encoder(config, model, platform)
 
 
-def _with_pooling(task: Any, base: Base | None, model: ModelConfig) -> Any:
-    given = vars(task).get("pooling")
+def _with_pooling(task: Any, base: Base | None, model: ModelConfig, tokenizer: Tokenizer) -> Any:
+    given, cls_last = vars(task).get("pooling"), ends_with_cls(tokenizer)
     if model.is_causal and given in FIRST:
         raise InputError(
             f"task.pooling={given} takes the first token, which in {type(model).__name__} has seen "
             "no other: use last, mean or max"
+        )
+    if cls_last and given in FIRST:
+        raise InputError(
+            f"task.pooling={given} takes the first token, and this tokenizer puts its classifying "
+            "token last: use last, mean or max"
         )
     says = base and base.sentence_encoder
     if says and says.problem and task.with_pooling(None) != task:
@@ -206,8 +212,16 @@ def _with_pooling(task: Any, base: Base | None, model: ModelConfig) -> Any:
             f"{base.name} makes one vector of a text with {says.problem}, which is not supported: "
             "choose how, such as --task.pooling mean"
         )
-    default: Pooling | None = "last" if model.is_causal else None
+    default: Pooling | None = "last" if model.is_causal or cls_last else None
     return task.with_pooling((says and says.pooling) or default)
+
+
+def _with_prompt(task: Any, base: Base | None) -> Any:
+    """With the one that the base's folder says, for a task that has one and leaves it open."""
+    says = base and base.sentence_encoder
+    if not says or not says.default_prompt or vars(task).get("prompt", "") is not None:
+        return task
+    return replace(task, prompt=says.default_prompt)
 
 
 def _pooled(task: Any, base: Base | None) -> str:
@@ -216,7 +230,9 @@ def _pooled(task: Any, base: Base | None) -> str:
         return ""
     says = base and base.sentence_encoder and base.sentence_encoder.pooling
     source = "" if base is None or says is None else f" (the folder of {base.name} says {says})"
-    return f"pooling: {task.pooling}{source}\n"
+    given = {name: vars(task).get(name) for name in ("prompt", "pair_prompt")}
+    prompts = "".join(f"; {name}: {text!r}" for name, text in given.items() if text)
+    return f"pooling: {task.pooling}{source}{prompts}\n"
 
 
 def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:

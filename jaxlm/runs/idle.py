@@ -6,8 +6,8 @@ from typing import Any
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.tokenizers import TokenizerConfig
+from jaxlm.objectives.masking import ChoiceConfig
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.tasks.masked_lm import MaskedLm
 
 
 def idle(config: Config) -> dict[str, str]:
@@ -43,10 +43,9 @@ def _of_pretraining(config: PretrainConfig, put: Any) -> None:
     elif config.prepare is not None and config.prepare.tokenizer.path is not None:
         why = "prepare.tokenizer.path names one that is trained already"
         put(why, "prepare.tokenizer", "kind", "vocab_size", "num_documents")
-    if isinstance(config.task, MaskedLm):
-        for name in ("masking", "eval_masking"):
-            if (unit := vars(config.task)[name].unit) != "span":
-                put(f"task.{name}.unit is {unit}, not span", f"task.{name}", "mean_span")
+    for name, choice in vars(config.task).items():
+        if isinstance(choice, ChoiceConfig) and choice.unit != "span":
+            put(f"task.{name}.unit is {choice.unit}, not span", f"task.{name}", "mean_span")
     if len(config.data.paths) == 1:
         put("data.paths is one folder", "data", "weights")
 

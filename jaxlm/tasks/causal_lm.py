@@ -22,6 +22,7 @@ from jaxlm.models.model import CausalConfig, ModelConfig
 from jaxlm.nn import stack
 from jaxlm.objectives import causal_lm
 from jaxlm.objectives.masking import Vocabulary
+from jaxlm.peft import quantize
 from jaxlm.tasks.task import Given, require_one_text
 from jaxlm.typing import Apply, Loss, Variables
 
@@ -65,6 +66,11 @@ class CausalLm:
                 f"task=CausalLm predicts each token from those before it, and a model of "
                 f"{type(config).__name__} sees all of them: use task=MaskedLm, or one that reads "
                 "one way, such as a GPT-2"
+            )
+        if not isinstance(config, CausalConfig):
+            raise InputError(
+                f"task=CausalLm is for models that write, which {type(config).__name__} does not: "
+                "use a GPT-2 or a Llama"
             )
         return WithLmHead(config.make(), config.make_lm_head())
 
@@ -138,6 +144,8 @@ def causal_model(
     assert isinstance(config, CausalConfig)  # make_model has seen to it
     special = SpecialTokens.of(tokenizer)
 
+    apply = quantize.adapt(model.apply)
+
     def last(module, tokens, cache, positions, segment_ids):
         logits, cache = module.extend(tokens, cache, positions=positions, segment_ids=segment_ids)
         return logits[:, None], cache
@@ -151,7 +159,7 @@ def causal_model(
     def step(method, variables, cache, *inputs):
         tokens, positions, segment_ids = inputs
         variables = stack.join(variables)
-        return model.apply(variables, tokens, cache, positions, segment_ids, method=method)
+        return apply(variables, tokens, cache, positions, segment_ids, method=method)
 
     return CausalModel(
         step=partial(step, last),

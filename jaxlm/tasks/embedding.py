@@ -57,6 +57,11 @@ class Embedding:
     """One vector of a row's hidden states: the first, the last, their mean, or their maximum; None:
     as a sentence encoder's folder says, else mean, or last of a model in which no position sees a
     later one."""
+    prompt: str | None = None
+    """What stands before each first text, and before what is embedded later, such as "query: ";
+    None: the default prompt of a sentence encoder's folder, else nothing."""
+    pair_prompt: str | None = None
+    """What stands before each second text, such as "passage: "; None: as `prompt`."""
 
     def __post_init__(self) -> None:
         fields = self.fields
@@ -102,6 +107,13 @@ class Embedding:
         says = None if pooling == "bert" else pooling  # which has parameters of its own
         return replace(self, pooling=self.pooling or says or "mean")
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What stands before queries, the first texts of pairs, and documents, the second."""
+        first = self.prompt or ""
+        second = first if self.pair_prompt is None else self.pair_prompt
+        return {"query": first, "document": second} if first or second else {}
+
     def read(self, records: Iterable[Record], *, labelled: bool = True) -> list[TextExample]:
         """One pair a record; with ``labelled=False`` one text."""
         fields = self.fields if labelled else replace(self.fields, pair=None, label=None)
@@ -121,9 +133,14 @@ class Embedding:
 
     def encode(self, framer: Framer, examples: Sequence[TextExample], labels: Labels) -> Examples:
         """Rows of two token rows for pairs, and of one for single texts."""
+        first, second = self.prompts.get("query", ""), self.prompts.get("document", "")
+        prompted = [
+            replace(e, text=first + e.text, pair=None if e.pair is None else second + e.pair)
+            for e in examples
+        ]
         if examples[0].pair is None:
-            return data.encode(framer, examples)
-        encoded = data.encode_contrastive(framer, examples)
+            return data.encode(framer, prompted)
+        encoded = data.encode_contrastive(framer, prompted)
         for row, example in zip(encoded.rows, examples, strict=True):
             row["weights"] = np.array(self._belongs_together(example), np.float32)
         return encoded

@@ -10,17 +10,15 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jaxlm.data.prepared import PreparedInfo
-from jaxlm.decode.fill_mask import MASK, FillMask
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import CausalConfig, ModelConfig
 from jaxlm.objectives import masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
+from jaxlm.tasks import blanks
 from jaxlm.tasks.task import Given, require_one_text
 from jaxlm.typing import Apply, Loss, Variables
-
-_LONG_WORD, _MOST_IN_LONG_WORDS = 16, 0.05  # tokens; share of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +43,12 @@ class MaskedLm:
     @property
     def verb(self) -> str:
         """What scripts/predict.py calls its use."""
-        return "fill-mask"
+        return blanks.VERB
 
     @property
     def usage(self) -> str:
         """What follows the verb."""
-        return f'"A text with a {MASK}."'
+        return blanks.USAGE
 
     def for_evaluation(self) -> "MaskedLm":
         """The same with evaluation's masking."""
@@ -62,28 +60,16 @@ class MaskedLm:
 
     def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
         """Where whole words are hidden: words that are lines, of text without spaces."""
-        if self.masking.unit != "word" or vocabulary.word_starts is None:
-            return ""
-        ordinary = np.asarray(vocabulary.is_ordinary)[tokens]
-        begins = np.asarray(vocabulary.word_starts)[tokens] | ~ordinary
-        begins[:, 0] = True
-        words = np.cumsum(begins) - 1
-        sizes = np.bincount(words, ordinary.ravel())
-        share = sizes[sizes > _LONG_WORD].sum() / max(ordinary.sum(), 1)
-        if share <= _MOST_IN_LONG_WORDS:
-            return ""
-        return (
-            f"{share:.0%} of the tokens are in words of more than {_LONG_WORD} tokens, as in text "
-            "without spaces, and are hidden together: --task.masking.unit token or span hides parts"
-        )
+        return blanks.long_words(tokens, vocabulary, self.masking, "task.masking.unit")
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder with the head of its architecture."""
         require_one_text(config, "MaskedLm")
         if config.is_causal:
+            writes = isinstance(config, CausalConfig)
             raise InputError(
                 f"task=MaskedLm fills in blanks from both sides, and {type(config).__name__} reads "
-                "one way: use task=CausalLm"
+                f"one way: use {'task=CausalLm' if writes else 'one that reads both, as a BERT'}"
             )
         return WithLmHead(config.make(), config.make_lm_head())
 
@@ -109,19 +95,8 @@ class MaskedLm:
     ) -> Iterator[dict[str, Any]]:
         """For each text the likeliest fillings of each blank, best first, or what is wrong."""
         apply = self.make_model(config).apply
-        fill = FillMask(apply, variables, tokenizer, config.max_length or 512)
-        blanks = fill((text for *_, text in texts if MASK in text), top_k=top_k)
-        for _, origin, text in texts:
-            if MASK in text:
-                yield {
-                    "text": text,
-                    "blanks": [[vars(one) for one in each] for each in next(blanks)],
-                }
-            else:
-                yield {"error": f"{origin} has no blank: write {MASK} where a word is missing"}
+        return blanks.answers(apply, config, variables, tokenizer, texts, top_k)
 
     def lines(self, answer: dict[str, Any]) -> Iterator[str]:
         """An answer as a person reads it."""
-        for blank in answer["blanks"]:
-            for one in blank:
-                yield f"{one['probability']:6.1%}  {one['token']:<15} {one['text']}"
+        return blanks.lines(answer)

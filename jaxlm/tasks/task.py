@@ -124,6 +124,15 @@ class Generative(Protocol):
 
 
 @runtime_checkable
+class Laborious(Protocol):
+    """What a pretraining task has as well that computes more than its model's forward pass."""
+
+    def more_flops(self, config: ModelConfig, length: int) -> float:
+        """Operations for a row of ``length`` tokens, beside the config's ``forward_flops``."""
+        ...
+
+
+@runtime_checkable
 class Task(Protocol):
     """A task on labelled examples: a frozen dataclass with these methods.
 

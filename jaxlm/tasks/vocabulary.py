@@ -5,7 +5,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from jaxlm.data import tokenizers
-from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.word_starts import word_starts
 from jaxlm.objectives.masking import Vocabulary
 
@@ -15,11 +15,11 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     special = SpecialTokens.of(tokenizer)
     is_ordinary = np.ones(tokenizers.vocab_size(tokenizer), bool)
     is_ordinary[list(special.ids)] = False
-    starts = word_starts(tokenizer)
+    starts, cls_last = word_starts(tokenizer), ends_with_cls(tokenizer)
     return Vocabulary(
         mask_id=special.mask,
-        start_id=special.cls,
-        end_id=special.sep,
+        start_id=None if cls_last else special.cls,
+        end_id=special.cls if cls_last else special.sep,
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
         word_starts=None if starts is None else jnp.asarray(starts),

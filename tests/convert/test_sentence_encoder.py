@@ -9,6 +9,7 @@ from jaxlm.errors import InputError
 OLD = "sentence_transformers.models."
 NEW = "sentence_transformers.sentence_transformer.modules."
 KINDS = ("Transformer", "Pooling", "Normalize")
+PROMPTS = "config_sentence_transformers.json"
 
 
 def write(folder, pooling, kinds=KINDS, prefix=OLD, **more):
@@ -48,10 +49,23 @@ def test_the_folder_says_how(pooling, expected, tmp_path):
 def test_lengths_and_prompts(tmp_path):
     more = {
         "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
-        "config_sentence_transformers.json": {"prompts": {"query": "query: ", "document": ""}},
     }
-    found = sentence_encoder.read(write(tmp_path, {}, **more))
-    assert (found.max_length, found.prompts) == (256, ("query: ",))
+    prompts = {"query": "query: ", "document": ""}
+    for said, default in (
+        ({"prompts": prompts}, ""),
+        ({"prompts": prompts, "default_prompt_name": None}, ""),
+        ({"prompts": prompts, "default_prompt_name": "query"}, "query: "),
+    ):
+        found = sentence_encoder.read(write(tmp_path, {}, **more, **{PROMPTS: said}))
+        assert (found.max_length, found.prompts, found.default_prompt) == (256, prompts, default)
+    assert sentence_encoder.read(write(tmp_path, {}, **{PROMPTS: {}})).prompts == {}
+    write(tmp_path, {}, **{PROMPTS: {"prompts": prompts, "default_prompt_name": "q"}})
+    with pytest.raises(InputError, match="'q' is none of the prompts 'query', 'document'; correct"):
+        sentence_encoder.read(tmp_path)
+    inside = {"pooling_mode": "mean", "include_prompt": False}
+    found = sentence_encoder.read(write(tmp_path, inside, **{PROMPTS: {"prompts": prompts}}))
+    assert found.problem == "pooling that leaves out the prompt's tokens"
+    assert not sentence_encoder.read(write(tmp_path, inside, **{PROMPTS: {}})).problem
 
 
 @pytest.mark.parametrize(
@@ -77,14 +91,16 @@ def test_other_folders(tmp_path):
 
 @pytest.mark.parametrize("pooling", ["cls", "last", "mean", "max"])
 def test_what_is_written_is_read(pooling, tmp_path):
-    sentence_encoder.write(tmp_path, pooling, 16, 128)
-    found = sentence_encoder.read(tmp_path)
-    assert (found.pooling, found.normalized, found.max_length) == (pooling, True, 128)
+    prompts = {"query": "q: ", "document": ""}
+    for given in (None, prompts):
+        sentence_encoder.write(tmp_path, pooling, 16, 128, given)
+        found = sentence_encoder.read(tmp_path)
+        assert (found.pooling, found.normalized, found.max_length) == (pooling, True, 128)
+        assert (found.prompts, found.default_prompt) == (given or {}, "q: " if given else "")
 
 
 def test_the_hub_is_asked_for_all_that_is_read(tmp_path):
     sentence_encoder.write(tmp_path, "mean", 16, 128)
-    (tmp_path / sentence_encoder.PROMPTS).touch()
     paths = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
     assert len(paths) == 4
     for path in paths:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_xlnet
 
 from jaxlm.data import tokenizers
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
@@ -16,6 +17,7 @@ from jaxlm.data.prepared import open_prepared
 from jaxlm.data.shards import merge, prepare_shard
 from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError
+from jaxlm.tasks.vocabulary import make_vocabulary
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare.py"
 
@@ -183,6 +185,22 @@ def test_copies_are_dropped(tmp_path):
     prepared = open_prepared(tmp_path / "out")
     train, validation = documents(prepared, "train"), documents(prepared, "validation")
     assert sorted(train + validation) == sorted(set(lines))
+
+
+def test_texts_end_as_the_tokenizer_ends_them(tmp_path):
+    tiny_xlnet.tokenizer().save(str(tmp_path / "tokenizer.json"))
+    text = "\n".join("".join(chr(97 + i // 8**k % 8) for k in range(9)) for i in range(80))
+    given = TokenizerConfig(path=tmp_path / "tokenizer.json")
+    prepare(make(tmp_path, text, tokenizer=given), tmp_path / "out")
+    prepared = open_prepared(tmp_path / "out")
+    tokens, special = stream(prepared, "train"), prepared.info.special
+    ends = np.flatnonzero(tokens == special.cls)
+    assert len(ends) == prepared.info.documents["train"]
+    assert ends[-1] == len(tokens) - 1
+    np.testing.assert_array_equal(np.flatnonzero(tokens == special.sep), ends - 1)
+    vocabulary = make_vocabulary(tokenizers.load(prepared.tokenizer_path))
+    assert (vocabulary.start_id, vocabulary.end_id) == (None, special.cls)
+    assert not np.asarray(vocabulary.is_ordinary)[[special.cls, special.sep]].any()
 
 
 def test_literal_special_tokens_are_plain_text(tmp_path):

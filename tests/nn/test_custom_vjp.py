@@ -258,7 +258,6 @@ BERT = adapted_models.CASES["bert"].module
 BILSTM = WithHead(BilstmConfig(vocab_size=32, embed_dim=8, hidden_dim=8).make(), TokenHead(32))
 TOKENS = jnp.asarray(RNG.integers(0, 32, (16, 6)))
 SEGMENTS = jnp.asarray(np.sort(RNG.integers(0, 2, (16, 6))))
-MODELS = ("bert", "bilstm")
 
 
 class Model(NamedTuple):
@@ -287,7 +286,9 @@ def model_of(name):
     return Model(lora.adapt(BERT.apply, config), variables)
 
 
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param("bert", marks=pytest.mark.slow), "bilstm"]
+)
 
 
 @every_model

@@ -37,3 +37,13 @@ def test_one_token_that_starts_and_ends():
     ids, _ = documents(jnp.asarray(np.array(rows)), lengths, vocabulary)
     # The end belongs to the text before it, so that a model learns to end.
     assert ids.tolist() == [[1, 1, 1, 1, 2, 2], [0, 0, 1, 1, 1, 2], [1, 2, 2, 2, -1, -1]]
+
+
+def test_texts_that_only_end():
+    vocabulary = replace(VOCABULARY, start_id=None)  # an XLNet's <cls>
+    rows = [[5, 6, 2, 7, 2, 5], [2, 5, 5, 5, 2, 0]]
+    lengths = jnp.asarray(np.array([6, 5]))
+    ids, positions = documents(jnp.asarray(np.array(rows)), lengths, vocabulary)
+    assert ids[:, 1:].tolist() == [[0, 0, 1, 1, 2], [1, 1, 1, 1, -1]]
+    assert positions is not None
+    assert positions[0].tolist() == [0, 1, 2, 0, 1, 0]

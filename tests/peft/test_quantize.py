@@ -7,9 +7,12 @@ from rounding import DTYPES, tolerance
 
 from jaxlm import tree
 from jaxlm.errors import InputError
+from jaxlm.nn.embed import Embed
 from jaxlm.nn.intercept import Site, find_sites
+from jaxlm.nn.linear import Linear
+from jaxlm.nn.stack import apply_stack
 from jaxlm.peft import lora
-from jaxlm.peft.quantize import Quantized, dequantize, quantize
+from jaxlm.peft.quantize import Quantized, adapt, dequantize, int8_product, quantize
 from jaxlm.sharding import axes_of
 
 # Channels of very different size, one of them zero.
@@ -109,3 +112,60 @@ def test_adapters_learn_on_a_quantized_base(dtype):
 def test_a_site_of_another_model_raises():
     with pytest.raises(InputError, match="there is no stray/kernel to quantize"):
         quantize({"kernel": weight(6, 4)}, {"stray/kernel": Site(0, 1)})
+
+
+class Layer(nn.Module):
+    """A map of one axis to two, and one back."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        y = Linear((2, 24), dtype=self.dtype, name="up")(x)
+        return x + Linear(32, 2, use_bias=False, dtype=self.dtype, name="down")(y)
+
+
+class Small(nn.Module):
+    """A stack of layers, and a table that looks up and scores."""
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens):
+        table = Embed(50, 32, self.dtype, name="token_embed")
+        x = apply_stack(Layer(self.dtype, name="layers"), 3, table(tokens))
+        bias = self.param("bias", nn.initializers.normal(1), (50,), jnp.float32)
+        return table.attend(x, bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
+def test_products_of_bytes_are_off_by_what_rounding_allows(dtype, shape):
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, 50)
+    model = Small(jnp.dtype(dtype))
+    params = model.init(jax.random.key(1), tokens)["params"]
+    params["layers"]["up"]["bias"] += 0.5
+    sites = find_sites(lambda variables: model.apply(variables, tokens), {"params": params})
+    assert len(sites) == 3
+    packed = quantize(params, sites)
+    apply = jax.jit(adapt(model.apply))
+    exact, rough = model.apply({"params": params}, tokens), apply({"params": packed}, tokens)
+    assert rough.dtype == exact.dtype
+    off = jnp.abs(rough - exact).max() / jnp.std(exact)
+    assert 0 < off < 0.1  # three roundings of 1/254 each, on either side
+    # The control: weights of another scale are seen.
+    up = packed["layers"]["up"]
+    up["kernel"] = up["kernel"].replace(scale=1.3 * up["kernel"].scale)
+    assert jnp.abs(apply({"params": packed}, tokens) - exact).max() / jnp.std(exact) > 0.2
+    # Nothing quantized: the same.
+    np.testing.assert_array_equal(adapt(model.apply)({"params": params}, tokens), exact)
+
+
+def test_a_row_of_bytes_is_multiplied_exactly():
+    x = jnp.array([[127.0, -1, 0, 64]])  # its own scale is 1
+    values = jnp.arange(-6, 6, dtype=jnp.int8).reshape(4, 3)
+    scale = jnp.array([1, 0.5, 2])
+    for rows in (x, jnp.concatenate([x, -x])):
+        expected = rows @ (values * scale[None])
+        np.testing.assert_array_equal(int8_product(rows, values, scale), expected)
+        np.testing.assert_array_equal(int8_product(rows, values.T, scale, axis=1), expected)

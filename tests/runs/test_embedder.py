@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_xlnet
 from rich.console import Console
 from tiny_models import BERT
 
@@ -20,10 +21,11 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.convert import huggingface, sentence_encoder
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.dataset import LabelledConfig
-from jaxlm.data.labelled.records import Table
+from jaxlm.data.labelled.records import Record, Table
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runs import base, finetuning, resume
 from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuning import resolve
@@ -54,12 +56,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pooled(folder: Path, tmp_path: Path):
     """The folder, as that of a sentence encoder."""
 
-    def pooled(pooling: str, *, normalized: bool = True, **more: str) -> Path:
+    def pooled(pooling: str, *, normalized: bool = True, **prompts: str) -> Path:
         path = tmp_path / f"{pooling}{normalized}"
         path.mkdir()
         for file in folder.iterdir():
             (path / file.name).symlink_to(file)
-        sentence_encoder.write(path, pooling, 16, 8)
+        sentence_encoder.write(path, pooling, 16, 8, prompts)
         if not normalized:
             modules = json.loads((path / "modules.json").read_text())
             (path / "modules.json").write_text(json.dumps(modules[:2]))
@@ -100,6 +102,38 @@ def test_vectors_are_as_the_folder_says(pooling, normalized, pooled):
     assert said == ["1 of 4 texts are cut at 8 tokens"]
 
 
+def test_prompts_stand_before_texts(pooled):
+    folder = pooled("mean", query="d d ", passage="")
+    plain = open_embedder(str(folder)).with_prompt("")
+    for embedder, prompt in (
+        (open_embedder(str(folder)), "d d "),  # the folder's default
+        (plain.with_prompt("query"), "d d "),
+        (plain.with_prompt(None), ""),
+        (plain.with_prompt(None, "other", "query"), "d d "),
+        (open_embedder(str(folder)).with_prompt("passage"), ""),
+    ):
+        expected = plain([prompt + text for text in TEXTS])
+        np.testing.assert_array_equal(embedder(TEXTS), expected)
+        (one,) = embedder.stream([Record(fields={"text": "a"}, origin="x")])
+        np.testing.assert_allclose(one[1]["embedding"], plain([f"{prompt}a"])[0], atol=1e-6)
+        assert one[1]["text"] == "a"
+    with pytest.raises(
+        InputError, match=r"no prompt 'q', but query \('d d '\), passage \(''\); ''"
+    ):
+        plain.with_prompt("q")
+    task = Embedding()
+    loaded = base.load(str(folder))
+    resolved = [
+        resolve(tuned(folder, one), loaded, loaded.tokenizer, "cpu").task
+        for one in (task, replace(task, prompt=""), replace(task, prompt="a", pair_prompt="b"))
+    ]
+    assert [(one.prompt, one.prompts) for one in resolved] == [
+        ("d d ", {"query": "d d ", "document": "d d "}),
+        ("", {}),
+        ("a", {"query": "a", "document": "b"}),
+    ]
+
+
 def test_an_encoder_that_says_nothing_gives_means(folder):
     embedder, said = open_embedder(str(folder)), "pooling: mean, scaled to length 1 (nothing says"
     assert embedder.about.startswith(said)
@@ -135,6 +169,19 @@ def test_a_causal_base_pools_the_last_token(pooled, folder):
     for first in ("bert", "cls"):
         with pytest.raises(InputError, match=f"pooling={first} takes the first token"):
             resolve(tuned(folder, Classification(pooling=first)), causal, loaded.tokenizer, "cpu")
+
+
+def test_where_the_classifying_token_is_last_it_is_pooled(folder):
+    loaded, tokenizer = base.load(str(folder)), tiny_xlnet.tokenizer()
+    xlnet = replace(loaded, config=XlnetConfig(vocab_size=64), tokenizer=tokenizer)
+    for task in (Classification(), Embedding(), MultipleChoice()):
+        config = resolve(tuned(folder, task), xlnet, tokenizer, "cpu")
+        assert vars(config.task)["pooling"] == "last"
+    message = "pooling=cls takes the first token, and this tokenizer puts its classifying token las"
+    with pytest.raises(InputError, match=message):
+        resolve(tuned(folder, Classification(pooling="cls")), xlnet, tokenizer, "cpu")
+    config = resolve(tuned(folder, Classification(pooling="mean")), xlnet, tokenizer, "cpu")
+    assert vars(config.task)["pooling"] == "mean"
 
 
 def tuned(folder: Path, task, **more) -> FinetuneConfig:
@@ -265,6 +312,19 @@ def test_the_nearest_texts_of_a_file(predict, pooled, corpus, tmp_path):
     assert second["score"] < first["score"] == pytest.approx(1)
     _, err = predict(folder, "search", "b a")
     assert "search finds the texts of --file that are nearest to a text: give both" in err
+    prompts = pooled("max", query="d d ", document="c ")
+    out, err = predict(prompts, "search", "b a", *named)
+    assert "; prompts: 'd d ', of the file's 'c '" in err
+    embedder = open_embedder(str(prompts))
+    query = embedder.with_prompt("query")(["b a"])[0]
+    scores = embedder.with_prompt("document")(["a b c", "b a", "d d d"]) @ query
+    assert [float(line.split()[0]) for line in out] == pytest.approx(
+        sorted(scores)[:0:-1], abs=1e-3
+    )
+    out, err = predict(prompts, "search", "b a", *named, "--prompt", "", "--file-prompt", "")
+    assert out[0] == f" 1.000  {corpus}:4  b a"
+    _, err = predict(prompts, "embed", "a", "--prompt", "passage")
+    assert "there is no prompt 'passage', but query ('d d '), document ('c ')" in err
     (tmp_path / "texts.txt").write_text("d\n\nb a\n\n")
     out, _ = predict(folder, "search", "b a", "--file", tmp_path / "texts.txt")
     assert [line.rpartition(":")[2] for line in out] == ["3  b a", "1  d"]

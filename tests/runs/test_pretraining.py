@@ -167,6 +167,13 @@ def test_evaluate_and_fill_mask(config: PretrainConfig, whole: Path) -> None:
     recorded = [line for line in read_jsonl(whole / "metrics.jsonl") if "eval/loss" in line]
     assert metrics["loss"] == pytest.approx(min(line["eval/loss"] for line in recorded), abs=1e-5)
 
+    rough = evaluate(
+        read.placement,
+        read.quantized().state,
+        eval_batches(data, read.config.data.batch_size),
+    )
+    assert 0 < abs(rough["loss"] - metrics["loss"]) < 0.01
+
     fill = FillMask(read.model.apply, read.variables, read.tokenizer, 32)
     (blanks, single) = fill(["red [MASK] blue [MASK]", "a [MASK]"], top_k=3)
     assert [len(blank) for blank in blanks] == [3, 3]

@@ -45,6 +45,7 @@ from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import example_inputs
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.nn.positions import LinearScaling, Llama3Scaling
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -63,7 +64,9 @@ from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.replaced_token import ReplacedToken
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train import loop
@@ -175,10 +178,11 @@ def program_of(model: Any, *tokens: Any) -> str:
 def hidden_of(config: PretrainConfig) -> str:
     """What masking hides in training and in evaluation, and what a model is told, as programs."""
 
-    def apply(variables: Any, tokens: Any, predicted: Any, **told: Any) -> Any:
+    def apply(variables: Any, tokens: Any, predicted: Any = None, **told: Any) -> Any:
         told = {name: value for name, value in told.items() if name != "deterministic"}
         seen = sum(jnp.sum(x) for x in jax.tree.leaves((tokens, told.get("segment_ids"))))
-        return jnp.zeros((*predicted.shape, 32)) + seen
+        shape = tokens.shape if predicted is None else (*predicted.shape, 32)
+        return jnp.zeros(shape) + seen
 
     batch = {"tokens": jnp.zeros((4, 8), jnp.int32)}
     batch |= {name: jnp.zeros(4, jnp.int32) for name in ("lengths", "index")}
@@ -421,7 +425,10 @@ def run_of(config: Any) -> str:
 OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.masking.final_rate": 0.4,
     "task.eval_masking.final_rate": 0.4,
+    "task.choice.final_rate": 0.4,
     "task.masking.budget": 3,
+    "task.choice.budget": 3,
+    "task.generator_share": 1.0,
     "task.eval_masking.budget": 3,
     "tuning.ranks": (3,),
     "tuning.targets": ("key/kernel",),
@@ -442,6 +449,8 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.scale": (1.0, 2.0),
     "task.doc_stride": 3,
     "task.pooling": "max",
+    "task.prompt": "odd ",
+    "task.pair_prompt": "odd ",
     "task.fields.choices": ("text", "other"),
     "task.min_similarity": 4.0,
     "task.fields.pair": "topic",
@@ -528,6 +537,10 @@ GPT2 = Gpt2Config(**SIZES, max_length=8)
 LLAMA = LlamaConfig(
     **SIZES, num_kv_heads=1, max_length=8, dropout_rate=0.1, attention_dropout_rate=0.1
 )
+XLNET = XlnetConfig(**SIZES, max_length=8)
+PERMUTED = replace(PRETRAINED, model=XLNET, task=PermutationLm())
+DETECTING = replace(PRETRAINED, task=ReplacedToken())
+SMALLER = ("task.generator_share",)
 SLOWED = replace(LLAMA, rope_scaling=LinearScaling(factor=2.0))
 SCALING = Llama3Scaling(factor=2.0, low_freq_factor=0.02, high_freq_factor=0.9, original_length=8)
 STRETCHED = replace(LLAMA, rope_scaling=SCALING)
@@ -638,6 +651,11 @@ PARTS = {
     "gpt2 rows": Part(causal(GPT2), longest_of, ("model.max_length",)),
     "llama": Part(causal(LLAMA), model_of, ("model",), ("model.max_length",)),
     "llama rows": Part(causal(LLAMA), longest_of, ("model.max_length",)),
+    "xlnet": Part(PERMUTED, model_of, ("model",), ("model.max_length",)),
+    "xlnet rows": Part(PERMUTED, longest_of, ("model.max_length",)),
+    "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice")),
+    "detection": Part(DETECTING, hidden_of, ("task", "task.masking", "task.eval_masking"), SMALLER),
+    "generator": Part(DETECTING, step_of, SMALLER),
     "linear scaling": Part(causal(SLOWED), model_of, ("model.rope_scaling",)),
     "llama 3 scaling": Part(causal(STRETCHED), model_of, ("model.rope_scaling",)),
     "transformer": Part(replace(PRETRAINED, model=TRANSFORMER), decoder_of, ("model",)),
@@ -717,7 +735,7 @@ PARTS = {
     "pairs alone": Part(
         replace(TEXTS, task=Embedding(fields=TextFields(pair="pair", label=None))),
         read_of,
-        ("task.fields",),
+        ("task.fields", "task.prompt", "task.pair_prompt"),
     ),
     "json": Part(
         reading(JsonLines(path="a.jsonl"), CHOICES), read_of, ("data.train", "task.fields")

@@ -15,6 +15,8 @@ from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.nn.intercept import find_sites
+from jaxlm.peft import quantize
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.task import Generative, Given
@@ -99,3 +101,18 @@ def test_one_prompt_that_is_too_long_changes_no_other(tokenizer, variables):
     for i in (0, 2, 3):
         (alone,) = answers([given[i]])
         assert alone["tokens"] == found[i]["tokens"]
+
+
+def test_weights_of_bytes_generate(tokenizer, variables):
+    """By what their products give without a cache."""
+    model = CausalLm().make_model(CONFIG)
+    call = lambda variables: model.apply(variables, jnp.zeros((1, 4), jnp.int32))
+    packed = {"params": quantize.quantize(variables["params"], find_sites(call, variables))}
+    write = CausalLm().make_generate(CONFIG, packed, tokenizer)
+    (found,) = write(["abc"], GenerateConfig(max_new_tokens=6, min_new_tokens=6))
+    tokens = [*write._model.prompt("abc"), *found.tokens]
+    logits = quantize.adapt(model.apply)(packed, jnp.array([tokens]))[0, -7:-1]
+    likely = jax.nn.log_softmax(logits)[jnp.arange(6), jnp.array(found.tokens)]
+    np.testing.assert_allclose(likely, found.log_probabilities, atol=1e-4)
+    exact = jax.nn.log_softmax(model.apply(variables, jnp.array([tokens]))[0, -7:-1])
+    assert jnp.abs(likely - exact[jnp.arange(6), jnp.array(found.tokens)]).max() > 1e-4

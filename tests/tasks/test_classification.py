@@ -185,6 +185,24 @@ def test_classes_weigh_in_training_alone(framer, records, class_weights, expecte
         assert {row["weights"].dtype for row in rows} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize(("class_weights", "is_found"), [((), False), (("balanced",), True)])
+def test_a_rare_class_is_found_with_weights(train, write, records, class_weights, is_found):
+    """It has one in five of the texts with a word that no others have."""
+    rows = [
+        {"text": f"{word}{filler} {end}", "label": "rare" if rare else "usual"}
+        for word in ("good", "bad")
+        for i, filler in enumerate(FILLERS)
+        for j, end in enumerate("xyz")
+        for rare in (word == "good" and (3 * i + j) % 5 == 0,)
+    ]
+    run = train(Classification(class_weights=class_weights, pooling="mean"), write(rows))
+    answers = run.answer(records(*({"text": row["text"]} for row in rows)))
+    found = [answer["label"] == "rare" for answer in answers]
+    recall = np.mean([hit for hit, row in zip(found, rows, strict=True) if row["label"] == "rare"])
+    assert (recall > 0.8) if is_found else (recall == 0)
+    assert not any(found[30:])
+
+
 def test_a_threshold_for_each_label(records):
     task = Classification(fields=TextFields(target="labels"), thresholds=("x=0.95", "z=0.05"))
     examples = task.read(records({"text": "a", "label": "x|y"}, {"text": "b", "label": "z"}))

@@ -16,6 +16,7 @@ from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.peft.tuning import HeadOnly
 from jaxlm.runs import finetuned
 from jaxlm.runs.base import Base
+from jaxlm.runs.embedder import DOCUMENTS, open_embedder
 from jaxlm.tasks.embedding import Embedding, make_embed
 
 SCORED = Embedding(
@@ -31,7 +32,7 @@ def test_a_run_brings_pairs_together(train, write, records, eval_metrics, tmp_pa
         for x in "abc"
         for y in "de"
     ]
-    run = train(Embedding(), write(rows))
+    run = train(Embedding(prompt="b ", pair_prompt=""), write(rows))
     assert eval_metrics()["recall@1"] > 0.5  # by chance 1 in 12
     asked = [row["pair" if i % 2 else "text"] for i, row in enumerate(rows)][:20]
     answers = list(run.answer(records(*({"text": text} for text in [*asked, asked[5]]))))
@@ -40,19 +41,21 @@ def test_a_run_brings_pairs_together(train, write, records, eval_metrics, tmp_pa
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(vectors[5], vectors[-1], atol=1e-5)
     assert abs(vectors[5] - vectors[0]).max() > 1e-2
+    embedder = open_embedder(str(run.config.directory))  # queries, if nothing else is asked for
+    np.testing.assert_allclose(embedder(asked), vectors[:-1], atol=1e-5)
+    documents = embedder.with_prompt(None, *DOCUMENTS)
+    np.testing.assert_allclose(documents([f"b {text}" for text in asked]), vectors[:-1], atol=1e-5)
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    saved, pooled = [], []  # what is written: its head has no parameters
+    saved = []  # what is written: its head has no parameters
 
-    def save(path, kept, *_, pooling):
-        saved.append(kept)
-        pooled.append(pooling)
+    def save(path, kept, *_, pooling, prompts):
+        saved.append((kept.keys(), pooling, prompts))
 
     merge_lora = importlib.import_module("merge_lora")
     monkeypatch.setattr(merge_lora.huggingface, "save", save)
     merge_lora.main(run.config.directory, tmp_path / "merged")
-    assert saved[0].keys() == {"encoder"}
-    assert pooled == ["mean"]
+    assert saved == [({"encoder"}, "mean", {"query": "b ", "document": ""})]
 
 
 def test_given_similarities_choose_what_trains_and_are_compared(framer, records):

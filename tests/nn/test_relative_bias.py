@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.nn.relative import RelativeBias, buckets_around, buckets_before
+from jaxlm.nn.relative_bias import RelativeBias, buckets_around, buckets_before
 
 
 def test_buckets_by_hand():

@@ -1,0 +1,119 @@
+"""Permutation language modelling: which models it takes, and how its blanks are filled in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_xlnet
+
+from jaxlm.data import tokenizers
+from jaxlm.decode.generate import GenerateConfig
+from jaxlm.errors import InputError
+from jaxlm.models.bert import BertConfig
+from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.xlnet import XlnetConfig
+from jaxlm.objectives.masking import ChoiceConfig
+from jaxlm.tasks.causal_lm import CausalLm
+from jaxlm.tasks.instruction import Instruction
+from jaxlm.tasks.masked_lm import MaskedLm
+from jaxlm.tasks.permutation_lm import PermutationLm
+from jaxlm.tasks.task import Given
+
+SIZES = {"vocab_size": 64, "num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 32}
+CONFIG = XlnetConfig(**SIZES)
+UNI = XlnetConfig(**SIZES, attention="uni")
+INSTRUCT = Instruction()
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "message"),
+    [
+        (
+            PermutationLm(),
+            BertConfig(**SIZES),
+            "BertConfig has not: use task=MaskedLm, or an XLNet",
+        ),
+        (PermutationLm(), BilstmConfig(vocab_size=8), "BilstmConfig has not: use task=MaskedLm"),
+        (PermutationLm(), Gpt2Config(**SIZES), "Gpt2Config has not: use task=CausalLm, or an XLN"),
+        (PermutationLm(), UNI, "this XlnetConfig reads one way: use attention=bi"),
+        (CausalLm(), CONFIG, "XlnetConfig sees all of them: use task=MaskedLm, or one"),
+        (CausalLm(), UNI, "models that write, which XlnetConfig does not: use a GPT-2 or a Llama"),
+        (MaskedLm(), UNI, "XlnetConfig reads one way: use one that reads both, as a BERT"),
+    ],
+)
+def test_models_that_lack_what_a_task_needs(task, config, message):
+    with pytest.raises(InputError, match=message) as raised:
+        task.make_model(config)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNI])
+def test_no_xlnet_follows_instructions(config):
+    with pytest.raises(InputError, match="XlnetConfig"):
+        INSTRUCT.make_model(config, (), 0.0)
+
+
+def test_the_ways_out():
+    for task in (MaskedLm(), PermutationLm()):
+        task.make_model(CONFIG)
+    CausalLm().make_model(Gpt2Config(**SIZES))
+
+
+def ask(config, variables, tokenizer, *texts):
+    given = [Given(i, f"x:{i}", text) for i, text in enumerate(texts)]
+    return list(
+        PermutationLm().answers(
+            config, variables, tokenizer, given, top_k=3, generate=GenerateConfig()
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", ["own", "xlnet"])
+def test_blanks_are_predicted_last_by_all_but_blanks(kind):
+    if kind == "own":
+        tokenizer = tokenizers.train("characters", ["abcdefgh ijkl"], 20)
+    else:
+        tokenizer = tiny_xlnet.tokenizer()
+    model = PermutationLm().make_model(CONFIG)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda s: jnp.float32(rng.normal(size=s.shape) / 2), shapes)
+    first, error, two = ask(CONFIG, variables, tokenizer, "ab[MASK]d", "abc", "[MASK]b[MASK]d")
+    assert error == {"error": "x:1 has no blank: write [MASK] where a word is missing"}
+    (blank,) = first["blanks"]
+    text = "ab[MASK]d" if kind == "own" else "ab<mask>d"
+    ids = np.array(tokenizer.encode(text).ids)[None]
+    size = tokenizers.vocab_size(tokenizer)
+    hidden = tokenizer.token_to_id("[MASK]" if kind == "own" else "<mask>")
+    place = np.flatnonzero(ids[0] == hidden)
+    # Whatever stands there is not looked at: the same with any other token, seen by nobody.
+    for token in (hidden, ids[0, 0]):
+        tokens = jnp.asarray(np.where(ids == hidden, token, ids), jnp.int32)
+        seen = jnp.asarray(ids != hidden)[:, None, None]
+        predicted = jnp.asarray(place[None], jnp.int32)
+        logits = model.apply(variables, tokens, predicted, mask=seen, method="predict")
+        expected = jax.nn.softmax(logits[0, 0, :size])
+        best = np.argsort(-np.asarray(expected))[:3]
+        found = [one["probability"] for one in blank]
+        np.testing.assert_allclose(found, np.asarray(expected)[best], rtol=1e-4)
+    assert len(two["blanks"]) == 2
+    assert len(list(PermutationLm().lines(two))) == 6
+
+
+def test_a_tokenizer_without_a_mask_has_no_blanks():
+    tokenizer = tiny_xlnet.tokenizer()
+    state = tokenizer.to_str().replace("<mask>", "<other>")
+    with pytest.raises(InputError, match=r"no token \[MASK\] or <mask>, so that no text can have"):
+        ask(CONFIG, {}, tokenizer.from_str(state), "a[MASK]")
+
+
+def test_evaluation_has_one_rate():
+    task = PermutationLm(choice=ChoiceConfig(rate=0.2, final_rate=0.4))
+    assert task.for_evaluation().choice == ChoiceConfig(rate=0.2)
+    assert task.num_predicted(100) == 40
+
+
+def test_the_query_stream_counts():
+    task = PermutationLm(choice=ChoiceConfig(rate=0.25))
+    assert task.more_flops(CONFIG, 32) == CONFIG.query_flops(32, 8) > 0
