@@ -100,7 +100,9 @@ def save(options: Options, folder: Path) -> Any:
     return model
 
 
-def compare(options: Options, model: Any, folder: Path, dtype: str, rows: int) -> list[str]:
+def compare(
+    options: Options, model: Any, folder: Path, dtype: str, rows: int, reading: float
+) -> list[str]:
     """A row of the table."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, 50_000, (rows, options.prompt_length)).tolist()

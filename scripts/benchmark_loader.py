@@ -33,7 +33,7 @@ def one_by_one(prepared: Prepared, batch_size: int) -> Iterator[np.ndarray]:
     """The same by grain's own pipeline, which reads and parses each row alone."""
     (seed,) = np.random.SeedSequence([0, 0]).generate_state(1)
     rows: Any = prepared.source("train")
-    endless = grain.MapDataset.source(rows).seed(int(seed)).shuffle().repeat()
+    endless: Any = grain.MapDataset.source(rows).seed(int(seed)).shuffle().repeat()
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
     def batch(step: int) -> np.ndarray:

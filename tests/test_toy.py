@@ -14,7 +14,7 @@ TOY = ROOT / "tests" / "support" / "toy"
 # What README tells who adds a model or a task: the unions of config.py, the rows of sharding.AXES.
 EDITS = {
     "config.py": [
-        ("Model = BertConfig | BilstmConfig", "Model = BertConfig | BilstmConfig | ToyConfig"),
+        ("Model = (\n", "Model = (\n    ToyConfig |"),
         ("PretrainingTask = MaskedLm", "PretrainingTask = MaskedLm | NextToken"),
         (
             "from jaxlm.errors import InputError\n",

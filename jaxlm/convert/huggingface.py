@@ -27,9 +27,9 @@ from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
-from jaxlm.models.heads import Pooling
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import Pooling
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runtime.storage import on_disk
@@ -73,6 +73,9 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
     tokenizer = tokenizers.load(path)
     if says is not None and says.lowered:
         tokenizers.lower(tokenizer)
+    if isinstance(config, T5Config):
+        raw, start = folder.read_config(path), SpecialTokens.of(tokenizer).cls
+        t5.check_start(raw, str(path / folder.CONFIG), start)
     num_tokens, vocab_size = tokenizers.vocab_size(tokenizer), _sizes(config)["vocab"]
     if num_tokens > vocab_size:
         raise InputError(
@@ -191,7 +194,9 @@ def save(
         special = {"bos": found.cls, "eos": found.sep, "pad": found.pad}
         written = gpt2.write_config(config) if isinstance(config, Gpt2Config) else None
         written = llama.write_config(config) if isinstance(config, LlamaConfig) else written
-        written = t5.write_config(config, found.pad) if isinstance(config, T5Config) else written
+        if isinstance(config, T5Config):
+            special = {"eos": found.sep, "pad": found.pad}
+            written = t5.write_config(config, found.cls)
         written = {**(written or {}), **{f"{name}_token_id": i for name, i in special.items()}}
         inputs = inputs[::2]
     configs = {

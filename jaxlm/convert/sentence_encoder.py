@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxlm.convert import folder
 from jaxlm.errors import InputError
-from jaxlm.models.heads import Pooling
+from jaxlm.models.pooling import Pooling
 
 MODULES, LENGTHS, PROMPTS = (
     "modules.json",

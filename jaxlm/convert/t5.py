@@ -107,11 +107,6 @@ def read_config(
     fields = Fields(raw, source)
     gated, activation = _feed_forward(fields)
     scaled = fields.get("tie_word_embeddings", bool, True)
-    start, pad = (fields.get(f"{name}_token_id", int, 0) for name in ("decoder_start", "pad"))
-    if start != pad:
-        raise InputError(
-            f"{source}: decoder_start_token_id={start} is not supported; pad_token_id={pad} is"
-        )
     values: dict[str, Any] = {
         "vocab_size": fields.get("vocab_size", int),
         "num_layers": fields.get("num_layers", int),
@@ -136,6 +131,11 @@ def read_config(
     return architecture(config), config
 
 
+def check_start(raw: Mapping[str, Any], source: str, start: int) -> None:
+    """Raise if targets begin with another token there than texts here."""
+    Fields(raw, source).require("decoder_start_token_id", int, start)
+
+
 def _feed_forward(fields: Fields) -> tuple[bool, str]:
     """Whether it is gated, and its activation; ``gated-gelu`` stands for the approximation."""
     said = fields.get("feed_forward_proj", str, "relu")
@@ -152,8 +152,8 @@ def _tied(tensors: Tensors) -> bool:
     return np.array_equal(tensors[HEAD], tensors[tables[0]])
 
 
-def write_config(config: T5Config, pad: int) -> dict[str, Any]:
-    """The ``config.json``: the inverse of :func:`read_config`."""
+def write_config(config: T5Config, start: int) -> dict[str, Any]:
+    """The ``config.json``: the inverse of :func:`read_config`; ``start`` begins targets."""
     theirs = published_activation(config.activation)
     if config.gated:
         if config.activation == "gelu":
@@ -180,5 +180,5 @@ def write_config(config: T5Config, pad: int) -> dict[str, Any]:
         "scale_decoder_outputs": config.scale_outputs,
         "dropout_rate": config.dropout_rate,
         "layer_norm_epsilon": config.epsilon,
-        "decoder_start_token_id": pad,
+        "decoder_start_token_id": start,
     }

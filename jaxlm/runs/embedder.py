@@ -10,7 +10,8 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.dataset import Source
 from jaxlm.data.labelled.records import Record, Table
 from jaxlm.errors import InputError
-from jaxlm.models.heads import POOLS, EmbeddingHead, as_it_is, unit_length
+from jaxlm.models.heads import EmbeddingHead, as_it_is, unit_length
+from jaxlm.models.pooling import POOLS
 from jaxlm.runs import base as bases
 from jaxlm.runs import finetuned
 from jaxlm.runs.answers import Answer, Answered, answered

@@ -24,8 +24,8 @@ from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
-from jaxlm.models.heads import FIRST, Pooling
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import FIRST, Pooling
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
 from jaxlm.runs import best, finetuned, resume, steps, thresholds, writing

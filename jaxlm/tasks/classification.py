@@ -25,8 +25,9 @@ from jaxlm.evaluate import baselines, calibration, metrics, plots, report
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.evaluate.thresholds import best_thresholds
-from jaxlm.models.heads import POOLS, ClassificationHead, Pooling, WithHead
+from jaxlm.models.heads import ClassificationHead, WithHead
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import POOLS, Pooling
 from jaxlm.objectives import classification, multi_label, rdrop, regression
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.by_label import by_label, pairs

@@ -22,8 +22,9 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate import baselines, metrics, retrieval
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
-from jaxlm.models.heads import POOLS, EmbeddingHead, Pooling, WithHead
+from jaxlm.models.heads import EmbeddingHead, WithHead
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import POOLS, Pooling
 from jaxlm.objectives import contrastive, supervised
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import (

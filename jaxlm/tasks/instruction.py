@@ -20,8 +20,9 @@ from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
-from jaxlm.models.heads import Pooling, WithLmHead
+from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import CausalConfig, ModelConfig
+from jaxlm.models.pooling import Pooling
 from jaxlm.objectives import instruction
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.causal_lm import causal_model

@@ -18,8 +18,9 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate import baselines, metrics
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction, surprise
-from jaxlm.models.heads import POOLS, ClassificationHead, Pooling, WithHead
+from jaxlm.models.heads import ClassificationHead, WithHead
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import POOLS, Pooling
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import (

@@ -21,8 +21,9 @@ from jaxlm.evaluate import metrics
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.question_answering import Answer, Reading, Window, read_windows
 from jaxlm.evaluate.report import Prediction, surprise
-from jaxlm.models.heads import Pooling, TokenHead, WithHead
+from jaxlm.models.heads import TokenHead, WithHead
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import Pooling
 from jaxlm.objectives import question_answering
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import (

@@ -25,8 +25,9 @@ from jaxlm.errors import InputError
 from jaxlm.evaluate import seq2seq as scoring
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
-from jaxlm.models.heads import EncoderDecoderLm, Pooling
+from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
+from jaxlm.models.pooling import Pooling
 from jaxlm.nn import stack
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.supervised import Predict

@@ -23,8 +23,9 @@ from jaxlm.evaluate import metrics
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction, surprise
 from jaxlm.evaluate.tagging import OUTSIDE, find_mentions, read_entities
-from jaxlm.models.heads import Pooling, TokenHead, WithHead
+from jaxlm.models.heads import TokenHead, WithHead
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import Pooling
 from jaxlm.objectives import classification
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import (

@@ -21,8 +21,8 @@ from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
-from jaxlm.models.heads import Pooling
 from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
+from jaxlm.models.pooling import Pooling
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.supervised import Predict
 from jaxlm.train.plots import Reference

@@ -12,6 +12,7 @@ from jaxlm.compile_check.command import CheckConfig, ScalingConfig
 from jaxlm.compile_check.report import markdown, verdict
 from jaxlm.compile_check.step import Assumed
 from jaxlm.errors import InputError
+from jaxlm.models import t5
 from jaxlm.sharding import MeshConfig
 
 BERT_BASE = str(Path(__file__).parent.parent.parent / "configs" / "bert_base.py")
@@ -105,10 +106,25 @@ def test_search_marks_the_fastest_that_fits(config, report, console, tmp_path):
 
 
 def test_candidates_divide_what_they_split(config):
-    meshes = search.candidates(config, Assumed(), topology.read("v5e:16x16"))
+    pod = topology.read("v5e:16x16")
+    meshes = search.candidates(config, Assumed(), pod)
     pairs = [(mesh.fsdp, mesh.tensor) for mesh in meshes]
     assert pairs[:5] == [(1, 1), (4, 1), (16, 1), (64, 1), (256, 1)]
     assert {tensor for _, tensor in pairs} == {1, 2, 4}  # 12 heads are not divisible by 8
+    decoder = replace(config, model=t5.SMALL_V1_1)  # of 6 heads, and 8 layers of 512 and 1024
+    pairs = [(m.fsdp, m.tensor) for m in search.candidates(decoder, Assumed(), pod)]
+    assert pairs == [
+        (1, 1),
+        (4, 1),
+        (16, 1),
+        (64, 1),
+        (256, 1),
+        (1, 2),
+        (4, 2),
+        (16, 2),
+        (64, 2),
+        (128, 2),
+    ]
     # 512 devices have no rows of 256 each, unless two share them.
     more = search.candidates(config, Assumed(), topology.read("v5p:8x8x8"))
     assert {mesh.tensor for mesh in more} == {2, 4}

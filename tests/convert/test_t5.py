@@ -17,6 +17,7 @@ from jaxlm.convert import huggingface
 from jaxlm.errors import InputError
 from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.t5 import T5Config
+from jaxlm.runs.embedder import open_embedder
 from jaxlm.tree import leaves_with_path
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -190,7 +191,8 @@ def test_rows_that_are_no_tokens_are_neither_predicted_nor_written(tmp_path):
     table = params["encoder"]["token_embed"]
     table["embedding"] = jnp.pad(table["embedding"], ((0, 8), (0, 0)), constant_values=9)
     config = published.config.with_vocab_size(32)
-    logits = model_of(config).apply({"params": params}, *[jnp.ones((1, 2), jnp.int32)] * 2)
+    score = lambda module, hidden: module.head(hidden, module.encoder.token_embed)
+    logits = model_of(config).apply({"params": params}, jnp.ones((1, 2, 8)), method=score)
     assert float(logits[..., 24:].max()) < -1e29 < float(logits[..., :24].min())
     huggingface.save(tmp_path / "saved", params, config, published.tokenizer)
     again = huggingface.load(tmp_path / "saved")
@@ -201,7 +203,7 @@ def test_rows_that_are_no_tokens_are_neither_predicted_nor_written(tmp_path):
     ("config", "weights", "message"),
     [
         ({"feed_forward_proj": "gated-tanh"}, {}, "feed_forward_proj='gated-tanh' is not suppor"),
-        ({"decoder_start_token_id": 1}, {}, "decoder_start_token_id=1 is not supported; pad_tok"),
+        ({"decoder_start_token_id": 1}, {}, "decoder_start_token_id=1 is not supported; 0 is"),
         ({"num_layers": 3}, {}, "lacks the tensor encoder.block.2.layer.0.layer_norm.weight"),
         ({"num_decoder_layers": 1}, {}, "tensor decoder.block.1.* does not belong to this archi"),
         ({"d_kv": 5}, {}, r"q.weight has the shape \(12, 8\), but the configuration .* \(10, 8\)"),
@@ -229,6 +231,12 @@ def test_an_activation_that_other_libraries_would_take_for_another(tmp_path):
         huggingface.save(tmp_path / "x", {}, config, Tokenizer(models.BPE(VOCAB, [])))
 
 
+def test_it_embeds_no_text(tmp_path):
+    load(tmp_path, "t5")
+    with pytest.raises(InputError, match="task=Embedding reads one text, and a model of T5Config"):
+        open_embedder(str(tmp_path / "model"))
+
+
 # Texts: with a cache, as transformers writes them.
 
 
@@ -254,13 +262,34 @@ def greedy(published, tokens, segment_ids, length):
     return np.stack(new, 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("t5", marks=pytest.mark.slow), "t5_flags"])
 def test_generates_what_transformers_does(kind, tmp_path):
     _, _, arrays = golden(kind)
     tokens, real = np.int32(arrays["tokens"]), np.int32(arrays["tokens/right"])
     ours = greedy(load(tmp_path, kind), tokens, real - 1, 10)
     np.testing.assert_array_equal(ours, arrays["generated"])
     assert len(np.unique(ours)) > 3  # not one token again and again
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("kind", "tied"), [("t5", False), ("t5_flags", True)])
+def test_the_other_ways_to_score_the_vocabulary(kind, tied, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    _, _, arrays = golden(kind)
+    head = None if tied else np.random.default_rng(0).normal(size=(24, 8)).astype(np.float32)
+    published = load(tmp_path, kind, weights={HEAD: head})
+    logits, _ = outputs(published, kind, "right")
+    saved = tmp_path / "saved"
+    huggingface.save(saved, params_of(published), published.config, published.tokenizer)
+    for folder in (tmp_path / "model", saved):
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+        told = {"input_ids": "tokens", "decoder_input_ids": "decoder_tokens"}
+        told |= {"attention_mask": "tokens/right", "decoder_attention_mask": "decoder_tokens/right"}
+        theirs = model(**{name: torch.tensor(arrays[key]).long() for name, key in told.items()})
+        real = arrays["decoder_tokens/right"]
+        made = theirs.logits.detach().numpy()[real]
+        np.testing.assert_allclose(np.asarray(logits)[real], made, rtol=0, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("default")

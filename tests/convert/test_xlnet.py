@@ -16,7 +16,8 @@ from jaxlm.convert import huggingface
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
-from jaxlm.models.heads import WithLmHead, last_pool
+from jaxlm.models.heads import WithLmHead
+from jaxlm.models.pooling import last_pool
 from jaxlm.models.xlnet import XlnetConfig, remember
 from jaxlm.tree import leaves_with_path
 

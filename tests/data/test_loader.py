@@ -1,7 +1,9 @@
 import dataclasses
+import importlib
 import subprocess
 import sys
 from itertools import islice
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -112,6 +114,20 @@ def test_the_order_is_that_of_grain_row_by_row(prepared, other, mixed, weights):
     for start in (0, 3208, 2**40):
         batches = take(40, datasets, config, seed=3, examples_seen=start)
         assert keys(batches) == [whole[start + i] for i in range(40 * 8)]
+
+
+def test_the_benchmark_compares_the_two(prepared, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    benchmark = importlib.import_module("benchmark_loader")
+    options = {"batch_size": 4, "batches": 3, "rounds": 2}
+    benchmark.main(prepared.directory, **options)
+    first, *speeds, ratio = capsys.readouterr().out.splitlines()
+    assert first.startswith("batches of 4 rows of 16 tokens, of ")
+    assert [line.split("  ")[0] for line in speeds] == ["one by one", "in batches"]
+    assert ratio.startswith("ratio ")
+    monkeypatch.setattr(benchmark, "at_once", lambda *_: iter(np.zeros((9, 4, 16))))
+    with pytest.raises(InputError, match="rows come in another order in batches"):
+        benchmark.main(prepared.directory, **options)
 
 
 def test_rows_at_once_are_rows_one_by_one(prepared, monkeypatch):

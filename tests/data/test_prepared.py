@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -81,3 +82,8 @@ def test_a_flipped_byte_is_found_when_read(copy):
     source = open_prepared(copy).source("train")
     with pytest.raises(InputError, match=r"words \(train\): row \d+ is damaged"):
         list(source)
+    rows = np.arange(len(source))
+    with pytest.raises(InputError, match=r"words \(train\): row \d+ is damaged") as error:
+        source.read(rows)  # as batches are
+    (damaged,) = re.findall(r"row (\d+) is", str(error.value))
+    assert len(source.read(np.delete(rows, int(damaged)))["tokens"]) == len(rows) - 1

@@ -9,7 +9,8 @@ import pytest
 from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
-from jaxlm.models.heads import ClassificationHead, WithHead, mean_pool
+from jaxlm.models.heads import ClassificationHead, WithHead
+from jaxlm.models.pooling import mean_pool
 from jaxlm.nn.intercept import find_sites
 from jaxlm.peft import lora
 from jaxlm.sharding import axes_of

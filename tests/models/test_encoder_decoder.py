@@ -40,6 +40,8 @@ SOURCE, TARGET = (RNG.integers(0, 40, (2, n)).astype(np.int32) for n in (8, 7))
 SIDES = jnp.asarray(SOURCE), jnp.asarray(TARGET)
 PLACES, PLACES_ = (np.arange(n, dtype=np.int32)[None].repeat(2, 0) for n in (8, 7))
 both = pytest.mark.parametrize("kind", CONFIGS)
+# What both do by the same code is slow for one of them.
+one = pytest.mark.parametrize("kind", [pytest.param("transformer", marks=pytest.mark.slow), "t5"])
 
 
 def model_of(config):
@@ -286,7 +288,7 @@ def test_cached_equals_uncached_token_by_token(kind):
     assert int(cache.index) == 7
 
 
-@both
+@one
 def test_a_model_and_its_cache_in_bfloat16_stay_near(kind):
     config = replace(CONFIGS[kind], dtype="bfloat16")
     exact, _ = prompted(CONFIGS[kind], VARIABLES[kind])
@@ -296,7 +298,7 @@ def test_a_model_and_its_cache_in_bfloat16_stay_near(kind):
     assert 0 < difference(exact, near) < 0.05 * float(jnp.abs(exact).max())
 
 
-@both
+@one
 def test_adapters_with_a_cache(kind):
     config, variables = CONFIGS[kind], VARIABLES[kind]
     apply = model_of(config).apply
@@ -325,7 +327,7 @@ def test_a_loop_equals_no_loop(kind):
     assert float(np.abs(plain[1]).max()) > 0.1
 
 
-@both
+@one
 def test_a_mesh_gives_what_one_device_gives(kind):
     config, variables = CONFIGS[kind], VARIABLES[kind]
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
@@ -353,7 +355,7 @@ def test_a_mesh_gives_what_one_device_gives(kind):
         assert {shard.data.shape[:2] for shard in keys.addressable_shards} == {(1, 2)}
 
 
-@both
+@one
 def test_logits_of_some_positions_alone(kind):
     model, predicted = model_of(CONFIGS[kind]), jnp.array([[1, 4], [6, 0]])
     some = jax.jit(model.apply)(VARIABLES[kind], SOURCE, TARGET, predicted)
@@ -374,7 +376,7 @@ PUBLISHED = {
 }
 
 
-@both
+@one
 def test_dropout_where_it_is_published(kind):
     model = model_of(replace(CONFIGS[kind], dropout_rate=0.5, unroll=1))
     seen = set()

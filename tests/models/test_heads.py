@@ -9,15 +9,8 @@ from flax.traverse_util import unflatten_dict
 from tiny_models import BERT
 
 from jaxlm import tree
-from jaxlm.models.heads import (
-    ClassificationHead,
-    EmbeddingHead,
-    TokenHead,
-    WithHead,
-    bert_pooler,
-    last_pool,
-    mean_pool,
-)
+from jaxlm.models.heads import ClassificationHead, EmbeddingHead, TokenHead, WithHead
+from jaxlm.models.pooling import bert_pooler, last_pool, mean_pool
 from jaxlm.sharding import axes_of
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "classifier_tiny.npz"
