@@ -155,7 +155,7 @@ def test_a_model_learns_to_translate(tmp_path, scripts, capsys) -> None:
     evaluate.main(run)
     said = capsys.readouterr().out
     assert (
-        "at the mean of 2 checkpoints, steps 90 to 120, 9 examples of its validation data" in said
+        "at the mean of 2 checkpoints, steps 90 to 120, 8 examples of its validation data" in said
     )
     assert json.loads((run / "eval.json").read_text())["averaged"] == [90, 120]
     predict.main(run, "translate", "blue red white")
