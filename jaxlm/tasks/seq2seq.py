@@ -27,6 +27,7 @@ from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import EncoderDecoderLm, Pooling
 from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
 from jaxlm.nn import stack
+from jaxlm.nn.cache import DecoderCache
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, shape
@@ -261,6 +262,7 @@ def encoder_decoder(
         step=step,
         make_state=none,
         read=read,
+        take=DecoderCache.take,
         variables=variables,
         arrange=_by_layer,
         tokenizer=tokenizer,
