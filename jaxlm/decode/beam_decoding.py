@@ -149,12 +149,13 @@ def _extend(
 
     sums, index = top(
         rearrange(
-            jnp.where(rules.banned, -jnp.inf, totals), "batch beams vocab -> batch (beams vocab)"
+            jnp.where(rules.banned[None, None, :], -jnp.inf, totals),
+            "batch beams vocab -> batch (beams vocab)",
         ),
         num_beams,
     )
     may_end = (rules.stops >= 0) & (count >= rules.min_tokens)
-    ended = jnp.where(may_end, totals[:, :, rules.stops], -jnp.inf)
+    ended = jnp.where(may_end[None, None, :], totals[:, :, rules.stops], -jnp.inf)
     ended, which = lax.top_k(
         rearrange(ended, "batch beams stops -> batch (beams stops)"), num_beams
     )
@@ -175,7 +176,9 @@ def _extend(
     prospects = lax.dynamic_index_in_dim(rules.prospects, count, axis=1, keepdims=False)
     hope = jnp.where(prospects > 0, sums[:, 0] / prospects, -jnp.inf)
     broken = beams.broken | (jnp.isnan(scale).any(axis=1) & ~beams.done)
-    done = beams.done | last | broken | (hope <= found.scores[:, -1])
+    worst = found.scores[:, -1]
+    no_better = (hope <= worst) & (worst > -jnp.inf)
+    done = beams.done | last | broken | no_better | (sums[:, 0] == -jnp.inf)
     return Beams(count, sums, parents, grown, log_probabilities, done, broken), found
 
 
@@ -215,7 +218,7 @@ def _without_repetition(
     batch, num_beams, _ = totals.shape
     before = repeat(prompts, "batch length -> batch beams length", beams=num_beams)
     tokens = jnp.concatenate([before, beams.tokens], axis=2)
-    slots, end = jnp.arange(tokens.shape[2]), prompts.shape[1] + beams.count
+    slots, end = jnp.arange(tokens.shape[2])[None, None, :], prompts.shape[1] + beams.count
     begin = (prompts.shape[1] - lengths)[:, None, None]
     follows = (slots >= begin) & (slots < end)
 
@@ -227,7 +230,7 @@ def _without_repetition(
 
     follows = jnp.broadcast_to(follows, tokens.shape)
     follows = lax.fori_loop(1, rules.no_repeat_ngram, equal, follows)
-    rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(num_beams)[:, None]
+    rows, columns = jnp.arange(batch)[:, None, None], jnp.arange(num_beams)[None, :, None]
     repeats = jnp.zeros(totals.shape, bool).at[rows, columns, tokens].max(follows)
     return jnp.where(repeats, -jnp.inf, totals)
 
@@ -240,7 +243,8 @@ def top(
     The k largest lie in the k blocks whose largest are largest.
     """
     if (size := x.shape[1]) <= 2 * k * _BLOCK:
-        return lax.top_k(x, k)
+        values, index = lax.top_k(x, k)
+        return values, index
     x = jnp.pad(x, ((0, 0), (0, -size % _BLOCK)), constant_values=-jnp.inf)
     blocks = rearrange(x, "batch (block i) -> batch block i", i=_BLOCK)
     _, chosen = lax.top_k(blocks.max(axis=-1), k)
