@@ -21,7 +21,7 @@ from jaxlm.decode.causal_model import (
     shortened,
 )
 from jaxlm.decode.continuation import Continuation
-from jaxlm.decode.generate import Generation, not_numbers, require_limits, stopped
+from jaxlm.decode.generate import GenerateConfig, Generation, not_numbers, require_limits, stopped
 from jaxlm.errors import InputError
 
 LengthPenalty = Literal["hf", "gnmt"]
@@ -80,6 +80,9 @@ class BeamConfig:
         require_limits(self.min_new_tokens, self.max_new_tokens)
 
 
+Writing = GenerateConfig | BeamConfig  # two ways to write
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hypothesis(Generation):
     """A continuation that was found; log-probabilities of tokens of the prefix are 0."""
@@ -88,6 +91,17 @@ class Hypothesis(Generation):
     """The sum of log-probabilities by the length penalty: the larger, the better."""
     others: tuple["Hypothesis", ...] = ()
     """Of the best the next ones."""
+
+
+def beyond_text(written: Generation) -> dict[str, Any]:
+    """What answers say of a hypothesis beside its text: nothing of others."""
+    if not isinstance(written, Hypothesis):
+        return {}
+    every = [
+        {"text": one.text, "score": one.score, "log_probability": sum(one.log_probabilities)}
+        for one in (written, *written.others)
+    ]
+    return {"score": written.score} | ({"n_best": every} if written.others else {})
 
 
 class BeamSearch:

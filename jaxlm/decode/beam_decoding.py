@@ -135,7 +135,7 @@ def _extend(
     """Beams that are longer by a token, and what was found with those that have ended."""
     num_beams, vocab = logits.shape[1:]
     scale = jax.nn.logsumexp(logits, axis=-1)
-    totals = logits + (beams.sums - scale)[:, :, None]
+    totals = logits - scale[:, :, None] + beams.sums[:, :, None]
     totals = lax.cond(
         rules.no_repeat_ngram > 0,
         _without_repetition,

@@ -18,6 +18,7 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.seq2seq import Long, Pair, PairFields
 from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.decode.beam import beyond_text
 from jaxlm.decode.causal_model import CausalModel
 from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
@@ -228,6 +229,7 @@ class Seq2Seq:
                 "log_probability": sum(written.log_probabilities),
                 "stopped": written.stopped,
                 "tokens": written.tokens,
+                **beyond_text(written),
             }
             for example, written in zip(examples, outputs["written"], strict=True)
         ]

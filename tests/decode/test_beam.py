@@ -67,12 +67,14 @@ def test_scores_equal_brute_force(search, penalty, alpha):
         got = [best, *best.others]
         assert len(got) == len(want) == 121
         assert len({tuple(one.tokens) for one in got}) == 121
-        np.testing.assert_allclose([x.score for x in got], [score for score, _ in want], rtol=1e-5)
+        np.testing.assert_allclose(
+            [x.score for x in got], [score for score, _ in want], rtol=1e-5, atol=1e-5
+        )
         for one in got:
             each = found[tuple(one.tokens)]
             np.testing.assert_allclose(one.log_probabilities, each, atol=1e-4)
             assert one.score == pytest.approx(
-                by_hand(penalty, alpha, sum(each), len(each)), rel=1e-5
+                by_hand(penalty, alpha, sum(each), len(each)), rel=1e-5, abs=1e-5
             )
             assert (one.stopped == "stop_token") == (one.tokens[-1] == END)
         bests.add(tuple(got[0].tokens))
