@@ -10,8 +10,8 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jaxlm.data.prepared import PreparedInfo
-from jaxlm.decode.fill_mask import MASK, FillMask
 from jaxlm.decode.beam import Writing
+from jaxlm.decode.fill_mask import MASK, FillMask
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig
