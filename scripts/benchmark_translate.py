@@ -15,7 +15,6 @@ from jaxlm.runtime.allocator import tune_process
 tune_process()
 
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
-import json
 import os
 import statistics
 import tempfile
@@ -42,7 +41,7 @@ from jaxlm.tasks.seq2seq import encoder_decoder
 
 Sources = list[list[int]]
 Write = Callable[[Sources], int]  # gives the number of new tokens
-SPECIAL = {"[CLS]": 1, "[SEP]": 2, "[PAD]": 0, "[UNK]": 3}
+SPECIAL = "[PAD]", "[CLS]", "[SEP]", "[UNK]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +127,14 @@ def with_jaxlm(options: Options) -> Iterator[tuple[str, Write]]:
     yield "jaxlm, greedy", lambda sources: count(greedy(sources, told))
 
 
+def token_names(options: Options) -> list[str]:
+    """In the order of their ids."""
+    return [*SPECIAL, *(f"t{i}" for i in range(len(SPECIAL), options.vocab_size))]
+
+
 def make_tokenizer(options: Options) -> Tokenizer:
     """Of words that are numbers."""
-    names = SPECIAL | {f"t{i}": i for i in range(len(SPECIAL), options.vocab_size)}
+    names = {name: i for i, name in enumerate(token_names(options))}
     return Tokenizer(models.WordLevel(names, "[UNK]"))
 
 
@@ -160,8 +164,6 @@ def save_marian(options: Options, folder: Path) -> Any:
         )
     ).eval()
     model.save_pretrained(folder)
-    names = SPECIAL | {f"t{i}": i for i in range(len(SPECIAL), options.vocab_size)}
-    (folder / "vocab.json").write_text(json.dumps(names))
     return model
 
 
@@ -196,14 +198,38 @@ def with_ctranslate2(options: Options, folder: Path) -> Iterator[tuple[str, Writ
         from ctranslate2.converters import transformers as conversion
     except ModuleNotFoundError:
         return
+    import transformers
 
-    class Loader(conversion.MarianMTLoader):
-        """Without a tokenizer's files, which need sentencepiece."""
+    class Named(conversion.MarianMTLoader):
+        """Names tokens itself: Marian's tokenizer would need files of sentencepiece."""
+
+        def set_config(self, config: Any, model: Any, tokenizer: Any) -> None:
+            config.eos_token = config.decoder_start_token = "[SEP]"
+            config.unk_token = "[UNK]"
 
         def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:
-            return [*SPECIAL, *(f"t{i}" for i in range(len(SPECIAL), options.vocab_size))]
+            return token_names(options)[:-1]  # the last row is taken for padding, and cut
 
-    raise NotImplementedError(ctranslate2, Loader)
+    model = transformers.MarianMTModel.from_pretrained(folder).eval()
+    spec = Named()(model, None)
+    spec.validate()
+    spec.save(str(folder))
+    size = {"min_decoding_length": options.new_tokens, "max_decoding_length": options.new_tokens}
+    names = token_names(options)
+
+    def way(kind: str) -> Write:
+        threads = len(os.sched_getaffinity(0))
+        there = ctranslate2.Translator(str(folder), compute_type=kind, intra_threads=threads)
+
+        def write(sources: Sources) -> int:
+            words = [[names[i] for i in source] for source in sources]
+            found = there.translate_batch(words, beam_size=options.beams, **size)
+            return sum(len(one.hypotheses[0]) for one in found)
+
+        return write
+
+    yield "CTranslate2, beams", way("float32")
+    yield "CTranslate2 in int8, beams", way("int8")
 
 
 if __name__ == "__main__":
