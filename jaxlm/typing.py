@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 Tokens = Int[Array, "batch length"]
 Hidden = Float[Array, "batch length embed"]
+Encoded = Float[Array, "sources source_length embed"]  # an encoder's, as a decoder reads them
 Mask = Bool[Array, "#batch #heads #q_length #kv_length"]  # True = may attend
 SourceMask = Bool[Array, "#batch #heads #q_length #source_length"]  # of what an encoder has read
 Bias = Float[Array, "#batch #heads #q_length #kv_length"]  # added to the attention logits

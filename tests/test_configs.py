@@ -17,6 +17,7 @@ from jaxlm.objectives.masking import Vocabulary
 from jaxlm.runs import finetuned, pretrained, steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.instruction import Instruction
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -110,12 +111,14 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
     config = replace(configs.read_file(path), mesh=mesh)
     sizes = {"vocab_size": VOCAB_SIZE, "dtype": "float32"}
     if config.base is None:
-        model = resized(config.model, embed_dim=16, hidden_dim=32, **sizes)
+        few = {"embed_dim": 16, "hidden_dim": 32, "num_layers": 1, "mlp_dim": 32}
+        model = resized(config.model, **few, **sizes)
     else:  # of a base there is here nothing but its kind
         small = {"num_layers": 2, "hidden_dim": 128, "num_heads": 4, "mlp_dim": 32}
         generates = isinstance(config.task, Instruction)
         model = resized(Gpt2Config() if generates else TINY, **small, **sizes)
     config = finetuned.with_encoder(config, model, "cpu")
+    config = replace(config, train=config.train.with_epochs(lambda epochs: 100))
     labels = ("a", "b", "c", "d")
     state = finetuned.make_state(config, labels, None)
     placement = finetuned.make_placement(config, labels, state)
@@ -131,9 +134,13 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
         "dialogues": np.ones((rows, length), np.int32),
         "index": np.arange(rows, dtype=np.int32),
     }
+    if isinstance(config.task, Seq2Seq):  # two sides, and no labels
+        sides = {name: batch["tokens"] for name in ("targets", "decoder_tokens")}
+        batch |= sides | {"target_lengths": batch["lengths"]}
+        batch = {name: batch[name] for name in config.task.abstract_batch(1, 1, 0)}
     state = steps.put_state(state, placement)
     state, sums = placement.train_step(state, placement.put_batch(batch), np.float32(0.5))
     assert int(state.step) == 1
-    choices = VOCAB_SIZE if isinstance(config.task, Instruction) else len(labels)
+    choices = VOCAB_SIZE if isinstance(config.task, Instruction | Seq2Seq) else len(labels)
     assert sums.means()["loss"] == pytest.approx(np.log(choices), rel=0.3)
     assert not sums.counts["skipped"]

@@ -17,20 +17,27 @@ import pytest
 from rich.console import Console
 from tiny_models import BERT
 from tiny_runs import make_config
+from tokenizers import Tokenizer
 
 from jaxlm.compile_check.step import Assumed, make_step
 from jaxlm.config import FinetuneConfig
+from jaxlm.convert import huggingface
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import JsonLines
+from jaxlm.data.tokenizers import vocab_size
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.heads import EncoderDecoderLm
+from jaxlm.models.model import EncoderDecoderConfig
+from jaxlm.models.t5 import T5Config
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.runs.base import load
 from jaxlm.runs.finetuning import finetune
+from jaxlm.runs.folder import read_tokenizer
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.classification import Classification
@@ -39,6 +46,7 @@ from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
@@ -56,6 +64,7 @@ TASKS: dict[str, Any] = {
     "choice": MultipleChoice(),
     "embedding": Embedding(),
     "instruction": Instruction(num_samples=1),
+    "seq2seq": Seq2Seq(num_samples=1, num_scored=2, sample_tokens=4),
 }
 KERNELS = (r".*/kernel",)
 TUNINGS: dict[str, Any] = {
@@ -71,6 +80,7 @@ MODELS: dict[str, Any] = {
     "bert": replace(BERT, vocab_size=None, num_layers=1, max_length=32),
     "bilstm": BilstmConfig(embed_dim=16, hidden_dim=16),
     "gpt2": Gpt2Config(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=24, max_length=32),
+    "t5": T5Config(num_layers=1, hidden_dim=16, num_heads=2, head_dim=8, mlp_dim=24, tied=False),
 }
 
 
@@ -92,6 +102,8 @@ def row(task: str, rng: np.random.Generator, i: int) -> dict[str, Any]:
             return {"text": text, "label": 10.0 + i % 7}
         case "instruction":
             return {"prompt": text, "response": pair}
+        case "seq2seq":
+            return {"source": text, "target": pair}
         case "embedding":
             return {"text": text, "pair": f"{pair} {i}"}
         case _:
@@ -100,14 +112,27 @@ def row(task: str, rng: np.random.Generator, i: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each architecture, pretrained for a step."""
+    """Each architecture, pretrained for a step; one with a decoder is random, as if published."""
     folder = tmp_path_factory.mktemp("journeys")
     config, made = make_config(folder, steps=1), {}
     for name, model in MODELS.items():
+        if isinstance(model, EncoderDecoderConfig):
+            made[name] = folder / name
+            save(made[name], model, read_tokenizer(made["bert"]))
+            continue
         once = TrainConfig(steps=1, num_evals=1, eval_rows=16)
         task = CausalLm() if model.is_causal else MaskedLm()
         made[name] = pretrain(replace(config, name=name, model=model, task=task, train=once))
     return made
+
+
+def save(folder: Path, model: Any, tokenizer: Tokenizer) -> None:
+    """The model with random parameters, in Hugging Face's layout."""
+    model = replace(model, vocab_size=vocab_size(tokenizer))
+    side = jax.numpy.zeros((1, 4), "int32")
+    module = EncoderDecoderLm(model.make(), model.make_lm_head())
+    params = jax.jit(module.init)(jax.random.key(0), side, side)["params"]
+    huggingface.save(folder, params, model, tokenizer)
 
 
 def journeys() -> list[Any]:
@@ -159,6 +184,12 @@ def test_every_script_does_its_part(
     )
     if task == "instruction" and not MODELS[model].is_causal:
         with pytest.raises(InputError, match="sees all of a text: name a base that reads one way"):
+            finetune(config, console=Console(quiet=True))
+        return
+    if (task == "seq2seq") != isinstance(MODELS[model], EncoderDecoderConfig):
+        with pytest.raises(
+            InputError, match=r"one of them alone|reads one text, and a model of T5"
+        ):
             finetune(config, console=Console(quiet=True))
         return
     run = finetune(config, console=Console(quiet=True))

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jaxtyping import PyTree
 
@@ -15,7 +14,7 @@ from jaxlm.compile_check.step import Assumed, encoder_config
 from jaxlm.compile_check.topology import Topology
 from jaxlm.config import Config
 from jaxlm.errors import InputError
-from jaxlm.models.model import EncoderDecoderConfig
+from jaxlm.models.model import example_inputs
 from jaxlm.sharding import MeshConfig
 
 
@@ -26,8 +25,7 @@ def candidates(config: Config, assumed: Assumed, target: Topology) -> list[MeshC
         raise InputError("--search varies the mesh, and placement=pmap has none: leave it out")
     model = encoder_config(config, assumed)
     model = dataclasses.replace(model, vocab_size=model.vocab_size or 64)  # any size is padded
-    sides = [jnp.zeros((1, 8), jnp.int32)] * (2 if isinstance(model, EncoderDecoderConfig) else 1)
-    shapes = jax.eval_shape(model.make().init, jax.random.key(0), *sides)
+    shapes = jax.eval_shape(model.make().init, jax.random.key(0), *example_inputs(model))
     in_slice = target.num_devices // target.num_slices
     meshes = []
     for tensor in (1, 2, 4, 8):

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlm.config import UNKNOWN_BASE, Config, FinetuneConfig, Model, PretrainConfig
 from jaxlm.convert import huggingface
+from jaxlm.data.labelled.token_batches import rows_of
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
@@ -97,7 +98,8 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
     state = jax.eval_shape(partial(finetuned.make_state, config, labels, None))
     placement = finetuned.make_placement(config, labels, state, devices=devices)
     longest = min(config.data.max_length, model.max_length or config.data.max_length)
-    length, rows = assumed.length or longest, config.data.batch_size
+    length = assumed.length or longest
+    rows = rows_of(length, config.data.batch_size, config.data.batch_tokens)
     batch = config.task.abstract_batch(rows, length, assumed.labels)
     num_tokens = batch["tokens"].size
     flops = finetuned.flops_per_token(config, state.trainable, length) * num_tokens

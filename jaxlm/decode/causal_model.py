@@ -48,8 +48,8 @@ class CausalModel:
     """Where the variables lie, if on several devices; rows are split over it as in training."""
     rules: Rules = RULES
     read: Read | None = None
-    """Of a model that reads a source and writes a target: what texts are then are sources, and each
-    target begins with ``start`` alone. ``make_state`` is not called."""
+    """How a model reads sources that writes targets: texts are then sources, and each target begins
+    with ``start`` alone. ``make_state`` is not called."""
     take: Take = decoding.take
     """Picks rows of a state, for beams; of a model that reads sources each has as many, and only
     rows of the same source take each other's places."""

@@ -7,6 +7,8 @@ An architecture is one file with a frozen dataclass, a block and a model. The da
 from typing import Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
 
 from jaxlm.nn.cache import Cache, DecoderCache
 from jaxlm.typing import Dtype
@@ -133,3 +135,9 @@ class EncoderDecoderConfig(ModelConfig, Protocol):
         Of the model's dtype unless told.
         """
         ...
+
+
+def example_inputs(config: ModelConfig) -> tuple[Int32[Array, "1 8"], ...]:
+    """A row of tokens to initialise a model and to trace it with; one for each side it has."""
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    return (tokens, tokens) if isinstance(config, EncoderDecoderConfig) else (tokens,)

@@ -29,9 +29,7 @@ from jaxlm.nn.norms import RmsNorm
 from jaxlm.nn.relative import RelativeBias
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack, project_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Bias, Dtype, Hidden, Mask, SourceMask, Tokens
-
-Encoded = Float[Array, "sources source_length embed"]
+from jaxlm.typing import Bias, Dtype, Encoded, Hidden, Mask, SourceMask, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +106,8 @@ class T5Config:
     def forward_flops(self, length: int, num_predicted: int) -> float:
         """FLOPs of a source of ``length`` tokens and a target of ``num_predicted``.
 
-        The products alone, a multiply-add as two: projections, attention over all positions (of
-        the target's, half are masked, but computed), and the vocabulary at each of the target.
+        The products alone, a multiply-add as two: projections, attention over all positions (half
+        of the target's are masked, but computed), and the vocabulary at each of the target.
         """
         h, inner = self.hidden_dim, self.num_heads * self.head_dim
         mlp = (3 if self.gated else 2) * h * self.mlp_dim
@@ -212,11 +210,10 @@ class EncoderBlock(nn.Module):
         self.mlp, self.mlp_norm, self.dropout = _mlp(c), _norm(c), Dropout(c.dropout_rate)
 
     def __call__(self, x: Hidden, mask: Mask | None, bias: Bias, deterministic: bool) -> Hidden:
-        y = self.attention_norm(x)
-        y = self.attention(y, mask=mask, bias=bias, deterministic=deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
-        y = self.mlp(self.mlp_norm(x), deterministic=deterministic)
-        x = x + self.dropout(y, deterministic=deterministic)
+        options: dict[str, Any] = {"deterministic": deterministic}
+        y = self.attention(self.attention_norm(x), mask=mask, bias=bias, **options)
+        x = x + self.dropout(y, **options)
+        x = x + self.dropout(self.mlp(self.mlp_norm(x), **options), **options)
         return constrain(x, ("batch", "length", "embed"))
 
 
@@ -342,7 +339,7 @@ class T5(nn.Module):
     def decode(
         self,
         decoder_tokens: Tokens,
-        encoded: Float[Array, "batch source_length embed"],
+        encoded: Encoded,
         *,
         encoded_segment_ids: Int[Array, "batch source_length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,

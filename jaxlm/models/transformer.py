@@ -26,9 +26,7 @@ from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.positions import sinusoids
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack, project_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Hidden, Mask, SourceMask, Tokens
-
-Encoded = Float[Array, "sources source_length embed"]
+from jaxlm.typing import Dtype, Encoded, Hidden, Mask, SourceMask, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,7 +301,7 @@ class Transformer(nn.Module):
     def decode(
         self,
         decoder_tokens: Tokens,
-        encoded: Float[Array, "batch source_length embed"],
+        encoded: Encoded,
         *,
         encoded_segment_ids: Int[Array, "batch source_length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,

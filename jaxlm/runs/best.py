@@ -8,7 +8,7 @@ import jax
 from jaxlm.config import ANY_BASE, FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
-from jaxlm.runs import steps
+from jaxlm.models.model import example_inputs
 from jaxlm.tasks.task import Generative, Labels
 from jaxlm.train.restore import Monitor
 
@@ -19,7 +19,7 @@ def monitor(config: FinetuneConfig) -> Monitor:
     if isinstance(config.task, Generative):  # with the base's head
         return Monitor(name, higher_is_better(name))
     model = config.task.make_model(ANY_BASE, ("a", "b"), 0.0)  # the config's may not be known yet
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *steps.inputs(ANY_BASE))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(ANY_BASE))
     return Monitor(name, higher_is_better(name), first_step=int("head" in shapes["params"]))
 
 

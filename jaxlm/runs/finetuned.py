@@ -22,6 +22,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, note
+from jaxlm.models.model import example_inputs
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
 from jaxlm.runs import best, steps, thresholds
@@ -75,7 +76,7 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
     """Step 0: the base's parameters, and a new head and adapters, on the host's first device."""
     model = make_model(config, labels)
     assert config.model is not None  # resolved
-    inputs = steps.inputs(config.model)
+    inputs = example_inputs(config.model)
     key, adapter_key = jax.random.split(jax.random.key(config.train.seed))
 
     def init(key: PRNGKey) -> Params:
@@ -111,7 +112,7 @@ def _given(config: FinetuneConfig, model: nn.Module, base: Base) -> dict[str, An
     """The base's parameters for a model: of the encoder, and of the head over the vocabulary."""
     assert config.model is not None  # resolved
     given = {"encoder": steps.with_rows(base.encoder, config.model)}
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *steps.inputs(config.model))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(config.model))
     if LM_HEAD not in shapes["params"]:
         return given
     if base.lm_head is None:
@@ -244,7 +245,7 @@ class FinetunedRun:
         """The parameters of a plain model, without adapters, that computes the same."""
         model = make_model(self.config, self.labels)
         assert self.config.model is not None  # resolved
-        inputs = steps.inputs(self.config.model)
+        inputs = example_inputs(self.config.model)
         call = lambda variables: model.apply(variables, *inputs)
         return tuning.merge(self.config.tuning, self.variables, call)
 

@@ -261,11 +261,13 @@ def _of_mean(directory: StoragePath, examples: Sequence[Any], base: Base | None)
     loaded = finetuned.open_finetuned(directory, base=base)
     sums, outputs = loaded.outputs(examples)
     assert sums is not None  # the examples are labelled
-    if isinstance(loaded.task, Scored) and jax.process_count() == 1:
-        written = loaded.responder.respond(examples[: loaded.task.num_scored], GenerateConfig())
+    task = loaded.task
+    if isinstance(task, Scored) and task.num_scored != 0 and jax.process_count() == 1:
+        greedy = GenerateConfig(max_new_tokens=task.sample_tokens)
+        written = loaded.responder.respond(examples[: task.num_scored], greedy)
         outputs = {**outputs, "written": list(written)}
     metrics = {"loss": sums.means()["loss"]}
-    metrics |= loaded.task.metrics(examples, loaded.labels, outputs)
+    metrics |= task.metrics(examples, loaded.labels, outputs)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     steps = ", ".join(map(str, loaded.averaged))
     yield f"the mean of the checkpoints of steps {steps}, which is used from now on: {shown}"

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm import optim, sharding
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
+from jaxlm.models.model import ModelConfig
 from jaxlm.runtime.storage import StoragePath
 from jaxlm.sharding import MeshConfig
 from jaxlm.train import restore
@@ -70,12 +69,6 @@ def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
             f"times train.num_micro_batches={num_micro_batches}: the next that is, is "
             f"{(batch_size // pieces + 1) * pieces}"
         )
-
-
-def inputs(model: ModelConfig) -> tuple[jax.Array, ...]:
-    """Rows of tokens to initialise a model and to trace it with: its source's and its target's."""
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    return (tokens, tokens) if isinstance(model, EncoderDecoderConfig) else (tokens,)
 
 
 def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:

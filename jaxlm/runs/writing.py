@@ -16,8 +16,8 @@ from jaxlm.data.labelled.instruction import Dialogue, Turn
 from jaxlm.decode.beam import BeamConfig, BeamSearch, Hypothesis, Writing
 from jaxlm.decode.generate import Generate, GenerateConfig, Generation
 from jaxlm.errors import InputError
+from jaxlm.models.model import example_inputs
 from jaxlm.peft import tuning
-from jaxlm.runs import steps
 from jaxlm.runtime.storage import StoragePath, write_whole
 from jaxlm.tasks.task import Responsive, Scored
 from jaxlm.train.state import TrainState
@@ -97,7 +97,7 @@ def make_responder(
         )
     decoder = config.model
     assert decoder is not None  # resolved
-    inputs = steps.inputs(decoder)
+    inputs = example_inputs(decoder)
     call = lambda variables: model.apply(variables, *inputs)
     # Adapters would be computed for each token.
     merge = jax.jit(lambda variables: tuning.merge(config.tuning, variables, call))
@@ -157,7 +157,7 @@ class Samples:
     """What a state writes at an evaluation."""
 
     written: list[Generation]
-    """Of the first examples: empty where nothing is written, or not by this process alone."""
+    """What is written for the first examples: nothing where several processes share the model."""
     lines: list[str]
     """Some of it, to be shown."""
 
@@ -196,7 +196,8 @@ def make_samples(
         kept = [one for one in before if one["step"] < step]
         lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in (*kept, *news)]
         write_whole(path, "".join(lines))
-        return Samples(written=written[:wanted], lines=[_line(one, width) for one in news])
+        shown = [line for one in news for line in _lines_of(one, width)]
+        return Samples(written=written[:wanted], lines=shown)
 
     return samples
 
@@ -216,10 +217,13 @@ def _lines(path: StoragePath) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
-def _line(sample: dict[str, Any], width: int) -> str:
+def _lines_of(sample: dict[str, Any], width: int) -> Iterator[str]:
+    """What was asked and written; below it what was wanted, where that is known."""
     prompt, response = (" ".join(sample[name].split()) for name in ("prompt", "response"))
-    half = max(width // 2 - 4, 8)
-    if len(prompt) > half:
-        prompt = f"{prompt[: half - 1]}…"
-    line = f"  {prompt} → {response or '(nothing)'}"
+    yield _cut(f"  {_cut(prompt, max(width // 2 - 4, 8))} → {response or '(nothing)'}", width)
+    if sample["wanted"] is not None:
+        yield _cut(f"    wanted: {' '.join(sample['wanted'].split())}", width)
+
+
+def _cut(line: str, width: int) -> str:
     return line if len(line) <= width else f"{line[: width - 1]}…"

@@ -1,5 +1,6 @@
 """From text to text: a source is read, and a target written, such as its translation."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, shape
 from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss, Variables
 
+TRANSLATIONS = "translations.jsonl"
 _MAX_LENGTH = 1024  # of models that have no limit
 
 
@@ -48,8 +50,8 @@ class Seq2Seq:
     prefix: str = ""
     """What stands before each source, such as T5's 'translate English to German: '."""
     long: Long = "cut"
-    """Of pairs with a side of more than data.max_length tokens: cut it at its end, skip them in
-    training, or raise."""
+    """What becomes of pairs with a side of more than data.max_length tokens: it is cut at its end,
+    they are skipped in training, or they raise."""
     label_smoothing: float = 0.0
     """Share of each label that is spread evenly over the vocabulary in training."""
     num_samples: int = 3
@@ -124,7 +126,7 @@ class Seq2Seq:
         return data.encode(framer, examples, prefix=self.prefix, long=self.long)
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
-        """Of targets as long as their sources."""
+        """Targets are as long as their sources."""
         one, along = shape(jnp.int32, rows), shape(jnp.int32, rows, length)
         batch = dict.fromkeys(("tokens", "targets", "decoder_tokens"), along)
         batch |= dict.fromkeys(("lengths", "target_lengths", "index"), one)
@@ -149,7 +151,7 @@ class Seq2Seq:
         return seq2seq.make_predict(apply)
 
     def metric_names(self, examples: Sequence[Pair], labels: Labels) -> tuple[str, ...]:
-        """Of tokens, and of texts where they are written."""
+        """Those of tokens, and those of texts where they are written."""
         return "perplexity", "accuracy", *(scoring.NAMES if self.num_scored != 0 else ())
 
     def metrics(
@@ -176,9 +178,12 @@ class Seq2Seq:
     def baselines(
         self, train: Sequence[Pair], validation: Sequence[Pair], labels: Labels
     ) -> Baselines:
-        """What the sources themselves score as outputs."""
-        sources = [example.source for example in validation]
-        return {"the source copied": scoring.scores(sources, _targets(validation))}
+        """What the sources themselves score as outputs, of the examples that are scored."""
+        scored = validation[: self.num_scored]
+        if not scored:
+            return {}
+        sources = [example.source for example in scored]
+        return {"the source copied": scoring.scores(sources, _targets(scored))}
 
     def predictions(
         self, examples: Sequence[Pair], labels: Labels, outputs: Outputs
@@ -203,8 +208,15 @@ class Seq2Seq:
     def plots(
         self, examples: Sequence[Pair], labels: Labels, outputs: Outputs, folder: Path
     ) -> dict[str, str]:
-        """``lengths.png`` and the outputs, a line each."""
-        return {}
+        """``translations.jsonl``: each source, what was written for it, and what was wanted."""
+        if "written" not in outputs:
+            return {}
+        answers = self.answers(examples, labels, outputs)
+        with (folder / TRANSLATIONS).open("w", encoding="utf-8") as file:
+            for example, answer in zip(examples, answers, strict=True):
+                row = {"origin": example.origin, **answer, "reference": example.target}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        return {TRANSLATIONS: "sources, what was written for them, and references"}
 
     def make_generate(
         self, config: ModelConfig, variables: Variables, tokenizer: Tokenizer

@@ -239,7 +239,7 @@ class Task(Protocol):
     def plots(
         self, examples: Sequence[Any], labels: Labels, outputs: Outputs, folder: Path
     ) -> dict[str, str]:
-        """Pictures of the outputs, drawn into ``folder``: names of files, and what each shows."""
+        """Files on the outputs, written into ``folder``: their names, and what each shows."""
         ...
 
     def answers(

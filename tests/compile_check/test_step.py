@@ -15,6 +15,7 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.convert import bert
 from jaxlm.errors import InputError
 from jaxlm.models.bert import TINY
+from jaxlm.models.transformer import TransformerConfig
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
@@ -24,7 +25,9 @@ from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
+from jaxlm.train.loop import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SMALL = Assumed(vocab_size=100, encoder=TINY)
@@ -78,6 +81,18 @@ def finetuning(**changes) -> FinetuneConfig:
 )
 def test_every_task_has_its_batch(task):
     lowered(make_step(finetuning(task=task), replace(SMALL, length=16), jax.devices()))
+
+
+def test_pairs_have_as_many_rows_as_their_tokens_allow():
+    model = TransformerConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=16)
+    config = finetuning(task=Seq2Seq(), model=model, tuning=Full())
+    data = replace(config.data, batch_size=8, batch_tokens=1000, max_length=32)
+    train = TrainConfig(epochs=2.0)  # of a warm-up in steps it must be known how many that are
+    optimizer = replace(config.optimizer, warmup_steps=10)
+    config = replace(config, base=None, data=data, train=train, optimizer=optimizer)
+    step = make_step(config, SMALL, jax.devices())
+    assert step.batch["tokens"].shape == step.batch["targets"].shape == (24, 32)
+    lowered(step)
 
 
 @pytest.mark.parametrize(

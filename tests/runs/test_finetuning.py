@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny_runs import make_config
 
 from jaxlm import tree
 from jaxlm.config import FinetuneConfig
@@ -32,9 +34,10 @@ from jaxlm.peft import tuning
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
-from jaxlm.runs import base, finetuned
+from jaxlm.runs import base, finetuned, pretrained
 from jaxlm.runs.finetuning import finetune, resolve
 from jaxlm.runs.folder import CHECKPOINTS
+from jaxlm.runs.pretraining import pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.train.loop import TrainConfig
@@ -294,6 +297,39 @@ def test_more_devices_than_micro_batches_leave_rows_for(directory: Path, tmp_pat
     assert micro != saved
     (tmp_path / "copy" / "config.json").write_text(micro)
     assert finetuned.open_finetuned(tmp_path / "copy").labels == ("0", "1")
+
+
+def averaged(run: Path, copy: Path, count: int) -> Path:
+    """The run with a configuration that asks for the mean of so many checkpoints."""
+    shutil.copytree(run, copy)
+    saved = (run / "config.json").read_text()
+    (copy / "config.json").write_text(saved.replace('"average": null', f'"average": {count}'))
+    return copy
+
+
+@pytest.mark.parametrize("kind", ["fine-tuned", "pretrained"])
+def test_a_run_may_be_the_mean_of_its_last_checkpoints(
+    kind: str, directory: Path, tmp_path: Path
+) -> None:
+    def opened(run: Path, step: int | None = None) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """The steps that were read, and their parameters."""
+        if kind == "fine-tuned":
+            loaded = finetuned.open_finetuned(run, step=step)
+            return loaded.averaged, loaded.state.trainable
+        trained = pretrained.open_pretrained(run, step)
+        return trained.averaged, trained.variables["params"]
+
+    run = directory if kind == "fine-tuned" else pretrain(make_config(tmp_path, steps=4))
+    steps = list_steps(run / CHECKPOINTS)[-2:]
+    assert len(opened(run)[0]) == 1
+    copy = averaged(run, tmp_path / "copy", 2)
+    read, mean = opened(copy)
+    assert list(read) == steps
+    (_, one), (_, two) = (opened(copy, step) for step in steps)
+    for found, a, b in zip(*map(jax.tree.leaves, (mean, one, two)), strict=True):
+        np.testing.assert_allclose(found, (np.asarray(a) + np.asarray(b)) / 2, atol=1e-7)
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
+    assert opened(copy, steps[0])[0] == (steps[0],)  # --step names one alone
 
 
 # Bad input.

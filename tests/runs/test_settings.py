@@ -22,12 +22,12 @@ from tiny_models import BERT
 from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.augment import AugmentConfig, make_augment
-from jaxlm.data.labelled.batches import make_buckets
-from jaxlm.data.labelled.batches import train_batches as labelled_batches
+from jaxlm.data.labelled.batching import make_batching
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig, read_splits
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.multiple_choice import ChoiceFields
+from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.pydocs import PyDocsTopics
 from jaxlm.data.labelled.records import Conll, JsonLines, Table
 from jaxlm.data.labelled.tagging import TagFields
@@ -42,6 +42,7 @@ from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.model import example_inputs
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.nn.positions import LinearScaling, Llama3Scaling
@@ -53,6 +54,7 @@ from jaxlm.runs import best, command_line, finetuned, finetuning, pretrained, pr
 from jaxlm.runs import train as driver
 from jaxlm.runs.base import Base
 from jaxlm.runs.idle import idle
+from jaxlm.runtime.batch_rows import ALL_ROWS
 from jaxlm.sums import Sums
 from jaxlm.sweep.space import replaced
 from jaxlm.tasks.causal_lm import CausalLm
@@ -62,6 +64,7 @@ from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train import loop
 from jaxlm.train.checkpoint import Checkpointer
@@ -110,7 +113,8 @@ def as_text(program: Any) -> str:
 @cache
 def update_of(config: Any) -> str:
     """The optimizer alone, as a program, and its learning rates."""
-    optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
+    optimizer = make_optimizer(config.optimizer)
+    schedule = make_schedule(config.optimizer, config.train.steps)
     params = {"layers": {"up": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((2, 4))}}}
 
     def update(params: Any) -> Any:
@@ -194,7 +198,7 @@ def loss_of(config: FinetuneConfig) -> str:
     labels = ("B-a", "B-b", "O")
     config = finetuned.with_encoder(config, config.model, "cpu")
     model = finetuned.make_model(config, labels)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 8), jnp.int32))
+    variables = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(config.model))
     batch = config.task.abstract_batch(4, 8, len(labels))
     loss = config.task.make_loss(model.apply)
 
@@ -227,13 +231,13 @@ def read_of(config: FinetuneConfig) -> str:
     examples = config.task.encode(framer, splits.train, labels)
     validation = config.task.encode(framer, splits.validation, labels)
     data, seed, special = config.data, config.train.seed, SpecialTokens.of(tokenizer)
-    buckets = make_buckets(examples.lengths, data.num_buckets, max_length=framer.max_length)
+    batching = make_batching(examples, data, framer.max_length, seed=seed)
     augment = data.augment and make_augment(data.augment, special, seed)
-    batches = labelled_batches(examples, data.batch_size, buckets, seed=seed, augment=augment)
+    batches = batching.train_batches(0, augment=augment, batch_rows=ALL_ROWS)
     batches = [next(batches) for _ in range(3)]
     rows = listed([examples.rows, validation.rows, batches])
     read = re.sub(r"origin='[^']*'", "", f"{splits.train} {splits.validation}")
-    return f"{read} {labels} {vars(config.task).get('scale')} {buckets} {rows} {splits.notes}"
+    return f"{read} {labels} {vars(config.task).get('scale')} {rows} {splits.notes}"
 
 
 def answers_of(config: FinetuneConfig) -> str:
@@ -268,6 +272,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "a.csv").write_text("\n".join([header, *rows, "an empty label,x,,,1,1"]))
     (folder / "b.csv").write_text("\n".join([header, *rows[:40]]))
     (folder / "a.txt").write_text("\n".join(lines))
+    (folder / "a.en").write_text("\n".join(line.split("\n")[0] for line in lines))
+    (folder / "a.de").write_text("\n".join(f"the {line.split()[-1]}" for line in lines))
     (folder / "a.conll").write_text("\n\n".join(sentences))
     choice = '{{"context": "c {0} é d", "question": "q", "choices": ["a", "b{0}"], "label": {1}, '
     choice += '"text": "té {0}", "other": {2}}}'
@@ -449,6 +455,9 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "data.paths": ("q",),
     "data.weights": (1.0, 3.0),
     "data.max_length": 48,
+    "data.batch_tokens": 128,
+    "data.train.source": "a.de",
+    "data.train.target": "a.en",
     "data.train.path": "b.csv",
     "data.train.delimiter": ";",
     "data.train.columns": ("text", "label"),
@@ -477,6 +486,8 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.null_threshold": -50.0,
     "task.max_answer_length": 1,
     "task.num_best": 1,
+    "task.prefix": "the ",
+    "task.fields.source": "target",
     "task.fields.question": "other",
     "task.fields.answers": "given",
     "task.fields.starts": None,
@@ -606,12 +617,18 @@ ENDS = (
     "train.keep",
     "train.eval_rows",
     "train.max_skipped",
+    "train.average",
 )
 PARTS = {
     "adamw": optimizing(),
     "lamb": optimizing(name="lamb", schedule="cosine"),
     "adafactor": optimizing(name="adafactor", schedule="inverse_sqrt"),
     "muon": optimizing(name="muon", schedule="wsd"),
+    "warmed up": Part(
+        optimizing(warmup_steps=3).config,
+        update_of,
+        ("optimizer.warmup_steps", "optimizer.warmup_share"),
+    ),
     "lora": Part(BASED, step_of, ("tuning", *BY_STEP)),
     "ranks": Part(replace(BASED, tuning=LoraConfig(ranks=(2,))), step_of, ("tuning.rank",)),
     "ia3": Part(replace(BASED, tuning=Ia3Config()), step_of, ("tuning",)),
@@ -646,6 +663,16 @@ PARTS = {
         replace(TUNED, task=CHOICES), loss_of, ("task.label_smoothing", "task.pooling")
     ),
     "smoothed tags": Part(replace(TUNED, task=Tagging()), loss_of, ("task.label_smoothing",)),
+    "smoothed targets": Part(
+        replace(TUNED, task=Seq2Seq(label_smoothing=0.1), model=TRANSFORMER),
+        loss_of,
+        ("task.label_smoothing",),
+    ),
+    "parallel": Part(
+        reading(ParallelText(source="a.en", target="a.de"), Seq2Seq()),
+        read_of,
+        ("data.train", "task.fields", "task.prefix", "task.long", "data.batch_tokens"),
+    ),
     "texts": Part(
         TEXTS, read_of, ("data", "data.train", "task.fields", "task.class_weights", "train.seed")
     ),
@@ -810,6 +837,10 @@ ELSEWHERE = {
     "Instruction.sample_tokens": (
         "tasks/test_instruction.py::test_a_model_learns_to_respond_and_to_stop"
     ),
+    "TrainConfig.average": "train/test_checkpoint.py::test_keeps_those_whose_mean_is_a_model",
+    "Seq2Seq.num_samples": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
+    "Seq2Seq.num_scored": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
+    "Seq2Seq.sample_tokens": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
     "Tagging.entities": "tasks/test_tagging.py::test_tags_that_mark_no_entities",
     "Tagging.split": "tasks/test_tagging.py::test_a_run_learns_whose_tag_a_word_has",
 }

@@ -137,7 +137,7 @@ def test_a_model_that_has_diverged_is_said_and_trained_on(config, tokenizer) -> 
     dialogue = Dialogue(turns=(Turn("user", "a b"), Turn("assistant", "c")), origin="x:1")
     samples = writing.make_samples(config, make, [dialogue], 80)
     state = TrainState(jnp.asarray(3), {}, {}, ())
-    (line,) = samples(state)
+    (line,) = samples(state).lines
     assert line.startswith("  no samples: the model's logits behind 'a b")
     assert not (config.directory / writing.SAMPLES).exists()
 
@@ -170,8 +170,9 @@ def test_a_conversation_forgets_what_has_no_room(config, tokenizer) -> None:
     assert forgotten == [0, 0, 0, 0, 0, 1]
     assert [len(ids) for ids in told.asked] == [8, 16, 24, 32, 40, 40]
     assert told.asked[4] == told.asked[5]
-    turns = [Turn("system", "f"), Turn("user", "a b c d e f")]
-    assert told.asked[1] == one.prompt([*turns, Turn("assistant", "g"), turns[1]])
+    turns = (Turn("system", "f"), Turn("user", "a b c d e f"))
+    dialogue = Dialogue(turns=(*turns, Turn("assistant", "g"), turns[1]), origin="x")
+    assert told.asked[1] == one.prompt(dialogue)
 
 
 def test_models_that_cannot_respond_are_refused(config, tokenizer) -> None:

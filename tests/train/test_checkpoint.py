@@ -20,7 +20,14 @@ from jax.sharding import PartitionSpec as P
 from jaxlm.errors import InputError
 from jaxlm.train import checkpoint, restore
 from jaxlm.train.checkpoint import Checkpointer
-from jaxlm.train.restore import Monitor, best_step, list_steps, restore_part
+from jaxlm.train.restore import (
+    Monitor,
+    best_step,
+    chosen_steps,
+    list_steps,
+    restore_mean,
+    restore_part,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ACCURACY = Monitor("accuracy", higher_is_better=True, first_step=1)
@@ -150,6 +157,43 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert best_step(tmp_path, Monitor("accuracy")) is None
     save_all(tmp_path, {70: 1.0, 80: None, 90: None}, monitor=Monitor("none"), keep=1)
     assert list_steps(tmp_path) == [90]
+
+
+def test_keeps_those_whose_mean_is_a_model(tmp_path):
+    saves = {0: 9.0, 10: 1.0, 20: 3.0, 25: None, 30: float("nan"), 40: 2.0, 50: 4.0, 55: None}
+    save_all(tmp_path, saves, average=3, keep=1)
+    # The newest, the best, and the newest three that were evaluated.
+    assert list_steps(tmp_path) == [10, 20, 40, 50, 55]
+    assert chosen_steps(tmp_path, Monitor(), 3) == [20, 40, 50]
+    assert chosen_steps(tmp_path, Monitor(), 9) == [10, 20, 40, 50]
+    assert chosen_steps(tmp_path, Monitor(), None) == [10]
+    assert chosen_steps(tmp_path, Monitor("accuracy"), 3) == []
+
+
+def test_the_state_before_training_is_in_no_mean(tmp_path):
+    save_all(tmp_path, {0: 9.0}, average=3)
+    assert chosen_steps(tmp_path, Monitor(), 3) == [0]  # there is no other
+    save_all(tmp_path, {10: 2.0, 20: 1.0}, average=3)
+    assert list_steps(tmp_path) == [0, 10, 20]
+    assert chosen_steps(tmp_path, Monitor(), 3) == [10, 20]
+
+
+def test_the_mean_of_several_steps(tmp_path):
+    save_all(tmp_path, {10: 2.0, 20: 1.0, 30: 3.0}, keep=3)
+    target = {"trainable": abstract(make_state()).trainable}
+    restored = restore_mean(tmp_path, target, [10, 20, 30])
+    assert (restored.step, restored.cursor) == (30, {"examples_seen": 240})
+    states = [make_state(step).trainable for step in (10, 20, 30)]
+    mean = jax.tree.map(lambda *leaves: np.mean(np.float64(leaves), 0), *states)
+    for found, expected, old in zip(
+        *map(jax.tree.leaves, (restored.state["trainable"], mean, states[0])), strict=True
+    ):
+        assert (found.dtype, found.sharding) == (old.dtype, old.sharding)
+        np.testing.assert_allclose(np.float64(found), expected, rtol=1e-6, atol=1e-6)
+    for steps, step in (([20], 20), ([], 30)):
+        restored = restore_mean(tmp_path, target, steps)
+        assert restored.step == step
+        assert_same(restored.state["trainable"], make_state(step).trainable)
 
 
 @pytest.mark.parametrize("name", ["try[1]", "[2024] thesis/run", "a*b?", "back\\slash", "é ü [é]"])

@@ -73,7 +73,7 @@ class Plan:
     examples: Examples
     buckets: tuple[Bucket, ...]
     rows: tuple[int, ...]
-    """Of a batch of each bucket."""
+    """Those of a batch of each bucket."""
     members: tuple[Int[np.ndarray, " _"], ...]
     """The examples of each bucket; none is empty."""
     seed: int
@@ -229,9 +229,7 @@ def make_plan(
     which = fits.argmax(1)  # the first that fits is the cheapest
     members = [np.flatnonzero(which == i) for i in range(len(buckets))]
     used = [i for i, own in enumerate(members) if len(own)]
-    rows = [
-        batch_size * max(1, (batch_tokens or 0) // max(bucket) // batch_size) for bucket in buckets
-    ]
+    rows = [rows_of(max(bucket), batch_size, batch_tokens) for bucket in buckets]
     return Plan(
         examples,
         tuple(buckets[i] for i in used),
@@ -239,6 +237,11 @@ def make_plan(
         tuple(members[i] for i in used),
         seed,
     )
+
+
+def rows_of(length: int, batch_size: int, batch_tokens: int | None) -> int:
+    """Rows of a batch: ``batch_size``, or so many times these as have ``batch_tokens``."""
+    return batch_size * max(1, (batch_tokens or 0) // length // batch_size)
 
 
 def check_room(plan: Plan, batch_size: int, batch_tokens: int | None) -> None:

@@ -1,0 +1,66 @@
+"""Pairs of texts as a model reads them."""
+
+import numpy as np
+import pytest
+
+from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.seq2seq import Pair, PairFields, encode, read, source_ids
+from jaxlm.errors import InputError
+
+
+def pair(source, target, number=1):
+    return Pair(source=source, target=target, origin=f"x:{number}")
+
+
+PAIRS = [pair("a b", "d"), pair(" ".join("a" * 15), "e", 2), pair("c", " ".join("f" * 12), 3)]
+
+
+def test_a_pair_in_tokens(framer, words):
+    (row,) = encode(framer, PAIRS[:1], prefix="who ", long="raise").rows
+    assert words(row["tokens"]) == "[CLS] who a b [SEP]"
+    assert words(row["decoder_tokens"]) == "[CLS] d"
+    assert words(row["targets"]) == "d [SEP]"
+    assert (row["lengths"], row["target_lengths"], row["weights"]) == (5, 2, 1)
+    (ids,) = source_ids(framer, ["a b"], "who ")
+    np.testing.assert_array_equal(ids, row["tokens"])
+
+
+def test_pairs_that_are_cut_are_counted_and_shown(framer, words):
+    examples = encode(framer, PAIRS, long="cut")
+    (note,) = examples.notes
+    assert note == (
+        "2 of 3 pairs have a side of more than 12 tokens, the longest 17 (x:2): they are cut at "
+        "their ends (--data.max-length 17 takes them whole)"
+    )
+    assert examples.untruncated.tolist() == [4, 17, 3]
+    assert examples.sizes.tolist() == [[4, 2], [12, 2], [3, 12]]
+    assert words(examples.rows[1]["tokens"]).endswith("a [SEP]")
+    target, before = (examples.rows[2][name] for name in ("targets", "decoder_tokens"))
+    assert words(target) == " ".join("f" * 12)  # it does not end there
+    assert words(before) == " ".join(["[CLS]", *"f" * 11])
+    assert encode(framer, PAIRS[:1], long="cut").notes == ()
+
+
+def test_pairs_that_are_left_out_are_counted_and_shown(framer):
+    examples = encode(framer, PAIRS, long="skip")
+    assert len(examples) == len(examples.untruncated) == 1
+    (note,) = examples.notes
+    assert "2 of 3 pairs" in note
+    assert "they are left out (--data.max-length 17 takes them whole)" in note
+
+
+@pytest.mark.parametrize(("long", "pairs"), [("raise", PAIRS), ("skip", PAIRS[1:])])
+def test_pairs_that_are_too_long_are_refused(framer, long, pairs):
+    with pytest.raises(InputError, match=r"the longest 17 \(x:2\): --data.max-length 17 takes"):
+        encode(framer, pairs, long=long)
+
+
+def test_records():
+    record = Record(fields={"en": "a", "de": "b"}, origin="x:1")
+    fields = PairFields(source="en", target="de")
+    (found,) = read([record], fields)
+    assert (found.asked, found.response, found.content) == ("a", "b", "a\nb")
+    (found,) = read([record], PairFields(source="en", target=None))
+    assert (found.source, found.target, found.content) == ("a", None, "a")
+    with pytest.raises(InputError, match="x:1: no field 'target' among 'en', 'de'"):
+        read([record], PairFields(source="en"))
