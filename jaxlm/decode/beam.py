@@ -101,7 +101,7 @@ def beyond_text(written: Generation) -> dict[str, Any]:
         {"text": one.text, "score": one.score, "log_probability": sum(one.log_probabilities)}
         for one in (written, *written.others)
     ]
-    return {"score": written.score} | ({"n_best": every} if written.others else {})
+    return {"score": written.score, "n_best": every}
 
 
 class BeamSearch:

@@ -135,9 +135,11 @@ class CausalLm:
 
     def lines(self, answer: dict[str, Any]) -> Iterator[str]:
         """The text and its continuation; or each of several, behind its score."""
-        if "n_best" not in answer:
+        found = answer.get("n_best", [])
+        if len(found) < 2:
             yield answer["text"] + answer["continuation"]
-        for one in answer.get("n_best", ()):
+            return
+        for one in found:
             yield f"{one['score']:8.4f}  {answer['text']}{one['text']}"
 
 
