@@ -27,19 +27,16 @@ _BLOCK = 256
 class Rules(NamedTuple):
     """What every row keeps to; lengths are numbers of new tokens, the stop token among them."""
 
-    banned: Bool[
-        Array, " vocab"
-    ]  # never taken; stop tokens are among them, and end texts all the same
+    # Of tokens that never go on: those banned, and stop tokens, which end texts all the same.
+    banned: Bool[Array, " vocab"]
     stops: Int[Array, " stops"]  # -1: none
     min_tokens: Int[Array, ""]
     no_repeat_ngram: Int[Array, ""]  # 0: off
-    divisors: Float[
-        Array, " lengths"
-    ]  # a score is the sum of log-probabilities over that of its length
+    divisors: Float[Array, " lengths"]  # of sums of log-probabilities, which so become scores
     max_tokens: Int[Array, " batch"]  # 0: the row is not searched
+    # A row ends when no beam's sum over this, at the beams' length, is above the worst of its K
+    # scores; 0: when it has K.
     prospects: Float[Array, "batch lengths"]
-    """A row ends when no beam's sum over this of the beams' length is above the worst of its K
-    scores; 0: when it has K."""
 
 
 class Found(NamedTuple):
