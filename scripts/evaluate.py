@@ -22,12 +22,14 @@ from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
 from jaxlm.data.labelled.dataset import like, read_records
 from jaxlm.data.labelled.records import Record
+from jaxlm.decode.beam import BeamConfig, Writing
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import TOKENIZER, read_any_config
+from jaxlm.runs.writing import GREEDY_BEAM, chosen_way
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.task import Generative, Scored
@@ -51,6 +53,7 @@ def main(
     int8: bool = False,
     on_bad_row: Literal["raise", "skip"] | None = None,
     generate: GenerateConfig = GREEDY,
+    beam: BeamConfig = GREEDY_BEAM,
 ) -> None:
     """Metrics, printed and written to eval.json.
 
@@ -77,18 +80,20 @@ def main(
         on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
             None = as in training.
         generate: How targets are written for sources.
+        beam: Or search the likeliest targets, so many at a time.
     """
     if rows is not None and rows < 1:
         raise InputError(f"--rows {rows} is not above 0")
     if target is not None and data is None:
         raise InputError(f"--target {target} is the other side of --data: give both")
+    way = chosen_way(generate, beam)
     folder = locate(directory)
     with tempfile.TemporaryDirectory() as scratch:
         if isinstance(read_any_config(folder), FinetuneConfig):
             if int8:
                 raise InputError(f"--int8 is for pretrained runs, and {directory} is fine-tuned")
             result = evaluate_tuned(
-                folder, Path(scratch), data, target, split, rows, step, base, on_bad_row, generate
+                folder, Path(scratch), data, target, split, rows, step, base, on_bad_row, way
             )
         else:
             result = evaluate_pretrained(folder, data, split, rows, stride, step, int8)
@@ -189,7 +194,7 @@ def evaluate_tuned(
     step: int | None,
     base: str | None,
     on_bad_row: Literal["raise", "skip"] | None,
-    generate: GenerateConfig,
+    generate: Writing,
 ) -> dict[str, Any]:
     """On labelled examples."""
     loaded = finetuned.open_finetuned(directory, step=step, base=base)

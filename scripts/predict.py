@@ -27,6 +27,7 @@ from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import Source, holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
+from jaxlm.decode.beam import BeamConfig, Hypothesis
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import retrieval
@@ -35,7 +36,7 @@ from jaxlm.runs.answers import ERROR, Answer, Answered, joined, write_table
 from jaxlm.runs.embedder import DOCUMENTS, QUERIES, Embedder, open_embedder
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import read_any_config
-from jaxlm.runs.writing import Conversation
+from jaxlm.runs.writing import GREEDY_BEAM, Conversation, chosen_way
 from jaxlm.runtime.storage import locate, on_disk, whole
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.seq2seq import Seq2Seq
@@ -59,6 +60,7 @@ def main(
     file_prompt: str | None = None,
     top_k: int = 5,
     generate: GenerateConfig = GREEDY,
+    beam: BeamConfig = GREEDY_BEAM,
     stream: bool = False,
     int8: bool = False,
     step: int | None = None,
@@ -89,6 +91,8 @@ def main(
             or corpus, else its default.
         top_k: Candidates for each blank, classes to show, or texts to find.
         generate: How a text is continued, or written for another.
+        beam: Or search the likeliest texts, so many at a time; several are in JSON lines, with
+            their scores, and the best alone in lines of texts.
         stream: Show the continuation of a text as it is written.
         int8: Of generate with a pretrained run: weights, and what they multiply, of 8 bits, in a
             quarter of the memory.
@@ -96,6 +100,12 @@ def main(
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
     """
     is_search, is_chat = task == "search", task == "chat"
+    way = chosen_way(generate, beam)
+    if way is beam and (stream or is_chat):
+        raise InputError(
+            f"--beam.size {beam.size} compares whole texts, of which none can be shown as it is "
+            f"written: leave out --beam{' and --stream' if stream else ' to chat'}"
+        )
     if is_search and (text is None or file is None):
         raise InputError("search finds the texts of --file that are nearest to a text: give both")
     if is_chat and (file is not None or pair is not None):
@@ -174,19 +184,19 @@ def main(
                 show_pieces(text or "", loaded.generate().stream(text or "", generate))
                 return
             record = Record(fields={"text": text}, origin="the text given")
-            (answer,) = loaded.answer([record], top_k=top_k, generate=generate)
+            (answer,) = loaded.answer([record], top_k=top_k, generate=way)
             for line in loaded.task.lines(answer):
                 print(line)
             return
         records = read_lines(file, pretrained.TEXT)
-        answers = loaded.stream(records, top_k=top_k, generate=generate)
+        answers = loaded.stream(records, top_k=top_k, generate=way)
         write(counted(answers), pretrained.TEXT, out)
         return
     loaded = finetuned.open_finetuned(run, step=step, base=base)
     if file is not None:
         names = loaded.task.text_fields
         records = read_records(loaded.config.data.train, loaded.labels, names, file)
-        answers = counted(loaded.stream(records, generate=generate))
+        answers = counted(loaded.stream(records, generate=way))
         if isinstance(loaded.task, Seq2Seq) and out and out.suffix not in (".jsonl", *TABLES):
             write_lines((answer.get("translation", "") for _, answer in answers), out)
             return
@@ -195,6 +205,9 @@ def main(
     record = record_of(loaded, text or "", pair)
     if isinstance(loaded.task, Responsive):
         (example,) = loaded.task.read([record], labelled=False)
+        if isinstance(way, BeamConfig):
+            show_hypotheses(*loaded.responder.respond([example], way))
+            return
         pieces = loaded.responder.stream(example, generate)
         show_pieces("", pieces if stream else ["".join(pieces)])
         return
@@ -204,6 +217,12 @@ def main(
         print(*ranked(probabilities, answer.get("labels", ()), top_k), sep="\n")
     else:
         print_json(answer)
+
+
+def show_hypotheses(best: Hypothesis) -> None:
+    """The best text; or each of several, behind its score."""
+    for one in (best, *best.others):
+        show_pieces(f"{one.score:8.4f}  " if best.others else "", [one.text])
 
 
 def chat(loaded: FinetunedRun, generate: GenerateConfig, system: str | None) -> None:

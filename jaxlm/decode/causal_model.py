@@ -1,23 +1,26 @@
 """What continuing a text needs: a model as functions, a tokenizer, and how texts begin and end."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Int, PyTree
+from jaxtyping import Bool, Int, PyTree
 from tokenizers import Tokenizer
 
 from jaxlm import sharding
 from jaxlm.data import tokenizers
-from jaxlm.decode.decoding import MakeState, Read, Step
+from jaxlm.decode import decoding
+from jaxlm.decode.decoding import MakeState, Read, Step, Take
 from jaxlm.errors import InputError
 from jaxlm.sharding import RULES, Rules
 from jaxlm.typing import Variables
+
+Written = TypeVar("Written")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,9 @@ class CausalModel:
     read: Read | None = None
     """How a model reads sources that writes targets: texts are then sources, and each target begins
     with ``start`` alone. ``make_state`` is not called."""
+    take: Take = decoding.take
+    """Picks rows of a state, for beams; of a model that reads sources each has as many, and only
+    rows of the same source take each other's places."""
     arrange: Callable[[Variables], Variables] | None = None
     """What the step takes instead of the variables, if something else is read faster."""
 
@@ -105,6 +111,36 @@ class CausalModel:
             raise InputError("a source holds no token: give at least one word")
         return list(text)[: self.max_length]
 
+    def source_arrays(
+        self, sources: Sequence[Sequence[int]]
+    ) -> tuple[Int[np.ndarray, "batch length"], Int[np.ndarray, "batch length"]]:
+        """The tokens of sources and their segment ids."""
+        sizes = np.array([len(source) for source in sources])
+        length = bucket(int(sizes.max()))
+        segment_ids = np.where(np.arange(length)[None, :] < sizes[:, None], 0, -1)
+        return right_padded(sources, length), segment_ids.astype(np.int32)
+
+    def stops(self, names: Iterable[str]) -> set[int]:
+        """Tokens that end a text: as in training, and these."""
+        return {*self.end, *map(self.token, names)}
+
+    def banned(
+        self, names: Iterable[str], stops: Iterable[int], min_new_tokens: int
+    ) -> Bool[np.ndarray, " vocab"]:
+        """These tokens, and ids of none; raises where no token could begin a continuation."""
+        banned: Any = np.ones(self.vocab_size, bool)
+        banned[self.ids] = False
+        banned[[self.token(name) for name in names]] = True
+        early = banned.copy()
+        early[list(stops)] = True
+        if (early if min_new_tokens else banned).all():
+            raise InputError(
+                f"all {len(self.ids)} tokens are banned"
+                + (" or end a text before min_new_tokens" if min_new_tokens else "")
+                + ": leave some"
+            )
+        return banned
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; special ones have none."""
         return self.tokenizer.decode(list(ids))
@@ -159,6 +195,14 @@ def require_several(name: str, value: Iterable[Any]) -> None:
     """Raises for a string where several are meant: it would be taken for its characters."""
     if isinstance(value, str):
         raise InputError(f"{name}={shortened(value)} is one string: put it into a list")
+
+
+def longest_first(
+    sources: Sequence[Sequence[int]], write: Callable[[list[int]], Iterable[Written]]
+) -> Iterator[Written]:
+    """What is written for each, where that takes their numbers, those of like length together."""
+    order = np.argsort([-len(source) for source in sources], kind="stable").tolist()
+    yield from dict(sorted(zip(order, write(order), strict=True))).values()
 
 
 def bucket(length: int) -> int:

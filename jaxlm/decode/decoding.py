@@ -15,6 +15,7 @@ Where a model reads a source first, its state begins with that: the state of
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
@@ -26,6 +27,7 @@ from jaxlm.typing import Tokens, Variables
 Step = Callable[..., Any]  # (variables, state, tokens, positions, segment_ids) -> (logits, state)
 MakeState = Callable[[int, int], PyTree]  # (batch, kv_length) -> state
 Read = Callable[..., PyTree]  # (variables, sources, segment_ids, kv_length) -> state
+Take = Callable[..., PyTree]  # (state, rows) -> state
 
 
 class Progress(NamedTuple):
@@ -39,6 +41,15 @@ class Progress(NamedTuple):
     positions: Int[Array, " batch"]  # its position
     seen: Bool[Array, "batch vocab"]  # the tokens of the prompt and the new ones
     done: Bool[Array, " batch"]
+
+
+def take(state: PyTree, rows: Int[Array, " rows"]) -> PyTree:
+    """The state of these rows, in this order, where all arrays but single numbers begin with rows.
+
+    How beams are told apart. A state may share what is equal for all beams of a row, and so have
+    its own way.
+    """
+    return jax.tree.map(lambda x: x[rows] if x.ndim else x, state)
 
 
 def layout(

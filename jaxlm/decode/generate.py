@@ -16,8 +16,8 @@ from jaxlm.decode.causal_model import (
     CausalModel,
     bucket,
     left_padded,
+    longest_first,
     require_several,
-    right_padded,
     shortened,
 )
 from jaxlm.decode.continuation import Continuation, Stopped
@@ -86,17 +86,29 @@ class GenerateConfig:
                 f"repetition_penalty={penalty} is not a number above 0: above 1 it makes "
                 "repetitions rarer; leave it out for none"
             )
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens={self.max_new_tokens} is not above 0")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise InputError(
-                f"min_new_tokens={self.min_new_tokens} is not from 0 to "
-                f"max_new_tokens={self.max_new_tokens}"
-            )
+        require_limits(self.min_new_tokens, self.max_new_tokens)
         if "" in self.stop_strings:
             raise InputError("a stop string is empty, and would end every text: leave it out")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed={self.seed} is not from 0 to {2**32 - 1}")
+
+
+def not_numbers(text: str) -> InputError:
+    """What to say of logits behind a text that are NaN."""
+    return InputError(
+        f"the model's logits behind {shortened(text)} are not numbers: training has diverged, or "
+        "the weights are damaged; take an earlier step"
+    )
+
+
+def require_limits(min_new_tokens: int, max_new_tokens: int) -> None:
+    """Raises for numbers of new tokens that cannot be."""
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens={max_new_tokens} is not above 0")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise InputError(
+            f"min_new_tokens={min_new_tokens} is not from 0 to max_new_tokens={max_new_tokens}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +164,11 @@ class Generate:
         self._advance = jax.jit(advance, donate_argnums=0, static_argnames="places")
 
     @property
+    def model(self) -> CausalModel:
+        """What writes."""
+        return self._model
+
+    @property
     def max_length(self) -> int:
         """The most tokens of a prompt and its continuation together."""
         return self._model.max_length
@@ -180,9 +197,12 @@ class Generate:
             raise InputError(f"batch_size={batch_size} is not above 0")
         if self._model.read is not None:
             sources = [self._model.source(text) for text in texts]
-            order = np.argsort([-len(source) for source in sources], kind="stable").tolist()
-            written = self._in_batches([(first + i, sources[i]) for i in order], config, batch_size)
-            yield from dict(sorted(zip(order, written, strict=True))).values()
+
+            def written(order: list[int]) -> Iterator[Generation]:
+                numbered = [(first + i, sources[i]) for i in order]
+                return self._in_batches(numbered, config, batch_size)
+
+            yield from longest_first(sources, written)
             return
         yield from self._in_batches(enumerate(texts, start=first), config, batch_size)
 
@@ -245,6 +265,13 @@ class Generate:
         yield progress
 
 
+def stopped(row: Continuation, max_new_tokens: int) -> Stopped:
+    """Why a row has ended that may have had less room than that."""
+    assert row.stopped is not None
+    short = row.stopped == "max_new_tokens" and len(row.tokens) < max_new_tokens
+    return "max_length" if short else row.stopped
+
+
 class _Rows:
     """A batch of prompts and what has become of them."""
 
@@ -262,7 +289,7 @@ class _Rows:
         self._limits = [
             min(config.max_new_tokens, model.max_length - len(prompt)) for prompt in self._prompts
         ]
-        self._stops = {*model.end, *map(model.token, config.stop_tokens)}
+        self._stops = model.stops(config.stop_tokens)
         for stop in config.stop_strings:
             if any(name in stop for name in model.special_tokens):
                 raise InputError(
@@ -289,17 +316,9 @@ class _Rows:
         prompts = [*self._prompts, *[self._prompts[0]] * spare]
         longest = max(map(len, prompts))
         length = bucket(longest) if self._sources is None else longest  # equal for all sources
-        banned: Any = np.ones((count, model.vocab_size), bool)
-        banned[:, model.ids] = False
-        banned[:, [model.token(name) for name in config.banned_tokens]] = True
+        banned = model.banned(config.banned_tokens, self._stops, config.min_new_tokens)
         stops: Any = np.zeros_like(banned)
-        stops[:, list(self._stops)] = True
-        if (banned[0] | (stops[0] & (config.min_new_tokens > 0))).all():
-            raise InputError(
-                f"all {len(model.ids)} tokens are banned"
-                + (" or end a text before min_new_tokens" if config.min_new_tokens else "")
-                + ": leave some"
-            )
+        stops[list(self._stops)] = True
 
         def full(value: Any, dtype: Any = np.float32) -> Any:
             return np.full(count, value, dtype)
@@ -312,8 +331,8 @@ class _Rows:
             top_p=full(config.top_p or 1),
             min_p=full(config.min_p or 0),
             repetition_penalty=full(config.repetition_penalty or 1),
-            banned=banned,
-            stops=stops,
+            banned=np.tile(banned, (count, 1)),
+            stops=np.tile(stops, (count, 1)),
             min_tokens=full(config.min_new_tokens, np.int32),
             max_tokens=limits,
             seed=full(config.seed, np.uint32),
@@ -321,17 +340,9 @@ class _Rows:
         )
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         room = bucket(length + max(_ROOM, *self._limits))
-        return self._read(spare), left_padded(prompts, length), lengths, sampling, room
-
-    def _read(self, spare: int) -> Any:
-        """The tokens of sources and their segment ids."""
-        if self._sources is None:
-            return None
-        sources = [*self._sources, *[self._sources[0]] * spare]
-        sizes = np.array([len(source) for source in sources])
-        length = bucket(int(sizes.max()))
-        segment_ids = np.where(np.arange(length)[None, :] < sizes[:, None], 0, -1)
-        return right_padded(sources, length), segment_ids.astype(np.int32)
+        sources = self._sources and [*self._sources, *[self._sources[0]] * spare]
+        read = model.source_arrays(sources) if sources else None
+        return read, left_padded(prompts, length), lengths, sampling, room
 
     def extend(self, progress: Progress) -> list[bool]:
         """Takes over what is new; gives which rows have ended."""
@@ -341,10 +352,7 @@ class _Rows:
             if row.stopped is None:
                 new = slice(len(row.tokens), lengths[i])
                 if np.isnan(log_probabilities[i, new]).any():
-                    raise InputError(
-                        f"the model's logits behind {shortened(self._texts[i])} are not numbers: "
-                        "training has diverged, or the weights are damaged; take an earlier step"
-                    )
+                    raise not_numbers(self._texts[i])
                 row.extend(tokens[i, new].tolist())
         return [row.stopped is not None for row in self.continuations]
 
@@ -352,14 +360,10 @@ class _Rows:
         """What has become of each prompt, once all have ended."""
         log_probabilities = np.asarray(progress.log_probabilities)
         for i, (text, row) in enumerate(zip(self._texts, self.continuations, strict=True)):
-            assert row.stopped is not None
-            short = (
-                row.stopped == "max_new_tokens" and len(row.tokens) < self._config.max_new_tokens
-            )
             yield Generation(
                 prompt=text,
                 text=row.text,
                 tokens=row.tokens,
                 log_probabilities=log_probabilities[i, : len(row.tokens)].tolist(),
-                stopped="max_length" if short else row.stopped,
+                stopped=stopped(row, self._config.max_new_tokens),
             )

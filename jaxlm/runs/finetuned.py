@@ -19,6 +19,7 @@ from jaxlm.data.labelled.batching import Batching, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
+from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, note
 from jaxlm.models.model import example_inputs
@@ -278,7 +279,7 @@ class FinetunedRun:
         return make_responder(self.config, model, framer, self.tokenizer)(self.state.variables)
 
     def answer(
-        self, given: Iterable[Any], *, chunk: int = 4096, generate: GenerateConfig | None = None
+        self, given: Iterable[Any], *, chunk: int = 4096, generate: Writing | None = None
     ) -> list[Answer]:
         """What the model says of each of a list, in its order: of texts, of dicts, of records.
 
@@ -295,7 +296,7 @@ class FinetunedRun:
         records: Iterable[Record],
         *,
         chunk: int = 4096,
-        generate: GenerateConfig | None = None,
+        generate: Writing | None = None,
     ) -> Iterator[Answered]:
         """Each record with what the model says of it, in JSON; says how many were cut."""
         seen: list[tuple[int, int, int]] = []

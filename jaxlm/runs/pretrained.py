@@ -17,6 +17,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepared import Prepared, PreparedInfo
 from jaxlm.data.windows import window_batches
+from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
@@ -179,7 +180,7 @@ class Pretrained:
         given: Iterable[Any],
         *,
         top_k: int = 5,
-        generate: GenerateConfig | None = None,
+        generate: Writing | None = None,
     ) -> list[Answer]:
         """What the model says of each of a list: the fillings of its blanks, or how it goes on.
 
@@ -195,7 +196,7 @@ class Pretrained:
         records: Iterable[Record],
         *,
         top_k: int = 5,
-        generate: GenerateConfig | None = None,
+        generate: Writing | None = None,
     ) -> Iterator[Answered]:
         """Each record with what the model says of its text, in JSON."""
         config, numbers = self.config.model, itertools.count()

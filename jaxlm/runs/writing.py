@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.instruction import Dialogue, Turn
+from jaxlm.decode.beam import BeamConfig, BeamSearch, Hypothesis, Writing
 from jaxlm.decode.generate import Generate, GenerateConfig, Generation
 from jaxlm.errors import InputError
 from jaxlm.models.model import example_inputs
@@ -22,6 +24,7 @@ from jaxlm.train.state import TrainState
 from jaxlm.typing import Variables
 
 SAMPLES = "samples.jsonl"
+GREEDY_BEAM = BeamConfig(size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,20 @@ class Responder:
         """The tokens that a response is a response to, or so many as have ``room``."""
         return self.task.prompt_ids(self.framer, example, room=room)
 
+    @cached_property
+    def search(self) -> BeamSearch:
+        """What searches responses with the same model."""
+        return BeamSearch(self.generate.model)
+
     def respond(
-        self, examples: Sequence[Any], config: GenerateConfig, *, room: int | None = None
+        self, examples: Sequence[Any], config: Writing, *, room: int | None = None
     ) -> Iterator[Generation]:
-        """The response to each."""
+        """The response to each; by beam search a :class:`~jaxlm.decode.beam.Hypothesis`."""
         prompts = (self.prompt(one, room) for one in examples)
+        if isinstance(config, BeamConfig):
+            for best in self.search(prompts, config):
+                yield replace(_without_space(best), others=tuple(map(_without_space, best.others)))
+            return
         for written in self.generate(prompts, config):
             yield replace(written, text=written.text.removeprefix(" "))
 
@@ -52,6 +64,22 @@ class Responder:
         pieces = self.generate.stream(self.prompt(example), config)
         yield next(pieces, "").removeprefix(" ")
         yield from pieces
+
+
+def _without_space(one: Hypothesis) -> Hypothesis:
+    return replace(one, text=one.text.removeprefix(" "))
+
+
+def chosen_way(generate: GenerateConfig, beam: BeamConfig) -> Writing:
+    """Beam search where ``beam`` is other than greedy; raises where both say how to write."""
+    if beam == GREEDY_BEAM:
+        return generate
+    if generate != GenerateConfig():
+        raise InputError(
+            f"generate and beam (size={beam.size}) are two ways to write: leave out one; limits, "
+            "bans and stop tokens are beam's as well, such as --beam.max-new-tokens"
+        )
+    return beam
 
 
 def make_responder(

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.decode.beam import BeamConfig, BeamSearch, Writing, beyond_text
 from jaxlm.decode.causal_model import CausalModel
-from jaxlm.decode.generate import Generate, GenerateConfig
+from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import CausalConfig, ModelConfig
@@ -105,7 +106,7 @@ class CausalLm:
         texts: Sequence[Given],
         *,
         top_k: int,
-        generate: GenerateConfig,
+        generate: Writing,
     ) -> Iterator[dict[str, Any]]:
         """How each text goes on; what is sampled depends on its own number alone."""
         write = self.make_generate(config, variables, tokenizer)
@@ -123,18 +124,29 @@ class CausalLm:
                 yield from [{"error": error}] * (1 + len(others))
                 continue
             chosen = [one.text for one in (first, *others)]
-            for one in write(chosen, generate, first=first.number):
+            written = (
+                BeamSearch(write.model)(chosen, generate)
+                if isinstance(generate, BeamConfig)
+                else write(chosen, generate, first=first.number)
+            )
+            for one in written:
                 yield {
                     "text": one.prompt,
                     "continuation": one.text,
                     "stopped": one.stopped,
                     "tokens": one.tokens,
                     "log_probabilities": one.log_probabilities,
+                    **beyond_text(one),
                 }
 
     def lines(self, answer: dict[str, Any]) -> Iterator[str]:
-        """The text and its continuation."""
-        yield answer["text"] + answer["continuation"]
+        """The text and its continuation; or each of several, behind its score."""
+        found = answer.get("n_best", [])
+        if len(found) < 2:
+            yield answer["text"] + answer["continuation"]
+            return
+        for one in found:
+            yield f"{one['score']:8.4f}  {answer['text']}{one['text']}"
 
 
 def causal_model(

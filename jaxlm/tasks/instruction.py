@@ -16,6 +16,7 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.instruction import Dialogue, DialogueFields, Template
 from jaxlm.data.labelled.records import Record
+from jaxlm.decode.beam import beyond_text
 from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
 from jaxlm.evaluate.baselines import Baselines
@@ -187,6 +188,7 @@ class Instruction:
                 "stopped": written.stopped,
                 "tokens": written.tokens,
                 "log_probabilities": written.log_probabilities,
+                **beyond_text(written),
             }
             for example, written in zip(examples, outputs["written"], strict=True)
         ]

@@ -10,7 +10,7 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jaxlm.data.prepared import PreparedInfo
-from jaxlm.decode.generate import GenerateConfig
+from jaxlm.decode.beam import Writing
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import CausalConfig, ModelConfig
@@ -91,7 +91,7 @@ class MaskedLm:
         texts: Sequence[Given],
         *,
         top_k: int,
-        generate: GenerateConfig,
+        generate: Writing,
     ) -> Iterator[dict[str, Any]]:
         """For each text the likeliest fillings of each blank, best first, or what is wrong."""
         apply = self.make_model(config).apply

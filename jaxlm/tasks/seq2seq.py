@@ -19,6 +19,7 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.seq2seq import Long, Pair, PairFields
 from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.decode.beam import beyond_text
 from jaxlm.decode.causal_model import CausalModel
 from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
@@ -29,6 +30,7 @@ from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
 from jaxlm.models.pooling import Pooling
 from jaxlm.nn import stack
+from jaxlm.nn.cache import DecoderCache
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, shape
@@ -240,6 +242,7 @@ class Seq2Seq:
                 "log_probability": sum(written.log_probabilities),
                 "stopped": written.stopped,
                 "tokens": written.tokens,
+                **beyond_text(written),
             }
             for example, written in zip(examples, outputs["written"], strict=True)
         ]
@@ -274,6 +277,7 @@ def encoder_decoder(
         step=step,
         make_state=none,
         read=read,
+        take=DecoderCache.take,
         variables=variables,
         arrange=_by_layer,
         tokenizer=tokenizer,

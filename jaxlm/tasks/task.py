@@ -17,7 +17,8 @@ from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.prepared import PreparedInfo
-from jaxlm.decode.generate import Generate, GenerateConfig
+from jaxlm.decode.beam import Writing
+from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
@@ -98,7 +99,7 @@ class PretrainTask(Protocol):
         texts: Sequence[Given],
         *,
         top_k: int,
-        generate: GenerateConfig,
+        generate: Writing,
     ) -> Iterator[dict[str, Any]]:
         """What the pretrained model says of each of ``texts``.
 

@@ -21,7 +21,8 @@ from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.seq2seq import Pair, PairFields
 from jaxlm.data.tokenizers import TokenizerConfig
-from jaxlm.decode.generate import Generation
+from jaxlm.decode.beam import BeamConfig
+from jaxlm.decode.generate import GenerateConfig, Generation
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.transformer import TransformerConfig
@@ -139,6 +140,37 @@ def test_it_is_evaluated_and_asked(config, printed, scripts, capsys) -> None:
     assert [one["line"] for one in answers] == [1, 2, 3, 4]
     assert "'source' is empty" in answers[2]["error"]
     assert " ".join(answers[3]["translation"].split()) == written["blue"]
+
+
+def test_beams_are_evaluated_and_shown(config, printed, scripts, capsys) -> None:
+    evaluate, predict = scripts
+    folder, run = config.runs, config.directory
+    beam = BeamConfig(size=3, n_best=2, max_new_tokens=12)
+    (folder / "c.en").write_text("red\nwhite\nblue\ngreen\n")
+    predict.main(run, "translate", file=folder / "c.en", out=folder / "c.jsonl", beam=beam)
+    answers = rows_of(folder / "c.jsonl")
+    for one in answers:
+        first, second = one["n_best"]
+        assert first["score"] == one["score"] > second["score"]
+        assert first["text"] == one["translation"]
+    best = [" ".join(one["translation"].split()) for one in answers]
+    predict.main(run, "translate", file=folder / "c.en", out=folder / "c.de", beam=beam)
+    assert (folder / "c.de").read_text().splitlines() == best
+    predict.main(run, "translate", file=folder / "c.en", out=folder / "c.csv", beam=beam)
+    assert "score" in (folder / "c.csv").read_text().splitlines()[0]
+    evaluate.main(run, data=folder / "c.en", target=folder / "c.en", beam=beam)
+    rows = rows_of(run / "eval" / "c" / TRANSLATIONS)
+    assert [" ".join(one["translation"].split()) for one in rows] == best
+    capsys.readouterr()
+    predict.main(run, "translate", "red", beam=beam)
+    lines = capsys.readouterr().out.splitlines()
+    scores = [one["score"] for one in answers[0]["n_best"]]
+    assert [float(line.split()[0]) for line in lines] == pytest.approx(scores, abs=1e-3)
+    told = GenerateConfig(max_new_tokens=3)
+    with pytest.raises(InputError, match=r"generate and beam \(size=3\) are two ways to write"):
+        predict.main(run, "translate", "red", beam=beam, generate=told)
+    with pytest.raises(InputError, match=r"--beam.size 3 compares whole texts"):
+        predict.main(run, "translate", "red", beam=beam, stream=True)
 
 
 @pytest.mark.slow
