@@ -118,7 +118,7 @@ def with_jaxlm(options: Options) -> Iterator[tuple[str, Write]]:
     tokens = jnp.zeros((1, 4), jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(0), tokens, tokens)
     causal = encoder_decoder(model, config, variables, make_tokenizer(options))
-    size = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens}
+    size: Any = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens}
     beams, greedy = BeamSearch(causal), Generate(causal)
     config = BeamConfig(size=options.beams, **size)
     told = GenerateConfig(**size)

@@ -206,7 +206,9 @@ def main(
     if isinstance(loaded.task, Responsive):
         (example,) = loaded.task.read([record], labelled=False)
         if isinstance(way, BeamConfig):
-            show_hypotheses(*loaded.responder.respond([example], way))
+            for best in loaded.responder.respond([example], way):
+                assert isinstance(best, Hypothesis)
+                show_hypotheses(best)
             return
         pieces = loaded.responder.stream(example, generate)
         show_pieces("", pieces if stream else ["".join(pieces)])

@@ -325,14 +325,15 @@ class _Rows:
 
         numbers: Any = np.array([*self._numbers, *[0] * spare], np.int32)
         limits: Any = np.array([*self._limits, *[1] * spare], np.int32)
+        each: Any = lambda row: np.tile(row, (count, 1))
         sampling = Sampling(
             temperature=full(config.temperature),
             top_k=full(min(config.top_k or model.vocab_size, model.vocab_size), np.int32),
             top_p=full(config.top_p or 1),
             min_p=full(config.min_p or 0),
             repetition_penalty=full(config.repetition_penalty or 1),
-            banned=np.tile(banned, (count, 1)),
-            stops=np.tile(stops, (count, 1)),
+            banned=each(banned),
+            stops=each(stops),
             min_tokens=full(config.min_new_tokens, np.int32),
             max_tokens=limits,
             seed=full(config.seed, np.uint32),

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.decode.beam import Writing
 from jaxlm.decode.fill_mask import MASK
-from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig, TwoStreamConfig
@@ -99,7 +99,7 @@ class PermutationLm:
         texts: Sequence[Given],
         *,
         top_k: int,
-        generate: GenerateConfig,
+        generate: Writing,
     ) -> Iterator[dict[str, Any]]:
         """For each text the likeliest fillings of each blank, best first, or what is wrong.
 

@@ -12,7 +12,7 @@ from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from jaxlm.data.prepared import PreparedInfo
-from jaxlm.decode.generate import GenerateConfig
+from jaxlm.decode.beam import Writing
 from jaxlm.errors import InputError
 from jaxlm.models import electra
 from jaxlm.models.model import ModelConfig
@@ -127,7 +127,7 @@ class ReplacedToken:
         texts: Sequence[Given],
         *,
         top_k: int,
-        generate: GenerateConfig,
+        generate: Writing,
     ) -> Iterator[dict[str, Any]]:
         """For each text its tokens, each with the probability that another stood there."""
         apply = jax.jit(self.make_model(config).apply)
