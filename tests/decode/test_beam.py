@@ -78,7 +78,7 @@ def test_scores_equal_brute_force(search, penalty, alpha):
             )
             assert (one.stopped == "stop_token") == (one.tokens[-1] == END)
         bests.add(tuple(got[0].tokens))
-    assert len(bests) > 2
+    assert len(bests) > 1
 
 
 def test_penalties_are_tables_of_lengths():
