@@ -91,7 +91,7 @@ class Hypothesis(Generation):
     score: float
     """The sum of log-probabilities by the length penalty: the larger, the better."""
     others: tuple["Hypothesis", ...] = ()
-    """Of the best the next ones."""
+    """The next best after the best, best first."""
 
 
 def beyond_text(written: Generation) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _extend(
 
 
 def _along(x: Array, index: Int[Array, "batch chosen"]) -> Array:
-    """Of each row those of the second axis."""
+    """The chosen entries of each row's second axis."""
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
