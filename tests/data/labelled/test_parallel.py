@@ -45,7 +45,7 @@ def test_line_by_line(pair):
 
 
 @pytest.mark.parametrize(
-    ("ending", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress)], ids=str
+    ("ending", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress)], ids=["gz", "bz2"]
 )
 def test_compressed_or_with_other_line_ends_it_is_the_same(pair, write, ending, pack):
     plain = texts(pair())
