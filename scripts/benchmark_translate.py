@@ -83,8 +83,8 @@ def main(options: Options) -> None:
                 raise SystemExit(f"{name} writes {count} tokens")
             console.print(f"{name}: ready", highlight=False)
         for _ in range(options.rounds):
+            wait_until_quiet(20)
             for name, write in ways.items():
-                wait_until_quiet(20)
                 start = time.perf_counter()
                 write(sources)
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
