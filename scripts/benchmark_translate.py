@@ -118,7 +118,7 @@ def with_jaxlm(options: Options) -> Iterator[tuple[str, Write]]:
     tokens = jnp.zeros((1, 4), jnp.int32)
     variables = jax.jit(model.init)(jax.random.key(0), tokens, tokens)
     causal = encoder_decoder(model, config, variables, make_tokenizer(options))
-    size = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens}
+    size: Any = {"min_new_tokens": options.new_tokens, "max_new_tokens": options.new_tokens}
     beams, greedy = BeamSearch(causal), Generate(causal)
     config = BeamConfig(size=options.beams, **size)
     told = GenerateConfig(**size)
@@ -214,7 +214,10 @@ def with_ctranslate2(options: Options, folder: Path) -> Iterator[tuple[str, Writ
     spec = Named()(model, None)
     spec.validate()
     spec.save(str(folder))
-    size = {"min_decoding_length": options.new_tokens, "max_decoding_length": options.new_tokens}
+    size: Any = {
+        "min_decoding_length": options.new_tokens,
+        "max_decoding_length": options.new_tokens,
+    }
     names = token_names(options)
 
     def way(kind: str) -> Write:

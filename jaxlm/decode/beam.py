@@ -251,18 +251,22 @@ class BeamSearch:
         ends = sorted(stop for stop in stops if not banned[stop])
         several = 1 << max(len(ends) - 1, 0).bit_length()  # few numbers are compiled
         banned[list(stops)] = True
-        table = divisors(config, room)
+        table: Any = divisors(config, room)
         if not (np.isfinite(table) & (table > 0)).all():
             raise InputError(
                 f"alpha={config.alpha} makes scores of {room} tokens that are not numbers: 0 is no "
                 "length penalty, 1 is usual"
             )
         prospects = model.put(_prospects(config, table, limits))
+
+        def whole(value: Any) -> Any:
+            return np.asarray(value, np.int32)
+
         return Rules(
             banned=banned,
-            stops=np.array([*ends, *[-1] * (several - len(ends))], np.int32),
-            min_tokens=np.int32(max(0, config.min_new_tokens - given)),
-            no_repeat_ngram=np.int32(config.no_repeat_ngram or 0),
+            stops=whole([*ends, *[-1] * (several - len(ends))]),
+            min_tokens=whole(max(0, config.min_new_tokens - given)),
+            no_repeat_ngram=whole(config.no_repeat_ngram or 0),
             divisors=table,
             max_tokens=model.put(limits),
             prospects=prospects,

@@ -194,10 +194,12 @@ def _grown(
     """Tokens and log-probabilities of these beams with these tokens behind."""
     rows = jnp.arange(len(parents))[:, None]
     new = logits[rows, parents, tokens] - _along(scale, parents)
-    return tuple(
-        lax.dynamic_update_slice_in_dim(_along(x, parents), column[:, :, None], beams.count, axis=2)
-        for x, column in ((beams.tokens, tokens), (beams.log_probabilities, new))
-    )
+
+    def put(x: Array, column: Array) -> Array:
+        column = column[:, :, None]
+        return lax.dynamic_update_slice_in_dim(_along(x, parents), column, beams.count, axis=2)
+
+    return put(beams.tokens, tokens), put(beams.log_probabilities, new)
 
 
 def _best(one: Found, other: Found) -> Found:

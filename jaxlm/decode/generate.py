@@ -316,9 +316,12 @@ class _Rows:
         prompts = [*self._prompts, *[self._prompts[0]] * spare]
         longest = max(map(len, prompts))
         length = bucket(longest) if self._sources is None else longest  # equal for all sources
-        banned = model.banned(config.banned_tokens, self._stops, config.min_new_tokens)
+        banned: Any = model.banned(config.banned_tokens, self._stops, config.min_new_tokens)
         stops: Any = np.zeros_like(banned)
         stops[list(self._stops)] = True
+
+        def tiled(row: Any) -> Any:
+            return np.tile(row, (count, 1))
 
         def full(value: Any, dtype: Any = np.float32) -> Any:
             return np.full(count, value, dtype)
@@ -331,8 +334,8 @@ class _Rows:
             top_p=full(config.top_p or 1),
             min_p=full(config.min_p or 0),
             repetition_penalty=full(config.repetition_penalty or 1),
-            banned=np.tile(banned, (count, 1)),
-            stops=np.tile(stops, (count, 1)),
+            banned=tiled(banned),
+            stops=tiled(stops),
             min_tokens=full(config.min_new_tokens, np.int32),
             max_tokens=limits,
             seed=full(config.seed, np.uint32),
