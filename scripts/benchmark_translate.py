@@ -83,8 +83,8 @@ def main(options: Options) -> None:
                 raise SystemExit(f"{name} writes {count} tokens")
             console.print(f"{name}: ready", highlight=False)
         for _ in range(options.rounds):
+            wait_until_quiet(20)
             for name, write in ways.items():
-                wait_until_quiet(20)
                 start = time.perf_counter()
                 write(sources)
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
@@ -214,7 +214,10 @@ def with_ctranslate2(options: Options, folder: Path) -> Iterator[tuple[str, Writ
     spec = Named()(model, None)
     spec.validate()
     spec.save(str(folder))
-    size = {"min_decoding_length": options.new_tokens, "max_decoding_length": options.new_tokens}
+    size: Any = {
+        "min_decoding_length": options.new_tokens,
+        "max_decoding_length": options.new_tokens,
+    }
     names = token_names(options)
 
     def way(kind: str) -> Write:

@@ -28,7 +28,7 @@ from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import Source, holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
 from jaxlm.decode.beam import BeamConfig, Hypothesis
-from jaxlm.decode.generate import GenerateConfig
+from jaxlm.decode.generate import GenerateConfig, Generation
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import retrieval
 from jaxlm.runs import finetuned, pretrained
@@ -206,9 +206,8 @@ def main(
     if isinstance(loaded.task, Responsive):
         (example,) = loaded.task.read([record], labelled=False)
         if isinstance(way, BeamConfig):
-            for best in loaded.responder.respond([example], way):
-                assert isinstance(best, Hypothesis)
-                show_hypotheses(best)
+            (best,) = loaded.responder.respond([example], way)
+            show_hypotheses(best)
             return
         pieces = loaded.responder.stream(example, generate)
         show_pieces("", pieces if stream else ["".join(pieces)])
@@ -221,8 +220,9 @@ def main(
         print_json(answer)
 
 
-def show_hypotheses(best: Hypothesis) -> None:
+def show_hypotheses(best: Generation) -> None:
     """The best text; or each of several, behind its score."""
+    assert isinstance(best, Hypothesis)  # of a beam search
     for one in (best, *best.others):
         show_pieces(f"{one.score:8.4f}  " if best.others else "", [one.text])
 

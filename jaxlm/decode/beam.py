@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -259,12 +258,15 @@ class BeamSearch:
                 "length penalty, 1 is usual"
             )
         prospects = model.put(_prospects(config, table, limits))
-        integers: Any = partial(np.array, dtype=np.int32)
+
+        def whole(value: Any) -> Any:
+            return np.asarray(value, np.int32)
+
         return Rules(
             banned=banned,
-            stops=integers([*ends, *[-1] * (several - len(ends))]),
-            min_tokens=integers(max(0, config.min_new_tokens - given)),
-            no_repeat_ngram=integers(config.no_repeat_ngram or 0),
+            stops=whole([*ends, *[-1] * (several - len(ends))]),
+            min_tokens=whole(max(0, config.min_new_tokens - given)),
+            no_repeat_ngram=whole(config.no_repeat_ngram or 0),
             divisors=table,
             max_tokens=model.put(limits),
             prospects=prospects,

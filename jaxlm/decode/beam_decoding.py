@@ -151,7 +151,7 @@ def _extend(
         ),
         num_beams,
     )
-    may_end = (rules.stops >= 0) & (count >= rules.min_tokens)
+    may_end = (rules.stops >= 0) & (beams.count >= rules.min_tokens)
     ended = jnp.where(may_end[None, None, :], totals[:, :, rules.stops], -jnp.inf)
     ended, which = lax.top_k(
         rearrange(ended, "batch beams stops -> batch (beams stops)"), num_beams

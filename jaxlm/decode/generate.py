@@ -316,24 +316,26 @@ class _Rows:
         prompts = [*self._prompts, *[self._prompts[0]] * spare]
         longest = max(map(len, prompts))
         length = bucket(longest) if self._sources is None else longest  # equal for all sources
-        banned = model.banned(config.banned_tokens, self._stops, config.min_new_tokens)
+        banned: Any = model.banned(config.banned_tokens, self._stops, config.min_new_tokens)
         stops: Any = np.zeros_like(banned)
         stops[list(self._stops)] = True
+
+        def tiled(row: Any) -> Any:
+            return np.tile(row, (count, 1))
 
         def full(value: Any, dtype: Any = np.float32) -> Any:
             return np.full(count, value, dtype)
 
         numbers: Any = np.array([*self._numbers, *[0] * spare], np.int32)
         limits: Any = np.array([*self._limits, *[1] * spare], np.int32)
-        each: Any = lambda row: np.tile(row, (count, 1))
         sampling = Sampling(
             temperature=full(config.temperature),
             top_k=full(min(config.top_k or model.vocab_size, model.vocab_size), np.int32),
             top_p=full(config.top_p or 1),
             min_p=full(config.min_p or 0),
             repetition_penalty=full(config.repetition_penalty or 1),
-            banned=each(banned),
-            stops=each(stops),
+            banned=tiled(banned),
+            stops=tiled(stops),
             min_tokens=full(config.min_new_tokens, np.int32),
             max_tokens=limits,
             seed=full(config.seed, np.uint32),

@@ -173,7 +173,7 @@ def test_limits_and_ends(search):
     whys = set()
     for best in search(PROMPTS, config):
         for one in (best, *best.others):
-            assert 5 <= len(one.tokens) <= 8
+            assert 6 <= len(one.tokens) <= 8
             assert not set("e!") & set(one.text[4:])
             assert (len(one.tokens) == 8) or one.stopped == "stop_token"
             whys.add(one.stopped)
