@@ -55,7 +55,11 @@ class Electra(nn.Module):
             own = {n: x for n, x in params["encoder"].items() if not n.endswith(_SHARED)}
             return {**params, "encoder": own}
 
-        self.generator = self.param("generator", init)
+        if self.has_variable("params", "generator"):
+            # Linen would trace what draws it, whose single row no mesh can split.
+            self.generator = self.get_variable("params", "generator")
+        else:
+            self.generator = self.param("generator", init)
 
     def __call__(
         self,

@@ -143,7 +143,7 @@ def last_step(evaluations, patience=1, **cursor):
         checkpointer,
         NEW | {"examples_seen": 0} | cursor,
         view,
-        batch_size=2,
+        examples_after=lambda steps: 2 * steps,
     )
     saves = [call.args for call in checkpointer.save.call_args_list]
     return saves[-1][0], [call.args[0] for call in view.print.call_args_list], saves[0][2]
