@@ -158,7 +158,7 @@ def test_resumed_on_fewer_devices_sees_the_same(folder: Path, devices: int) -> N
     np.testing.assert_allclose(list(one.values()), list(other.values()), atol=1e-5)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_loop_of_ones_own_learns(devices):
     code, out, err = finish(start("minimal.py", devices=devices))
     assert (code, err) == (0, "")

@@ -35,6 +35,7 @@ config = FinetuneConfig(
 """
 
 
+@pytest.mark.slow
 def test_from_the_command_line_to_the_table(tmp_path: Path) -> None:
     rng = random.Random(0)
     lines = [

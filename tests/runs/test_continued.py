@@ -98,6 +98,7 @@ def test_a_head_that_does_not_fit_is_new(
     assert f"from {folder}: encoder; its head is new" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_continues_from_a_published_model_with_its_head(
     config: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +237,7 @@ def test_a_run_that_trained_nothing_says_so_each_time(
     assert max(list_steps(pretrain(longer) / "checkpoints")) == STEPS
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_keeps_its_length(
     config: PretrainConfig, whole: Path, tmp_path: Path
 ) -> None:

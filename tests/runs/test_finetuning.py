@@ -179,7 +179,11 @@ def test_merged_and_saved_is_a_base(directory: Path, tmp_path: Path) -> None:
         huggingface.save(tmp_path, {}, loaded.config.model, loaded.tokenizer)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(fsdp=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(), pytest.param(MeshConfig(fsdp=2, tensor=2), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_interrupted_and_resumed_is_uninterrupted(
     config: FinetuneConfig,
     directory: Path,
@@ -238,7 +242,10 @@ def test_every_tuning_trains_what_it_says(config: FinetuneConfig, tuning, tmp_pa
             assert all(path.startswith(("lora/", "ia3/")) for path in encoder)
 
 
-@pytest.mark.parametrize(("kept", "dtype"), [("bfloat16", "bfloat16"), ("int8", None)])
+@pytest.mark.parametrize(
+    ("kept", "dtype"),
+    [pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow), ("int8", None)],
+)
 def test_a_frozen_base_may_be_small(config: FinetuneConfig, kept, dtype, tmp_path: Path) -> None:
     small = replace(config, runs=tmp_path, frozen_dtype=kept, dtype=dtype)
     loaded = finetuned.open_finetuned(finetune(small))

@@ -92,9 +92,8 @@ def test_interrupted_and_resumed_is_bit_identical(
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(
-    "mesh", [pytest.param(MeshConfig(fsdp=4, tensor=2), marks=pytest.mark.slow), "pmap"], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=4, tensor=2), "pmap"], ids=str)
 def test_resumed_elsewhere_sees_the_same(
     config: PretrainConfig, whole: Path, monkeypatch: pytest.MonkeyPatch, mesh: MeshConfig | str
 ) -> None:

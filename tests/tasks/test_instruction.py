@@ -48,6 +48,7 @@ def sampled(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_model_learns_to_respond_and_to_stop(config, eval_metrics, monkeypatch, capsys) -> None:
     out = io.StringIO()
     directory = finetune(config, console=Console(file=out, width=60))
