@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from jaxlm import config as configs
 from jaxlm.config import FinetuneConfig
 from jaxlm.models.bilstm import BilstmConfig
