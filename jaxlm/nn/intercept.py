@@ -239,11 +239,18 @@ def match(patterns: Sequence[str], sites: Sites, params: Params) -> dict[str, in
     return found
 
 
-def intercept(apply: Apply, collection: str, rewrite: Callable[[Call, Leaves], Array]) -> Apply:
+def intercept(
+    apply: Apply,
+    collection: str,
+    rewrite: Callable[[Call, Leaves], Array],
+    *,
+    needs_use: bool = True,
+) -> Apply:
     """``apply`` in which ``rewrite`` replaces the calls of modules that have a ``collection``.
 
     Raises where a part of the collection is used by no module: it would silently have no effect.
-    A ``method`` of the model may use a part of it, such as a decoder's: then only if none is used.
+    A ``method`` of the model may use a part of it, such as a decoder's: then only if none is used,
+    and with ``needs_use=False`` not even then.
     """
 
     def intercepted(variables: Mapping[str, PyTree], *args: Any, **kwargs: Any) -> Any:
@@ -266,7 +273,8 @@ def intercept(apply: Apply, collection: str, rewrite: Callable[[Call, Leaves], A
         # Here, and not around it: a function already compiled would not notice.
         with nn.intercept_methods(_interceptor(replace)):
             y = apply(variables, *args, **kwargs)
-        if unread and (kwargs.get("method") is None or len(unread) == len(leaves)):
+        useless = needs_use and len(unread) == len(leaves)
+        if unread and (kwargs.get("method") is None or useless):
             raise InputError(
                 f"no module read the {collection!r} of {', '.join(sorted(unread))}: the model has "
                 "no such linear map or table, or does not call it, or scans it without "

@@ -81,7 +81,7 @@ def adapt(apply: Apply) -> Apply:
     So are the vectors that it multiplies, each with a scale of its own (Dettmers et al. 2022,
     arXiv:2208.07339, section 2: vector-wise quantization). Without anything quantized, ``apply``.
     """
-    adapted = intercept(apply, "int8", _multiply)
+    adapted = intercept(apply, "int8", _multiply, needs_use=False)
 
     def of_bytes(variables: Variables, *args: Any, **kwargs: Any) -> Any:
         flat: dict[str, Any] = flatten(variables["params"])

@@ -1,12 +1,19 @@
+from dataclasses import replace
+from typing import get_args
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rounding import DTYPES, tolerance
+from tiny_models import BERT
 
 from jaxlm import tree
+from jaxlm.config import PretrainingTask
 from jaxlm.errors import InputError
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.intercept import Site, find_sites
 from jaxlm.nn.linear import Linear
@@ -14,7 +21,12 @@ from jaxlm.nn.stack import apply_stack
 from jaxlm.peft import lora
 from jaxlm.peft.quantize import Quantized, adapt, dequantize, int8_product, quantize
 from jaxlm.sharding import axes_of
+from jaxlm.tasks.causal_lm import CausalLm
+from jaxlm.tasks.permutation_lm import PermutationLm
+from tests.test_configs import VOCAB_SIZE, vocabulary
 
+GPT2 = Gpt2Config(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32, max_length=16)
+XLNET = XlnetConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32)
 # Channels of very different size, one of them zero.
 SIZES = np.array([1e-4, 1.0, 0.0, 300.0])
 
@@ -169,3 +181,23 @@ def test_a_row_of_bytes_is_multiplied_exactly():
         expected = rows @ (values * scale[None])
         np.testing.assert_array_equal(int8_product(rows, values, scale), expected)
         np.testing.assert_array_equal(int8_product(rows, values.T, scale, axis=1), expected)
+
+
+@pytest.mark.parametrize("task", get_args(PretrainingTask), ids=lambda task: task.__name__)
+def test_every_pretrained_model_can_be_evaluated_in_bytes(task):
+    config = {CausalLm: GPT2, PermutationLm: XLNET}.get(task, BERT)
+    config = replace(config, vocab_size=VOCAB_SIZE, max_length=16)
+    model = task().make_model(config)
+    tokens = np.random.default_rng(0).integers(5, VOCAB_SIZE, (2, 16)).astype(np.int32)
+    variables = model.init(jax.random.key(0), jnp.asarray(tokens[:, :8]))
+    sites = find_sites(lambda v: model.apply(v, jnp.asarray(tokens)), variables)
+    packed = {**variables, "params": quantize(variables["params"], sites)}
+    batch = {"tokens": tokens, "lengths": np.full(2, 16), "index": np.arange(2)}
+
+    def loss(apply, variables):
+        run = task().for_evaluation().make_loss(apply, vocabulary())
+        key = jax.random.key(1)
+        return run(variables, batch, key, progress=jnp.ones(()), deterministic=True)[1].means()
+
+    exact = loss(model.apply, variables)["loss"]
+    assert 0 < abs(loss(adapt(model.apply), packed)["loss"] / exact - 1) < 0.02
