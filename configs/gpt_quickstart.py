@@ -4,8 +4,8 @@
     python scripts/predict.py runs/gpt_quickstart generate "Return the"
 
 Hardware and time: two CPU cores, three minutes.
-Expected: validation loss 4.97 (131 steps on cores that were busy; unigram entropy 6.45); not yet
-measured on idle ones.
+Expected: validation loss 4.21 after half of the time, whose checkpoint is used, and 4.44 at the
+end, of 918 steps (unigram entropy 6.45).
 """
 
 from jaxlm.config import PretrainConfig
