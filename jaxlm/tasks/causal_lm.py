@@ -178,7 +178,7 @@ def causal_model(
         step_all=partial(step, every),
         make_state=config.make_cache,
         variables=variables,
-        arrange=_by_layer,
+        arrange=by_layer,
         tokenizer=tokenizer,
         max_length=config.max_length or _MAX_LENGTH,
         start=(special.cls,),
@@ -186,9 +186,12 @@ def causal_model(
     )
 
 
-def _by_layer(variables: Variables) -> Variables:
-    """With an array for each layer: XLA would copy a stack's slices for every token."""
+def by_layer(variables: Variables, name: str = "layers") -> Variables:
+    """With an array for each layer of the stack of that name in the encoder.
+
+    XLA would copy a stack's slices for every token.
+    """
     params: Any = variables["params"]
-    layers = stack.split(params["encoder"]["layers"])
-    params = {**params, "encoder": {**params["encoder"], "layers": layers}}
+    layers = stack.split(params["encoder"][name])
+    params = {**params, "encoder": {**params["encoder"], name: layers}}
     return {**variables, "params": params}

@@ -33,6 +33,7 @@ from jaxlm.nn import stack
 from jaxlm.nn.cache import DecoderCache
 from jaxlm.objectives import seq2seq
 from jaxlm.objectives.supervised import Predict
+from jaxlm.tasks.causal_lm import by_layer
 from jaxlm.tasks.task import AbstractBatch, Labels, Outputs, Task, shape
 from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss, Variables
@@ -279,18 +280,10 @@ def encoder_decoder(
         read=read,
         take=DecoderCache.take,
         variables=variables,
-        arrange=_by_layer,
+        arrange=partial(by_layer, name="decoder_layers"),
         tokenizer=tokenizer,
         max_length=config.max_length or _MAX_LENGTH,
         start=(special.cls,),
         end=(special.sep,),
         batch_size=64,
     )
-
-
-def _by_layer(variables: Variables) -> Variables:
-    """With an array for each layer of the decoder: XLA would copy a stack's slices every time."""
-    params: Any = variables["params"]
-    layers = stack.split(params["encoder"]["decoder_layers"])
-    params = {**params, "encoder": {**params["encoder"], "decoder_layers": layers}}
-    return {**variables, "params": params}
