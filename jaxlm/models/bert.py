@@ -21,10 +21,11 @@ from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import Mlp
+from jaxlm.nn.masks import Visibility
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import Remat, apply_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Hidden, Mask, Tokens
+from jaxlm.typing import Hidden, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +131,7 @@ class BertBlock(nn.Module):
     def __call__(
         self,
         x: Hidden,
-        mask: Mask | None,
+        mask: Visibility | None,
         segment_ids: Int[Array, "batch length"] | None,
         deterministic: bool,
     ) -> Hidden:
@@ -178,7 +179,7 @@ class Bert(nn.Module):
         token_type_ids: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         deterministic: bool = True,
     ) -> Hidden:
         """Encode rows.

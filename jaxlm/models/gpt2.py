@@ -22,10 +22,11 @@ from jaxlm.nn.cache import Cache, LayerCache
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import ACTIVATIONS, Activation, Mlp
+from jaxlm.nn.masks import Visibility
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Dtype, Hidden, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,12 +145,12 @@ class Gpt2Block(nn.Module):
 
     config: Gpt2Config
 
-    def __call__(self, x: Hidden, mask: Mask, deterministic: bool) -> Hidden:
+    def __call__(self, x: Hidden, mask: Visibility, deterministic: bool) -> Hidden:
         return self.extend(x, None, mask, deterministic)[0]
 
     @nn.compact
     def extend(
-        self, x: Hidden, cache: LayerCache | None, mask: Mask, deterministic: bool
+        self, x: Hidden, cache: LayerCache | None, mask: Visibility, deterministic: bool
     ) -> tuple[Hidden, LayerCache | None]:
         """The same over what is in the cache, too."""
         c = self.config
@@ -197,7 +198,7 @@ class Gpt2(nn.Module):
         token_type_ids: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         deterministic: bool = True,
     ) -> Hidden:
         """Hidden states of rows.
@@ -216,7 +217,7 @@ class Gpt2(nn.Module):
             raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
         if positions is None:
             positions = jnp.arange(length)[None, :]
-        seen = masks.causal(length, segment_ids, mask)
+        seen = masks.visible(segment_ids, mask, after=0)
         x = self.token_embed(tokens) + self.position_embed(positions)
         x = self.embed_dropout(x, deterministic=deterministic)
         x = constrain(x, ("batch", "length", "embed"))

@@ -21,11 +21,12 @@ from jaxlm.nn.cache import Cache, LayerCache
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import ACTIVATIONS, Activation, GatedMlp
+from jaxlm.nn.masks import Visibility
 from jaxlm.nn.norms import RmsNorm
 from jaxlm.nn.positions import Rotary
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Dtype, Hidden, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +171,17 @@ class LlamaBlock(nn.Module):
 
     config: LlamaConfig
 
-    def __call__(self, x: Hidden, mask: Mask, rotary: Rotary, deterministic: bool) -> Hidden:
+    def __call__(self, x: Hidden, mask: Visibility, rotary: Rotary, deterministic: bool) -> Hidden:
         return self.extend(x, None, mask, rotary, deterministic)[0]
 
     @nn.compact
     def extend(
-        self, x: Hidden, cache: LayerCache | None, mask: Mask, rotary: Rotary, deterministic: bool
+        self,
+        x: Hidden,
+        cache: LayerCache | None,
+        mask: Visibility,
+        rotary: Rotary,
+        deterministic: bool,
     ) -> tuple[Hidden, LayerCache | None]:
         """The same over what is in the cache, too."""
         c = self.config
@@ -226,7 +232,7 @@ class Llama(nn.Module):
         token_type_ids: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         deterministic: bool = True,
     ) -> Hidden:
         """Hidden states of rows.
@@ -245,7 +251,7 @@ class Llama(nn.Module):
             raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
         if positions is None:
             positions = jnp.arange(length)[None, :]
-        seen = masks.causal(length, segment_ids, mask)
+        seen = masks.visible(segment_ids, mask, after=0)
         x = self.embed_dropout(self.token_embed(tokens), deterministic=deterministic)
         x = constrain(x, ("batch", "length", "embed"))
         x = apply_stack(
