@@ -16,9 +16,10 @@ from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead, UntiedLmHead
-from jaxlm.nn import cache, masks
+from jaxlm.nn import cache, choose, masks
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import Cache, LayerCache
+from jaxlm.nn.choose import Attends, Attention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import ACTIVATIONS, Activation, Mlp
@@ -59,6 +60,8 @@ class Gpt2Config:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of matrix products and activations; None: float32, and in a training run bfloat16 on
     GPUs and TPUs."""
+    attention: Attention | None = None
+    """How attention is computed; None: plainly, and in a run as its --attention says."""
     unroll: int | None = None
     """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
     remat: Remat | None = None
@@ -93,6 +96,11 @@ class Gpt2Config:
     def unrolls_layers(self) -> bool:
         """Whether the blocks are computed without a loop."""
         return self.unroll is None
+
+    @property
+    def attends(self) -> Attends:
+        """What its attention is like."""
+        return Attends(self.hidden_dim // self.num_heads, self.attention_dropout_rate)
 
     @property
     def is_causal(self) -> bool:
@@ -163,6 +171,7 @@ class Gpt2Block(nn.Module):
             dropout_rate=c.attention_dropout_rate,
             dtype=dtype,
             kernel_init=init,
+            attend=choose.named(c.attention),
             out_init=out_init,
             name="attention",
         )

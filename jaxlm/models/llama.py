@@ -18,6 +18,7 @@ from jaxlm.models.heads import TiedLmHead, UntiedLmHead
 from jaxlm.nn import cache, masks, positions
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import Cache, LayerCache
+from jaxlm.nn.choose import Attends, Attention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import ACTIVATIONS, Activation, GatedMlp
@@ -70,6 +71,8 @@ class LlamaConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of matrix products and activations; None: float32, and in a training run bfloat16 on
     GPUs and TPUs."""
+    attention: Attention | None = None
+    """How attention is computed; None: plainly, and in a run as its --attention says."""
     unroll: int | None = None
     """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
     remat: Remat | None = None
@@ -126,6 +129,11 @@ class LlamaConfig:
     def unrolls_layers(self) -> bool:
         """Whether the blocks are computed without a loop."""
         return self.unroll is None
+
+    @property
+    def attends(self) -> Attends:
+        """What its attention is like."""
+        return Attends(self.head_size, self.attention_dropout_rate)
 
     @property
     def is_causal(self) -> bool:
@@ -195,6 +203,7 @@ class LlamaBlock(nn.Module):
             use_bias=c.attention_bias,
             dtype=dtype,
             kernel_init=init,
+            attend=choose.named(c.attention),
             num_kv_heads=c.kv_heads,
             out_init=out_init,
             name="attention",

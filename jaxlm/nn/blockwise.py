@@ -29,11 +29,21 @@ from jaxlm.nn.products import batched_outer, product
 from jaxlm.sharding import is_split
 from jaxlm.typing import Bias, PRNGKey
 
-BLOCK = 512
-"""Queries, and keys, of a block; of rows that this does not divide, nearly as many."""
-WINDOW_BLOCK = 128
-"""Queries of a block that sees a window of keys."""
 SCORES, MIX = "bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"
+
+
+class Sizes(NamedTuple):
+    """How rows are cut; of rows that a size does not divide, blocks are nearly as long."""
+
+    block: int = 512
+    """Queries, and keys, of a block."""
+    window_block: int = 128
+    """Queries of a block that sees a window of keys."""
+    plain: int = 256
+    """Rows of so few positions are not cut: the plain definition is as fast and smaller."""
+
+
+SIZES = Sizes()
 
 
 class _Blocks(NamedTuple):
@@ -51,10 +61,12 @@ class _Blocks(NamedTuple):
     starts: tuple[tuple[int, int], ...]
 
 
-def cut(mask: Visible, q_length: int, kv_length: int, *, whole_rows: bool = False) -> _Blocks:
+def cut(
+    mask: Visible, q_length: int, kv_length: int, sizes: Sizes, *, whole_rows: bool = False
+) -> _Blocks:
     """The blocks that have to be computed; ``whole_rows``: of all queries at once."""
     reach = None if mask.before is None or mask.after is None else mask.before + mask.after
-    size = _even(q_length, WINDOW_BLOCK * mask.group, 8 * mask.group)
+    size = _even(q_length, sizes.window_block * mask.group, 8 * mask.group)
     span = size // mask.group + (reach or 0)
     if reach is not None and not whole_rows and 2 * span <= kv_length:
         # Each block of queries with the one span of keys that it may see.
@@ -63,8 +75,8 @@ def cut(mask: Visible, q_length: int, kv_length: int, *, whole_rows: bool = Fals
         starts = tuple((start, start // mask.group) for start in q_starts)
         end = max(starts[-1][1] + span, mask.before + kv_length)
         return _Blocks(size, span, mask.before, len(q_starts) * size, end, starts)
-    size = q_length if whole_rows else _even(q_length, BLOCK)
-    span = _even(kv_length, BLOCK)
+    size = q_length if whole_rows else _even(q_length, sizes.block)
+    span = _even(kv_length, sizes.block)
     starts = tuple(
         (q, kv)
         for q in range(0, q_length, size)
@@ -91,8 +103,9 @@ def _forward(
     rate: float,
     dropout_key: Array | None,
     scale: float | None,
+    sizes: Sizes,
 ) -> tuple[Array, tuple[Any, ...]]:
-    work = _Work(query, key, value, mask, rate, dropout_key, scale)
+    work = _Work(query, key, value, mask, rate, dropout_key, scale, sizes)
     q, _, v = work.operands
     batch, heads, length, _ = q.shape
     least = jnp.full((batch, heads, length), NEGATIVE, jnp.float32)
@@ -121,12 +134,12 @@ def _forward(
 
 
 def _backward(
-    rate: float, scale: float | None, residuals: tuple[Any, ...], g: Array
+    rate: float, scale: float | None, sizes: Sizes, residuals: tuple[Any, ...], g: Array
 ) -> tuple[Array | None, ...]:
     # The barrier keeps XLA from keeping the weights of a single block instead.
     residuals, g = lax.optimization_barrier((residuals, g))
     query, key, value, mask, dropout_key, out, most, total = residuals
-    work = _Work(query, key, value, mask, rate, dropout_key, scale)
+    work = _Work(query, key, value, mask, rate, dropout_key, scale, sizes)
     q, k, v = work.operands
     by_heads = lambda x: rearrange(x.astype(jnp.float32), "batch q heads d -> batch heads q d")
     mean = work.pad_q((by_heads(g) * by_heads(out)).sum(-1)) / total
@@ -180,13 +193,14 @@ class _Work:
         rate: float,
         dropout_key: Array | None,
         scale: float | None,
+        sizes: Sizes,
     ) -> None:
         self._shape = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
         self._like, self._mask, self._rate, self._key = query, mask, rate, dropout_key
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
         q_length, kv_length = self._shape[2:]
         # Where rows are split over devices, all their queries are a block: slices would move them.
-        self.blocks = cut(mask, q_length, kv_length, whole_rows=is_split("length"))
+        self.blocks = cut(mask, q_length, kv_length, sizes, whole_rows=is_split("length"))
         by_heads = "batch length heads d -> batch heads length d"
         self.operands = (
             self.pad_q(rearrange(query, by_heads)),
@@ -293,7 +307,7 @@ class _Work:
         By the least and the largest of each, so that a segment may be taken for another between.
         """
         q_ids, kv_ids = self._padded.q_segment_ids, self._padded.kv_segment_ids
-        if q_ids is None:
+        if q_ids is None or self._padded.more is not None:  # by which a query may see nothing
             return None
 
         def ends(ids: Array, starts: np.ndarray, size: int) -> tuple[Array, Array]:
@@ -327,13 +341,14 @@ def _plainly(
     rate: float,
     dropout_key: Array | None,
     scale: float | None,
+    sizes: Sizes,
 ) -> Array:
     """The equation, for :func:`jaxlm.nn.custom_vjp.plain`."""
     options: Any = {"dropout_rate": rate, "dropout_key": dropout_key, "scale": scale}
     return dot_product_attention(query, key, value, mask=mask, **options)
 
 
-_attention = custom_vjp.gradient(_forward, _backward, static=(4, 6))(_plainly)
+_attention = custom_vjp.gradient(_forward, _backward, static=(4, 6, 7))(_plainly)
 
 
 def blockwise_attention(
@@ -346,16 +361,21 @@ def blockwise_attention(
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
     scale: float | None = None,
+    sizes: Sizes = SIZES,
 ) -> Float[Array, "batch q_length heads head_dim"]:
     """As :func:`~jaxlm.nn.attention.dot_product_attention`, block by block; without a bias.
 
-    A query that sees nothing gets the mean of the values in the blocks that are computed.
+    A query that sees nothing, by a mask beside a window, gets the mean of the values nearby.
     """
     if bias is not None:
         raise InputError(
             "blockwise attention takes no bias, whose gradient is a square array: use "
             "attention=plain"
         )
-    if not isinstance(mask, Visible):
-        mask = masks.visible(mask=mask)
-    return _attention(query, key, value, mask, dropout_rate, dropout_key, scale)
+    options: Any = {"dropout_rate": dropout_rate, "dropout_key": dropout_key, "scale": scale}
+    q_length, kv_length = query.shape[1], key.shape[1]
+    few = not isinstance(mask, Visible) and q_length <= 64  # as in decoding: no square
+    if few or max(q_length, kv_length) <= sizes.plain:
+        return dot_product_attention(query, key, value, mask=mask, **options)
+    seen = mask if isinstance(mask, Visible) else masks.visible(mask=mask)
+    return _attention(query, key, value, seen, dropout_rate, dropout_key, scale, sizes)

@@ -15,6 +15,8 @@ from jaxlm.nn.blockwise import blockwise_attention
 from jaxlm.nn.masks import Visibility, Visible, visible
 from jaxlm.typing import Bias, PRNGKey
 
+SHORT = 256
+"""Rows below this many positions are not worth a kernel."""
 Kernel = Callable[..., Float[Array, "batch q_length heads head_dim"]]
 """``kernel(query, key, value, segment_ids, seen)``: ids ``[batch, length]`` or None, and a
 :class:`Visible` that says the rest: ``before`` and ``after``."""
@@ -36,14 +38,14 @@ def attend(
     """By the kernel, on each device of the mesh in use for its own rows and heads.
 
     A row over itself; what reads a cache or another row, or is hidden by an array, goes block by
-    block.
+    block, and short rows plainly.
     """
     if bias is not None:
         raise InputError(f"{name} attention takes no bias: use attention=plain")
     seen = mask if isinstance(mask, Visible) else visible(mask=mask)
     group = seen.group
     is_own = query.shape[1] == key.shape[1] * group and seen.more is None
-    if not is_own:
+    if not is_own or key.shape[1] < SHORT:
         options: Any = {"dropout_rate": dropout_rate, "dropout_key": dropout_key, "scale": scale}
         return blockwise_attention(query, key, value, mask=seen, **options)
     if sharding.is_split("length"):
