@@ -137,5 +137,5 @@ def _tokamax_obstacle(setting: Setting) -> str | None:
     if setting.capability is None or int(setting.capability) not in (9, 10):
         return f"its gradient is for GPUs like H100 and B200, and this is {setting.device}"
     if importlib.util.find_spec("tokamax") is None:
-        return "it is not installed (pip install 'jaxlm[kernels]')"
+        return "it is not installed (pip install tokamax, from Python 3.12 on)"
     return None
