@@ -43,8 +43,8 @@ def tokamax_attention(
         )
     except ImportError as error:
         raise InputError(
-            f"attention=tokamax needs a package ({error}): pip install tokamax, from Python 3.12 on, "
-            "or use attention=blockwise"
+            f"attention=tokamax needs a package ({error}): pip install tokamax, from Python 3.12 "
+            "on, or use attention=blockwise"
         ) from error
     run = implementation or pallas_mosaic_gpu.PallasMosaicGpuFlashAttention()
 
