@@ -76,7 +76,7 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
         base = dataclasses.replace(model, vocab_size=vocab_size)
     rows = config.data.batch_size
     config = pretrained.resolve(config, [_no_data(length, vocab_size, rows)], "tpu", base)
-    config, attends = attention.settle(config, length, devices, is_here=False)
+    config, attends = attention.settle(config, length, devices, present=False)
     placement = pretrained.make_placement(config, _vocabulary(vocab_size), devices)
     batch = {
         "tokens": shape(jnp.uint16 if vocab_size <= 2**16 else jnp.int32, rows, length),
@@ -99,7 +99,7 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
     labels = tuple(str(number) for number in range(assumed.labels))
     longest = min(config.data.max_length, model.max_length or config.data.max_length)
     length = assumed.length or longest
-    config, attends = attention.settle(config, length, devices, is_here=False)
+    config, attends = attention.settle(config, length, devices, present=False)
     state = jax.eval_shape(partial(finetuned.make_state, config, labels, None))
     placement = finetuned.make_placement(config, labels, state, devices=devices)
     rows = rows_of(length, config.data.batch_size, config.data.batch_tokens)

@@ -195,6 +195,9 @@ class _Work:
         scale: float | None,
         sizes: Sizes,
     ) -> None:
+        # With the queries, on which nothing hangs but them: a mask that the layers of a model share
+        # would be computed for all blocks at once, outside the loop over layers.
+        query, mask = lax.optimization_barrier((query, mask))
         self._shape = query.shape[0], query.shape[2], query.shape[1], key.shape[1]
         self._like, self._mask, self._rate, self._key = query, mask, rate, dropout_key
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -297,7 +300,7 @@ class _Work:
             at = tuple(int(start) for start in starts[0])
             return step(carry, (at, None))
         overlaps = self._overlaps(starts)
-        places = tuple(jnp.asarray(column) for column in starts.T)
+        places, _ = lax.optimization_barrier((tuple(map(jnp.asarray, starts.T)), self._like))
         body = lambda carry, each: (step(carry, each), None)
         return lax.scan(body, carry, (places, overlaps))[0]
 

@@ -57,13 +57,13 @@ class Setting:
     """Its name, for messages."""
     capability: float | None = None
     """The CUDA compute capability; None: unknown, or no GPU."""
-    is_here: bool = True
+    present: bool = True
     """False where one compiles for a device that is not there."""
     length: int
     """Positions of the longest row."""
     dtype: str
     attends: Attends
-    is_packed: bool
+    packs_rows: bool
     """Rows may hold several segments."""
     splits_rows: bool = False
     """The mesh splits the positions of a row."""
@@ -118,7 +118,7 @@ def obstacle(name: Attention, setting: Setting) -> str | None:
         return "it needs whole rows, which mesh.sequence splits"
     if name == "splash":
         return None
-    if not setting.is_here:
+    if not setting.present:
         return "it compiles on a GPU alone"
     if setting.dtype != "bfloat16":
         return f"it computes in bfloat16, and dtype is {setting.dtype}"
@@ -128,7 +128,7 @@ def obstacle(name: Attention, setting: Setting) -> str | None:
     head_dim = setting.attends.head_dim
     if head_dim % 8 or head_dim > limit:
         return f"heads have {head_dim} channels, no multiple of 8 up to {limit}"
-    if setting.is_packed:
+    if setting.packs_rows:
         return "rows hold several documents that do not see each other"
     return "some layers see a window alone" if setting.attends.has_window else None
 

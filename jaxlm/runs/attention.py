@@ -25,7 +25,7 @@ def settle(
     devices: Sequence[Any],
     *,
     wanted: Wanted | None = None,
-    is_here: bool = True,
+    present: bool = True,
 ) -> Settled:
     """For rows of up to ``length`` positions on these devices; ``wanted``: as the config says."""
     model, wanted = config.model, wanted or config.attention
@@ -42,11 +42,11 @@ def settle(
         platform="gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform,
         device=device.device_kind,
         capability=None if capability is None else float(capability),
-        is_here=is_here,
+        present=present,
         length=length or 2**30,
         dtype=str(model.dtype or "float32"),
         attends=model.attends,
-        is_packed=vars(config.task).get("isolate_documents", False),
+        packs_rows=vars(config.task).get("isolate_documents", False),
         splits_rows=mesh.sequence > 1,
     )
     choice = choose(setting, wanted)

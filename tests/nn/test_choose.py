@@ -11,7 +11,7 @@ CPU = Setting(
     length=2048,
     dtype="float32",
     attends=Attends(64),
-    is_packed=False,
+    packs_rows=False,
 )
 TPU = replace(CPU, platform="tpu", device="TPU v5 lite", dtype="bfloat16")
 H100 = replace(TPU, platform="gpu", device="NVIDIA H100", capability=9.0)
@@ -33,10 +33,10 @@ def without_tokamax(monkeypatch):
         (replace(TPU, attends=DROPS), "blockwise"),
         (replace(TPU, splits_rows=True), "blockwise"),
         (H100, "cudnn"),
-        (replace(H100, is_packed=True), "blockwise"),
+        (replace(H100, packs_rows=True), "blockwise"),
         (replace(H100, attends=Attends(64, has_window=True)), "blockwise"),
         (replace(H100, attends=DROPS, length=512), "plain"),
-        (replace(H100, is_here=False), "blockwise"),
+        (replace(H100, present=False), "blockwise"),
     ],
 )
 def test_what_suits(setting, name):
@@ -45,7 +45,7 @@ def test_what_suits(setting, name):
 
 def test_tokamax_where_it_is_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    packed = replace(H100, is_packed=True)
+    packed = replace(H100, packs_rows=True)
     assert choose(packed).name == "tokamax"
     assert choose(replace(packed, capability=8.0, device="NVIDIA A100")).name == "blockwise"
 
@@ -59,8 +59,8 @@ def test_tokamax_where_it_is_installed(monkeypatch):
         (replace(TPU, splits_rows=True), "splash", r"mesh\.sequence"),
         (replace(H100, dtype="float32"), "cudnn", "dtype is float32"),
         (replace(H100, attends=Attends(100)), "cudnn", "100 channels"),
-        (replace(H100, is_packed=True), "cudnn", "several documents"),
-        (replace(H100, is_here=False), "tokamax", "compiles on a GPU alone"),
+        (replace(H100, packs_rows=True), "cudnn", "several documents"),
+        (replace(H100, present=False), "tokamax", "compiles on a GPU alone"),
         (replace(H100, capability=None), "tokamax", "NVIDIA H100"),
         (H100, "tokamax", "pip install"),
     ],
