@@ -1,9 +1,11 @@
 """Attention block by block equals the plain definition, and never makes the square array."""
 
+import importlib
 import math
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -242,3 +244,13 @@ def test_a_model_under_scan_and_remat():
 
     ours, plain = gradient("blockwise"), gradient("plain")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), ours, plain)
+
+
+def test_the_benchmark_has_a_row_for_each_length(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    monkeypatch.setenv("COLUMNS", "200")
+    benchmark = importlib.import_module("benchmark_attention")
+    benchmark.main(lengths=(4,), tokens=4, num_heads=1, head_dim=4, rounds=1)
+    header, row = [line for line in capsys.readouterr().out.splitlines() if line[1:2] == " "]
+    assert "window, blockwise" in header
+    assert len(re.findall(r"\d+", row)) == 7
