@@ -26,7 +26,7 @@ from jaxlm.nn.attention import dot_product_attention
 from jaxlm.nn.dropout import block_dropout
 from jaxlm.nn.masks import NEGATIVE, Visibility, Visible
 from jaxlm.nn.products import batched_outer, product
-from jaxlm.sharding import is_split
+from jaxlm.sharding import constrain, is_split
 from jaxlm.typing import Bias, PRNGKey
 
 SCORES, MIX = "bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"
@@ -207,7 +207,11 @@ class _Work:
         by_heads = "batch length heads d -> batch heads length d"
         self.operands = (
             self.pad_q(rearrange(query, by_heads)),
-            *(self._pad_kv(rearrange(x, by_heads), 2) for x in (key, value)),
+            # All keys on every device: a block of them is taken in each step of the loop.
+            *(
+                constrain(self._pad_kv(rearrange(x, by_heads), 2), ("batch", "heads", None, None))
+                for x in (key, value)
+            ),
         )
         self._padded = self._pad_mask(mask)
 
