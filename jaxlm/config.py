@@ -27,6 +27,7 @@ from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.models.xlnet import XlnetConfig
+from jaxlm.nn.choose import Wanted
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import FrozenDtype, Full, Tuning
 from jaxlm.runtime.storage import StoragePath, locate
@@ -97,6 +98,9 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     placement: Literal["jit", "pmap"] = "jit"
     """jit shards over the whole mesh; pmap is data parallel only, for code that still needs it."""
+    attention: Wanted = "auto"
+    """How attention is computed: plain; blockwise, whose memory is linear in the length; by a
+    kernel: splash on TPUs, tokamax or cudnn on GPUs; auto: as suits devices and rows."""
     resume: bool = True
     """Resume from the run folder's newest checkpoint; --no-resume refuses a used folder."""
     accept_changes: bool = False

@@ -373,6 +373,19 @@ def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
         _MESH.reset(token)
 
 
+def in_use() -> tuple[Mesh, Rules] | None:
+    """What :func:`use_mesh` has set, for what XLA cannot split by itself, such as a kernel."""
+    return _MESH.get()
+
+
+def is_split(name: str) -> bool:
+    """Whether the mesh in use splits the activations' axis of that name."""
+    if (used := in_use()) is None:
+        return False
+    mesh, rules = used
+    return any(mesh.shape[axis] > 1 for axis in dict(rules)[name] or ())
+
+
 def constrain(x: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
     """Pin how an activation is laid out; the identity where no mesh is set (one device, pmap)."""
     if (used := _MESH.get()) is None:

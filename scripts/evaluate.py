@@ -26,6 +26,7 @@ from jaxlm.decode.beam import BeamConfig, Writing
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
+from jaxlm.nn.choose import Wanted
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import TOKENIZER, read_any_config
@@ -51,6 +52,7 @@ def main(
     base: str | None = None,
     out: Path | None = None,
     int8: bool = False,
+    attention: Wanted = "auto",
     on_bad_row: Literal["raise", "skip"] | None = None,
     generate: GenerateConfig = GREEDY,
     beam: BeamConfig = GREEDY_BEAM,
@@ -77,6 +79,7 @@ def main(
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
         out: The folder for these files; None = in the run folder.
         int8: Of a pretrained run: round weights, and what they multiply, to 8 bits.
+        attention: How it is computed, whatever training used; auto = as suits devices and rows.
         on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
             None = as in training.
         generate: How targets are written for sources.
@@ -93,10 +96,20 @@ def main(
             if int8:
                 raise InputError(f"--int8 is for pretrained runs, and {directory} is fine-tuned")
             result = evaluate_tuned(
-                folder, Path(scratch), data, target, split, rows, step, base, on_bad_row, way
+                folder,
+                Path(scratch),
+                data,
+                target,
+                split,
+                rows,
+                step,
+                base,
+                on_bad_row,
+                way,
+                attention,
             )
         else:
-            result = evaluate_pretrained(folder, data, split, rows, stride, step, int8)
+            result = evaluate_pretrained(folder, data, split, rows, stride, step, int8, attention)
         if data is not None:
             result["path"] = os.fspath(absolute(locate(data)))
         finite = {
@@ -147,9 +160,10 @@ def evaluate_pretrained(
     stride: int | None,
     step: int | None,
     int8: bool,
+    attention: Wanted,
 ) -> dict[str, Any]:
     """On rows of prepared data, or on windows over them."""
-    loaded = pretrained.open_pretrained(directory, step)
+    loaded = pretrained.open_pretrained(directory, step, attention=attention)
     if stride is not None and not isinstance(loaded.task, Generative):
         raise InputError(
             f"--stride {stride} is for causal runs, and {directory} was trained for "
@@ -195,9 +209,10 @@ def evaluate_tuned(
     base: str | None,
     on_bad_row: Literal["raise", "skip"] | None,
     generate: Writing,
+    attention: Wanted,
 ) -> dict[str, Any]:
     """On labelled examples."""
-    loaded = finetuned.open_finetuned(directory, step=step, base=base)
+    loaded = finetuned.open_finetuned(directory, step=step, base=base, attention=attention)
     task, labels = loaded.task, loaded.labels
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"

@@ -31,6 +31,7 @@ from jaxlm.decode.beam import BeamConfig, Hypothesis
 from jaxlm.decode.generate import GenerateConfig, Generation
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import retrieval
+from jaxlm.nn.choose import Wanted
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.answers import ERROR, Answer, Answered, joined, write_table
 from jaxlm.runs.embedder import DOCUMENTS, QUERIES, Embedder, open_embedder
@@ -65,6 +66,7 @@ def main(
     int8: bool = False,
     step: int | None = None,
     base: str | None = None,
+    attention: Wanted = "auto",
 ) -> None:
     """Answer one text, or all of a file.
 
@@ -98,6 +100,7 @@ def main(
             quarter of the memory.
         step: Which checkpoint; None = the best.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
+        attention: How it is computed, whatever training used; auto = as suits devices and rows.
     """
     is_search, is_chat = task == "search", task == "chat"
     way = chosen_way(generate, beam)
@@ -136,6 +139,10 @@ def main(
     if int8 and (task != "generate" or isinstance(read_any_config(locate(run)), FinetuneConfig)):
         raise InputError(f"--int8 is for generate with a pretrained run, not for {task} with {run}")
     if task in ("embed", "search"):
+        if attention != "auto":
+            raise InputError(
+                f"{task} computes attention as suits: leave out --attention {attention}"
+            )
         if pair is not None:
             raise InputError(f"{task} takes one text, no --pair")
         opened = open_embedder(str(run), step=step, base=base)
@@ -169,7 +176,9 @@ def main(
             raise InputError(f"{name} {value} is for embed and search, not for {task}")
     config = read_any_config(locate(run))
     if is_chat and isinstance(config.task, Instruction):
-        chat(finetuned.open_finetuned(run, step=step, base=base), generate, text)
+        chat(
+            finetuned.open_finetuned(run, step=step, base=base, attention=attention), generate, text
+        )
         return
     if config.task.verb != task:
         raise InputError(
@@ -177,7 +186,7 @@ def main(
             f"{config.task.verb}"
         )
     if isinstance(config, PretrainConfig):
-        loaded = pretrained.open_pretrained(run, step)
+        loaded = pretrained.open_pretrained(run, step, attention=attention)
         loaded = loaded.quantized() if int8 else loaded
         if file is None:
             if stream:
@@ -192,7 +201,7 @@ def main(
         answers = loaded.stream(records, top_k=top_k, generate=way)
         write(counted(answers), pretrained.TEXT, out)
         return
-    loaded = finetuned.open_finetuned(run, step=step, base=base)
+    loaded = finetuned.open_finetuned(run, step=step, base=base, attention=attention)
     if file is not None:
         names = loaded.task.text_fields
         records = read_records(loaded.config.data.train, loaded.labels, names, file)

@@ -76,6 +76,8 @@ class Report:
     unknown_loops: int
     """Loops of unknown length, whose collectives are counted once."""
     compile_s: float
+    attention: str = ""
+    """How it is computed, and why."""
 
     @property
     def communication_s(self) -> float:
@@ -157,6 +159,7 @@ def compile_here(name: str, config: Config, assumed: Assumed, target: Topology) 
         "placement": config.placement,
         "batch_size": config.data.batch_size,
         "row_length": step.row_length,
+        "attention": step.attention,
         "num_parameters": sum(leaf.size for leaf in jax.tree.leaves(state.variables)),
         "hbm": chip.hbm,
         "flops": step.flops,

@@ -98,7 +98,8 @@ def run_check(
         console.print(report.memory_table(found))
         if found.traffic:
             console.print(report.traffic_table(found))
-        for line in (*report.times(found), report.verdict(found, config)):
+        said = [found.attention] if found.attention else []
+        for line in (*said, *report.times(found), report.verdict(found, config)):
             console.print(line, soft_wrap=True)
         return found.fits
     reports: list[Report] = []

@@ -19,7 +19,7 @@ from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
-from jaxlm.runs import finetuned, folder, pretrained, steps
+from jaxlm.runs import attention, finetuned, folder, pretrained, steps
 from jaxlm.tasks.task import shape
 from jaxlm.train.placement import AbstractBatch, Placement
 
@@ -49,6 +49,7 @@ class Step(NamedTuple):
     num_tokens: int  # positions of the whole batch
     row_length: int
     flops: float | None  # of one step on all devices; None where no formula is known
+    attention: str  # how it is computed, and why; "" for models of one way
 
 
 def make_step(config: Config, assumed: Assumed, devices: Sequence[Any]) -> Step:
@@ -75,6 +76,7 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
         base = dataclasses.replace(model, vocab_size=vocab_size)
     rows = config.data.batch_size
     config = pretrained.resolve(config, [_no_data(length, vocab_size, rows)], "tpu", base)
+    config, attends = attention.settle(config, length, devices, present=False)
     placement = pretrained.make_placement(config, _vocabulary(vocab_size), devices)
     batch = {
         "tokens": shape(jnp.uint16 if vocab_size <= 2**16 else jnp.int32, rows, length),
@@ -82,7 +84,7 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
         "index": shape(jnp.int32, rows),
     }
     flops = pretrained.flops_per_token(config, length) * rows * length
-    return Step(placement, placement.abstract_batch(batch), rows * length, length, flops)
+    return Step(placement, placement.abstract_batch(batch), rows * length, length, flops, attends)
 
 
 def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]) -> Step:
@@ -95,15 +97,16 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
     train = config.train.with_epochs(lambda epochs: 1000)  # as many as examples would give
     config = dataclasses.replace(config, train=train)
     labels = tuple(str(number) for number in range(assumed.labels))
-    state = jax.eval_shape(partial(finetuned.make_state, config, labels, None))
-    placement = finetuned.make_placement(config, labels, state, devices=devices)
     longest = min(config.data.max_length, model.max_length or config.data.max_length)
     length = assumed.length or longest
+    config, attends = attention.settle(config, length, devices, present=False)
+    state = jax.eval_shape(partial(finetuned.make_state, config, labels, None))
+    placement = finetuned.make_placement(config, labels, state, devices=devices)
     rows = rows_of(length, config.data.batch_size, config.data.batch_tokens)
     batch = config.task.abstract_batch(rows, length, assumed.labels)
     num_tokens = batch["tokens"].size
     flops = finetuned.flops_per_token(config, state.trainable, length) * num_tokens
-    return Step(placement, placement.abstract_batch(batch), num_tokens, length, flops)
+    return Step(placement, placement.abstract_batch(batch), num_tokens, length, flops, attends)
 
 
 def encoder_config(config: Config, assumed: Assumed) -> Any:

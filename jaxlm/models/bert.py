@@ -17,14 +17,17 @@ from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import MlmHead
+from jaxlm.nn import choose
 from jaxlm.nn.attention import MultiHeadAttention
+from jaxlm.nn.choose import Attends, Attention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import Mlp
+from jaxlm.nn.masks import Visibility
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import Remat, apply_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Hidden, Mask, Tokens
+from jaxlm.typing import Hidden, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class BertConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of matrix products and activations; None: float32, and in a training run bfloat16 on
     GPUs and TPUs."""
+    attention: Attention | None = None
+    """How attention is computed; None: plainly, and in a run as its --attention says."""
     unroll: int | None = None
     """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
     remat: Remat | None = None
@@ -86,6 +91,11 @@ class BertConfig:
     def unrolls_layers(self) -> bool:
         """Whether the blocks are computed without a loop."""
         return self.unroll is None
+
+    @property
+    def attends(self) -> Attends:
+        """What its attention is like."""
+        return Attends(self.hidden_dim // self.num_heads, self.attention_dropout_rate)
 
     @property
     def is_causal(self) -> bool:
@@ -130,7 +140,7 @@ class BertBlock(nn.Module):
     def __call__(
         self,
         x: Hidden,
-        mask: Mask | None,
+        mask: Visibility | None,
         segment_ids: Int[Array, "batch length"] | None,
         deterministic: bool,
     ) -> Hidden:
@@ -143,6 +153,7 @@ class BertBlock(nn.Module):
             dropout_rate=c.attention_dropout_rate,
             dtype=dtype,
             kernel_init=init,
+            attend=choose.named(c.attention),
             name="attention",
         )
         y = attention(x, mask=mask, segment_ids=segment_ids, deterministic=deterministic)
@@ -178,7 +189,7 @@ class Bert(nn.Module):
         token_type_ids: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         deterministic: bool = True,
     ) -> Hidden:
         """Encode rows.

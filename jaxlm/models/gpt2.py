@@ -16,16 +16,18 @@ from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead, UntiedLmHead
-from jaxlm.nn import cache, masks
+from jaxlm.nn import cache, choose, masks
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import Cache, LayerCache
+from jaxlm.nn.choose import Attends, Attention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import ACTIVATIONS, Activation, Mlp
+from jaxlm.nn.masks import Visibility
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Dtype, Hidden, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class Gpt2Config:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of matrix products and activations; None: float32, and in a training run bfloat16 on
     GPUs and TPUs."""
+    attention: Attention | None = None
+    """How attention is computed; None: plainly, and in a run as its --attention says."""
     unroll: int | None = None
     """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
     remat: Remat | None = None
@@ -92,6 +96,11 @@ class Gpt2Config:
     def unrolls_layers(self) -> bool:
         """Whether the blocks are computed without a loop."""
         return self.unroll is None
+
+    @property
+    def attends(self) -> Attends:
+        """What its attention is like."""
+        return Attends(self.hidden_dim // self.num_heads, self.attention_dropout_rate)
 
     @property
     def is_causal(self) -> bool:
@@ -144,12 +153,12 @@ class Gpt2Block(nn.Module):
 
     config: Gpt2Config
 
-    def __call__(self, x: Hidden, mask: Mask, deterministic: bool) -> Hidden:
+    def __call__(self, x: Hidden, mask: Visibility, deterministic: bool) -> Hidden:
         return self.extend(x, None, mask, deterministic)[0]
 
     @nn.compact
     def extend(
-        self, x: Hidden, cache: LayerCache | None, mask: Mask, deterministic: bool
+        self, x: Hidden, cache: LayerCache | None, mask: Visibility, deterministic: bool
     ) -> tuple[Hidden, LayerCache | None]:
         """The same over what is in the cache, too."""
         c = self.config
@@ -162,6 +171,7 @@ class Gpt2Block(nn.Module):
             dropout_rate=c.attention_dropout_rate,
             dtype=dtype,
             kernel_init=init,
+            attend=choose.named(c.attention),
             out_init=out_init,
             name="attention",
         )
@@ -197,7 +207,7 @@ class Gpt2(nn.Module):
         token_type_ids: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         deterministic: bool = True,
     ) -> Hidden:
         """Hidden states of rows.
@@ -216,7 +226,7 @@ class Gpt2(nn.Module):
             raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
         if positions is None:
             positions = jnp.arange(length)[None, :]
-        seen = masks.causal(length, segment_ids, mask)
+        seen = masks.visible(segment_ids, mask, after=0)
         x = self.token_embed(tokens) + self.position_embed(positions)
         x = self.embed_dropout(x, deterministic=deterministic)
         x = constrain(x, ("batch", "length", "embed"))

@@ -18,14 +18,16 @@ from jaxlm.models.heads import TiedLmHead, UntiedLmHead
 from jaxlm.nn import cache, masks, positions
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import Cache, LayerCache
+from jaxlm.nn.choose import Attends, Attention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import ACTIVATIONS, Activation, GatedMlp
+from jaxlm.nn.masks import Visibility
 from jaxlm.nn.norms import RmsNorm
 from jaxlm.nn.positions import Rotary
 from jaxlm.nn.stack import Remat, apply_stack, extend_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Dtype, Hidden, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,8 @@ class LlamaConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of matrix products and activations; None: float32, and in a training run bfloat16 on
     GPUs and TPUs."""
+    attention: Attention | None = None
+    """How attention is computed; None: plainly, and in a run as its --attention says."""
     unroll: int | None = None
     """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
     remat: Remat | None = None
@@ -127,6 +131,11 @@ class LlamaConfig:
         return self.unroll is None
 
     @property
+    def attends(self) -> Attends:
+        """What its attention is like."""
+        return Attends(self.head_size, self.attention_dropout_rate)
+
+    @property
     def is_causal(self) -> bool:
         """No position sees a later one."""
         return True
@@ -170,12 +179,17 @@ class LlamaBlock(nn.Module):
 
     config: LlamaConfig
 
-    def __call__(self, x: Hidden, mask: Mask, rotary: Rotary, deterministic: bool) -> Hidden:
+    def __call__(self, x: Hidden, mask: Visibility, rotary: Rotary, deterministic: bool) -> Hidden:
         return self.extend(x, None, mask, rotary, deterministic)[0]
 
     @nn.compact
     def extend(
-        self, x: Hidden, cache: LayerCache | None, mask: Mask, rotary: Rotary, deterministic: bool
+        self,
+        x: Hidden,
+        cache: LayerCache | None,
+        mask: Visibility,
+        rotary: Rotary,
+        deterministic: bool,
     ) -> tuple[Hidden, LayerCache | None]:
         """The same over what is in the cache, too."""
         c = self.config
@@ -189,6 +203,7 @@ class LlamaBlock(nn.Module):
             use_bias=c.attention_bias,
             dtype=dtype,
             kernel_init=init,
+            attend=choose.named(c.attention),
             num_kv_heads=c.kv_heads,
             out_init=out_init,
             name="attention",
@@ -226,7 +241,7 @@ class Llama(nn.Module):
         token_type_ids: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         deterministic: bool = True,
     ) -> Hidden:
         """Hidden states of rows.
@@ -245,7 +260,7 @@ class Llama(nn.Module):
             raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
         if positions is None:
             positions = jnp.arange(length)[None, :]
-        seen = masks.causal(length, segment_ids, mask)
+        seen = masks.visible(segment_ids, mask, after=0)
         x = self.embed_dropout(self.token_embed(tokens), deterministic=deterministic)
         x = constrain(x, ("batch", "length", "embed"))
         x = apply_stack(

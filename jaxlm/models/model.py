@@ -12,6 +12,7 @@ from jaxtyping import Array, Int32
 
 from jaxlm.models.heads import Transform
 from jaxlm.nn.cache import Cache, DecoderCache
+from jaxlm.nn.choose import Attends, Attention
 from jaxlm.typing import Dtype
 
 
@@ -81,6 +82,24 @@ class ModelConfig(Protocol):
 
     def with_dropout(self, rate: float) -> "ModelConfig":
         """The same with that rate wherever the model drops out."""
+        ...
+
+
+@runtime_checkable
+class Attentive(ModelConfig, Protocol):
+    """The configuration of a model whose attention can be computed in several ways.
+
+    It is a field ``attention``, which its blocks give to :func:`jaxlm.nn.choose.named`.
+    """
+
+    @property
+    def attention(self) -> Attention | None:
+        """How; None = decided by platform and rows, in a run."""
+        ...
+
+    @property
+    def attends(self) -> Attends:
+        """What an implementation must be able to do."""
         ...
 
 

@@ -1,6 +1,7 @@
 """Scaled dot-product attention and its multi-head module (Vaswani et al. 2017, section 3.2)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +14,11 @@ from jaxlm.nn import custom_vjp, masks
 from jaxlm.nn.cache import LayerCache
 from jaxlm.nn.dropout import dropout
 from jaxlm.nn.linear import Linear
+from jaxlm.nn.masks import Visibility, Visible
 from jaxlm.nn.positions import Rotary, rotate
 from jaxlm.nn.products import product
 from jaxlm.sharding import constrain
-from jaxlm.typing import Bias, Dtype, Hidden, Mask, PRNGKey
+from jaxlm.typing import Bias, Dtype, Hidden, PRNGKey
 
 
 @custom_vjp.attention(dropout)
@@ -25,7 +27,7 @@ def dot_product_attention(
     key: Float[Array, "batch kv_length heads head_dim"],
     value: Float[Array, "batch kv_length heads head_dim"],
     *,
-    mask: Mask | None = None,
+    mask: Visibility | None = None,
     bias: Bias | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
@@ -42,7 +44,8 @@ def dot_product_attention(
     if bias is not None:
         scores += bias
     if mask is not None:
-        scores = jnp.where(mask, scores, masks.NEGATIVE)
+        seen = masks.dense(mask, *scores.shape[2:])
+        scores = scores if seen is None else jnp.where(seen, scores, masks.NEGATIVE)
     weights = jax.nn.softmax(scores).astype(value.dtype)
     if dropout_key is not None and dropout_rate > 0:
         weights = dropout(weights, dropout_rate, dropout_key)
@@ -55,7 +58,7 @@ def grouped_attention(
     key: Float[Array, "batch kv_length kv_heads head_dim"],
     value: Float[Array, "batch kv_length kv_heads head_dim"],
     *,
-    mask: Mask | None = None,
+    mask: Visibility | None = None,
     bias: Bias | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
@@ -77,8 +80,18 @@ def grouped_attention(
         x = jnp.broadcast_to(x, (x.shape[0], heads[0], query.shape[1], x.shape[3]))
         return rearrange(x, "batch (kv group) q k -> batch kv (q group) k", group=group)
 
+    if isinstance(mask, Visible):
+        ids = mask.q_segment_ids
+        mask = replace(
+            mask,
+            q_segment_ids=None if ids is None else jnp.repeat(ids, group, axis=1),
+            more=fold(mask.more),
+            group=group * mask.group,
+        )
+    else:
+        mask = fold(mask)
     rows = rearrange(query, "batch q (kv group) d -> batch (q group) kv d", group=group)
-    out = attend(rows, key, value, mask=fold(mask), bias=fold(bias), **options)
+    out = attend(rows, key, value, mask=mask, bias=fold(bias), **options)
     return rearrange(out, "batch (q group) kv d -> batch q (kv group) d", group=group)
 
 
@@ -88,7 +101,7 @@ def shared_attention(
     key: Float[Array, "sources kv_length kv_heads head_dim"],
     value: Float[Array, "sources kv_length kv_heads head_dim"],
     *,
-    mask: Mask | None = None,
+    mask: Visibility | None = None,
     bias: Bias | None = None,
     dropout_rate: float = 0.0,
     dropout_key: PRNGKey | None = None,
@@ -109,16 +122,18 @@ def shared_attention(
         x = jnp.broadcast_to(x, (query.shape[0], x.shape[1], query.shape[1], x.shape[3]))
         return rearrange(x, "(batch n) heads q k -> batch heads (n q) k", n=sharing)
 
+    seen = fold(masks.dense(mask, query.shape[1], key.shape[1]))
     rows = rearrange(query, "(batch n) q heads d -> batch (n q) heads d", n=sharing)
-    out = grouped_attention(attend, rows, key, value, mask=fold(mask), bias=fold(bias), **options)
+    out = grouped_attention(attend, rows, key, value, mask=seen, bias=fold(bias), **options)
     return rearrange(out, "batch (n q) heads d -> (batch n) q heads d", n=sharing)
 
 
 class MultiHeadAttention(nn.Module):
     """Attention of ``x`` over itself in ``num_heads`` subspaces (section 3.2.2).
 
-    What may be attended to enters as data: ``mask`` (True = may), ``bias`` (added to the scores),
-    ``segment_ids`` (equal ids see each other); so do the angles by which queries and keys are
+    What may be attended to enters as data: ``mask`` (True = may; an array, or
+    :class:`~jaxlm.nn.masks.Visible`), ``bias`` (added to the scores), ``segment_ids`` (equal ids
+    see each other); so do the angles by which queries and keys are
     turned (``rotary``). Returns the projection of all heads, ``[batch, length, embed]``.
 
     Attention over something else, such as what an encoder has read, is
@@ -155,15 +170,14 @@ class MultiHeadAttention(nn.Module):
         self,
         x: Hidden,
         *,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         bias: Bias | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
         rotary: Rotary | None = None,
         deterministic: bool = True,
     ) -> Hidden:
         if segment_ids is not None:
-            same = masks.segments(segment_ids, segment_ids)
-            mask = same if mask is None else mask & same
+            mask = masks.visible(segment_ids, mask)
         return self.extend(
             x, None, mask=mask, bias=bias, rotary=rotary, deterministic=deterministic
         )[0]
@@ -173,7 +187,7 @@ class MultiHeadAttention(nn.Module):
         x: Hidden,
         cache: LayerCache | None,
         *,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         bias: Bias | None = None,
         rotary: Rotary | None = None,
         deterministic: bool = True,
@@ -206,7 +220,7 @@ class MultiHeadAttention(nn.Module):
         key: Float[Array, "sources kv_length kv_heads head_dim"],
         value: Float[Array, "sources kv_length kv_heads head_dim"],
         *,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         bias: Bias | None = None,
         rotary: Rotary | None = None,
         deterministic: bool = True,

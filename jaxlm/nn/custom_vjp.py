@@ -24,7 +24,7 @@ from einops import rearrange
 from jax import lax
 from jaxtyping import Array
 
-from jaxlm.nn.masks import NEGATIVE
+from jaxlm.nn.masks import NEGATIVE, Visible, dense
 from jaxlm.nn.products import add_bias, contract, outer, product, product_gradients, sum_rows
 
 P = ParamSpec("P")
@@ -70,7 +70,7 @@ class _HandWritten(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        operands = _vary_alike(list(bound.arguments.values()))
+        operands = vary_alike(list(bound.arguments.values()))
         if not _PLAIN.value:
             return self._fast(*operands)
         bound.arguments.update(zip(bound.arguments, operands, strict=True))
@@ -85,7 +85,7 @@ class _HandWritten(Generic[P, R]):
         return self._equation.__qualname__  # pickled and copied as the function it stands for
 
 
-def _vary_alike(operands: Sequence[Any]) -> list[Any]:
+def vary_alike(operands: Sequence[Any]) -> list[Any]:
     """Operands that vary over the same axes of ``shard_map``, whose gradients then do, too.
 
     The transpose of this, where JAX sums the gradient of what did not vary, lies outside the rule.
@@ -253,7 +253,7 @@ def attention(drop: Callable[..., Array]) -> Callable[[Callable[P, R]], _HandWri
         query: Array,
         key: Array,
         value: Array,
-        mask: Array | None,
+        mask: Array | Visible | None,
         bias: Array | None,
         rate: float,
         dropout_key: Array | None,
@@ -262,8 +262,8 @@ def attention(drop: Callable[..., Array]) -> Callable[[Callable[P, R]], _HandWri
         scores = scaled(product(SCORES, query, key), query, scale)
         if bias is not None:
             scores += bias
-        if mask is not None:
-            scores = jnp.where(mask, scores, NEGATIVE)
+        if (seen := dense(mask, *scores.shape[2:])) is not None:
+            scores = jnp.where(seen, scores, NEGATIVE)
         weights = jnp.exp(scores - scores.max(-1, keepdims=True))
         total = weights.sum(-1)  # divided by after the product, which is smaller
         weights = weights.astype(value.dtype)
@@ -283,8 +283,8 @@ def attention(drop: Callable[..., Array]) -> Callable[[Callable[P, R]], _HandWri
         weights = weights.astype(jnp.float32)
         mean = (weights * dweights).sum(-1) / total
         dscores = weights * (dweights - mean[..., None])
-        if mask is not None:
-            dscores = jnp.where(mask, dscores, 0)
+        if (seen := dense(mask, *dscores.shape[2:])) is not None:
+            dscores = jnp.where(seen, dscores, 0)
         dbias = None
         if bias is not None:
             widen = lambda b: jnp.broadcast_to(b.astype(jnp.float32), dscores.shape)

@@ -5,6 +5,8 @@ A counter-based hash instead of the key's own generator: a step costs 1 % more i
 Inside ``jax.shard_map`` positions are those of a device: fold its ``axis_index`` into the key.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,24 @@ from jaxlm.nn import custom_vjp
 from jaxlm.typing import PRNGKey
 
 
-def hash_bits(key: PRNGKey, shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """32 pseudo-random bits for every element: MurmurHash3's finalizer over key and position."""
+def hash_bits(
+    key: PRNGKey,
+    shape: tuple[int, ...],
+    within: tuple[int, ...] | None = None,
+    at: tuple[Any, ...] | None = None,
+) -> UInt32[Array, "..."]:
+    """32 pseudo-random bits for every element: MurmurHash3's finalizer over key and position.
+
+    Of a block, they are those of its elements in the array of shape ``within`` where it begins
+    ``at`` these indices, which may be traced.
+    """
     words = jax.random.key_data(key).ravel()
     position = jnp.zeros(shape, jnp.uint32)
-    for axis, stride in enumerate(_strides(shape)):
-        position += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+    for axis, stride in enumerate(_strides(within or shape)):
+        index = lax.broadcasted_iota(jnp.uint32, shape, axis)
+        if at is not None:
+            index += jnp.asarray(at[axis]).astype(jnp.uint32)
+        position += index * np.uint32(stride % 2**32)
     z = position * np.uint32(0x9E3779B9) + words[0]
     z = (z ^ (z >> 16)) * np.uint32(0x85EBCA6B) + words[-1]
     z = (z ^ (z >> 13)) * np.uint32(0xC2B2AE35)
@@ -41,9 +55,28 @@ def dropout(x: Float[Array, "..."], rate: float, key: PRNGKey) -> Float[Array, "
     bfloat16 0.1 is 0.0986. A rate so low, below 0.004 there, that the factor is 1 is kept instead.
     Hand-written gradient: forward mode only inside :func:`custom_vjp.plain`.
     """
+    return _dropped(x, rate, hash_bits(key, x.shape))
+
+
+def block_dropout(
+    x: Float[Array, "..."],
+    rate: float,
+    key: PRNGKey,
+    *,
+    within: tuple[int, ...],
+    at: tuple[Any, ...],
+) -> Float[Array, "..."]:
+    """What :func:`dropout` makes of this block of an array of shape ``within``, from ``at`` on.
+
+    So the same is dropped however the array is cut. JAX finds its gradient.
+    """
+    return _dropped(x, rate, hash_bits(key, x.shape, within, at))
+
+
+def _dropped(x: Array, rate: float, bits: Array) -> Array:
     scale = np.asarray(1 / (1 - rate), x.dtype)
     share = 1 - 1 / float(scale) or rate
-    keep = hash_bits(key, x.shape) >= np.uint32(round(share * 2**32))
+    keep = bits >= np.uint32(round(share * 2**32))
     return jnp.where(keep, x * scale, jnp.zeros((), x.dtype))
 
 

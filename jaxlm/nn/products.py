@@ -88,6 +88,20 @@ def outer(a: Float[Array, "*batch m"], b: Float[Array, "*batch n"]) -> Float[Arr
     return lax.platform_dependent(a, b, cpu=narrow_first, default=plain)
 
 
+def batched_outer(
+    a: Float[Array, "*batch rows m"], b: Float[Array, "*batch rows n"]
+) -> Float[Array, "*batch m n"]:
+    """``aᵀ b`` for each of the leading axes."""
+
+    def plain(a: Array, b: Array) -> Array:
+        return product("...rm,...rn->...mn", a, b)
+
+    def transposed(a: Array, b: Array) -> Array:  # as in outer
+        return product("...mr,...rn->...mn", _row_major(jnp.swapaxes(a, -1, -2)), b)
+
+    return lax.platform_dependent(a, b, cpu=transposed, default=plain)
+
+
 def sum_rows(g: Float[Array, "*batch n"]) -> Float[Array, "n"]:
     """The sum over all leading axes, in float32: the gradient of a bias."""
     return g.sum(tuple(range(g.ndim - 1)), dtype=jnp.float32)

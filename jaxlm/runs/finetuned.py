@@ -23,6 +23,7 @@ from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, note
 from jaxlm.models.model import example_inputs
+from jaxlm.nn.choose import Wanted
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
 from jaxlm.runs import best, steps, thresholds
@@ -335,13 +336,18 @@ def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
 
 
 def open_finetuned(
-    directory: StoragePath | str, *, base: Base | str | None = None, step: int | None = None
+    directory: StoragePath | str,
+    *,
+    base: Base | str | None = None,
+    step: int | None = None,
+    attention: Wanted | None = None,
 ) -> FinetunedRun:
     """Read a fine-tuned run: its best checkpoint, the mean of its last, or that of ``step``.
 
     ``base`` is the encoder's path, if it is no longer the config's, or is that encoder, read
-    once for several adapters; it is not needed if all parameters were tuned. Raises
-    :class:`InputError` where it is another than the adapters' own.
+    once for several adapters; it is not needed if all parameters were tuned. ``attention``: how it
+    is computed, if not as suits the devices. Raises :class:`InputError` where the encoder is
+    another than the adapters' own.
     """
     directory = locate(directory)
     config = read_config(directory, FinetuneConfig)
@@ -369,7 +375,7 @@ def open_finetuned(
                 f"adapters of {directory} were trained on ({cursor['base_sha256'][:12]}): give "
                 "that one with --base"
             )
-    config = steps.for_evaluation(config)
+    config = steps.for_evaluation(config, attention)
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
     unlabelled = make_placement(config, labels, state, labelled=False)

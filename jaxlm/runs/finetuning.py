@@ -27,8 +27,8 @@ from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig, TransformConfig
 from jaxlm.models.pooling import FIRST, Pooling
 from jaxlm.peft import tuning
+from jaxlm.runs import attention, best, finetuned, resume, steps, thresholds, writing
 from jaxlm.runs import base as bases
-from jaxlm.runs import best, finetuned, resume, steps, thresholds, writing
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
@@ -100,6 +100,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         None if base else config.tokenizer or TokenizerConfig(),
         longer=longer(examples, config.model and config.model.max_length),
     )
+    config, attends = attention.settle(config, framer.max_length, jax.devices())
+    if attends:
+        console.print(Text(attends), soft_wrap=True)
     make_state = partial(finetuned.make_state, config, labels, base)
     shapes = jax.eval_shape(make_state)
     placement = finetuned.make_placement(config, labels, shapes)

@@ -21,6 +21,7 @@ from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
+from jaxlm.nn.choose import Wanted
 from jaxlm.nn.intercept import find_sites
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.peft import quantize
@@ -232,13 +233,16 @@ class Pretrained:
         return self.task.make_generate(self.config.model, self.variables, self.tokenizer)
 
 
-def open_pretrained(directory: StoragePath | str, step: int | None = None) -> Pretrained:
+def open_pretrained(
+    directory: StoragePath | str, step: int | None = None, *, attention: Wanted | None = None
+) -> Pretrained:
     """Read a run folder: its best checkpoint, the mean of its last, or that of ``step``.
 
+    ``attention``: how it is computed, if not as suits the devices.
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
     directory = locate(directory)
-    config = steps.for_evaluation(read_config(directory, PretrainConfig))
+    config = steps.for_evaluation(read_config(directory, PretrainConfig), attention)
     tokenizer = read_tokenizer(directory)
     placement = make_placement(config, make_vocabulary(tokenizer))
     checkpoints = directory / CHECKPOINTS

@@ -16,8 +16,8 @@ from jaxlm.data.loader import train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
+from jaxlm.runs import attention, pretrained, resume, steps
 from jaxlm.runs import base as bases
-from jaxlm.runs import pretrained, resume, steps
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
@@ -48,6 +48,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     infos = [dataset.info for dataset in datasets]
     info = infos[0]
     config = pretrained.resolve(config, infos, jax.default_backend(), base and base.config)
+    config, attends = attention.settle(config, info.row_length, jax.devices())
     tokenizer = tokenizers.load(datasets[0].tokenizer_path)
     vocabulary = make_vocabulary(tokenizer)
     placement = pretrained.make_placement(config, vocabulary)
@@ -62,6 +63,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         f"{sum(info.tokens['train'] for info in infos) / 1e6:.2f} M tokens in rows "
         f"of {info.row_length}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
+    if attends:
+        console.print(attends, soft_wrap=True, markup=False)
 
     def init() -> TrainState:
         return placement.init(jax.random.key(config.train.seed), given)

@@ -20,8 +20,8 @@ from jaxlm.train.restore import Cursor
 # Fields that may change when a run resumes: where things lie (contents have fingerprints), how they
 # are computed, and what is kept and shown.
 _FREE = (
-    r"name|runs|resume|accept_changes|wandb|baseline|placement|base|mesh\..*|prepare(\..*)?"
-    r"|data\.paths|task\.split|data\.(train|validation)\.(path|data_dir|source|target)|model\.(remat|unroll)"
+    r"name|attention|runs|resume|accept_changes|wandb|baseline|placement|base|mesh\..*|prepare(\..*)?"
+    r"|data\.paths|task\.split|data\.(train|validation)\.(path|data_dir|source|target)|model\.(remat|unroll|attention)"
     r"|train\.(num_micro_batches|save_every|keep|average|log_every|max_skipped)"
 )
 # And of a finished run, which is extended, or one not yet begun: its length.

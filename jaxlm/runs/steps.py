@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from jaxlm import optim, sharding
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import Attentive, ModelConfig
+from jaxlm.nn.choose import Wanted
+from jaxlm.runs import attention
 from jaxlm.runtime.storage import StoragePath
 from jaxlm.sharding import MeshConfig
 from jaxlm.train import restore
@@ -98,7 +100,8 @@ def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
     assert published.vocab_size is not None
     rows = padded_vocab_size(published.vocab_size, mesh)
     model: Any = published.with_vocab_size(rows)  # a dataclass, which its protocol cannot say
-    return dataclasses.replace(model, dtype=None)
+    model = dataclasses.replace(model, dtype=None)
+    return dataclasses.replace(model, attention=None) if isinstance(model, Attentive) else model
 
 
 def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
@@ -144,14 +147,20 @@ def put_state(state: TrainState, placement: Placement) -> TrainState:
     )
 
 
-def for_evaluation(config: Known) -> Known:
-    """On all devices that are here, whatever the run was trained on."""
+def for_evaluation(config: Known, wanted: Wanted | None = None) -> Known:
+    """On all devices that are here, whatever the run was trained on.
+
+    ``wanted``: how attention is computed, if not as suits them.
+    """
     devices = jax.device_count()
     rows = math.ceil(config.data.batch_size / devices) * devices
-    return dataclasses.replace(
+    here = dataclasses.replace(
         config,
         mesh=MeshConfig(),
         placement="jit",
         data=dataclasses.replace(config.data, batch_size=rows),
         train=dataclasses.replace(config.train, num_micro_batches=1),
     )
+    assert config.model is not None  # resolved
+    longest = config.model.max_length
+    return attention.settle(here, longest, jax.devices(), wanted=wanted or "auto").config

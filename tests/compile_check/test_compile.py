@@ -41,6 +41,21 @@ def test_a_small_model_fits(config, place):
     assert sum(sent.values()) > 3 * 2 * kernels * 3 / 4
 
 
+@on_tpu
+@pytest.mark.slow
+def test_long_rows_take_a_kernel(config):
+    model = replace(TINY, max_length=2048, attention_dropout_rate=0.0)
+    config = replace(config, model=model, mesh=MeshConfig(data=2, tensor=2))
+    needed = {}
+    for attention in ("splash", "plain"):
+        given = replace(config, attention=attention, data=replace(config.data, batch_size=8))
+        place, assumed = topology.read("v5e:2x2"), replace(ASSUMED, length=2048)
+        found = check.check(given, assumed, place)
+        assert attention in found.attention
+        needed[attention] = found.memory["temporaries"]
+    assert 2 * needed["splash"] < needed["plain"]
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_large_model_does_not_fit(config, place):
     # The control: 8 G parameters in the token table alone, and twice as much in moments.

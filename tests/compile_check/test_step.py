@@ -51,6 +51,17 @@ def test_pretraining_is_the_step_of_training(config):
     assert "bf16" in lowered(step).as_text()  # as on a TPU, not as on the CPUs here
 
 
+def test_the_attention_of_long_rows(config):
+    model = replace(TINY, max_length=2048)
+    step = lambda **changes: make_step(
+        replace(config, model=model, **changes), replace(SMALL, length=2048), jax.devices()
+    )
+    assert step().attention.startswith("attention: blockwise, ")
+    assert step(attention="plain").attention == "attention: plain, as told"
+    with pytest.raises(InputError, match="it is a kernel for TPUs"):
+        step(attention="splash")
+
+
 def test_the_length_of_rows(config):
     assert make_step(config, Assumed(), jax.devices()).row_length == 512
     quickstart = configs.read_file(CONFIGS / "quickstart.py")

@@ -3,12 +3,14 @@
 import shutil
 import signal
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from tiny_runs import make_config
 
 from jaxlm import tree
@@ -39,9 +41,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(config: PretrainConfig) -> Path:
+def console() -> Console:
+    """What the run below writes to."""
+    return Console(file=StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def whole(config: PretrainConfig, console: Console) -> Path:
     """A run that nothing interrupted."""
-    return pretrain(config)
+    return pretrain(config, console=console)
 
 
 def final_state(config: PretrainConfig) -> dict[str, np.ndarray]:
@@ -70,6 +78,12 @@ def test_run_folder_is_self_contained(whole: Path) -> None:
     assert {line["step"] for line in lines if "eval/loss" in line} == {0, 3, STEPS}
     wanted = {"lr", "grad_norm", "overflow", "skipped", "tokens", "tokens_per_s", "train/accuracy"}
     assert wanted <= lines[1].keys()
+
+
+def test_a_run_says_how_it_attends(whole: Path, console: Console) -> None:
+    assert isinstance(console.file, StringIO)
+    line = "attention: plain, rows of up to 16 tokens have small squares of scores"
+    assert line in console.file.getvalue()
 
 
 def test_interrupted_and_resumed_is_bit_identical(

@@ -840,6 +840,7 @@ def test_another_value_changes_something(name: str, path: str) -> None:
 # What others see change, each named with its file; the test reads or sets the field by its name.
 ELSEWHERE = {
     "RunConfig.base": "runs/test_continued.py::test_continues_from_a_run_on_another_text",
+    "RunConfig.attention": "runs/test_attention.py::test_the_model_is_told",
     "RunConfig.resume": "runs/test_pretraining.py::test_no_resume_refuses_a_used_folder",
     "RunConfig.accept_changes": (
         "runs/test_pretraining.py::test_changes_are_accepted_when_asked_for"

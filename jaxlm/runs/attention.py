@@ -1,0 +1,55 @@
+"""How a run computes attention: chosen by its devices and rows, or as told."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from jaxlm.config import FinetuneConfig, PretrainConfig
+from jaxlm.errors import InputError
+from jaxlm.models.model import Attentive
+from jaxlm.nn.choose import Setting, Wanted, choose
+
+Known = TypeVar("Known", PretrainConfig, FinetuneConfig)
+
+
+class Settled(NamedTuple):
+    """A config whose model knows how it attends, and a line that says why; "" if there is none."""
+
+    config: Any
+    line: str
+
+
+def settle(
+    config: Known,
+    length: int | None,
+    devices: Sequence[Any],
+    *,
+    wanted: Wanted | None = None,
+    present: bool = True,
+) -> Settled:
+    """For rows of up to ``length`` positions on these devices; ``wanted``: as the config says."""
+    model, wanted = config.model, wanted or config.attention
+    if not isinstance(model, Attentive):
+        if wanted not in ("auto", "plain"):
+            raise InputError(
+                f"attention={wanted}, but {type(model).__name__} has an attention of its own or "
+                "none: leave it out"
+            )
+        return Settled(config, "")
+    device, mesh = devices[0], config.mesh
+    capability = getattr(device, "compute_capability", None)
+    setting = Setting(
+        platform="gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform,
+        device=device.device_kind,
+        capability=None if capability is None else float(capability),
+        present=present,
+        length=length or 2**30,
+        dtype=str(model.dtype or "float32"),
+        attends=model.attends,
+        packs_rows=vars(config.task).get("isolate_documents", False),
+        splits_rows=mesh.sequence > 1,
+    )
+    choice = choose(setting, wanted)
+    changed: Any = model
+    changed = replace(changed, attention=choice.name)
+    return Settled(replace(config, model=changed), f"attention: {choice.name}, {choice.why}")

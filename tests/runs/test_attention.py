@@ -1,0 +1,69 @@
+"""How a run settles what computes its attention."""
+
+import re
+from dataclasses import replace
+
+import jax
+import pytest
+from tiny_models import BERT
+
+from jaxlm import config as configs
+from jaxlm.config import FinetuneConfig, PretrainConfig
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import Table
+from jaxlm.data.loader import DataConfig
+from jaxlm.errors import InputError
+from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.llama import LlamaConfig
+from jaxlm.runs import resume, steps
+from jaxlm.runs.attention import settle
+
+SIZES = {"vocab_size": 32, "num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 24}
+CONFIG = PretrainConfig(name="x", data=DataConfig(paths=("p",)), model=BERT)
+
+
+@pytest.mark.parametrize("model", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES)])
+def test_the_model_is_told(model):
+    config = replace(CONFIG, model=model)
+    short, line = settle(config, 128, jax.devices())
+    assert short.model.attention == "plain"
+    assert line == "attention: plain, rows of up to 128 tokens have small squares of scores"
+    long, line = settle(config, 2048, jax.devices())
+    assert long.model.attention == "blockwise"
+    assert "rows of up to 2,048 tokens" in line
+    assert settle(replace(config, attention="plain"), 2048, jax.devices()).config.model == (
+        replace(model, attention="plain")
+    )
+
+
+def test_fine_tuning_is_told():
+    data = LabelledConfig(train=Table(path="x.csv"))
+    config = FinetuneConfig(name="x", data=data, model=BERT, attention="blockwise")
+    assert settle(config, 64, jax.devices()).config.model.attention == "blockwise"
+
+
+def test_a_kernel_that_cannot_run_is_refused():
+    with pytest.raises(InputError, match="attention=splash cannot run here: it is a kernel for"):
+        settle(replace(CONFIG, attention="splash"), 128, jax.devices())
+
+
+def test_a_model_without_a_choice():
+    config = replace(CONFIG, model=BilstmConfig(vocab_size=32))
+    assert settle(config, 2048, jax.devices()) == (config, "")
+    with pytest.raises(InputError, match="attention=blockwise, but BilstmConfig"):
+        settle(replace(config, attention="blockwise"), 2048, jax.devices())
+
+
+def test_a_run_of_other_devices_is_evaluated_as_suits_these():
+    trained = replace(CONFIG, attention="splash", model=replace(BERT, attention="splash"))
+    assert steps.for_evaluation(trained).model.attention == "plain"
+    assert steps.for_evaluation(trained, "blockwise").model.attention == "blockwise"
+
+
+def test_a_run_may_resume_on_other_devices():
+    now = configs.flatten(replace(CONFIG, attention="splash"))
+    before = configs.flatten(replace(CONFIG, model=replace(BERT, attention="plain")))
+    changed = [path for path in now if now[path] != before[path]]
+    assert set(changed) == {"attention", "model.attention"}
+    assert all(re.fullmatch(resume._FREE, path) for path in changed)
