@@ -11,6 +11,7 @@ equal then, and the model is the published one.
 Deliberate deviation: a window counts places in the row, as the code does, not ``positions``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -18,20 +19,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead, Transform
-from jaxlm.nn import masks, positions
+from jaxlm.nn import choose, masks, positions
 from jaxlm.nn.attention import MultiHeadAttention
+from jaxlm.nn.choose import Attends, Attention
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.feedforward import ACTIVATIONS, Activation, GatedMlp
+from jaxlm.nn.masks import Visibility
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.positions import Rotary
 from jaxlm.nn.stack import Remat, scan_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Hidden, Mask, Tokens
+from jaxlm.typing import Hidden, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ class ModernBertConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of matrix products and activations; None: float32, and in a training run bfloat16 on
     GPUs and TPUs."""
+    attention: Attention | None = None
+    """How attention is computed; None: plainly, and in a run as its --attention says."""
     unroll: int | None = None
     """Blocks compiled as one iteration of a loop over layers; None = no loop (see nn.stack)."""
     remat: Remat | None = None
@@ -133,6 +139,12 @@ class ModernBertConfig:
     def unrolls_layers(self) -> bool:
         """Whether the blocks are computed without a loop."""
         return self.unroll is None
+
+    @property
+    def attends(self) -> Attends:
+        """What its attention is like."""
+        head_dim = self.hidden_dim // self.num_heads
+        return Attends(head_dim, self.attention_dropout_rate, bool(self.is_local.any()))
 
     @property
     def is_causal(self) -> bool:
@@ -187,7 +199,7 @@ LARGE = ModernBertConfig(num_layers=28, hidden_dim=1024, num_heads=16, mlp_dim=2
 class View(NamedTuple):
     """What a kind of layer may attend to, and how it turns queries and keys."""
 
-    mask: Mask
+    mask: Visibility
     rotary: Rotary
 
 
@@ -196,6 +208,26 @@ class Streams(NamedTuple):
 
     x: Hidden
     normed: Hidden
+
+
+def _by_kind(
+    attend: Callable[..., Float[Array, "..."]], is_local: Bool[Array, ""], views: tuple[View, View]
+) -> Callable[..., Float[Array, "..."]]:
+    """``attend`` with the mask of a layer's kind, which is traced, while a window's size is not.
+
+    Of a layer whose kind is a constant, which it is without a loop, XLA keeps one of the two.
+    """
+
+    def either(
+        query: Float[Array, "..."], key: Float[Array, "..."], value: Float[Array, "..."], **options
+    ) -> Float[Array, "..."]:
+        far, near = (
+            lambda *qkv, mask=view.mask: attend(*qkv, **(options | {"mask": mask}))
+            for view in views
+        )
+        return lax.cond(is_local, near, far, query, key, value)
+
+    return either
 
 
 class ModernBertBlock(nn.Module):
@@ -223,17 +255,16 @@ class ModernBertBlock(nn.Module):
             dtype=dtype,
             kernel_init=init,
             out_init=out_init,
+            attend=_by_kind(choose.named(c.attention), is_local, views),
             name="attention",
         )
         activation = ACTIVATIONS[c.activation]
         mlp = GatedMlp(
             c.mlp_dim, activation, c.mlp_bias, dtype, init, out_init, c.mlp_dropout_rate, name="mlp"
         )
-        # Of a layer whose kind is a constant, which it is without a loop, XLA keeps one of them.
-        view = jax.tree.map(lambda far, near: jnp.where(is_local, near, far), *views)
-        y = attention(
-            streams.normed, mask=view.mask, rotary=view.rotary, deterministic=deterministic
-        )
+        far, near = (view.rotary for view in views)
+        rotary = jax.tree.map(lambda far, near: jnp.where(is_local, near, far), far, near)
+        y = attention(streams.normed, rotary=rotary, deterministic=deterministic)
         x = streams.x + Dropout(c.attention_dropout_rate)(y, deterministic=deterministic)
         y = LayerNorm(c.epsilon, dtype, c.norm_bias, name="mlp_norm")(x)
         x = x + mlp(y, deterministic=deterministic)
@@ -263,7 +294,7 @@ class ModernBert(nn.Module):
         token_type_ids: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
-        mask: Mask | None = None,
+        mask: Visibility | None = None,
         deterministic: bool = True,
     ) -> Hidden:
         """Encode rows.
@@ -310,14 +341,12 @@ class ModernBert(nn.Module):
         length: int,
         at: Int[Array, "#batch length"],
         segment_ids: Int[Array, "batch length"] | None,
-        mask: Mask | None,
+        mask: Visibility | None,
     ) -> tuple[View, View]:
         """Those of layers that see all of a row, and of layers that see a window."""
         c = self.config
-        seen = masks.cross(segment_ids, segment_ids)
-        seen = mask if seen is None else seen if mask is None else seen & mask
-        near = masks.window(length, c.window, mask=seen)
-        far = jnp.ones((1, 1, 1, 1), bool) if seen is None else seen
+        far = masks.visible(segment_ids, mask)
+        near = masks.visible(segment_ids, mask, before=c.window, after=c.window)
 
         def rotary(base: float) -> Rotary:
             frequencies = positions.frequencies(c.hidden_dim // c.num_heads, base)

@@ -128,7 +128,7 @@ def test_every_flag_is_read(tmp_path):
     plain, flags = (load(tmp_path / kind, kind).config for kind in KINDS)
     defaults = {f.name: f.default for f in fields(ModernBertConfig)}
     same = {name for name, value in defaults.items() if vars(flags)[name] == value}
-    assert same == {"num_tokens", "initializer_std", "dtype", "unroll", "remat"}
+    assert same == {"num_tokens", "initializer_std", "dtype", "attention", "unroll", "remat"}
     told = {"global_every": 2, "window": 3, "global_rope_base": 700.0, "local_rope_base": 90.0}
     assert {name: vars(flags)[name] for name in told} == told
     assert (plain.global_every, plain.window, plain.pooling) == (3, 10, "cls")

@@ -137,16 +137,35 @@ def test_a_loop_equals_no_loop(how):
 
 
 def test_without_a_loop_the_kind_of_a_layer_is_a_constant():
-    def masks(global_every, unroll=None):
-        """How often a program has a mask of queries and keys."""
+    def compiled(global_every, unroll=None):
         config = replace(CONFIG, num_layers=2, global_every=global_every, unroll=unroll)
         run = jax.jit(partial(logits, config=config, segment_ids=None))
-        text = run.lower(shapes_of(config)).compile().as_text()
-        return len(re.findall(rf"pred\[[\d,]*{LENGTH},{LENGTH}\]", text))
+        return run.lower(shapes_of(config)).compile().as_text()
 
-    assert masks(1) == 0  # where there are no documents, a layer that sees all of a row has none
-    assert masks(2) > 0
-    assert masks(1, unroll=1) > 0  # the control
+    is_square = re.compile(rf"pred\[[\d,]*{LENGTH},{LENGTH}\]")
+    assert not is_square.search(compiled(1))  # a layer that sees all of a row has no mask
+    assert is_square.search(compiled(2))
+    assert " conditional(" not in compiled(2)
+    assert " conditional(" in compiled(2, unroll=1)  # the control
+
+
+def test_blocks_make_no_square_and_change_nothing():
+    config = replace(CONFIG, num_layers=2, global_every=2, window=8, max_length=1024)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (1, 1024)), jnp.int32)
+    documents = (jnp.arange(1024) // 300)[None]
+    shapes = jax.eval_shape(config.make().init, jax.random.key(0), tokens)
+    variables = random_like(shapes)
+
+    def run(attention):
+        model = replace(config, attention=attention).make()
+        run = jax.jit(partial(model.apply, segment_ids=documents))
+        done = run.lower(variables, tokens).compile()
+        return done(variables, tokens), re.search(r"\[[\d,]*1024,1024\]", done.as_text())
+
+    (plain, has_square), (blocks, has_none) = run("plain"), run("blockwise")
+    assert has_square
+    assert not has_none
+    np.testing.assert_allclose(blocks, plain, atol=2e-5)
 
 
 @pytest.mark.parametrize("look", [logits, pytest.param(gradient, marks=pytest.mark.slow)])
