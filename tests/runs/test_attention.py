@@ -18,9 +18,11 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.runs import resume, steps
 from jaxlm.runs.attention import settle
+from jaxlm.train.loop import TrainConfig
 
 SIZES = {"vocab_size": 32, "num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 24}
-CONFIG = PretrainConfig(name="x", data=DataConfig(paths=("p",)), model=BERT)
+STEPS = TrainConfig(steps=1)
+CONFIG = PretrainConfig(name="x", data=DataConfig(paths=("p",)), model=BERT, train=STEPS)
 
 
 @pytest.mark.parametrize("model", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES)])
@@ -39,7 +41,7 @@ def test_the_model_is_told(model):
 
 def test_fine_tuning_is_told():
     data = LabelledConfig(train=Table(path="x.csv"))
-    config = FinetuneConfig(name="x", data=data, model=BERT, attention="blockwise")
+    config = FinetuneConfig(name="x", data=data, model=BERT, attention="blockwise", train=STEPS)
     assert settle(config, 64, jax.devices()).config.model.attention == "blockwise"
 
 
