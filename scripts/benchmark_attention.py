@@ -1,11 +1,5 @@
-"""Attention plainly and block by block, forward and gradient: ``python
-scripts/benchmark_attention.py``."""
+"""Speed of attention, plainly and block by block: ``python scripts/benchmark_attention.py``."""
 
-from jaxlm.runtime.allocator import tune_process
-
-tune_process()
-
-# ruff: noqa: E402  (the allocator is settled before JAX starts)
 import time
 from typing import Literal
 
