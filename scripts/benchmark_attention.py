@@ -1,6 +1,7 @@
 """Speed of attention, plainly and block by block: ``python scripts/benchmark_attention.py``."""
 
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -46,10 +47,13 @@ def main(
 
 
 def milliseconds(
-    attend: object, shape: tuple[int, ...], mask: Visible, dtype: str, rounds: int
+    attend: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    mask: Visible,
+    dtype: str,
+    rounds: int,
 ) -> float:
     """Of a value and its gradient by queries, keys and values."""
-    assert callable(attend)
     operands = [jax.random.normal(jax.random.key(i), shape, dtype) for i in range(4)]
 
     @jax.jit

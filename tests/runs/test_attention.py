@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from tiny_models import BERT
 
@@ -37,6 +38,19 @@ def test_the_model_is_told(model):
     assert settle(replace(config, attention="plain"), 2048, jax.devices()).config.model == (
         replace(model, attention="plain")
     )
+
+
+@pytest.mark.parametrize("config", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES)])
+def test_the_model_does_as_told(config):
+    tokens = jnp.zeros((1, 512), jnp.int32)
+
+    def program(attention):
+        model = replace(config, attention=attention, max_length=512).make()
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens[:, :8])
+        return str(jax.make_jaxpr(lambda params: model.apply(params, tokens))(params))
+
+    assert "pallas_call" in program("splash")
+    assert "pallas_call" not in program(None)
 
 
 def test_fine_tuning_is_told():
