@@ -1,12 +1,7 @@
-"""Attention plainly and block by block, forward and gradient: ``python
-scripts/benchmark_attention.py``."""
+"""Speed of attention, plainly and block by block: ``python scripts/benchmark_attention.py``."""
 
-from jaxlm.runtime.allocator import tune_process
-
-tune_process()
-
-# ruff: noqa: E402  (the allocator is settled before JAX starts)
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -52,10 +47,13 @@ def main(
 
 
 def milliseconds(
-    attend: object, shape: tuple[int, ...], mask: Visible, dtype: str, rounds: int
+    attend: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    mask: Visible,
+    dtype: str,
+    rounds: int,
 ) -> float:
     """Of a value and its gradient by queries, keys and values."""
-    assert callable(attend)
     operands = [jax.random.normal(jax.random.key(i), shape, dtype) for i in range(4)]
 
     @jax.jit

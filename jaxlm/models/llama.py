@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead, UntiedLmHead
-from jaxlm.nn import cache, masks, positions
+from jaxlm.nn import cache, choose, masks, positions
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import Cache, LayerCache
 from jaxlm.nn.choose import Attends, Attention

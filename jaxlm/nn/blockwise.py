@@ -77,12 +77,10 @@ def cut(
         return _Blocks(size, span, mask.before, len(q_starts) * size, end, starts)
     size = q_length if whole_rows else _even(q_length, sizes.block)
     span = _even(kv_length, sizes.block)
-    starts = tuple(
-        (q, kv)
-        for q in range(0, q_length, size)
-        for kv in range(0, kv_length, span)
-        if mask.reaches(q, size, kv, span) or kv == 0  # one at least, even if it hides all
-    )
+    starts: tuple[tuple[int, int], ...] = ()
+    for q in range(0, q_length, size):
+        reached = (kv for kv in range(0, kv_length, span) if mask.reaches(q, size, kv, span))
+        starts += tuple((q, kv) for kv in reached) or ((q, 0),)  # one, even if it hides all
     up = lambda length, size: math.ceil(length / size) * size
     return _Blocks(size, span, 0, up(q_length, size), up(kv_length, span), starts)
 

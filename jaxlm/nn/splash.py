@@ -1,5 +1,6 @@
 """Attention by JAX's Pallas kernel for TPUs ("splash": sparse flash attention)."""
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -101,10 +102,8 @@ def _kernel(
         q_seq_shards=1,
         interpret=interpret,
     )
-    by_heads = (rearrange(x, "batch l heads d -> batch heads l d") for x in (query, key, value))
-    if segment_ids is None:
-        out = jax.vmap(run)(*by_heads)
-    else:
-        with_ids = lambda q, k, v, ids: run(q, k, v, kernels.SegmentIds(ids, ids))
-        out = jax.vmap(with_ids)(*by_heads, segment_ids)
-    return rearrange(out, "batch heads l d -> batch l heads d")[:, :length]
+    q, k, v = (rearrange(x, "batch l heads d -> batch heads l d") for x in (query, key, value))
+    ids = None if segment_ids is None else kernels.SegmentIds(segment_ids, segment_ids)
+    one_row: Callable[..., Array] = run
+    out = jax.vmap(one_row)(q, k, v, ids)[:, :, :length]
+    return rearrange(out, "batch heads l d -> batch l heads d")

@@ -100,8 +100,8 @@ def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
     assert published.vocab_size is not None
     rows = padded_vocab_size(published.vocab_size, mesh)
     model: Any = published.with_vocab_size(rows)  # a dataclass, which its protocol cannot say
-    model = dataclasses.replace(model, dtype=None)
-    return dataclasses.replace(model, attention=None) if isinstance(model, Attentive) else model
+    free = {"attention": None} if isinstance(published, Attentive) else {}
+    return dataclasses.replace(model, dtype=None, **free)
 
 
 def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:

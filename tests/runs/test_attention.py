@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import pytest
 from tiny_models import BERT
 
@@ -18,9 +19,11 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.runs import resume, steps
 from jaxlm.runs.attention import settle
+from jaxlm.train.loop import TrainConfig
 
 SIZES = {"vocab_size": 32, "num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 24}
-CONFIG = PretrainConfig(name="x", data=DataConfig(paths=("p",)), model=BERT)
+STEPS = TrainConfig(steps=1)
+CONFIG = PretrainConfig(name="x", data=DataConfig(paths=("p",)), model=BERT, train=STEPS)
 
 
 @pytest.mark.parametrize("model", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES)])
@@ -37,9 +40,22 @@ def test_the_model_is_told(model):
     )
 
 
+@pytest.mark.parametrize("config", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES)])
+def test_the_model_does_as_told(config):
+    tokens = jnp.zeros((1, 512), jnp.int32)
+
+    def program(attention):
+        model = replace(config, attention=attention, max_length=512).make()
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens[:, :8])
+        return str(jax.make_jaxpr(lambda params: model.apply(params, tokens))(params))
+
+    assert "pallas_call" in program("splash")
+    assert "pallas_call" not in program(None)
+
+
 def test_fine_tuning_is_told():
     data = LabelledConfig(train=Table(path="x.csv"))
-    config = FinetuneConfig(name="x", data=data, model=BERT, attention="blockwise")
+    config = FinetuneConfig(name="x", data=data, model=BERT, attention="blockwise", train=STEPS)
     assert settle(config, 64, jax.devices()).config.model.attention == "blockwise"
 
 
