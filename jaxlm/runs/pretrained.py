@@ -64,7 +64,9 @@ def resolve(
             f"max_length={model.max_length}: raise it, or prepare shorter rows"
         )
     num_rows = sum(info.rows["train"] for info in infos)
-    train = config.train.with_steps(num_rows, config.data.batch_size)
+    train = config.train.with_epochs(
+        lambda epochs: config.data.steps_to(math.ceil(epochs * num_rows))
+    )
     return replace(config, model=model, train=train)
 
 

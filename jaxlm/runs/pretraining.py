@@ -63,6 +63,9 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         f"of {info.row_length}, {jax.device_count()} x {jax.devices()[0].device_kind}"
     )
 
+    if config.data.ramp_sizes:
+        console.print(_ramp(config, info.row_length), soft_wrap=True)
+
     def init() -> TrainState:
         return placement.init(jax.random.key(config.train.seed), given)
 
@@ -99,7 +102,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             monitor=monitor.name,
         ),
         batches=batches,
-        examples_after=lambda seen, steps: seen + steps * config.data.batch_size,
+        examples_after=lambda seen, steps: config.data.after(seen, steps)[0],
         evaluate=evaluation,
         monitor=monitor,
         reference=Reference({"unigram entropy": pretrained.unigram_entropy(infos)}),
@@ -107,6 +110,20 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         files={},
     )
     return train(job, console)
+
+
+def _ramp(config: PretrainConfig, row_length: int) -> str:
+    """How the batch grows, in steps and tokens."""
+    data, stages, end = config.data, [], 0
+    for size, of_stage in zip(data.ramp_sizes, data.ramp_steps, strict=True):
+        end += of_stage
+        stages.append(f"{size:,} to step {end:,}")
+    rows = data.after(0, end)[0]
+    said = f"rows of a batch: {', '.join(stages)}, then {data.batch_size:,} (after {rows:,} rows, "
+    said += f"{rows * row_length / 1e6:.2f} M tokens)"
+    if config.train.steps is not None and config.train.steps <= end:
+        said += f"; the run's {config.train.steps:,} steps end before"
+    return said
 
 
 def open_data(config: PretrainConfig, base: Base | None, console: Console) -> list[Prepared]:

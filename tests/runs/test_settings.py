@@ -391,7 +391,7 @@ def run_of(config: Any) -> str:
     poison = config.name == "poisoned"
     batch = {"tokens": np.full((2, 2), np.nan if poison else 1.0, np.float32)}
     cursor = {"examples_seen": 0, "tokens_seen": 0.0, "elapsed_s": 0.0, "share": 0.0}
-    train = config.train.with_steps(96, config.data.batch_size)
+    train = config.train.with_epochs(lambda epochs: -(-int(epochs * 96) // config.data.batch_size))
     console = Console(quiet=True)
     with pytest.MonkeyPatch.context() as patch, Progress(None, visible=False, console=console) as p:
         patch.setattr(loop, "time", Ticking())
@@ -463,6 +463,8 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.fields.words": "tags",
     "data.paths": ("q",),
     "data.weights": (1.0, 3.0),
+    "data.ramp_sizes": (4,),
+    "data.ramp_steps": (2,),
     "data.max_length": 48,
     "data.batch_tokens": 128,
     "data.train.source": "a.de",
@@ -634,6 +636,7 @@ ENDS = (
 )
 PARTS = {
     "adamw": optimizing(),
+    "stable adamw": optimizing(name="stable_adamw", schedule="constant"),
     "lamb": optimizing(name="lamb", schedule="cosine"),
     "adafactor": optimizing(name="adafactor", schedule="inverse_sqrt"),
     "muon": optimizing(name="muon", schedule="wsd"),
@@ -759,6 +762,11 @@ PARTS = {
     ),
     "one folder": Part(
         PRETRAINED, order_of, ("data.paths", "data.weights", "data.batch_size", "train.eval_rows")
+    ),
+    "ramp": Part(
+        replace(PRETRAINED, data=replace(PRETRAINED.data, ramp_sizes=(8,), ramp_steps=(1,))),
+        order_of,
+        ("data.ramp_sizes", "data.ramp_steps"),
     ),
     "two folders": Part(
         replace(PRETRAINED, data=DataConfig(paths=("p", "q"), batch_size=16)),
