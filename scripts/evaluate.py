@@ -1,4 +1,7 @@
-"""Evaluate a run, pretrained or fine-tuned: ``python scripts/evaluate.py runs/quickstart``."""
+"""Evaluate a run, pretrained or fine-tuned: ``python scripts/evaluate.py runs/quickstart``.
+
+Or what a run may start from, before it does: a published model's folder, with ``--data``.
+"""
 
 from jaxlm.runtime.allocator import tune_process
 from jaxlm.runtime.console import make_console
@@ -28,7 +31,8 @@ from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.finetuned import FinetunedRun
-from jaxlm.runs.folder import TOKENIZER, read_any_config
+from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run, read_any_config
+from jaxlm.runs.published import open_published
 from jaxlm.runs.writing import GREEDY_BEAM, chosen_way
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
 from jaxlm.tasks.seq2seq import Seq2Seq
@@ -63,7 +67,7 @@ def main(
     a folder of theirs in its eval/.
 
     Args:
-        directory: The run folder.
+        directory: The run folder, or a published model's, to be evaluated as it is on --data.
         data: Prepared data, or a file of labelled data with the columns of training; None = the
             run's own.
         target: Of a run that writes targets for sources: the file of targets, where --data has a
@@ -88,8 +92,10 @@ def main(
         raise InputError(f"--target {target} is the other side of --data: give both")
     way = chosen_way(generate, beam)
     folder = locate(directory)
+    if not is_run(folder) and (folder / CONFIG).is_file() and out is None:
+        out = Path("eval") / directory.name  # a published model's folder is not ours to write in
     with tempfile.TemporaryDirectory() as scratch:
-        if isinstance(read_any_config(folder), FinetuneConfig):
+        if is_run(folder) and isinstance(read_any_config(folder), FinetuneConfig):
             if int8:
                 raise InputError(f"--int8 is for pretrained runs, and {directory} is fine-tuned")
             result = evaluate_tuned(
@@ -149,7 +155,15 @@ def evaluate_pretrained(
     int8: bool,
 ) -> dict[str, Any]:
     """On rows of prepared data, or on windows over them."""
-    loaded = pretrained.open_pretrained(directory, step)
+    if is_run(directory) or not (directory / CONFIG).is_file():
+        loaded = pretrained.open_pretrained(directory, step)
+    elif data is None or step is not None:
+        raise InputError(
+            f"{directory} is no run, and has neither data nor steps of its own: give --data, and "
+            "no --step"
+        )
+    else:
+        loaded = open_published(str(directory), prepared.open_prepared(data))
     if stride is not None and not isinstance(loaded.task, Generative):
         raise InputError(
             f"--stride {stride} is for causal runs, and {directory} was trained for "

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
+from jaxlm.config import PretrainConfig
 from jaxlm.convert import huggingface
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.models.model import ModelConfig
-from jaxlm.runs import pretrained
+from jaxlm.runs import folder, pretrained
 from jaxlm.runs.folder import TOKENIZER, is_run
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.train.checksum import checksums
@@ -42,6 +43,15 @@ def lasting(name: str) -> str:
     """The name of a base as it is found from any folder: that of a local one is absolute."""
     directory = locate(name)
     return str(directory.resolve()) if isinstance(directory, Path) and directory.is_dir() else name
+
+
+def read_model(name: str) -> ModelConfig | None:
+    """The model of a local base, without its weights; None where there is no such folder."""
+    directory = locate(name)
+    if is_run(directory):
+        return folder.read_config(directory, PretrainConfig).model
+    is_local = isinstance(directory, Path) and directory.is_dir()
+    return huggingface.read_config(directory) if is_local else None
 
 
 def load(name: str, *, step: int | None = None) -> Base:

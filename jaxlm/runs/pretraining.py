@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from jaxlm import tree
 from jaxlm.config import PretrainConfig
@@ -17,7 +18,7 @@ from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
 from jaxlm.runs import base as bases
-from jaxlm.runs import pretrained, resume, steps
+from jaxlm.runs import phase, pretrained, resume, steps
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
@@ -56,7 +57,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         sample = rows.read(np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(int))
         if doubt := config.task.warning(sample["tokens"], vocabulary):
             console.print(f"warning: {doubt}", style="yellow", markup=False, soft_wrap=True)
-    given = {} if base is None else base_params(config, placement, base, console)
+    given = {} if base is None else base_params(config, placement, base, tokenizer, console)
     console.print(
         f"{config.name}: {tree.num_params(placement.abstract_state.trainable):,} parameters, "
         f"{sum(info.tokens['train'] for info in infos) / 1e6:.2f} M tokens in rows "
@@ -141,9 +142,7 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
     datasets = [open_prepared(path) for path in config.data.paths]
     found = {str(d.directory): [d.info.fingerprint, d.info.tokenizer_sha256] for d in datasets}
     distributed.check_same("data", {f"the content of {path}": x for path, x in found.items()})
-    if base is not None and datasets[0].info.tokenizer_sha256 != tokenizers.fingerprint(
-        base.tokenizer
-    ):
+    if base is not None and not phase.continues(base.tokenizer, datasets[0]):
         raise InputError(
             f"{first} was prepared with another tokenizer than that of base={base.name}: prepare "
             f"it again, into another folder, with --tokenizer.path {base.tokenizer_path}"
@@ -152,16 +151,31 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
 
 
 def base_params(
-    config: PretrainConfig, placement: Placement, base: Base, console: Console
+    config: PretrainConfig,
+    placement: Placement,
+    base: Base,
+    tokenizer: Tokenizer,
+    console: Console,
 ) -> dict[str, PyTree]:
     """The base's encoder, and its head where that is the task's; says which of them is new."""
     assert config.model is not None  # resolved
-    given: dict[str, Any] = {"encoder": steps.with_rows(base.encoder, config.model)}
-    head = base.lm_head and steps.with_bias(base.lm_head, config.model)
+    encoder, head = base.encoder, base.lm_head
+    new = phase.new_tokens(base.tokenizer, tokenizer)
+    if new:
+        params = {"encoder": encoder, **({} if head is None else {"head": head})}
+        params = phase.with_tokens(params, new)
+        encoder, head = params["encoder"], params.get("head")
+    encoder = phase.with_positions(encoder, config.model)
+    given: dict[str, Any] = {"encoder": steps.with_rows(encoder, config.model)}
+    head = head and steps.with_bias(head, config.model)
     wanted = placement.abstract_state.trainable["params"].get("head", {})
     if head and _shapes(head) == _shapes(wanted):
         given["head"] = head
     what = "encoder and head" if "head" in given or not wanted else "encoder; its head is new"
+    if new:
+        what += f"; {len(new):,} new tokens are the means of the pieces that they were"
+    if changed := phase.differences(base.config, config.model):
+        what += f"; other than there: model.{', model.'.join(changed)}"
     console.print(f"from {base.name}: {what}", soft_wrap=True)
     return given
 
