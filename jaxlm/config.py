@@ -23,6 +23,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.models.xlnet import XlnetConfig
@@ -52,6 +53,7 @@ Model = (
     | TransformerConfig
     | T5Config
     | XlnetConfig
+    | ModernBertConfig
 )
 PretrainingTask = MaskedLm | CausalLm | PermutationLm | ReplacedToken
 LabelledTask = (

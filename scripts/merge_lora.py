@@ -2,8 +2,9 @@
 
 The folder that comes out is a published encoder's in Hugging Face's layout, with its tokenizer: a
 base for further fine-tuning here, or a model for other libraries. The task's own head is left
-behind (one over the vocabulary is the base's, and stays), a RoBERTa comes out as the BERT that
-computes the same, and what was tuned for embeddings as a sentence encoder.
+behind (one over the vocabulary is the base's, and stays), but for a ModernBERT's, with which
+transformers opens it. A RoBERTa comes out as the BERT that computes the same, and what was tuned
+for embeddings as a sentence encoder.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -22,6 +23,7 @@ from jaxlm.convert import huggingface
 from jaxlm.errors import report_input_errors
 from jaxlm.peft import tuning
 from jaxlm.runs import finetuned
+from jaxlm.runs.task_head import publish
 from jaxlm.tasks.embedding import Embedding
 
 
@@ -46,16 +48,14 @@ def main(
     params = jax.tree.map(np.asarray, merged)
     model = loaded.config.model
     assert model is not None  # resolved
-    head = {name: leaf for name, leaf in params.get("head", {}).items() if name == "pooler"}
-    left_out = ""
-    if head and not huggingface.keeps_pooler(model):
-        head, left_out = {}, "; its pooler, which has no place there, is left out with the head"
+    task = loaded.task
+    head, said, left_out = publish(task, loaded.labels, params.get("head", {}), model)
     head |= params.get("lm_head", {})
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
-    task = loaded.task
     pooling = (task.pooling or "mean") if isinstance(task, Embedding) else None
     prompts = task.prompts if isinstance(task, Embedding) else None
-    huggingface.save(out, kept, model, loaded.tokenizer, pooling=pooling, prompts=prompts)
+    options = {"pooling": pooling, "prompts": prompts, "task_head": said}
+    huggingface.save(out, kept, model, loaded.tokenizer, **options)
     print(
         f"{run} at step {int(loaded.state.step)}, merged, is in {out}, in float32: rounded to "
         f"bfloat16 its weights would differ by {lost:.1%} of what was added{left_out}"

@@ -32,6 +32,7 @@ from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.model import EncoderDecoderConfig, TwoStreamConfig
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.peft.ia3 import Ia3Config
@@ -85,6 +86,9 @@ MODELS: dict[str, Any] = {
     "gpt2": Gpt2Config(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=24, max_length=32),
     "t5": T5Config(num_layers=1, hidden_dim=16, num_heads=2, head_dim=8, mlp_dim=24, tied=False),
     "xlnet": XlnetConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=24),
+    "modernbert": ModernBertConfig(
+        num_layers=2, hidden_dim=16, num_heads=2, mlp_dim=24, max_length=32, window=2
+    ),
 }
 
 

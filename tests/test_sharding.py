@@ -10,13 +10,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.models import bert, gpt2, llama, t5, transformer, xlnet
+from jaxlm.models import bert, gpt2, llama, modernbert, t5, transformer, xlnet
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import ClassificationHead, EncoderDecoderLm, WithHead, WithLmHead
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import EncoderDecoderConfig
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.models.xlnet import XlnetConfig
@@ -43,11 +44,18 @@ PRESETS = {
         ("TRANSFORMER_", transformer),
         ("T5_", t5),
         ("XLNET_", xlnet),
+        ("MODERNBERT_", modernbert),
     )
     for name, value in vars(module).items()
     if isinstance(
         value,
-        BertConfig | Gpt2Config | LlamaConfig | TransformerConfig | T5Config | XlnetConfig,
+        BertConfig
+        | Gpt2Config
+        | LlamaConfig
+        | TransformerConfig
+        | T5Config
+        | XlnetConfig
+        | ModernBertConfig,
     )
 }
 MESHES = [
@@ -89,6 +97,8 @@ def test_presets_are_found():
     assert {"TRANSFORMER_TINY", "TRANSFORMER_BASE", "TRANSFORMER_BIG"} <= PRESETS.keys()
     assert {"T5_TINY", "T5_SMALL", "T5_BASE", "T5_SMALL_V1_1", "T5_BASE_V1_1"} <= PRESETS.keys()
     assert {"XLNET_MINI", "XLNET_BASE", "XLNET_LARGE"} <= PRESETS.keys()
+    names = ("TINY", "MINI", "BASE", "LARGE")
+    assert {f"MODERNBERT_{name}" for name in names} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -96,8 +106,9 @@ def test_every_parameter_of_every_preset_has_a_place(preset):
     shapes = shapes_of(preset)
     for config in MESHES:
         mesh = make_mesh(config)
-        if PRESETS[preset].num_heads % mesh.shape["tensor"]:  # the largest GPT-2 has 25
-            with pytest.raises(InputError, match="the axis heads of size 25 cannot be split"):
+        heads = PRESETS[preset].num_heads
+        if heads % mesh.shape["tensor"]:  # the largest GPT-2 has 25
+            with pytest.raises(InputError, match=f"axis heads of size {heads} cannot be split"):
                 tree_shardings(shapes, mesh)
             continue
         places = tree_shardings(shapes, mesh)

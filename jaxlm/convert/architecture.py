@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jaxlm.convert.table import Row
 from jaxlm.errors import InputError
@@ -24,10 +24,40 @@ class Architecture:
     """Second names of tied tensors -> first names."""
     ignored: str
     """A pattern of how names begin that hold nothing to read."""
+    task_head: tuple[Row, ...] = ()
+    """The last layer of a task's head, which is written and not read."""
     unused_positions: int = 0
     """Leading rows of the position table."""
     untied: str = "untied weights are not supported"
     """What to say where a copy differs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskHead:
+    """What a task's head is, for a ``config.json``."""
+
+    task: Literal[
+        "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"
+    ]
+    labels: tuple[str, ...] = ()
+    """Names of what the last layer distinguishes, where they have names."""
+    problem_type: (
+        Literal["single_label_classification", "multi_label_classification", "regression"] | None
+    ) = None
+    pooling: Literal["cls", "mean"] | None = None
+    """How it makes one vector of a row; None: it makes none."""
+
+    def write_config(self, model: str) -> dict[str, Any]:
+        """The keys of a ``config.json`` that tell of it."""
+        names = dict(enumerate(self.labels or (("LABEL_0",) if self.problem_type else ())))
+        said = {
+            "id2label": {str(i): name for i, name in names.items()},
+            "label2id": {name: i for i, name in names.items()},
+            "problem_type": self.problem_type,
+            "classifier_pooling": self.pooling,
+        }
+        kept = {key: value for key, value in said.items() if value}
+        return {"architectures": [f"{model}For{self.task}"], **kept}
 
 
 class Fields:

@@ -18,8 +18,19 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxlm import sharding
-from jaxlm.convert import bert, folder, gpt2, hub, llama, sentence_encoder, t5, table, xlnet
-from jaxlm.convert.architecture import Architecture, Fields
+from jaxlm.convert import (
+    bert,
+    folder,
+    gpt2,
+    hub,
+    llama,
+    modernbert,
+    sentence_encoder,
+    t5,
+    table,
+    xlnet,
+)
+from jaxlm.convert.architecture import Architecture, Fields, TaskHead
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.convert.table import Row, Sizes, Tensors, Weights
 from jaxlm.data import tokenizers
@@ -29,6 +40,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.pooling import Pooling
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
@@ -36,7 +48,7 @@ from jaxlm.runtime.storage import on_disk
 from jaxlm.sharding import AxisTable, Rules
 from jaxlm.typing import Params
 
-Known = BertConfig | Gpt2Config | LlamaConfig | T5Config | XlnetConfig
+Known = BertConfig | Gpt2Config | LlamaConfig | ModernBertConfig | T5Config | XlnetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +72,13 @@ class Published:
 
 
 def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Published:
-    """The BERT, RoBERTa, GPT-2, Llama, T5 or XLNet in a folder, or on the hub.
+    """The BERT, RoBERTa, ModernBERT, GPT-2, Llama, T5 or XLNet in a folder, or on the hub.
 
     The folder holds ``config.json``, ``model.safetensors`` (or its shards and their index), and
     ``tokenizer.json``, ``vocab.txt``, or ``vocab.json`` and ``merges.txt``. Heads of tasks are not
-    read, and a file with one is refused, as is whatever else is unknown, missing or of another
-    shape. ``cache`` is the folder that keeps downloads; None, the one of ``huggingface_hub``.
+    read, and a file with one is refused (but a ModernBERT's, whose head shares all but its last
+    layer with the language model's), as is whatever else is unknown, missing or of another shape.
+    ``cache`` is the folder that keeps downloads; None, the one of ``huggingface_hub``.
     """
     path = hub.find(name_or_path, cache)
     architecture, config = _describe(path)
@@ -144,12 +157,19 @@ def to_huggingface(
     tokens = None if isinstance(config, BertConfig | XlnetConfig) else config.num_tokens
     if tokens is not None:
         sizes = {**sizes, "vocab": tokens}
-        cut = {"token_embed/embedding": (slice(tokens),), "unembed/kernel": (..., slice(tokens))}
+        first = (slice(tokens),)
+        cut = {"token_embed/embedding": first, "head/bias": first, "unembed/kernel": (..., *first)}
         flat: Any = flatten_dict(params, sep="/")
         ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
         flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
         params = unflatten_dict(flat, sep="/")
-    return table.write(_all_rows(_architecture(config)), params, sizes)
+    labels = params.get("head", {}).get("classifier", {}).get("bias", ())
+    return table.write(_all_rows(_architecture(config)), params, sizes | {"labels": len(labels)})
+
+
+def keeps_task_head(config: ModelConfig) -> bool:
+    """Whether the folder of such a model can hold the head of a task."""
+    return isinstance(config, Known) and bool(_architecture(config).task_head)
 
 
 def keeps_pooler(config: ModelConfig) -> bool:
@@ -166,11 +186,12 @@ def save(
     *,
     pooling: Pooling | None = None,
     prompts: Mapping[str, str] | None = None,
+    task_head: TaskHead | None = None,
 ) -> None:
     """A new folder that :func:`load`, and other libraries, read; it appears when it is complete.
 
     With ``pooling`` it is a sentence encoder's, whose vectors have length 1. The first of its
-    ``prompts`` is the default.
+    ``prompts`` is the default. With a ``task_head``, ``params["head"]`` is one.
     """
     path = on_disk(path)
     if not isinstance(config, Known):
@@ -182,11 +203,13 @@ def save(
         raise InputError(f"{path} exists: name a new folder")
     found = SpecialTokens.of(tokenizer)
     inputs, side = ["input_ids", "token_type_ids", "attention_mask"], "right"
-    if isinstance(config, BertConfig | XlnetConfig):
+    if isinstance(config, BertConfig | ModernBertConfig | XlnetConfig):
         special = {name: i for name, i in asdict(found).items() if i is not None}
     if isinstance(config, BertConfig):
         written = bert.write_config(config, found.pad)
         inputs = inputs if config.num_token_types > 1 else inputs[::2]
+    elif isinstance(config, ModernBertConfig):
+        written, inputs = modernbert.write_config(config, special), inputs[::2]
     elif isinstance(config, XlnetConfig):
         written = xlnet.write_config(config) | {"pad_token_id": found.pad}
         side = "left"  # so that the last position of all rows is a token
@@ -199,6 +222,8 @@ def save(
             written = t5.write_config(config, found.cls)
         written = {**(written or {}), **{f"{name}_token_id": i for name, i in special.items()}}
         inputs = inputs[::2]
+    if task_head is not None:
+        written |= task_head.write_config(type(config).__name__.removesuffix("Config"))
     configs = {
         folder.CONFIG: written,
         # Without it, other libraries take every BERT's tokenizer for WordPiece.
@@ -238,6 +263,8 @@ def _describe(path: Path) -> tuple[Architecture, Known]:
             return gpt2.read_config(raw, source)
         case "llama":
             return llama.read_config(raw, source)
+        case "modernbert":
+            return modernbert.read_config(raw, source)
         case "t5":
             weights = folder.Tensors(path) if folder.has_weights(path) else {}
             return t5.read_config(raw, source, weights)
@@ -245,8 +272,8 @@ def _describe(path: Path) -> tuple[Architecture, Known]:
             return xlnet.read_config(raw, source)
         case other:
             raise InputError(
-                f"{source}: model_type={other!r} is not supported; bert, roberta, gpt2, llama, t5 "
-                "and xlnet are"
+                f"{source}: model_type={other!r} is not supported; bert, roberta, modernbert, "
+                "gpt2, llama, t5 and xlnet are"
             )
 
 
@@ -259,6 +286,8 @@ def _architecture(config: Known) -> Architecture:
             return gpt2.architecture(tied=config.tied)
         case LlamaConfig():
             return llama.architecture(config)
+        case ModernBertConfig():
+            return modernbert.architecture(config)
         case T5Config():
             return t5.architecture(config)
         case XlnetConfig():
@@ -273,6 +302,8 @@ def _sizes(config: Known) -> Sizes:
             return gpt2.sizes(config)
         case LlamaConfig():
             return llama.sizes(config)
+        case ModernBertConfig():
+            return modernbert.sizes(config)
         case T5Config():
             return t5.sizes(config)
         case XlnetConfig():
@@ -280,7 +311,8 @@ def _sizes(config: Known) -> Sizes:
 
 
 def _all_rows(architecture: Architecture) -> list[Row]:
-    return [*architecture.encoder, *(row for head in architecture.heads for row in head)]
+    heads = (*architecture.heads, architecture.task_head)
+    return [*architecture.encoder, *(row for head in heads for row in head)]
 
 
 class _Renamed(Mapping[str, Shaped[np.ndarray, "..."]]):

@@ -25,7 +25,8 @@ class Row:
     """One parameter."""
 
     theirs: str
-    """The tensor's name; ``{layer}`` stands for 0, 1, … and is a leading axis of ours."""
+    """The tensor's name; ``{layer}`` stands for 0, 1, … and is a leading axis of ours, as is
+    ``{next}``, for 1, 2, …"""
     ours: str
     """The path in our tree."""
     layout: str
@@ -34,8 +35,11 @@ class Row:
     """Leading entries of the first axis that theirs has and ours has not."""
 
     part: int = 0
-    """Which of the equal ``parts`` of theirs it is, along its last axis."""
+    """Which of the equal ``parts`` of theirs it is, along its ``axis``."""
     parts: int = 1
+    axis: int = -1
+    last: str | None = None
+    """The name of the last layer's tensor, where it is another."""
     factors: tuple[float, ...] | None = None
     """What ours is multiplied by when it is read, for each layer."""
     stack: str = "layers"
@@ -51,8 +55,11 @@ class Row:
 
     def names(self, sizes: Sizes) -> list[str]:
         """Names of all tensors that make up the parameter."""
-        layers = range(sizes[self.stack]) if self._stacked else [0]
-        return [self.theirs.format(layer=layer) for layer in layers]
+        if not self._stacked:
+            return [self.theirs]
+        layers = range(sizes[self.stack])
+        names = [self.theirs.format(layer=layer, next=layer + 1) for layer in layers]
+        return names if self.last is None else [*names[:-1], self.last]
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         """That of ours."""
@@ -97,7 +104,7 @@ class Row:
 
     @property
     def _stacked(self) -> bool:
-        return "{layer}" in self.theirs
+        return "{" in self.theirs
 
     def _one(
         self, layer: int, name: str, tensors: Tensors, sizes: Sizes, source: str
@@ -105,8 +112,7 @@ class Row:
         """Ours, of one layer."""
         first, *rest = _shape(self.layout.split(" -> ")[0], sizes)
         shape = [first + self.unused, *rest]
-        width = shape[-1]
-        shape[-1] *= self.parts
+        shape[self.axis] *= self.parts
         if name not in tensors:
             raise InputError(f"{source} lacks the tensor {name}")
         tensor = tensors[name]
@@ -115,7 +121,8 @@ class Row:
                 f"{source}: {name} is {tensor.dtype.name}; quantised weights cannot be read"
             )
         _check(f"{source}: {name}", tensor.shape, tuple(shape))
-        tensor = tensor[..., self.part * width : (self.part + 1) * width]
+        if self.parts > 1:
+            tensor = np.split(tensor, self.parts, self.axis)[self.part]
         ours = rearrange(
             tensor[self.unused :].astype(np.float32), self.layout, **_axes(self.layout, sizes)
         )
@@ -166,7 +173,7 @@ def write(
             parts.setdefault(name, {})[row.part] = tensor
             if len(parts[name]) == row.parts:
                 whole = [parts[name][number] for number in range(row.parts)]
-                tensors[name] = whole[0] if row.parts == 1 else np.concatenate(whole, axis=-1)
+                tensors[name] = whole[0] if row.parts == 1 else np.concatenate(whole, row.axis)
                 del parts[name]
     if parts:
         raise InputError(f"the parameters hold a part of {min(parts)}, and not all of it")

@@ -6,6 +6,7 @@ the encoder is computed in the type of its hidden states; what comes out is floa
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,38 @@ from jaxlm.nn.linear import Linear
 from jaxlm.nn.masks import NEGATIVE
 from jaxlm.nn.norms import LayerNorm
 from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transform:
+    """``norm(activation(x W + b))``, as hidden states enter a head.
+
+    Only inside a module's ``nn.compact``, which gets layers called ``transform`` and ``norm``.
+
+    Attributes:
+        features: width of the result, where it is not that of ``x``.
+        use_bias: adds ``b``.
+        norm_bias: the norm's.
+    """
+
+    activation: Callable[..., Array] = gelu
+    epsilon: float = 1e-12
+    dtype: Dtype = jnp.float32
+    initializer_std: float = 0.02
+    features: int | None = None
+    use_bias: bool = True
+    norm_bias: bool = True
+
+    def __call__(self, hidden: Float[Array, "*batch embed"]) -> Float[Array, "*batch features"]:
+        dense = Linear(
+            self.features or hidden.shape[-1],
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.truncated_normal(self.initializer_std),
+            name="transform",
+        )
+        norm = LayerNorm(self.epsilon, self.dtype, self.norm_bias, name="norm")
+        return norm(self.activation(dense(hidden)))
 
 
 class MlmHead(nn.Module):
@@ -39,12 +72,14 @@ class MlmHead(nn.Module):
     def __call__(
         self, hidden: Float[Array, "*batch embed"], table: Embed
     ) -> Float[Array, "*batch vocab"]:
-        init = nn.initializers.truncated_normal(self.initializer_std)
-        width = self.features or hidden.shape[-1]
-        x = Linear(width, dtype=self.dtype, kernel_init=init, name="transform")(hidden)
-        x = LayerNorm(self.epsilon, self.dtype, name="norm")(gelu(x))
+        transform = Transform(
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            initializer_std=self.initializer_std,
+            features=self.features,
+        )
         bias = self.param("bias", nn.initializers.zeros, (table.num_embeddings,), jnp.float32)
-        return table.attend(x, bias)
+        return table.attend(transform(hidden), bias)
 
 
 class TiedLmHead(nn.Module):
@@ -54,11 +89,13 @@ class TiedLmHead(nn.Module):
         num_tokens: of the table's rows; the others, which stand for no token, are never likely.
         scale: what hidden states are multiplied by.
         use_bias: adds one for each row.
+        transform: what hidden states go through first.
     """
 
     num_tokens: int | None = None
     scale: float = 1.0
     use_bias: bool = False
+    transform: Transform | None = None
 
     @nn.compact
     def __call__(
@@ -67,7 +104,8 @@ class TiedLmHead(nn.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (table.num_embeddings,), jnp.float32)
-        logits = table.attend(_times(hidden, self.scale), bias)
+        x = hidden if self.transform is None else self.transform(hidden)
+        logits = table.attend(_times(x, self.scale), bias)
         return _only_tokens(logits, self.num_tokens)
 
 
@@ -268,12 +306,14 @@ class ClassificationHead(nn.Module):
 
     Attributes:
         pool: one of ``pooling.POOLS``, or any function of hidden states and segment ids.
+        transform: what the vector goes through first.
     """
 
     num_labels: int
     dropout_rate: float = 0.1
     pool: Pool = bert_pooler
     initializer_std: float = 0.02
+    transform: Transform | None = None
 
     @nn.compact
     def __call__(
@@ -284,6 +324,7 @@ class ClassificationHead(nn.Module):
         deterministic: bool = True,
     ) -> Float[Array, "batch labels"]:
         x = self.pool(hidden, segment_ids)
+        x = x if self.transform is None else self.transform(x)
         x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
         return _classifier(self.num_labels, self.initializer_std)(x)
 
@@ -292,11 +333,15 @@ class TokenHead(nn.Module):
     """Drop out, classify each position: tags (Devlin et al. 2018, section 5.3).
 
     Extractive question answering is ``num_labels=2``: start and end of the answer (section 4.2).
+
+    Attributes:
+        transform: what each position goes through first.
     """
 
     num_labels: int
     dropout_rate: float = 0.1
     initializer_std: float = 0.02
+    transform: Transform | None = None
 
     @nn.compact
     def __call__(
@@ -306,7 +351,8 @@ class TokenHead(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "batch length labels"]:
-        x = Dropout(self.dropout_rate)(hidden, deterministic=deterministic)
+        x = hidden if self.transform is None else self.transform(hidden)
+        x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
         return _classifier(self.num_labels, self.initializer_std)(x)
 
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from jaxlm.models.heads import Transform
 from jaxlm.nn.cache import Cache, DecoderCache
 from jaxlm.typing import Dtype
 
@@ -94,6 +95,23 @@ class CausalConfig(ModelConfig, Protocol):
 
     def make_cache(self, batch: int, kv_length: int, dtype: Dtype | None = None) -> Cache:
         """An empty cache of ``kv_length`` slots a row; of the model's dtype unless told."""
+        ...
+
+
+@runtime_checkable
+class TransformConfig(ModelConfig, Protocol):
+    """The configuration of a model whose tasks' heads begin as its language model's head does.
+
+    What comes before the last layer, :meth:`make_transform`, has learned in pretraining.
+    """
+
+    @property
+    def pooling(self) -> Literal["cls", "mean"]:
+        """How a head makes one vector of a row, unless it is told."""
+        ...
+
+    def make_transform(self) -> Transform:
+        """What hidden states, or that vector, go through first."""
         ...
 
 

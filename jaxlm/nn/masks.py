@@ -35,6 +35,20 @@ def causal(
     return seen if mask is None else seen & mask
 
 
+def window(
+    length: int,
+    radius: int,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    mask: Mask | None = None,
+) -> Mask:
+    """Each position sees those at most ``radius`` away: of its segment, where ``mask`` is True."""
+    places = jnp.arange(length)
+    seen = (jnp.abs(places[None, :] - places[:, None]) <= radius)[None, None]
+    if segment_ids is not None:
+        seen = seen & segments(segment_ids, segment_ids)
+    return seen if mask is None else seen & mask
+
+
 def cross(
     q_segment_ids: Int[Array, "batch q_length"] | None,
     kv_segment_ids: Int[Array, "batch kv_length"] | None,

@@ -17,16 +17,21 @@ class LayerNorm(nn.Module):
 
     epsilon: float = 1e-12  # as in BERT's code
     dtype: Dtype = jnp.float32
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
+        along = tuple(range(x.ndim - 1))
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         x = x - x.mean(-1, keepdims=True)
         x = x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
-        scale, bias = (jnp.expand_dims(p, tuple(range(x.ndim - 1))) for p in (scale, bias))
-        return (x * scale + bias).astype(self.dtype)
+        x = x * jnp.expand_dims(scale, along)
+        x = x if bias is None else x + jnp.expand_dims(bias, along)
+        return x.astype(self.dtype)
 
 
 class RmsNorm(nn.Module):

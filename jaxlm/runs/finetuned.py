@@ -89,8 +89,9 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
     params = jax.jit(init)(key)
     if base is not None:
         params = params | _given(config, model, base)
-        if base.pooler is not None and "pooler" in params.get("head", {}):
-            params["head"] = params["head"] | {"pooler": base.pooler}
+        if "head" in params:
+            known = _known(base)
+            params["head"] = {name: known.get(name, new) for name, new in params["head"].items()}
     params = jax.tree.map(jnp.asarray, params)
     trainable, frozen = tuning.prepare(
         config.tuning,
@@ -106,6 +107,13 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
             f"{type(config.task).__name__} has no parameters; tune the encoder as well"
         )
     return TrainState.create(trainable, frozen, make_optimizer(config))
+
+
+def _known(base: Base) -> dict[str, Any]:
+    """Parts of a task's head that a base has: a pooler, or what its own head shares with those."""
+    shared, own = ("transform", "norm"), base.lm_head or {}
+    known = {name: own[name] for name in shared} if own.keys() >= set(shared) else {}
+    return known if base.pooler is None else known | {"pooler": base.pooler}
 
 
 def _given(config: FinetuneConfig, model: nn.Module, base: Base) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import ModelConfig, TransformConfig
 from jaxlm.models.pooling import FIRST, Pooling
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
@@ -36,6 +36,7 @@ from jaxlm.runs.writing import Samples
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, write_whole
+from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.task import Labels, Responsive, Scored, Thresholded
 from jaxlm.train import restore
 from jaxlm.train.state import TrainState
@@ -213,6 +214,8 @@ def _with_pooling(task: Any, base: Base | None, model: ModelConfig, tokenizer: T
             "choose how, such as --task.pooling mean"
         )
     default: Pooling | None = "last" if model.is_causal or cls_last else None
+    if isinstance(model, TransformConfig) and not isinstance(task, Embedding):
+        default = default or model.pooling
     return task.with_pooling((says and says.pooling) or default)
 
 

@@ -37,6 +37,7 @@ from jaxlm.tasks.task import (
     Outputs,
     Task,
     class_entropy,
+    head_options,
     require_one_text,
     rows_of_tokens,
     shape,
@@ -215,7 +216,8 @@ class Classification:
         """One output for each label, or for the number."""
         require_one_text(config, "Classification")
         size = 1 if self.fields.target == "number" else len(labels)
-        head = ClassificationHead(size, dropout_rate, POOLS[self.pooling or "bert"])
+        pool = POOLS[self.pooling or "bert"]
+        head = ClassificationHead(size, dropout_rate, pool, **head_options(config))
         return WithHead(config.make(), head)
 
     def make_loss(self, apply: Apply) -> Loss:

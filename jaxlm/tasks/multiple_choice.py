@@ -29,6 +29,7 @@ from jaxlm.tasks.task import (
     Outputs,
     Task,
     class_entropy,
+    head_options,
     require_one_text,
     rows_of_tokens,
     shape,
@@ -113,7 +114,8 @@ class MultipleChoice:
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One number for a choice."""
         require_one_text(config, "MultipleChoice")
-        head = ClassificationHead(1, dropout_rate, POOLS[self.pooling or "bert"])
+        pool = POOLS[self.pooling or "bert"]
+        head = ClassificationHead(1, dropout_rate, pool, **head_options(config))
         return WithHead(config.make(), head)
 
     def make_loss(self, apply: Apply) -> Loss:

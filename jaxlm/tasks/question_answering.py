@@ -31,6 +31,7 @@ from jaxlm.tasks.task import (
     Labels,
     Outputs,
     Task,
+    head_options,
     require_one_text,
     rows_of_tokens,
     shape,
@@ -133,7 +134,8 @@ class QuestionAnswering:
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """Two outputs at each position: the answer starts here, it ends here."""
         require_one_text(config, "QuestionAnswering")
-        return WithHead(config.make(), TokenHead(2, dropout_rate))
+        head = TokenHead(2, dropout_rate, **head_options(config))
+        return WithHead(config.make(), head)
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy of first and last tokens."""

@@ -34,6 +34,7 @@ from jaxlm.tasks.task import (
     Outputs,
     Task,
     class_entropy,
+    head_options,
     require_one_text,
     rows_of_tokens,
     shape,
@@ -131,7 +132,8 @@ class Tagging:
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """One output for each tag, at each position."""
         require_one_text(config, "Tagging")
-        return WithHead(config.make(), TokenHead(len(labels), dropout_rate))
+        head = TokenHead(len(labels), dropout_rate, **head_options(config))
+        return WithHead(config.make(), head)
 
     def make_loss(self, apply: Apply) -> Loss:
         """Cross-entropy of the tags of words."""

@@ -22,7 +22,7 @@ from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
-from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
+from jaxlm.models.model import EncoderDecoderConfig, ModelConfig, TransformConfig
 from jaxlm.models.pooling import Pooling
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.supervised import Predict
@@ -324,6 +324,13 @@ def require_one_text(config: ModelConfig, task: str) -> None:
             f"task={task} reads one text, and a model of {type(config).__name__} reads a source "
             "and writes a target: use task=Seq2Seq, or an encoder such as a BERT"
         )
+
+
+def head_options(config: ModelConfig) -> dict[str, Any]:
+    """How heads of tasks on a model begin, for one that says so."""
+    if not isinstance(config, TransformConfig):
+        return {}
+    return {"transform": config.make_transform(), "initializer_std": config.hidden_dim**-0.5}
 
 
 def class_entropy(classes: Sequence[str], num_examples: int) -> Reference:

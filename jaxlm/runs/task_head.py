@@ -1,0 +1,71 @@
+"""The head of a fine-tuned run, as the classes of Hugging Face's transformers have it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxlm.convert import huggingface
+from jaxlm.convert.architecture import TaskHead
+from jaxlm.models.model import ModelConfig
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.tagging import Tagging
+from jaxlm.tasks.task import Labels, Task
+
+Head = Mapping[str, Mapping[str, Float[np.ndarray, "..."]]]  # its parameters
+
+
+class Published(NamedTuple):
+    """A head, and what a folder's configuration says of it; or why it stays behind."""
+
+    head: dict[str, Any]
+    said: TaskHead | None
+    left_out: str = ""
+
+
+def publish(task: Task, labels: Labels, head: Head, model: ModelConfig) -> Published:
+    """What of a run's head other libraries can have."""
+    if not huggingface.keeps_task_head(model):  # then a layer of it, which only BERT's have
+        pooler = {name: leaf for name, leaf in head.items() if name == "pooler"}
+        if pooler and not huggingface.keeps_pooler(model):
+            why = "; its pooler, which has no place there, is left out with the head"
+            return Published({}, None, why)
+        return Published(pooler, None)
+    pooling = vars(task).get("pooling")
+    match task:
+        case Classification() | MultipleChoice() if pooling not in ("cls", "mean"):
+            why = f"; its head, which pools by {pooling} and not by cls or mean, is left out"
+            return Published({}, None, why)
+        case Classification():
+            kinds = {
+                "class": "single_label_classification",
+                "labels": "multi_label_classification",
+                "number": "regression",
+            }
+            said = TaskHead(
+                task="SequenceClassification",
+                labels=labels,
+                problem_type=kinds[task.fields.target],
+                pooling=pooling,
+            )
+            return Published(_in_units(task, head), said)
+        case MultipleChoice():
+            return Published(dict(head), TaskHead(task="MultipleChoice", pooling=pooling))
+        case Tagging():
+            return Published(dict(head), TaskHead(task="TokenClassification", labels=labels))
+        case QuestionAnswering():
+            return Published(dict(head), TaskHead(task="QuestionAnswering"))
+    return Published({}, None)
+
+
+def _in_units(task: Classification, head: Head) -> dict[str, Any]:
+    """With numbers in the unit of the data, where they were learned in another."""
+    if task.fields.target != "number" or task.scale is None:
+        return dict(head)
+    mean, deviation = task.scale
+    kernel, bias = (np.asarray(head["classifier"][name]) for name in ("kernel", "bias"))
+    scaled = {"kernel": kernel * deviation, "bias": bias * deviation + mean}
+    return {**head, "classifier": {name: x.astype(np.float32) for name, x in scaled.items()}}
