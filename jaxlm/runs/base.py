@@ -37,6 +37,8 @@ class Base:
     """A file or a folder that holds the tokenizer."""
     fingerprint: str
     """A hash of the encoder's parameters."""
+    step: int | None = None
+    """Of a run, the newest checkpoint that they are from."""
 
 
 def lasting(name: str) -> str:
@@ -69,12 +71,12 @@ def load(name: str, *, step: int | None = None) -> Base:
         pooler = sentence_encoder = None
         tokenizer_path = directory / TOKENIZER
         params = jax.device_get(loaded.variables["params"])  # devices have the run's own as well
-        encoder, head = params["encoder"], params.get("head")
+        encoder, head, step = params["encoder"], params.get("head"), loaded.step
     else:
         published = huggingface.load(name)
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler
         tokenizer_path, sentence_encoder = published.path, published.sentence_encoder
-        encoder, head = published.params["encoder"], published.lm_head
+        encoder, head, step = published.params["encoder"], published.lm_head, None
     digest = hashlib.sha256(repr(sorted(checksums(encoder).items())).encode())
     return Base(
         name=name,
@@ -86,4 +88,5 @@ def load(name: str, *, step: int | None = None) -> Base:
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
         fingerprint=digest.hexdigest(),
+        step=step,
     )

@@ -26,6 +26,7 @@ from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.vocabulary import make_vocabulary
+from jaxlm.train import restore
 from jaxlm.train.loop import evaluate
 from jaxlm.train.placement import Placement
 from jaxlm.train.plots import Reference
@@ -68,7 +69,10 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         console.print(_ramp(config, info.row_length), soft_wrap=True)
 
     def init() -> TrainState:
-        return placement.init(jax.random.key(config.train.seed), given)
+        state = placement.init(jax.random.key(config.train.seed), given)
+        if base is None or not config.base_moments:
+            return state
+        return replace(state, opt_state=base_moments(placement, base))
 
     def batches(examples_seen: int) -> Iterator[HostBatch]:
         return train_batches(
@@ -178,6 +182,21 @@ def base_params(
         what += f"; other than there: model.{', model.'.join(changed)}"
     console.print(f"from {base.name}: {what}", soft_wrap=True)
     return given
+
+
+def base_moments(placement: Placement, base: Base) -> PyTree:
+    """The optimizer's state where the base's parameters are from."""
+    way_out = "leave base_moments out, and give the phase a warm-up"
+    if base.step is None:
+        raise InputError(f"base={base.name} is no run, and has no moments: {way_out}")
+    target = {"opt_state": placement.abstract_state.opt_state}
+    try:
+        read = restore.restore_part(locate(base.name) / CHECKPOINTS, target, base.step)
+    except InputError as error:
+        raise InputError(
+            f"the moments of base={base.name} do not fit ({error}): {way_out}"
+        ) from error
+    return read.state["opt_state"]
 
 
 def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:

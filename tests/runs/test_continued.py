@@ -26,9 +26,12 @@ from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.llama import LlamaConfig
-from jaxlm.runs import command_line, pretrained, resume
+from jaxlm.optim import OptimizerConfig
+from jaxlm.runs import base as bases
+from jaxlm.runs import command_line, pretrained, pretraining, resume
 from jaxlm.runs.folder import read_config
 from jaxlm.runs.pretraining import pretrain
+from jaxlm.train import restore
 from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
@@ -229,6 +232,27 @@ def test_a_longer_phase_with_other_fields_goes_on_where_the_base_was(
     )
     pretrain(resolved)
     assert "complete" in capsys.readouterr().out
+
+
+def test_a_phase_begins_with_the_moments_of_its_base(other: PretrainConfig, whole: Path) -> None:
+    short = replace(other, name="decay", train=replace(other.train, steps=1, num_evals=1))
+    begun = pretrain(replace(short, base_moments=True))
+    placement = pretrained.open_pretrained(whole).placement
+    target = {"opt_state": placement.abstract_state.opt_state}
+    found, wanted = (
+        restore.restore_part(directory / "checkpoints", target, step).state
+        for directory, step in ((begun, 0), (whole, STEPS))
+    )
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(wanted)))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(found)) > 0
+    muon = replace(short, name="never", base_moments=True, optimizer=OptimizerConfig(name="muon"))
+    with pytest.raises(InputError, match=r"base=.* do not fit .*: leave base_moments out"):
+        pretrain(muon)
+    published = replace(bases.load(str(whole)), step=None)
+    with pytest.raises(InputError, match="is no run, and has no moments"):
+        pretraining.base_moments(placement, published)
+    with pytest.raises(InputError, match="base_moments=True, and there is no base"):
+        replace(muon, base=None, model=LlamaConfig())
 
 
 def test_a_finished_run_is_made_longer(

@@ -481,6 +481,7 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "data.augment.deletion_rate": 0.6,
     "tokenizer.path": Path("other.txt"),
     "prepare.tokenizer.path": Path("other.txt"),
+    "prepare.extend_vocab": 3,
     "prepare.source.glob": "b.csv",
     "prepare.source.encoding": "latin-1",
     "prepare.source.field": "context",
@@ -752,7 +753,7 @@ PARTS = {
     "prepared for a base": Part(
         replace(preparing(LINES, path=None), base="b", model=None),
         continued_of,
-        ("prepare.tokenizer", "prepare.row_length"),
+        ("prepare.tokenizer", "prepare.row_length", "prepare.extend_vocab"),
     ),
     "prepared json": Part(
         preparing(Jsonl(glob="a.jsonl", field="text")), prepared_of, ("prepare.source",)
@@ -836,6 +837,9 @@ def test_another_value_changes_something(name: str, path: str) -> None:
 # What others see change, each named with its file; the test reads or sets the field by its name.
 ELSEWHERE = {
     "RunConfig.base": "runs/test_continued.py::test_continues_from_a_run_on_another_text",
+    "PretrainConfig.base_moments": (
+        "runs/test_continued.py::test_a_phase_begins_with_the_moments_of_its_base"
+    ),
     "RunConfig.resume": "runs/test_pretraining.py::test_no_resume_refuses_a_used_folder",
     "RunConfig.accept_changes": (
         "runs/test_pretraining.py::test_changes_are_accepted_when_asked_for"
