@@ -39,7 +39,13 @@ config = PretrainConfig(
         row_length=128,
     ),
     model=ModernBertConfig(
-        num_layers=4, hidden_dim=128, num_heads=2, mlp_dim=256, max_length=128, window=32
+        num_layers=4,
+        hidden_dim=128,
+        num_heads=2,
+        mlp_dim=256,
+        max_length=128,
+        window=32,
+        global_rope_base=10_000.0,
     ),
     task=MaskedLm(masking=MaskingConfig(rate=0.30)),
     optimizer=OptimizerConfig(

@@ -79,7 +79,7 @@ def main(
             than rows give. None = rows as they are.
         step: Which checkpoint; None = the best, or the mean of the last, as the run's config says.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
-        out: The folder for these files; None = in the run folder.
+        out: The folder for these files; None = in the run folder, or of a published model in eval/.
         int8: Of a pretrained run: round weights, and what they multiply, to 8 bits.
         on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
             None = as in training.

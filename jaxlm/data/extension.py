@@ -36,9 +36,9 @@ class Extension:
     def __str__(self) -> str:
         few = len(self.added) < self.wanted
         asked = f" of {self.wanted:,} (no more words are there {_RARE} times)" if few else ""
-        longest = sorted(self.added, key=lambda token: (-len(token), token))[:5]
+        known = [token for token in self.added if len(token) > 5] or self.added
         return (
-            f"vocabulary: {len(self.added):,} new tokens{asked}, such as {', '.join(longest)}: "
+            f"vocabulary: {len(self.added):,} new tokens{asked}, such as {', '.join(known[:5])}: "
             f"{self.before:.2f} pieces a word before, {self.after:.2f} with them"
         )
 

@@ -161,8 +161,8 @@ def _check_base(config: RunConfig, draft: Any, given: Mapping[str, list[str]]) -
     base = _base(draft, given)
     own = [name for name in ("model", "tokenizer") if vars(draft).get(name) is not None]
     # In pretraining the model may be the base's with other fields, unless it was made for no base.
-    may_differ = isinstance(config, PretrainConfig) and "model" not in given
-    if may_differ and (config.base is not None or config.model is None):
+    of_base = "model" in given or config.base is not None or draft.model is None
+    if isinstance(config, PretrainConfig) and of_base:
         return
     if base is not None and own:
         raise InputError(

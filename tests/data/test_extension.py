@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from jaxlm.data import tokenizers
 from jaxlm.data.extension import extend, pieces_of_new
@@ -34,6 +34,7 @@ def late_specials() -> Tokenizer:
     merges = [("t", "h"), ("th", "e"), ("Ġ", "the")]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIALS))
     return tokenizer
 

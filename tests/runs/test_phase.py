@@ -14,6 +14,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.runs import phase, steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.causal_lm import CausalLm
@@ -25,6 +26,7 @@ LLAMA = LlamaConfig(**SMALL, max_length=32)
 GPT2 = Gpt2Config(**SMALL, max_length=32)
 BASES: dict[str, tuple[Any, PretrainTask]] = {
     "bert": (replace(BERT, vocab_size=60), MaskedLm()),
+    "modernbert": (ModernBertConfig(**SMALL, max_length=32, window=4), MaskedLm()),
     "gpt2": (GPT2, CausalLm()),
     "llama": (LLAMA, CausalLm()),
     "tied llama": (replace(LLAMA, tied=True), CausalLm()),
@@ -71,8 +73,10 @@ def test_new_tokens_begin_as_the_means_of_their_pieces(name: str) -> None:
     for number, pieces in NEW.items():
         np.testing.assert_allclose(table[number], old[list(pieces)].mean(0), rtol=1e-6)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 57, (2, 8)), jnp.int32)
-    before = task.make_model(config).apply({"params": params}, tokens)
-    after = task.make_model(model).apply({"params": wide}, tokens)
+    before, after = (
+        task.make_model(one).apply({"params": jax.tree.map(jnp.asarray, of)}, tokens)
+        for one, of in ((config, params), (model, wide))
+    )
     np.testing.assert_allclose(after[..., :57], before[..., :57], rtol=1e-5, atol=1e-5)
     for number, pieces in NEW.items():
         mean = before[..., list(pieces)].mean(-1)
@@ -85,6 +89,7 @@ def test_new_tokens_begin_as_the_means_of_their_pieces(name: str) -> None:
     [
         ("llama", {"rope_base": 160_000.0, "max_length": 1024}),
         ("llama", {"dropout_rate": 0.1, "dtype": "bfloat16", "vocab_size": None}),
+        ("modernbert", {"max_length": 1024, "global_rope_base": 1e6, "local_rope_base": 1e5}),
         ("bert", {"max_length": 1024}),
         ("gpt2", {"max_length": 64, "epsilon": 1e-6}),
     ],
