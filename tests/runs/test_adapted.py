@@ -1,6 +1,7 @@
 """A run that goes on with new tokens: trained, used, fine-tuned, written for other libraries."""
 
 import importlib
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from tiny_runs import make_config
 
 from jaxlm.config import FinetuneConfig, PretrainConfig
@@ -57,8 +59,13 @@ def config(base: PretrainConfig) -> PretrainConfig:
 
 
 @pytest.fixture(scope="module")
-def adapted(config: PretrainConfig) -> Path:
-    return pretrain(config)
+def said() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def adapted(config: PretrainConfig, said: io.StringIO) -> Path:
+    return pretrain(config, console=Console(file=said, width=300))
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +100,10 @@ def test_new_tokens_begin_as_their_pieces_and_are_learned(
     assert set(WORDS) <= {filling["token"] for filling in answer["blanks"][0]}
 
 
-def test_what_it_says(
-    config: PretrainConfig, adapted: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    again = replace(config, name="again", data=replace(config.data, paths=(f"{adapted}-data",)))
-    pretrain(replace(again, train=replace(config.train, steps=1, num_evals=1)))
-    said = capsys.readouterr().out
-    assert "vocabulary: 3 new tokens of 5 (no more words are there 5 times), such as" in said
-    assert "encoder and head; 3 new tokens are the means of the pieces that they were" in said
+def test_what_it_says(adapted: Path, said: io.StringIO) -> None:
+    text = said.getvalue()
+    assert "vocabulary: 3 new tokens of 5 (no more words are there 5 times), such as" in text
+    assert "encoder and head; 3 new tokens are the means of the pieces that they were" in text
 
 
 def test_the_folder_for_others_is_the_same_model(
