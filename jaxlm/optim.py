@@ -237,7 +237,7 @@ def _muon(config: OptimizerConfig, rows: Rows) -> optax.GradientTransformation:
 def _clipped_by_rms(
     config: OptimizerConfig, rows: Rows, adamw: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """StableAdamW (Wortsman et al. 2023, arXiv:2304.13013, section 3.5) around Adam and decay.
+    """StableAdamW (Wortsman et al. 2023, arXiv:2304.13013) around Adam and decay.
 
     A parameter's update is divided by ``max(1, RMS)``, where RMS is the root of the mean over it of
     ``g² / max(v, epsilon²)``, with the unbiased mean of squares v; of a stack, each layer's is. As
@@ -246,7 +246,8 @@ def _clipped_by_rms(
     ModernBERT's 1e-5, which is not, is ``1e-5 / peak_lr`` here.
     """
 
-    def update(grads: PyTree, state: Any, params: PyTree | None = None) -> Any:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> Any:
+        grads = updates
         updates, state = adamw.update(grads, state, params)
         adam: optax.ScaleByAdamState = state[0]
 

@@ -145,7 +145,7 @@ def test_adamw_by_hand():
 
 @pytest.mark.parametrize("gradient_grows", [True, False])
 def test_stable_adamw_by_its_algorithm(gradient_grows):
-    """Wortsman et al. 2023, algorithm 2, whose means are unbiased as they are updated."""
+    """By Wortsman et al. (2023), whose means are unbiased as they are updated."""
     rate, b1, b2, epsilon, decay = 0.1, 0.9, 0.98, 1e-3, 0.05
     config = OptimizerConfig(
         name="stable_adamw", b1=b1, b2=b2, epsilon=epsilon, weight_decay=decay, clip_norm=None

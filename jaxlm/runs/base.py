@@ -52,8 +52,9 @@ def read_model(name: str) -> ModelConfig | None:
     directory = locate(name)
     if is_run(directory):
         return folder.read_config(directory, PretrainConfig).model
-    is_local = isinstance(directory, Path) and directory.is_dir()
-    return huggingface.read_config(directory) if is_local else None
+    if isinstance(directory, Path) and directory.is_dir():
+        return huggingface.read_config(directory)
+    return None
 
 
 def load(name: str, *, step: int | None = None) -> Base:

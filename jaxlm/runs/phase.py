@@ -112,7 +112,7 @@ def with_tokens(params: Mapping[str, Any], new: Pieces) -> dict[str, Any]:
 def with_positions(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """An encoder with a longer table of learned positions, if its model has one and is longer.
 
-    The rows that are there begin anew behind themselves (Beltagy et al. 2020, section 5), so that
+    The rows that are there begin anew behind themselves (as in Beltagy et al. 2020), so that
     near positions stay apart as they were.
     """
     if "position_embed" not in encoder or model.max_length is None:
