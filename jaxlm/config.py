@@ -124,7 +124,11 @@ class PretrainConfig(RunConfig):
     """How to prepare the first of `data.paths` if it is missing (with the tokenizer of `base`, if
     there is one); None: it must exist."""
     model: Model | None = None
-    """The architecture to train from scratch; None: that of the base."""
+    """The architecture to train from scratch, or the base's with other values of fields that change
+    no parameters, such as those of rotations, and more positions; None: that of the base."""
+    base_moments: bool = False
+    """Begin with the optimizer's moments of the base, too, a run with the same optimizer and
+    parameters: a decay then needs no warm-up."""
     task: PretrainingTask = field(default_factory=MaskedLm)
     """What is learned."""
 
@@ -133,6 +137,8 @@ class PretrainConfig(RunConfig):
             raise InputError(
                 "base and model are None: name a pretrained model, or one to train from scratch"
             )
+        if self.base_moments and self.base is None:
+            raise InputError("base_moments=True, and there is no base: name a run, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

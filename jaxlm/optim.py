@@ -32,7 +32,9 @@ Rows = Callable[[str, int], Axes]  # path and number of axes -> their names
 class OptimizerConfig:
     """Defaults are those of encoder pretraining (RoBERTa's, with MosaicBERT's warm-up)."""
 
-    name: Literal["adamw", "lamb", "adafactor", "muon"] = "adamw"
+    name: Literal["adamw", "stable_adamw", "lamb", "adafactor", "muon"] = "adamw"
+    """stable_adamw: AdamW whose updates are scaled down, each parameter's on its own, where the
+    gradient is larger than its past says; with it, `clip_norm` can be None."""
     peak_lr: float = 5e-4
     schedule: Literal["linear", "cosine", "wsd", "inverse_sqrt", "constant"] = "linear"
     """After the warm-up: down to `final_lr_share` on a line or a cosine; wsd: constant, then
@@ -140,6 +142,8 @@ def make_optimizer(
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     if config.name == "adamw":  # Loshchilov and Hutter 2019, algorithm 2
         parts = [adam, decay]
+    elif config.name == "stable_adamw":
+        parts = [_clipped_by_rms(config, rows, optax.chain(adam, decay))]
     elif config.name == "lamb":  # You et al. 2020, algorithm 2
         parts = [adam, decay, optax.stateless(partial(_scale_by_trust_ratio, rows))]
     elif config.name == "adafactor":  # Shazeer and Stern 2018, algorithm 4, with momentum
@@ -230,6 +234,39 @@ def _muon(config: OptimizerConfig, rows: Rows) -> optax.GradientTransformation:
     )
 
 
+def _clipped_by_rms(
+    config: OptimizerConfig, rows: Rows, adamw: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """StableAdamW (Wortsman et al. 2023, arXiv:2304.13013) around Adam and decay.
+
+    A parameter's update is divided by ``max(1, RMS)``, where RMS is the root of the mean over it of
+    ``g² / max(v, epsilon²)``, with the unbiased mean of squares v; of a stack, each layer's is. As
+    in optimi, which ModernBERT was trained with, that divides the decay, too; the authors' own
+    code decays by the rate as it is. Here the decay is times the learning rate, as everywhere:
+    ModernBERT's 1e-5, which is not, is ``1e-5 / peak_lr`` here.
+    """
+
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> Any:
+        grads = updates
+        updates, state = adamw.update(grads, state, params)
+        adam: optax.ScaleByAdamState = state[0]
+
+        def one(path: str, update: Array, grad: Array, square: Array) -> Array:
+            square = jnp.maximum(square / (1 - config.b2**adam.count), config.epsilon**2)
+            within = _within_layer(rows(path, grad.ndim))
+            mean = jnp.mean(jnp.square(grad) / square, within, keepdims=True)
+            return update / jnp.maximum(1, jnp.sqrt(mean))
+
+        return tree.map_with_path(one, updates, grads, adam.nu), state
+
+    return optax.GradientTransformation(adamw.init, update)
+
+
+def _within_layer(axes: Axes) -> tuple[int, ...]:
+    """All axes but that of a stack's layers."""
+    return tuple(range(int(axes.names[:1] == ("layers",)), len(axes.names)))
+
+
 def _scale_by_trust_ratio(rows: Rows, updates: PyTree, params: PyTree) -> PyTree:
     """Scale each layer's update to the norm of its weights; not norms and biases."""
 
@@ -237,7 +274,7 @@ def _scale_by_trust_ratio(rows: Rows, updates: PyTree, params: PyTree) -> PyTree
         axes = rows(path, param.ndim)
         if not axes.inputs:
             return update
-        within = tuple(range(int(axes.names[0] == "layers"), param.ndim))
+        within = _within_layer(axes)
         norms = [jnp.sqrt(jnp.square(x).sum(within, keepdims=True)) for x in (param, update)]
         return update * jnp.where(norms[0] * norms[1] > 0, norms[0] / norms[1], 1.0)
 

@@ -1,4 +1,7 @@
-"""Evaluate a run, pretrained or fine-tuned: ``python scripts/evaluate.py runs/quickstart``."""
+"""Evaluate a run, pretrained or fine-tuned: ``python scripts/evaluate.py runs/quickstart``.
+
+Or what a run may start from, before it does: a published model's folder, with ``--data``.
+"""
 
 from jaxlm.runtime.allocator import tune_process
 from jaxlm.runtime.console import make_console
@@ -29,7 +32,8 @@ from jaxlm.evaluate import report
 from jaxlm.nn.choose import Wanted
 from jaxlm.runs import finetuned, pretrained
 from jaxlm.runs.finetuned import FinetunedRun
-from jaxlm.runs.folder import TOKENIZER, read_any_config
+from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run, read_any_config
+from jaxlm.runs.published import open_published
 from jaxlm.runs.writing import GREEDY_BEAM, chosen_way
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
 from jaxlm.tasks.seq2seq import Seq2Seq
@@ -65,7 +69,7 @@ def main(
     a folder of theirs in its eval/.
 
     Args:
-        directory: The run folder.
+        directory: The run folder, or a published model's, to be evaluated as it is on --data.
         data: Prepared data, or a file of labelled data with the columns of training; None = the
             run's own.
         target: Of a run that writes targets for sources: the file of targets, where --data has a
@@ -77,7 +81,7 @@ def main(
             than rows give. None = rows as they are.
         step: Which checkpoint; None = the best, or the mean of the last, as the run's config says.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
-        out: The folder for these files; None = in the run folder.
+        out: The folder for these files; None = in the run folder, or of a published model in eval/.
         int8: Of a pretrained run: round weights, and what they multiply, to 8 bits.
         attention: How it is computed, whatever training used; auto = as suits devices and rows.
         on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
@@ -91,8 +95,10 @@ def main(
         raise InputError(f"--target {target} is the other side of --data: give both")
     way = chosen_way(generate, beam)
     folder = locate(directory)
+    if not is_run(folder) and (folder / CONFIG).is_file() and out is None:
+        out = Path("eval") / directory.name  # a published model's folder is not ours to write in
     with tempfile.TemporaryDirectory() as scratch:
-        if isinstance(read_any_config(folder), FinetuneConfig):
+        if is_run(folder) and isinstance(read_any_config(folder), FinetuneConfig):
             if int8:
                 raise InputError(f"--int8 is for pretrained runs, and {directory} is fine-tuned")
             result = evaluate_tuned(
@@ -163,7 +169,15 @@ def evaluate_pretrained(
     attention: Wanted,
 ) -> dict[str, Any]:
     """On rows of prepared data, or on windows over them."""
-    loaded = pretrained.open_pretrained(directory, step, attention=attention)
+    if is_run(directory) or not (directory / CONFIG).is_file():
+        loaded = pretrained.open_pretrained(directory, step, attention=attention)
+    elif data is None or step is not None:
+        raise InputError(
+            f"{directory} is no run, and has neither data nor steps of its own: give --data, and "
+            "no --step"
+        )
+    else:
+        loaded = open_published(str(directory), prepared.open_prepared(data), attention=attention)
     if stride is not None and not isinstance(loaded.task, Generative):
         raise InputError(
             f"--stride {stride} is for causal runs, and {directory} was trained for "

@@ -4,7 +4,8 @@ The folder that comes out is a published encoder's in Hugging Face's layout, wit
 base for further fine-tuning here, or a model for other libraries. The task's own head is left
 behind (one over the vocabulary is the base's, and stays), but for a ModernBERT's, with which
 transformers opens it. A RoBERTa comes out as the BERT that computes the same, and what was tuned
-for embeddings as a sentence encoder.
+for embeddings as a sentence encoder. A pretrained run has nothing to merge, and comes out with its
+head over the vocabulary.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -19,11 +20,15 @@ import jax
 import numpy as np
 import tyro
 
+from jaxlm.config import PretrainConfig
 from jaxlm.convert import huggingface
 from jaxlm.errors import report_input_errors
 from jaxlm.peft import tuning
+from jaxlm.runs import base as bases
 from jaxlm.runs import finetuned
+from jaxlm.runs.folder import read_any_config
 from jaxlm.runs.task_head import publish
+from jaxlm.runtime.storage import locate
 from jaxlm.tasks.embedding import Embedding
 
 
@@ -37,11 +42,18 @@ def main(
     """Write the encoder with the run's adapters added, in float32.
 
     Args:
-        run: The folder of a fine-tuned run.
+        run: The folder of a fine-tuned run, or of a pretrained one.
         out: The new folder.
         step: Which checkpoint; None = the best.
         base: The encoder of the adapter, if it has moved: a run folder, a folder or a hub name.
     """
+    if isinstance(read_any_config(locate(run)), PretrainConfig):
+        trained = bases.load(str(run), step=step)
+        head = {} if trained.lm_head is None else {"head": trained.lm_head}
+        whole = {"encoder": trained.encoder, **head}
+        huggingface.save(out, whole, trained.config, trained.tokenizer)
+        print(f"{run} at step {trained.step} is in {out}")
+        return
     loaded = finetuned.open_finetuned(run, step=step, base=base)
     merged = loaded.merged()
     lost = tuning.lost_in_bfloat16(loaded.variables["params"], merged)

@@ -13,10 +13,11 @@ from rich.console import Console
 
 from jaxlm.compile_check import report, scaling, search, topology
 from jaxlm.compile_check.check import Report, check, to_json
-from jaxlm.compile_check.step import Assumed, base_config
+from jaxlm.compile_check.step import Assumed
 from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.runs import command_line
+from jaxlm.runs.base import read_model
 from jaxlm.sharding import MeshConfig
 
 Check = Callable[[Config, Assumed, topology.Topology], Report]
@@ -151,7 +152,7 @@ def run_scaling(
 
 
 def _tell_assumed(config: Config, console: Console) -> None:
-    if config.base and base_config(config.base) is None:
+    if config.base and read_model(config.base) is None:
         console.print(
             f"the base {config.base} cannot be read here: assuming the encoder of --encoder; "
             "for another architecture, a folder with its config.json is enough as --base",

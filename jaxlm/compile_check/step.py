@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.config import UNKNOWN_BASE, Config, FinetuneConfig, Model, PretrainConfig
-from jaxlm.convert import huggingface
 from jaxlm.data.labelled.token_batches import rows_of
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig
 from jaxlm.objectives.masking import Vocabulary
-from jaxlm.runs import attention, finetuned, folder, pretrained, steps
+from jaxlm.runs import attention, finetuned, pretrained, steps
+from jaxlm.runs import base as bases
 from jaxlm.tasks.task import shape
 from jaxlm.train.placement import AbstractBatch, Placement
 
@@ -113,15 +111,7 @@ def encoder_config(config: Config, assumed: Assumed) -> Any:
     """The model that a config names, or that of its base, as far as that can be read here."""
     if config.base is None:
         return config.model
-    return base_config(config.base) or assumed.encoder
-
-
-def base_config(base: str) -> ModelConfig | None:
-    """The model in a run folder, or a folder in Hugging Face's layout, without its weights."""
-    directory = Path(base)
-    if folder.is_run(directory):
-        return folder.read_config(directory, PretrainConfig).model
-    return huggingface.read_config(directory) if directory.is_dir() else None
+    return bases.read_model(config.base) or config.model or assumed.encoder
 
 
 def _vocabulary(size: int) -> Vocabulary:

@@ -1,5 +1,6 @@
 """Batches of rows: a global batch is a pure function of (data, seed, examples seen)."""
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,10 @@ class DataConfig:
     """Weight of each folder in the mixture of rows; None: in proportion to their sizes."""
     batch_size: int = 256
     """Rows in a global batch, over all processes."""
+    ramp_sizes: tuple[int, ...] = ()
+    """Batch sizes of the stages before `batch_size`, such as 32 64 128; none: no ramp."""
+    ramp_steps: tuple[int, ...] = ()
+    """Steps of each of those stages."""
     num_threads: int = 1
     """Threads that prefetch batches; more of them help only if storage is slow."""
     prefetch: int = 4
@@ -46,6 +51,35 @@ class DataConfig:
                 f"batch_size={self.batch_size}, num_threads={self.num_threads} and "
                 f"prefetch={self.prefetch} must be positive"
             )
+        if len(self.ramp_sizes) != len(self.ramp_steps):
+            raise InputError(
+                f"data.ramp_sizes has {len(self.ramp_sizes)} batch sizes and data.ramp_steps "
+                f"{len(self.ramp_steps)} numbers of steps; give one each"
+            )
+        for name, values in (("sizes", self.ramp_sizes), ("steps", self.ramp_steps)):
+            if any(value < 1 for value in values):
+                raise InputError(f"data.ramp_{name}={values} are not all positive; leave it out")
+
+    def after(self, examples_seen: int, steps: int) -> tuple[int, int]:
+        """Rows that are seen where there were some before, and so many batches followed; and the
+        size of the next batch. A size is a function of the rows seen alone."""
+        end = 0
+        for size, of_stage in zip(self.ramp_sizes, self.ramp_steps, strict=True):
+            end += size * of_stage
+            left = max(0, math.ceil((end - examples_seen) / size))
+            if steps < left:
+                return examples_seen + steps * size, size
+            examples_seen, steps = examples_seen + left * size, steps - left
+        return examples_seen + steps * self.batch_size, self.batch_size
+
+    def steps_to(self, examples: int) -> int:
+        """The batches that reach so many rows."""
+        steps = seen = 0
+        for size, of_stage in zip(self.ramp_sizes, self.ramp_steps, strict=True):
+            if examples <= seen + size * of_stage:
+                return steps + math.ceil((examples - seen) / size)
+            seen, steps = seen + size * of_stage, steps + of_stage
+        return steps + math.ceil((examples - seen) / self.batch_size)
 
 
 def train_batches(
@@ -61,16 +95,18 @@ def train_batches(
     A batch is ``{"tokens": [local_batch, row_length], "lengths": int32 [local_batch], "index":
     int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Blocks, put together in
     their order, are the same global batch however many there are. Row k of a run is the same row
-    for every batch size, so ``examples_seen`` is all there is to save. Each data set is shuffled
-    again for every epoch.
+    for every batch size, so ``examples_seen`` is all there is to save, while the size grows, too.
+    Each data set is shuffled again for every epoch.
     """
     _check_alike(datasets)
-    local = batch_rows.rows(config.batch_size)
+    for size in (*config.ramp_sizes, config.batch_size):
+        batch_rows.rows(size)  # raises where it cannot be split
     sources = [dataset.source("train") for dataset in datasets]
     order = _Order(list(map(len, sources)), config.weights, seed)
 
     def batch(step: int) -> HostBatch:
-        numbers = examples_seen + step * config.batch_size + local
+        seen, size = config.after(examples_seen, step)
+        numbers = seen + batch_rows.rows(size)
         return _stack(_read(sources, *order.at(numbers.tolist())), numbers)
 
     steps = sys.maxsize // config.batch_size - examples_seen

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from jaxlm.data import rows, tokenizers
 from jaxlm.data.corpus import Corpus, Spool, encode
+from jaxlm.data.extension import extend
 from jaxlm.data.fidelity import Letters, report
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo, read_info
 from jaxlm.data.sources import PyDocs, Source
@@ -37,6 +38,9 @@ class PrepareConfig:
     """Where the text comes from."""
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     """What cuts it into tokens."""
+    extend_vocab: int | None = None
+    """New tokens to add to the tokenizer of `tokenizer.path`, or of a base: words of the text that
+    it breaks into many pieces; None: none."""
     row_length: int = 128
     """Tokens per row. Documents share rows; one that does not fit continues in the next row."""
     validation_fraction: float = 0.05
@@ -49,6 +53,8 @@ class PrepareConfig:
             raise InputError(
                 f"validation_fraction={self.validation_fraction} is not in [0, 1); try 0.05"
             )
+        if self.extend_vocab is not None and self.extend_vocab < 1:
+            raise InputError(f"extend_vocab={self.extend_vocab} is not above 0; leave it out")
 
 
 def prepare(
@@ -75,7 +81,7 @@ def prepare(
         return info
     with building(directory, INFO) as scratch:
         corpus = Corpus(source=config.source, validation_fraction=config.validation_fraction)
-        tokenizer = _make_tokenizer(config.tokenizer, corpus, console)
+        tokenizer = _make_tokenizer(config.tokenizer, config.extend_vocab, corpus, console)
         start = time.perf_counter()
         with bar(console, "tokenising", config.source.size()) as on_read:
             encoded = encode(corpus, tokenizer, scratch, on_read)
@@ -113,6 +119,7 @@ def make_recipe(config: PrepareConfig) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "row_length": config.row_length,
         "validation_fraction": config.validation_fraction,
+        **({} if config.extend_vocab is None else {"extend_vocab": config.extend_vocab}),
     }
 
 
@@ -144,9 +151,21 @@ class _TrainingTexts:
         return islice((d.text for d in documents if d.split == "train"), self.limit)
 
 
-def _make_tokenizer(config: TokenizerConfig, corpus: Corpus, console: Console | None) -> Tokenizer:
-    if config.path is not None:
+def _make_tokenizer(
+    config: TokenizerConfig, more: int | None, corpus: Corpus, console: Console | None
+) -> Tokenizer:
+    if config.path is not None and more is None:
         return tokenizers.load(config.path)
+    if config.path is not None and more is not None:
+        with bar(console, "looking for new tokens", None):
+            extended = extend(tokenizers.load(config.path), _TrainingTexts(corpus, None), more)
+        say(console, str(extended))
+        return extended.tokenizer
+    if more is not None:
+        raise InputError(
+            f"extend_vocab={more} adds to a tokenizer that is there: name it with "
+            "--tokenizer.path, or train one with more tokens, with --tokenizer.vocab-size"
+        )
     texts = _TrainingTexts(corpus, config.num_documents)
     with bar(console, f"training a {config.kind} tokenizer", None):
         return config.train(texts)

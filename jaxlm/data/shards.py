@@ -41,6 +41,12 @@ def prepare_shard(
     """
     directory = on_disk(directory)
     part = Shard.parse(shard)
+    if config.extend_vocab is not None:
+        raise InputError(
+            f"shard {shard} cannot extend the vocabulary, because all shards must have one "
+            "tokenizer: prepare a part of the text with --extend-vocab and no --shard, and give "
+            "its folder to --tokenizer.path"
+        )
     if config.tokenizer.path is None:
         raise InputError(
             f"shard {shard} needs tokenizer.path, because all shards must have one tokenizer; "

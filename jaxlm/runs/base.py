@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
+from jaxlm.config import PretrainConfig
 from jaxlm.convert import huggingface
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.models.model import ModelConfig
-from jaxlm.runs import pretrained
+from jaxlm.runs import folder, pretrained
 from jaxlm.runs.folder import TOKENIZER, is_run
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.train.checksum import checksums
@@ -36,12 +37,24 @@ class Base:
     """A file or a folder that holds the tokenizer."""
     fingerprint: str
     """A hash of the encoder's parameters."""
+    step: int | None = None
+    """Of a run, the newest checkpoint that they are from."""
 
 
 def lasting(name: str) -> str:
     """The name of a base as it is found from any folder: that of a local one is absolute."""
     directory = locate(name)
     return str(directory.resolve()) if isinstance(directory, Path) and directory.is_dir() else name
+
+
+def read_model(name: str) -> ModelConfig | None:
+    """The model of a local base, without its weights; None where there is no such folder."""
+    directory = locate(name)
+    if is_run(directory):
+        return folder.read_config(directory, PretrainConfig).model
+    if isinstance(directory, Path) and directory.is_dir():
+        return huggingface.read_config(directory)
+    return None
 
 
 def load(name: str, *, step: int | None = None) -> Base:
@@ -59,12 +72,12 @@ def load(name: str, *, step: int | None = None) -> Base:
         pooler = sentence_encoder = None
         tokenizer_path = directory / TOKENIZER
         params = jax.device_get(loaded.variables["params"])  # devices have the run's own as well
-        encoder, head = params["encoder"], params.get("head")
+        encoder, head, step = params["encoder"], params.get("head"), loaded.step
     else:
         published = huggingface.load(name)
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler
         tokenizer_path, sentence_encoder = published.path, published.sentence_encoder
-        encoder, head = published.params["encoder"], published.lm_head
+        encoder, head, step = published.params["encoder"], published.lm_head, None
     digest = hashlib.sha256(repr(sorted(checksums(encoder).items())).encode())
     return Base(
         name=name,
@@ -76,4 +89,5 @@ def load(name: str, *, step: int | None = None) -> Base:
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
         fingerprint=digest.hexdigest(),
+        step=step,
     )

@@ -26,6 +26,7 @@ import tyro
 from jaxlm import config as configs
 from jaxlm.config import C, Config, FinetuneConfig, PretrainConfig, RunConfig
 from jaxlm.errors import InputError, note
+from jaxlm.runs import base as bases
 from jaxlm.runs import misspelt
 from jaxlm.runs.idle import idle
 
@@ -100,9 +101,9 @@ def overview(kind: type[RunConfig]) -> str:
 def changed(config: C, argv: Sequence[str], *, prog: str) -> C:
     """The config with the changes of a command line; says on stderr what they switch off."""
     options = _split(argv)
-    draft = _draft(config, options)
     given = {option.name: option.words for option in options}
-    _check_base(draft, given)
+    draft = _draft(_with_model(config, given), options)
+    _check_base(config, draft, given)
     # tyro learns of the classes, which are settled by now, for its help and its suggestions.
     fields, tokens, chosen = [], [], {}
     for path, hint, value in choices(draft):
@@ -131,13 +132,39 @@ def changed(config: C, argv: Sequence[str], *, prog: str) -> C:
     return _settle(parsed.config, config, given)
 
 
-def _check_base(draft: Any, given: Mapping[str, list[str]]) -> None:
+def _with_model(config: C, given: Mapping[str, list[str]]) -> C:
+    """Pretraining with the model of its base, where fields of it are to be others."""
+    first = next((name for name in given if name.startswith("model.")), None)
+    if not isinstance(config, PretrainConfig) or first is None or "model" in given:
+        return config
+    base = _base(config, given)
+    if base is None or config.model is not None:
+        return config
+    model: Any = bases.read_model(base)
+    if model is None:
+        raise InputError(
+            f"{_flag(first)} is of the model of base={base}, which is no folder here: download it "
+            "first (hf download), and name its folder"
+        )
+    return dataclasses.replace(config, model=model)
+
+
+def _base(config: RunConfig, given: Mapping[str, list[str]]) -> str | None:
+    base = (given.get("base") or [config.base])[0]
+    return None if base == "None" else base
+
+
+def _check_base(config: RunConfig, draft: Any, given: Mapping[str, list[str]]) -> None:
     """Where one option calls for others, which the config's own check would name one by one."""
     if not given.keys() & {"base", "model", "tokenizer"}:
         return
-    base = (given.get("base") or [draft.base])[0]
+    base = _base(draft, given)
     own = [name for name in ("model", "tokenizer") if vars(draft).get(name) is not None]
-    if base not in (None, "None") and own:
+    # In pretraining the model may be the base's with other fields, unless it was made for no base.
+    of_base = "model" in given or config.base is not None or draft.model is None
+    if isinstance(config, PretrainConfig) and of_base:
+        return
+    if base is not None and own:
         raise InputError(
             f"base={base!r} brings a model and a tokenizer of its own: add "
             f"{' '.join(f'{_flag(name)} None' for name in own)}, or --base None"

@@ -25,7 +25,7 @@ from jaxlm.nn.choose import Wanted
 from jaxlm.nn.intercept import find_sites
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.peft import quantize
-from jaxlm.runs import steps
+from jaxlm.runs import phase, steps
 from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
@@ -48,12 +48,9 @@ def resolve(
 ) -> PretrainConfig:
     """Fill in what the config leaves to the base, the data and the platform; raise on a clash."""
     info = infos[0]  # the others are cut alike
-    if base is not None and config.model is not None:
-        raise InputError(
-            f"model is given, and also base={config.base!r}, which has its own: leave out one of "
-            "them (--model None)"
-        )
-    model: Any = config.model if base is None else steps.base_model(base, config.mesh)
+    model: Any = config.model
+    if base is not None:
+        model = phase.next_model(base, model, info.vocab_size, config.task, config.mesh)
     model = replace(
         model,
         vocab_size=steps.resolve_vocab_size(model.vocab_size, info.vocab_size, config.mesh),
@@ -62,10 +59,13 @@ def resolve(
     if model.max_length is not None and info.row_length > model.max_length:
         raise InputError(
             f"the data's rows of {info.row_length} tokens are longer than the model's "
-            f"max_length={model.max_length}: raise it, or prepare shorter rows"
+            f"max_length={model.max_length}: raise it (--model.max-length {info.row_length}), or "
+            "prepare shorter rows"
         )
     num_rows = sum(info.rows["train"] for info in infos)
-    train = config.train.with_steps(num_rows, config.data.batch_size)
+    train = config.train.with_epochs(
+        lambda epochs: config.data.steps_to(math.ceil(epochs * num_rows))
+    )
     return replace(config, model=model, train=train)
 
 

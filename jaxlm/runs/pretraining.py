@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from jaxlm import tree
 from jaxlm.config import PretrainConfig
@@ -16,7 +17,7 @@ from jaxlm.data.loader import train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
-from jaxlm.runs import attention, pretrained, resume, steps
+from jaxlm.runs import attention, phase, pretrained, resume, steps
 from jaxlm.runs import base as bases
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
@@ -25,6 +26,7 @@ from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.vocabulary import make_vocabulary
+from jaxlm.train import restore
 from jaxlm.train.loop import evaluate
 from jaxlm.train.placement import Placement
 from jaxlm.train.plots import Reference
@@ -57,7 +59,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         sample = rows.read(np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(int))
         if doubt := config.task.warning(sample["tokens"], vocabulary):
             console.print(f"warning: {doubt}", style="yellow", markup=False, soft_wrap=True)
-    given = {} if base is None else base_params(config, placement, base, console)
+    given = {} if base is None else base_params(config, placement, base, tokenizer, console)
     console.print(
         f"{config.name}: {tree.num_params(placement.abstract_state.trainable):,} parameters, "
         f"{sum(info.tokens['train'] for info in infos) / 1e6:.2f} M tokens in rows "
@@ -66,8 +68,14 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     if attends:
         console.print(attends, soft_wrap=True, markup=False)
 
+    if config.data.ramp_sizes:
+        console.print(_ramp(config, info.row_length), soft_wrap=True)
+
     def init() -> TrainState:
-        return placement.init(jax.random.key(config.train.seed), given)
+        state = placement.init(jax.random.key(config.train.seed), given)
+        if base is None or not config.base_moments:
+            return state
+        return replace(state, opt_state=base_moments(placement, base))
 
     def batches(examples_seen: int) -> Iterator[HostBatch]:
         return train_batches(
@@ -102,7 +110,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             monitor=monitor.name,
         ),
         batches=batches,
-        examples_after=lambda seen, steps: seen + steps * config.data.batch_size,
+        examples_after=lambda seen, steps: config.data.after(seen, steps)[0],
         evaluate=evaluation,
         monitor=monitor,
         reference=Reference({"unigram entropy": pretrained.unigram_entropy(infos)}),
@@ -110,6 +118,20 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         files={},
     )
     return train(job, console)
+
+
+def _ramp(config: PretrainConfig, row_length: int) -> str:
+    """How the batch grows, in steps and tokens."""
+    data, stages, end = config.data, [], 0
+    for size, of_stage in zip(data.ramp_sizes, data.ramp_steps, strict=True):
+        end += of_stage
+        stages.append(f"{size:,} to step {end:,}")
+    rows = data.after(0, end)[0]
+    said = f"rows of a batch: {', '.join(stages)}, then {data.batch_size:,} (after {rows:,} rows, "
+    said += f"{rows * row_length / 1e6:.2f} M tokens)"
+    if config.train.steps is not None and config.train.steps <= end:
+        said += f"; the run's {config.train.steps:,} steps end before"
+    return said
 
 
 def open_data(config: PretrainConfig, base: Base | None, console: Console) -> list[Prepared]:
@@ -127,9 +149,7 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
     datasets = [open_prepared(path) for path in config.data.paths]
     found = {str(d.directory): [d.info.fingerprint, d.info.tokenizer_sha256] for d in datasets}
     distributed.check_same("data", {f"the content of {path}": x for path, x in found.items()})
-    if base is not None and datasets[0].info.tokenizer_sha256 != tokenizers.fingerprint(
-        base.tokenizer
-    ):
+    if base is not None and not phase.continues(base.tokenizer, datasets[0]):
         raise InputError(
             f"{first} was prepared with another tokenizer than that of base={base.name}: prepare "
             f"it again, into another folder, with --tokenizer.path {base.tokenizer_path}"
@@ -138,18 +158,48 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
 
 
 def base_params(
-    config: PretrainConfig, placement: Placement, base: Base, console: Console
+    config: PretrainConfig,
+    placement: Placement,
+    base: Base,
+    tokenizer: Tokenizer,
+    console: Console,
 ) -> dict[str, PyTree]:
     """The base's encoder, and its head where that is the task's; says which of them is new."""
     assert config.model is not None  # resolved
-    given: dict[str, Any] = {"encoder": steps.with_rows(base.encoder, config.model)}
-    head = base.lm_head and steps.with_bias(base.lm_head, config.model)
+    encoder, head = base.encoder, base.lm_head
+    new = phase.new_tokens(base.tokenizer, tokenizer)
+    if new:
+        params = {"encoder": encoder, **({} if head is None else {"head": head})}
+        params = phase.with_tokens(params, new)
+        encoder, head = params["encoder"], params.get("head")
+    encoder = phase.with_positions(encoder, config.model)
+    given: dict[str, Any] = {"encoder": steps.with_rows(encoder, config.model)}
+    head = head and steps.with_bias(head, config.model)
     wanted = placement.abstract_state.trainable["params"].get("head", {})
     if head and _shapes(head) == _shapes(wanted):
         given["head"] = head
     what = "encoder and head" if "head" in given or not wanted else "encoder; its head is new"
+    if new:
+        what += f"; {len(new):,} new tokens are the means of the pieces that they were"
+    if changed := phase.differences(base.config, config.model):
+        what += f"; other than there: model.{', model.'.join(changed)}"
     console.print(f"from {base.name}: {what}", soft_wrap=True)
     return given
+
+
+def base_moments(placement: Placement, base: Base) -> PyTree:
+    """The optimizer's state where the base's parameters are from."""
+    way_out = "leave base_moments out, and give the phase a warm-up"
+    if base.step is None:
+        raise InputError(f"base={base.name} is no run, and has no moments: {way_out}")
+    target = {"opt_state": placement.abstract_state.opt_state}
+    try:
+        read = restore.restore_part(locate(base.name) / CHECKPOINTS, target, base.step)
+    except InputError as error:
+        raise InputError(
+            f"the moments of base={base.name} do not fit ({error}): {way_out}"
+        ) from error
+    return read.state["opt_state"]
 
 
 def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:

@@ -51,7 +51,9 @@ def make_placement(
         axis_name=axis_name,
     )
     mesh = sharding.make_mesh(config.mesh, devices)
-    check_batch(config.data.batch_size, config.train.num_micro_batches, mesh)
+    ramp = config.data.ramp_sizes if isinstance(config, PretrainConfig) else ()
+    for name, size in (("batch_size", config.data.batch_size), *(("ramp_sizes", x) for x in ramp)):
+        check_batch(size, config.train.num_micro_batches, mesh, name)
     if axis_name is None:
         return jit_placement(init, train_step, make_eval_step(None), mesh)
     if mesh.shape["data"] != mesh.size:
@@ -61,13 +63,15 @@ def make_placement(
     return pmap_placement(init, train_step, make_eval_step(axis_name), axis_name, devices)
 
 
-def check_batch(batch_size: int, num_micro_batches: int, mesh: Mesh) -> None:
+def check_batch(
+    batch_size: int, num_micro_batches: int, mesh: Mesh, name: str = "batch_size"
+) -> None:
     """The batch must split evenly over micro-batches, and each of those over devices."""
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     pieces = devices * num_micro_batches
     if batch_size % pieces:
         raise InputError(
-            f"data.batch_size={batch_size} is not divisible by {devices} devices (data * fsdp) "
+            f"data.{name}={batch_size} is not divisible by {devices} devices (data * fsdp) "
             f"times train.num_micro_batches={num_micro_batches}: the next that is, is "
             f"{(batch_size // pieces + 1) * pieces}"
         )
@@ -153,12 +157,14 @@ def for_evaluation(config: Known, wanted: Wanted | None = None) -> Known:
     ``wanted``: how attention is computed, if not as suits them.
     """
     devices = jax.device_count()
-    rows = math.ceil(config.data.batch_size / devices) * devices
+    changes: dict[str, Any] = {"batch_size": math.ceil(config.data.batch_size / devices) * devices}
+    if isinstance(config, PretrainConfig):
+        changes |= {"ramp_sizes": (), "ramp_steps": ()}
     here = dataclasses.replace(
         config,
         mesh=MeshConfig(),
         placement="jit",
-        data=dataclasses.replace(config.data, batch_size=rows),
+        data=dataclasses.replace(config.data, **changes),
         train=dataclasses.replace(config.train, num_micro_batches=1),
     )
     assert config.model is not None  # resolved

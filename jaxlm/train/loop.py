@@ -69,10 +69,6 @@ class TrainConfig:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"train.seed={self.seed} is not from 0 to 4294967295")
 
-    def with_steps(self, num_examples: int, batch_size: int) -> "TrainConfig":
-        """The same with ``steps`` that follow from ``epochs``."""
-        return self.with_epochs(lambda epochs: math.ceil(epochs * num_examples / batch_size))
-
     def with_epochs(self, steps_of: Callable[[float], int]) -> "TrainConfig":
         """The same with the ``steps`` that ``epochs`` have."""
         if self.epochs is None:
@@ -118,8 +114,10 @@ def fit(
     def compiled_for(batch: Batch) -> Callable[..., tuple[TrainState, Sums]]:
         shapes = tuple(x.shape for x in batch.values())
         if shapes not in compiled:
-            sides = [batch[x].shape[-1] for x in ("tokens", "targets") if x in batch]
-            rows = f" for rows of {' and '.join(map(str, sides))}" if compiled else ""
+            given = [batch[x].shape for x in ("tokens", "targets") if x in batch]
+            sides = " and ".join(str(shape[-1]) for shape in given)
+            count = math.prod(given[0][:-1]) if given else 0
+            rows = f" for {count:,} rows of {sides}, at step {step:,}" if compiled else ""
             with pause(f"compiling the train step{rows}"):
                 example = state, batch, np.float32(share)
                 compiled[shapes] = compile_ahead(placement.train_step, *example)

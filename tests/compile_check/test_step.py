@@ -10,7 +10,7 @@ import pytest
 
 from jaxlm import config as configs
 from jaxlm import tree
-from jaxlm.compile_check.step import Assumed, base_config, make_step
+from jaxlm.compile_check.step import Assumed, make_step
 from jaxlm.config import FinetuneConfig
 from jaxlm.convert import bert
 from jaxlm.errors import InputError
@@ -20,6 +20,7 @@ from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.runs import pretrained
+from jaxlm.runs.base import read_model
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
@@ -147,17 +148,17 @@ def test_a_bilstm_has_a_formula():
 
 
 def test_a_base_is_read_without_its_weights(tmp_path):
-    assert base_config(str(tmp_path / "nowhere")) is None
+    assert read_model(str(tmp_path / "nowhere")) is None
     encoder = replace(TINY, vocab_size=128)
     (tmp_path / "config.json").write_text(json.dumps(bert.write_config(encoder)))
-    read = base_config(str(tmp_path))
+    read = read_model(str(tmp_path))
     assert read is not None
     assert (read.vocab_size, read.num_layers, read.hidden_dim) == (128, 2, 128)
     run_folder = tmp_path / "run"
     run_folder.mkdir()
     config = configs.read_file(CONFIGS / "quickstart.py")
     (run_folder / "config.json").write_text(configs.to_json(config))
-    assert base_config(str(run_folder)) == config.model
+    assert read_model(str(run_folder)) == config.model
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"config\.json"):
-        base_config(str(tmp_path))
+        read_model(str(tmp_path))

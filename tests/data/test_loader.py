@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import itertools
 import subprocess
 import sys
 from itertools import islice
@@ -81,6 +82,51 @@ def test_any_number_of_processes_gives_the_same_global_batches(prepared, other, 
         for step in zip(*parts, strict=True)
     ]
     assert same(joined, whole)
+
+
+RAMP = dataclasses.replace(CONFIG, ramp_sizes=(2, 4), ramp_steps=(3, 2))
+SIZES = [2, 2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_a_batch_that_grows_has_the_same_rows_wherever_it_resumes(prepared, num_parts):
+    whole = take(len(SIZES), [prepared], RAMP, seed=1)
+    assert [len(batch["tokens"]) for batch in whole] == SIZES
+    assert keys(whole)[:24] == keys(take(3, [prepared], CONFIG, seed=1))
+    for done in range(len(SIZES)):
+        parts = [BatchRows((i,), num_parts) for i in range(num_parts)]
+        seen = sum(SIZES[:done])
+        rest = [
+            take(len(SIZES) - done, [prepared], RAMP, seed=1, examples_seen=seen, batch_rows=part)
+            for part in parts
+        ]
+        joined = [np.concatenate([b["tokens"] for b in step]) for step in zip(*rest, strict=True)]
+        assert all(map(np.array_equal, joined, [batch["tokens"] for batch in whole[done:]]))
+
+
+def test_steps_and_rows_of_a_batch_that_grows():
+    ends = [0, *itertools.accumulate(SIZES)]
+    for step, seen in enumerate(ends):
+        assert RAMP.after(0, step)[0] == seen
+        assert RAMP.steps_to(seen) == step
+        for earlier in range(step):
+            assert RAMP.after(ends[earlier], step - earlier) == RAMP.after(0, step)
+    assert [RAMP.steps_to(rows) for rows in (1, 3, 7, 15, 23)] == [1, 2, 4, 6, 7]
+    # Of a run that was resumed with another ramp: the stage is that of the rows seen.
+    assert [RAMP.after(seen, 0)[1] for seen in (0, 5, 6, 13, 14, 100)] == [2, 2, 4, 4, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ramp_sizes": (2,)}, "1 batch sizes and data.ramp_steps 0 numbers of steps"),
+        ({"ramp_sizes": (2, 0), "ramp_steps": (1, 1)}, r"ramp_sizes=\(2, 0\) are not all positive"),
+        ({"ramp_sizes": (2,), "ramp_steps": (-1,)}, r"ramp_steps=\(-1,\) are not all positive"),
+    ],
+)
+def test_bad_ramps(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(CONFIG, **changes)
 
 
 class OneByOne:

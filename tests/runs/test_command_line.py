@@ -303,6 +303,18 @@ def test_a_base_of_another_kind_says_all_that_must_go() -> None:
     assert type(config.model).__name__ == "BilstmConfig"
 
 
+def test_a_field_of_a_base_that_is_not_here() -> None:
+    """Where it is, tests/runs/test_continued.py changes it."""
+    with pytest.raises(
+        InputError, match=r"^--model.max-length is of the model of base=some/name, w"
+    ):
+        changed(CONFIGS["adapt"], "--base some/name --model.max-length 256")
+    with pytest.raises(InputError, match=r"add --model None, or --base None$"):  # of no base
+        changed(CONFIGS["sotu"], "--base some/name --model.max-length 256")
+    phase = changed(CONFIGS["phase2_long"], "--base some/name --model.max-length 256")
+    assert (phase.base, phase.model.max_length) == ("some/name", 256)
+
+
 # Options that contradict the config.
 
 

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,13 @@ from jaxlm.data.sources import TextFiles
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithLmHead
-from jaxlm.runs import pretrained, resume
+from jaxlm.models.llama import LlamaConfig
+from jaxlm.optim import OptimizerConfig
+from jaxlm.runs import base as bases
+from jaxlm.runs import command_line, pretrained, pretraining, resume
+from jaxlm.runs.folder import read_config
 from jaxlm.runs.pretraining import pretrain
+from jaxlm.train import restore
 from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
@@ -160,11 +167,92 @@ def test_text_of_another_tokenizer_is_refused(
     pretrain(replace(other, name="again", data=paths, prepare=None))
 
 
-def test_a_model_beside_a_base_is_refused(other: PretrainConfig, config: PretrainConfig) -> None:
-    with pytest.raises(InputError, match=r"model is given, and also base=.*--model None"):
-        pretrain(replace(other, name="never", model=config.model))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 1}, r"num_layers=1 \(there 2\), would have \S+ of shape \(1, .* \(2, "),
+        (
+            {"max_length": 16},
+            r"max_length=16 \(there 32\), would have .* \(16, 16\), .* \(32, 16\)",
+        ),
+        ({"mlp_dim": 64, "epsilon": 1e-5}, r"mlp_dim=64 \(there 32\); epsilon=1e-05"),
+        ({"vocab_size": 128}, r"vocab_size=128 is not the base's 64: leave it out"),
+    ],
+    ids=str,
+)
+def test_a_model_that_does_not_fit_its_base_is_refused(
+    other: PretrainConfig, config: PretrainConfig, change: dict[str, Any], message: str
+) -> None:
+    model = replace(config.model, **change)
+    with pytest.raises(InputError, match=message):
+        pretrain(replace(other, name="never", model=model))
+
+
+def test_a_model_of_another_kind_than_its_base_is_refused(other: PretrainConfig) -> None:
+    with pytest.raises(InputError, match=r"is a LlamaConfig, and the base's a BertConfig"):
+        pretrain(replace(other, name="never", model=LlamaConfig()))
     with pytest.raises(InputError, match="base and model are None"):
         replace(other, base=None)
+
+
+def test_a_longer_phase_with_other_fields_goes_on_where_the_base_was(
+    other: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the command line, with more positions, on longer rows; what the base knew is kept."""
+    assert other.prepare is not None
+    longer = replace(
+        other,
+        name="longer",
+        prepare=replace(other.prepare, row_length=48),
+        data=replace(other.data, paths=(str(tmp_path / "longer"),)),
+        train=replace(other.train, steps=1, num_evals=1),
+    )
+    with pytest.raises(InputError, match=r"rows of 48 tokens .* max_length=32") as refused:
+        pretrain(longer)
+    way_out = re.search(r"--model.max-length \d+", str(refused.value))
+    assert way_out is not None
+    options = [*way_out[0].split(), "--model.epsilon", "1e-6"]
+    directory = pretrain(command_line.changed(longer, options, prog="test"))
+    said = "encoder and head; other than there: model.max_length=48 (there 32), model.epsilon=1e-06"
+    assert said in capsys.readouterr().out.replace("\n", " ")
+    found = pretrained.open_pretrained(directory, 0).variables["params"]["encoder"]
+    known = pretrained.open_pretrained(whole).variables["params"]["encoder"]
+    table = np.asarray(found["position_embed"]["embedding"])
+    np.testing.assert_array_equal(table[:32], known["position_embed"]["embedding"])
+    np.testing.assert_array_equal(table[32:], table[:16])
+    np.testing.assert_array_equal(
+        found["token_embed"]["embedding"], known["token_embed"]["embedding"]
+    )
+    # The resolved config starts the same phase.
+    resolved = command_line.read(directory / "config.json")
+    assert isinstance(resolved, PretrainConfig)
+    assert (resolved.model, resolved.base) == (
+        read_config(directory, PretrainConfig).model,
+        str(whole),
+    )
+    pretrain(resolved)
+    assert "complete" in capsys.readouterr().out
+
+
+def test_a_phase_begins_with_the_moments_of_its_base(other: PretrainConfig, whole: Path) -> None:
+    short = replace(other, name="decay", train=replace(other.train, steps=1, num_evals=1))
+    begun = pretrain(replace(short, base_moments=True))
+    placement = pretrained.open_pretrained(whole).placement
+    target = {"opt_state": placement.abstract_state.opt_state}
+    found, wanted = (
+        restore.restore_part(directory / "checkpoints", target, step).state
+        for directory, step in ((begun, 0), (whole, STEPS))
+    )
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(wanted)))
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(found)) > 0
+    muon = replace(short, name="never", base_moments=True, optimizer=OptimizerConfig(name="muon"))
+    with pytest.raises(InputError, match=r"base=.* do not fit .*: leave base_moments out"):
+        pretrain(muon)
+    published = replace(bases.load(str(whole)), step=None)
+    with pytest.raises(InputError, match="is no run, and has no moments"):
+        pretraining.base_moments(placement, published)
+    with pytest.raises(InputError, match="base_moments=True, and there is no base"):
+        replace(muon, base=None, model=LlamaConfig())
 
 
 def test_a_finished_run_is_made_longer(

@@ -1,5 +1,6 @@
 """Whole runs, tiny: from text to a run folder, interrupted and resumed, evaluated and used."""
 
+import itertools
 import shutil
 import signal
 from dataclasses import replace
@@ -35,9 +36,10 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
-    # In bfloat16; test_finetuning.py resumes in float32.
+    # In bfloat16; test_finetuning.py resumes in float32. The batch grows after two steps.
     config = make_config(tmp_path_factory.mktemp("pretrain"), steps=STEPS)
-    return replace(config, model=replace(config.model, dtype="bfloat16"))
+    data = replace(config.data, ramp_sizes=(8,), ramp_steps=(2,))
+    return replace(config, data=data, model=replace(config.model, dtype="bfloat16"))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,9 @@ def test_run_folder_is_self_contained(whole: Path) -> None:
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert len(losses) == STEPS
     assert {line["step"] for line in lines if "eval/loss" in line} == {0, 3, STEPS}
+    tokens = [0.0, *(line["tokens"] for line in lines if "tokens" in line)]
+    rows = [(after - before) / 16 for before, after in itertools.pairwise(tokens)]  # nearly full
+    assert rows == pytest.approx([8, 8, 16, 16, 16, 16], abs=2)
     wanted = {"lr", "grad_norm", "overflow", "skipped", "tokens", "tokens_per_s", "train/accuracy"}
     assert wanted <= lines[1].keys()
 
@@ -222,6 +227,7 @@ def test_not_a_run_folder(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"data": {"batch_size": 12}}, r"batch_size=12 is not divisible by 8 devices"),
+        ({"data": {"ramp_sizes": (20,)}}, r"data.ramp_sizes=20 is not divisible by 8 .* is 24"),
         ({"model": {"max_length": 8}}, r"rows of 16 tokens.*max_length=8"),
         ({"model": {"vocab_size": 20}}, r"vocab_size=20 is smaller than the tokenizer's"),
         ({"mesh": {"fsdp": 3}}, r"fsdp=3.* does not fit 8 devices"),

@@ -393,7 +393,7 @@ def run_of(config: Any) -> str:
     poison = config.name == "poisoned"
     batch = {"tokens": np.full((2, 2), np.nan if poison else 1.0, np.float32)}
     cursor = {"examples_seen": 0, "tokens_seen": 0.0, "elapsed_s": 0.0, "share": 0.0}
-    train = config.train.with_steps(96, config.data.batch_size)
+    train = config.train.with_epochs(lambda epochs: -(-int(epochs * 96) // config.data.batch_size))
     console = Console(quiet=True)
     with pytest.MonkeyPatch.context() as patch, Progress(None, visible=False, console=console) as p:
         patch.setattr(loop, "time", Ticking())
@@ -465,6 +465,8 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.fields.words": "tags",
     "data.paths": ("q",),
     "data.weights": (1.0, 3.0),
+    "data.ramp_sizes": (4,),
+    "data.ramp_steps": (2,),
     "data.max_length": 48,
     "data.batch_tokens": 128,
     "data.train.source": "a.de",
@@ -481,6 +483,7 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "data.augment.deletion_rate": 0.6,
     "tokenizer.path": Path("other.txt"),
     "prepare.tokenizer.path": Path("other.txt"),
+    "prepare.extend_vocab": 3,
     "prepare.source.glob": "b.csv",
     "prepare.source.encoding": "latin-1",
     "prepare.source.field": "context",
@@ -643,6 +646,7 @@ ENDS = (
 )
 PARTS = {
     "adamw": optimizing(),
+    "stable adamw": optimizing(name="stable_adamw", schedule="constant"),
     "lamb": optimizing(name="lamb", schedule="cosine"),
     "adafactor": optimizing(name="adafactor", schedule="inverse_sqrt"),
     "muon": optimizing(name="muon", schedule="wsd"),
@@ -761,7 +765,7 @@ PARTS = {
     "prepared for a base": Part(
         replace(preparing(LINES, path=None), base="b", model=None),
         continued_of,
-        ("prepare.tokenizer", "prepare.row_length"),
+        ("prepare.tokenizer", "prepare.row_length", "prepare.extend_vocab"),
     ),
     "prepared json": Part(
         preparing(Jsonl(glob="a.jsonl", field="text")), prepared_of, ("prepare.source",)
@@ -771,6 +775,11 @@ PARTS = {
     ),
     "one folder": Part(
         PRETRAINED, order_of, ("data.paths", "data.weights", "data.batch_size", "train.eval_rows")
+    ),
+    "ramp": Part(
+        replace(PRETRAINED, data=replace(PRETRAINED.data, ramp_sizes=(8,), ramp_steps=(1,))),
+        order_of,
+        ("data.ramp_sizes", "data.ramp_steps"),
     ),
     "two folders": Part(
         replace(PRETRAINED, data=DataConfig(paths=("p", "q"), batch_size=16)),
@@ -841,6 +850,9 @@ def test_another_value_changes_something(name: str, path: str) -> None:
 ELSEWHERE = {
     "RunConfig.base": "runs/test_continued.py::test_continues_from_a_run_on_another_text",
     "RunConfig.attention": "runs/test_attention.py::test_the_model_is_told",
+    "PretrainConfig.base_moments": (
+        "runs/test_continued.py::test_a_phase_begins_with_the_moments_of_its_base"
+    ),
     "RunConfig.resume": "runs/test_pretraining.py::test_no_resume_refuses_a_used_folder",
     "RunConfig.accept_changes": (
         "runs/test_pretraining.py::test_changes_are_accepted_when_asked_for"

@@ -1,0 +1,31 @@
+"""ModernBERT's recipe on a laptop, 2 of 3: rows of 1,024, not of 128, at a lower rate.
+
+    python scripts/pretrain.py configs/phase2_long.py
+
+From phase1_short.py's parameters. Layers that see all of a row turn by larger wavelengths from here
+on, as many rows as before hold as many tokens in a batch, and the rate is constant again.
+
+Hardware and time: two CPU cores, minutes; not yet measured.
+Expected: not yet measured.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+from jaxlm.train.loop import TrainConfig
+
+parent = runpy.run_path(str(Path(__file__).with_name("phase1_short.py")))["config"]
+
+config = replace(
+    parent,
+    name="phase2_long",
+    base="runs/phase1_short",
+    data=replace(
+        parent.data, paths=("prepared/sotu_1024",), batch_size=8, ramp_sizes=(), ramp_steps=()
+    ),
+    prepare=replace(parent.prepare, row_length=1024),
+    model=replace(parent.model, max_length=1024, global_rope_base=160_000.0),
+    optimizer=replace(parent.optimizer, peak_lr=7.5e-4, warmup_steps=20),
+    train=TrainConfig(steps=400),
+)
