@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import optim, tree
 from jaxlm.config import FinetuneConfig
+from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.batching import Batching, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.framing import Framer
@@ -198,10 +199,12 @@ def _stack(values: list[Any]) -> Any:
     return np.stack(values) if len({np.shape(value) for value in values}) == 1 else values
 
 
-def say_cut(cut: int, total: int, longest: int) -> None:
-    """A line, if texts were cut."""
+def say_long(cut: int, total: int, longest: int, windowed: tuple[int, int]) -> None:
+    """A line, if texts were cut, and one, if they were read in windows."""
     if cut:
         note(f"{cut:,} of {total:,} texts are cut at {longest} tokens, as in training")
+    for line in windows.describe(*windowed):
+        note(line)
 
 
 @dataclass(frozen=True)
@@ -254,11 +257,12 @@ class FinetunedRun:
         examples: Sequence[Any],
         *,
         labelled: bool = True,
-        report: Callable[[int, int, int], None] = say_cut,
+        report: Callable[[int, int, int, tuple[int, int]], None] = say_long,
     ) -> tuple[Sums | None, Outputs]:
         """What the model gives for examples of its task, in their order.
 
-        ``report`` is told how many are cut, of how many, and at how many tokens.
+        ``report`` is told how many are cut, of how many, and at how many tokens; and how many are
+        read in windows, and in how many.
         """
         placement = self.placement if labelled else self.unlabelled
         framer = make_framer(self.config, self.tokenizer)
@@ -266,7 +270,7 @@ class FinetunedRun:
         batching = make_batching(encoded, self.config.data, framer.max_length)
         found = predict(placement, self.state, batching)
         cut = int((encoded.untruncated > framer.max_length).sum())
-        report(cut, len(examples), framer.max_length)
+        report(cut, len(examples), framer.max_length, encoded.windowed)
         return found
 
     @cached_property
@@ -299,7 +303,7 @@ class FinetunedRun:
         generate: Writing | None = None,
     ) -> Iterator[Answered]:
         """Each record with what the model says of it, in JSON; says how many were cut."""
-        seen: list[tuple[int, int, int]] = []
+        seen: list[tuple[int, int, int, tuple[int, int]]] = []
 
         def answer(examples: list[Any]) -> list[Answer]:
             if isinstance(self.task, Responsive):
@@ -315,8 +319,9 @@ class FinetunedRun:
 
         yield from answered(records, read, answer, chunk=chunk)
         if seen:
-            cut, total, (longest, *_) = zip(*seen, strict=True)
-            say_cut(sum(cut), sum(total), longest)
+            cut, total, (longest, *_), windowed = zip(*seen, strict=True)
+            documents, several = map(sum, zip(*windowed, strict=True))
+            say_long(sum(cut), sum(total), longest, (documents, several))
 
 
 def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:

@@ -16,6 +16,7 @@ from jaxlm import tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import report
+from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batching import make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
@@ -82,8 +83,10 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         ),
     }
     console.print(render(described))
-    said = [f"validation: {note}" for note in validation.notes]
-    for note in (*splits.notes, *examples.notes, *said, *batching.describe()):
+    said = [*examples.notes, *windows.describe(*examples.windowed)]
+    about = [*validation.notes, *windows.describe(*validation.windowed)]
+    said += [f"validation: {note}" for note in about]
+    for note in (*splits.notes, *said, *batching.describe()):
         console.print(Text(f"note: {note}"))
     reference = task.reference(splits.train, splits.validation)
     if reference.deviation is not None:

@@ -859,6 +859,7 @@ ELSEWHERE = {
     "Seq2Seq.num_samples": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
     "Seq2Seq.num_scored": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
     "Seq2Seq.sample_tokens": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
+    "Tagging.doc_stride": "tasks/test_tagging.py::test_a_run_learns_whose_tag_a_word_has",
     "Tagging.entities": "tasks/test_tagging.py::test_tags_that_mark_no_entities",
     "Tagging.split": "tasks/test_tagging.py::test_a_run_learns_whose_tag_a_word_has",
 }
