@@ -148,7 +148,10 @@ def make_placement(
     def predict_step(axis_name: str | None) -> EvalStep:
         return make_predict_step(
             task.make_loss(apply) if labelled else None,
-            lambda variables, batch: {**predict(variables, batch), "example": batch["example"]},
+            lambda variables, batch: {
+                **predict(variables, batch),
+                **{name: batch[name] for name in ("example", "lengths")},
+            },
             seed=steps.EVAL_SEED,
             axis_name=axis_name,
         )
@@ -185,9 +188,7 @@ def predict(
     for batch in batching.eval_batches(batch_rows=placement.batch_rows):
         one, outputs = jax.device_get(placement.eval_step(state, placement.put_batch(batch)))
         sums += [] if one is None else [one]
-        for i, example in enumerate(outputs.pop("example").tolist()):
-            if example >= 0:
-                rows[example] = {name: values[i] for name, values in outputs.items()}
+        rows |= dict(batching.apart(outputs))
     collected = {name: [rows[i][name] for i in range(len(rows))] for name in rows[0]}
     return add_all(sums) if sums else None, {
         name: _stack(values) for name, values in collected.items()
@@ -267,7 +268,8 @@ class FinetunedRun:
         placement = self.placement if labelled else self.unlabelled
         framer = make_framer(self.config, self.tokenizer)
         encoded = self.task.for_evaluation().encode(framer, examples, self.labels)
-        batching = make_batching(encoded, self.config.data, framer.max_length)
+        longest = self.config.model and self.config.model.max_length
+        batching = make_batching(encoded, self.config.data, framer.max_length, longest=longest)
         found = predict(placement, self.state, batching)
         cut = int((encoded.untruncated > framer.max_length).sum())
         report(cut, len(examples), framer.max_length, encoded.windowed)

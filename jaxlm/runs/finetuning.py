@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from jaxlm import tree
+from jaxlm import sharding, tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import report
@@ -65,9 +65,15 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     examples = task.encode(framer, splits.train, labels)
     validation = task.for_evaluation().encode(framer, splits.validation, labels)
     lengths = np.concatenate([examples.lengths, validation.lengths])
-    options: Any = {"max_length": framer.max_length, "lengths": lengths}
+    longest = config.model and config.model.max_length
+    options: Any = {"max_length": framer.max_length, "lengths": lengths, "longest": longest}
     batching = make_batching(
-        examples, config.data, seed=config.train.seed, for_training=True, **options
+        examples,
+        config.data,
+        seed=config.train.seed,
+        for_training=True,
+        pieces=steps.pieces(config.train.num_micro_batches, sharding.make_mesh(config.mesh)),
+        **options,
     )
     eval_batching = make_batching(validation, config.data, **options)
     config = replace(config, train=config.train.with_epochs(batching.steps))
@@ -100,7 +106,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         tokenizer,
         tally(examples, texts, framer.special.unk),
         None if base else config.tokenizer or TokenizerConfig(),
-        longer=longer(examples, config.model and config.model.max_length),
+        longer=longer(examples, longest),
     )
     make_state = partial(finetuned.make_state, config, labels, base)
     shapes = jax.eval_shape(make_state)
