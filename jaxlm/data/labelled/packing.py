@@ -126,7 +126,7 @@ class Packed:
         """The rows that one process holds of every batch of one pass.
 
         ``example`` [batch, examples] gives their numbers, -1 where there is none. The last batch is
-        filled up with copies, whose ``weights`` are 0.
+        filled up with rows of padding, whose ``weights`` are 0.
         """
         blocks = batch_rows.num_blocks
         size = -(-self.num_rows // blocks) * blocks
@@ -136,7 +136,7 @@ class Packed:
             real = (np.arange(size) < len(numbers))[local]
             chosen = [self.members[i] for i in np.resize(numbers, size)[local]]
             batch = self._stack([[self.examples.rows[i] for i in own] for own in chosen])
-            batch["weights"][~real] = 0
+            batch["weights"][~real] = batch["lengths"][~real] = 0
             example = np.full((len(chosen), self._most), -1, np.int32)
             for row, own, is_real in zip(example, chosen, real.tolist(), strict=True):
                 row[: len(own)] = own if is_real else -1
@@ -237,14 +237,13 @@ def pack(
 
 def _shape(sizes: np.ndarray, batch_size: int, longest: int | None) -> tuple[int, int]:
     """How many rows, and of how many tokens: a divisor of ``batch_size`` with the least cost."""
-    tokens, least, found = batch_size * sizes.mean(), int(sizes.max()), []
+    tokens, least, found = float(batch_size * sizes.mean()), float(sizes.max()), []
     for rows in (n for n in range(1, batch_size + 1) if batch_size % n == 0):
-        if (
-            rows == 1 or tokens / rows >= least
-        ):  # else batches would have more than so many examples
-            length = max(_rounded(tokens / rows), _rounded(least))
-            length = length if longest is None else min(length, longest)
-            found.append((_cost(sizes, length), rows, length))
+        if rows > 1 and tokens / rows < least:
+            continue  # so many rows of that length would hold more examples than that
+        length = _rounded(max(tokens / rows, least))
+        length = length if longest is None else min(length, longest)
+        found.append((_cost(sizes, length), rows, length))
     _, rows, length = min(found)
     return rows, length
 
