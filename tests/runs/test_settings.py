@@ -699,6 +699,9 @@ PARTS = {
         read_of,
         ("data.augment",),
     ),
+    "packed": Part(
+        reading(Table(path="a.csv"), Classification(), pack=True), read_of, ("data.num_buckets",)
+    ),
     "given validation": Part(
         reading(Table(path="a.csv"), Classification(), validation=Table(path="b.csv")),
         read_of,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_models import BERT
 
 from jaxlm.data.labelled.batches import eval_batches
@@ -15,6 +16,8 @@ from jaxlm.data.labelled.batching import make_batching
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import JsonLines
+from jaxlm.runtime.batch_rows import ALL_ROWS
+from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.tagging import Tagging
@@ -107,6 +110,25 @@ def test_packed_examples_are_the_same(kind, framer, records):
     # The control: other lengths would be other texts.
     moved = shared | {"lengths": np.roll(shared["lengths"], 1, axis=1)}
     assert abs(run(functions, params, moved)[0].totals["loss"] - sums.totals["loss"]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["class, mean", "embedding"])
+def test_rows_that_devices_share_out(kind, framer, records):
+    task = TASKS[kind]
+    labels, examples = encoded(task, framer, records)
+    model = task.make_model(MODEL, labels, 0.0)
+    functions = (task.make_loss(model.apply), task.make_predict(model.apply))
+    config = dataclasses.replace(DATA, pack=True)
+    packed = make_batching(examples, config, 12, longest=64, pieces=2)
+    batch = next(packed.train_batches(0, augment=None, batch_rows=ALL_ROWS))
+    batch |= {"example": batch["weights"]}
+    params = variables_of(model)
+    sums, gradient, _ = run(functions, params, batch)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    others = run(functions, params, sharded)
+    assert_close(sums, others[0], 1e-4)
+    assert_close(gradient, others[1], 1e-4)
 
 
 def test_texts_without_labels(framer, records):

@@ -2,17 +2,18 @@
 
 import re
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxlm.data.labelled.batching import Batching, make_batching
+from jaxlm.data.labelled.batching import make_batching
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.packing import Packed, share_rows
 from jaxlm.data.labelled.records import JsonLines
 from jaxlm.errors import InputError
-from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
+from jaxlm.runtime.batch_rows import BatchRows
 
 COUNT, PAD = 100, 9
 SIZES = np.random.default_rng(0).integers(3, 20, COUNT)
@@ -35,11 +36,18 @@ def make_examples(sizes=SIZES) -> Examples:
     return Examples(rows=rows, along_length=along, pad=PAD, untruncated=sizes.astype(np.int32))
 
 
-def batching(sizes=SIZES, *, longest=64, pieces=1, **changes) -> Batching:
-    config = LabelledConfig(**CONFIG | changes)
-    return make_batching(
-        make_examples(sizes), config, 20, longest=longest, pieces=pieces, for_training=True
+def batching(sizes=SIZES, *, longest: int | None = 64, pieces: int = 1, **changes: int) -> Packed:
+    config: dict[str, Any] = CONFIG | changes
+    made = make_batching(
+        make_examples(sizes),
+        LabelledConfig(**config),
+        20,
+        longest=longest,
+        pieces=pieces,
+        for_training=True,
     )
+    assert isinstance(made, Packed)
+    return made
 
 
 def labels_of(batch):
@@ -48,7 +56,6 @@ def labels_of(batch):
 
 def test_rows_are_filled_and_nothing_is_cut():
     plan = batching()
-    assert isinstance(plan, Packed)
     (line,) = plan.describe()
     numbers = [float(number) for number in re.findall(r"\d+(?:\.\d)?", line)]
     _, rows, length, padding, rows_of_batch, each = numbers
@@ -56,7 +63,7 @@ def test_rows_are_filled_and_nothing_is_cut():
     assert padding < 5
     assert abs(each - 16) < 4
     assert rows * length * (1 - padding / 100) == pytest.approx(SIZES.sum(), rel=0.01)
-    batch = next(plan.train_batches(0, augment=None, batch_rows=ALL_ROWS))
+    batch = next(plan.train_batches(0))
     assert 16 % len(batch["tokens"]) == 0
     for tokens, lengths, labels, weights in zip(
         *(batch[name] for name in ("tokens", "lengths", "labels", "weights")), strict=True
