@@ -66,14 +66,15 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     validation = task.for_evaluation().encode(framer, splits.validation, labels)
     lengths = np.concatenate([examples.lengths, validation.lengths])
     longest = config.model and config.model.max_length
-    options: Any = {"max_length": framer.max_length, "lengths": lengths, "longest": longest}
+    pieces = steps.pieces(config.train.num_micro_batches, sharding.make_mesh(config.mesh))
+    options: Any = {
+        "max_length": framer.max_length,
+        "lengths": lengths,
+        "longest": longest,
+        "pieces": pieces,
+    }
     batching = make_batching(
-        examples,
-        config.data,
-        seed=config.train.seed,
-        for_training=True,
-        pieces=steps.pieces(config.train.num_micro_batches, sharding.make_mesh(config.mesh)),
-        **options,
+        examples, config.data, seed=config.train.seed, for_training=True, **options
     )
     eval_batching = make_batching(validation, config.data, **options)
     config = replace(config, train=config.train.with_epochs(batching.steps))

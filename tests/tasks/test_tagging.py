@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metr
     words = [*"abcd", *TAGS]
     sentences = [rng.choice(words, rng.integers(2, 9)).tolist() for _ in range(64)]
     rows = [{"tokens": own, "tags": [TAGS.get(word, "O") for word in own]} for own in sentences]
-    run = train(Tagging(doc_stride=6), write(rows))
+    run = train(Tagging(doc_stride=6), write(rows), pack=True)
     assert run.labels == ("B-loc", "B-per", "I-loc", "I-per", "O")
     assert eval_metrics()["f1"] == 1.0
     asked = [sentence for sentence in sentences[:20] if len(sentence) > 2]
@@ -44,7 +45,10 @@ def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metr
 
 
 def _check_document(run, records, words, capsys):
-    """All of it is learnt, measured and tagged, in windows of 14 tokens that share 6."""
+    """All of it is learnt, measured and tagged, in windows of 14 tokens that share 6.
+
+    And the same where windows share rows and where they do not.
+    """
     tags = [TAGS.get(word, "O") for word in words]
     (new,) = run.task.read(records({"tokens": words, "tags": tags}))
     capsys.readouterr()
@@ -53,6 +57,13 @@ def _check_document(run, records, words, capsys):
     assert run.task.metrics([new], run.labels, outputs)["f1"] == 1.0
     said = "note: 1 document is longer than a row, and read in 375 overlapping windows\n"
     assert len(outputs["words"]) == 375 == 1 + np.ceil((3000 - 14) / (14 - 6))
+    assert capsys.readouterr().err == said
+    apart = replace(run, config=replace(run.config, data=replace(run.config.data, pack=False)))
+    others, outputs_apart = apart.outputs([new])
+    assert sums.totals["loss"] == pytest.approx(others.totals["loss"], rel=1e-4)
+    for name in ("words", "probabilities"):
+        for own, other in zip(outputs[name], outputs_apart[name], strict=True):
+            np.testing.assert_allclose(own, other[: len(own)], atol=1e-4)
     assert capsys.readouterr().err == said
     long, short = run.answer(records({"tokens": words}, {"tokens": ["john", "a"]}), chunk=1)
     assert (long["tags"], short["tags"]) == (tags, ["B-per", "O"])

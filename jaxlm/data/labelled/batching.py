@@ -128,6 +128,7 @@ def make_batching(
             longest=longest,
             seed=seed,
             pieces=pieces,
+            for_training=for_training,
         )
         if for_training:
             check_tokens(packed.row_length, size, tokens)

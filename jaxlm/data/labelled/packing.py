@@ -205,13 +205,14 @@ def pack(
     longest: int | None = None,
     seed: int = 0,
     pieces: int = 1,
+    for_training: bool = True,
 ) -> Packed:
     """Rows that hold about ``batch_size`` examples a batch.
 
     The number of rows divides ``batch_size``; that, and the length of rows, are such that examples
     cost least. ``longest`` is the longest row that a model reads, None any. With ``batch_tokens``
-    batches have a multiple of ``batch_size`` rows, of at most so many tokens in all. Raises where
-    so many rows cannot be shared out among ``pieces``.
+    batches have a multiple of ``batch_size`` rows, of at most so many tokens in all. Where so many
+    rows cannot be shared out among ``pieces`` it raises, or, but for training, takes more.
     """
     sizes = _sizes(examples)
     if not len(sizes):
@@ -224,6 +225,8 @@ def pack(
     rows, length = _shape(sizes, batch_size, longest)
     if batch_tokens is not None:
         rows = rows_of(length, batch_size, batch_tokens)
+    if not for_training:
+        rows = -(-rows // pieces) * pieces
     if rows % pieces:
         larger = range((batch_size // pieces + 1) * pieces, 64 * batch_size * pieces, pieces)
         enough = next(n for n in larger if not _shape(sizes, n, longest)[0] % pieces)
@@ -266,7 +269,7 @@ def _shared(sizes: np.ndarray, length: int) -> list[list[int]]:
 
 def _sizes(examples: Examples) -> Int[np.ndarray, " examples"]:
     """Positions of each example, of all its texts."""
-    return np.array([int(row["lengths"].sum()) for row in examples.rows])
+    return np.array([int(row["lengths"].sum()) for row in examples.rows], int)
 
 
 def _joined(rows: Sequence[Row], along_length: Iterable[str]) -> Row:

@@ -133,6 +133,9 @@ def test_rows_that_cannot_be_shared_out():
     enough = int(str(error.value).split()[-1])
     batch = next(batching(pieces=16, batch_size=enough).train_batches(0))
     assert len(batch["tokens"]) % 16 == 0
+    config = LabelledConfig(**CONFIG)
+    evaluated = make_batching(make_examples(), config, 20, longest=64, pieces=16)
+    assert len(next(evaluated.eval_batches())["tokens"]) == 16
 
 
 def test_examples_that_are_longer_than_rows():
