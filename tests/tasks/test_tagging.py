@@ -60,7 +60,7 @@ def _check_document(run, records, words, capsys):
     assert capsys.readouterr().err == said
     apart = replace(run, config=replace(run.config, data=replace(run.config.data, pack=False)))
     others, outputs_apart = apart.outputs([new])
-    assert sums.totals["loss"] == pytest.approx(others.totals["loss"], rel=1e-4)
+    assert float(sums.totals["loss"]) == pytest.approx(float(others.totals["loss"]), rel=1e-4)
     for name in ("words", "probabilities"):
         for own, other in zip(outputs[name], outputs_apart[name], strict=True):
             np.testing.assert_allclose(own, other[: len(own)], atol=1e-4)
