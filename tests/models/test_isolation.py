@@ -1,6 +1,5 @@
 """Every encoder: texts that share a row do not see each other, and are what they are alone."""
 
-from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -57,7 +56,7 @@ def run(encoder, variables, tokens, packed, counts):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_texts_of_a_row_are_what_they_are_alone(kind):
-    encoder = replace(CONFIGS[kind].with_dropout(0.0)).make()
+    encoder = CONFIGS[kind].with_dropout(0.0).make()
     variables = variables_of(encoder)
     packed = packing.of_lengths(jnp.asarray([[*LENGTHS, 0]]), 12)
     np.testing.assert_array_equal(packed.segment_ids, [[0] * 5 + [1] * 4 + [-1] * 3])
