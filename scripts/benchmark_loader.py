@@ -50,7 +50,7 @@ def main(
     batches: int = 200,
     rounds: int = 5,
 ) -> None:
-    """Print rows and tokens per second.
+    """Print rows and tokens per second, padding excluded.
 
     Args:
         data: A folder of prepared data.
@@ -73,11 +73,12 @@ def main(
             del stream
         if not np.array_equal(last[WAYS[0]], last[WAYS[1]]):
             raise InputError(f"{data}: rows come in another order in batches than one by one")
-    rows = batch_size * batches
-    print(f"batches of {batch_size} rows of {length} tokens, of {prepared.info.rows['train']:,}")
+    rows, count = batch_size * batches, prepared.info.rows["train"]
+    real = prepared.info.tokens["train"] / count  # of a row, on average
+    print(f"batches of {batch_size} rows of {length} tokens, of {count:,}")
     for way in WAYS:
         speed = rows / statistics.median(seconds[way])
-        print(f"{way}  {speed:10,.0f} rows/s  {speed * length:12,.0f} tokens/s")
+        print(f"{way}  {speed:10,.0f} rows/s  {speed * real:12,.0f} tokens/s")
     ratios = [one / many for one, many in zip(*seconds.values(), strict=True)]
     print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
 

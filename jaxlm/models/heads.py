@@ -1,7 +1,8 @@
 """Heads: from hidden states to logits, and the models that join an encoder with one.
 
 The heads of fine-tuning are called as ``head(hidden, segment_ids, deterministic=…)``; positions
-whose segment id is below 0 are padding, and without segment ids there is none. What is as wide as
+whose segment id is below 0 are padding, and without segment ids there is none. Where examples share
+rows, ``num_segments`` is how many may be in one, and there is a vector for each. What is as wide as
 the encoder is computed in the type of its hidden states; what comes out is float32.
 """
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlm.models.pooling import Pool, bert_pooler, mean_pool
+from jaxlm.models.pooling import Pool, bert_pooler, mean_pool, pooled
 from jaxlm.nn.cache import AnyCache, DecoderCache
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
@@ -265,13 +266,13 @@ class EncoderDecoderLm(nn.Module):
     extend = WithLmHead.extend
 
 
-def unit_length(vectors: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
+def unit_length(vectors: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
     """Scaled to length 1; a vector of zeros, as of a row without tokens, stays one."""
     square = jnp.square(vectors).sum(-1, keepdims=True)
     return vectors * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
 
 
-def as_it_is(vectors: Float[Array, "batch embed"]) -> Float[Array, "batch embed"]:
+def as_it_is(vectors: Float[Array, "*batch embed"]) -> Float[Array, "*batch embed"]:
     """The vectors."""
     return vectors
 
@@ -287,16 +288,20 @@ class WithHead(nn.Module):
         tokens: Tokens,
         *,
         token_type_ids: Int[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
+        num_segments: int | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch ..."]:
         hidden = self.encoder(
             tokens,
             token_type_ids=token_type_ids,
+            positions=positions,
             segment_ids=segment_ids,
             deterministic=deterministic,
         )
-        return self.head(hidden, segment_ids, deterministic=deterministic)
+        sharing = {} if num_segments is None else {"num_segments": num_segments}
+        return self.head(hidden, segment_ids, **sharing, deterministic=deterministic)
 
 
 class ClassificationHead(nn.Module):
@@ -321,9 +326,10 @@ class ClassificationHead(nn.Module):
         hidden: Hidden,
         segment_ids: Int[Array, "batch length"] | None = None,
         *,
+        num_segments: int | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch labels"]:
-        x = self.pool(hidden, segment_ids)
+    ) -> Float[Array, "batch *segments labels"]:
+        x = pooled(self.pool, hidden, segment_ids, num_segments)
         x = x if self.transform is None else self.transform(x)
         x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
         return _classifier(self.num_labels, self.initializer_std)(x)
@@ -349,6 +355,7 @@ class TokenHead(nn.Module):
         hidden: Hidden,
         segment_ids: Int[Array, "batch length"] | None = None,
         *,
+        num_segments: int | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch length labels"]:
         x = hidden if self.transform is None else self.transform(hidden)
@@ -365,7 +372,7 @@ class EmbeddingHead(nn.Module):
     """
 
     pool: Pool = mean_pool
-    scale: Callable[..., Float[Array, "batch embed"]] = unit_length
+    scale: Callable[..., Float[Array, "*batch embed"]] = unit_length
 
     @nn.compact
     def __call__(
@@ -373,9 +380,10 @@ class EmbeddingHead(nn.Module):
         hidden: Hidden,
         segment_ids: Int[Array, "batch length"] | None = None,
         *,
+        num_segments: int | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch embed"]:
-        return self.scale(self.pool(hidden, segment_ids))
+    ) -> Float[Array, "batch *segments embed"]:
+        return self.scale(pooled(self.pool, hidden, segment_ids, num_segments))
 
 
 def _classifier(num_labels: int, initializer_std: float) -> Linear:

@@ -12,7 +12,7 @@ from jaxlm.sums import Sums
 from jaxlm.typing import Apply, Batch, Loss
 
 
-def score(logits: Float[Array, "batch labels"], batch: Batch) -> Sums:
+def score(logits: Float[Array, "*batch labels"], batch: Batch) -> Sums:
     """The binary cross-entropy of each row, and its share of right labels: means over labels."""
     labels = jnp.asarray(batch["labels"], jnp.float32)
     losses = (jax.nn.softplus(logits) - labels * logits).mean(-1)

@@ -39,6 +39,16 @@ def whole_rows(tokens: Tokens, lengths: Int[Array, "batch"], vocabulary: Vocabul
     return Packed(jnp.where(_real(tokens, lengths), 0, -1), None)
 
 
+def of_lengths(lengths: Int[Array, "batch segments"], length: int) -> Packed:
+    """Segments of so many tokens each, one behind the other, in rows of ``length``."""
+    ends = jnp.cumsum(lengths, axis=1)
+    place = jnp.arange(length)[None, :]
+    number = (place[:, :, None] >= ends[:, None, :]).sum(-1)
+    ids = jnp.where(place < ends[:, -1:], number, -1)
+    ids = jax.lax.optimization_barrier(ids)  # computed once, as in `documents`
+    return Packed(ids, positions_within(ids))
+
+
 def positions_within(segment_ids: Int[Array, "batch length"]) -> Int[Array, "batch length"]:
     """Positions that start from 0 in every segment."""
     position = jnp.arange(segment_ids.shape[1])[None, :]

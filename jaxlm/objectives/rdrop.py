@@ -40,11 +40,16 @@ def make_loss(apply: Apply, score: Score, *, alpha: float) -> Loss:
         *,
         token_type_ids: Array | None,
         segment_ids: Array,
+        positions: Array | None = None,
         **options: Any,
     ) -> Array:
-        types, segments = double(token_type_ids), double(segment_ids)
         return members(
-            variables, double(tokens), token_type_ids=types, segment_ids=segments, **options
+            variables,
+            double(tokens),
+            token_type_ids=double(token_type_ids),
+            segment_ids=double(segment_ids),
+            positions=double(positions),
+            **options,
         )
 
     def score_both(logits: Array, batch: Batch) -> Sums:

@@ -11,10 +11,10 @@ from jaxlm.sums import Sums
 from jaxlm.typing import Apply, Batch, Loss
 
 
-def score(values: Float[Array, "batch 1"], batch: Batch) -> Sums:
+def score(values: Float[Array, "*batch 1"], batch: Batch) -> Sums:
     """The summed squared error."""
     weights = jnp.asarray(batch["weights"], jnp.float32)
-    losses = jnp.square(values[:, 0] - jnp.asarray(batch["labels"], jnp.float32))
+    losses = jnp.square(values[..., 0] - jnp.asarray(batch["labels"], jnp.float32))
     return Sums(totals={"loss": (losses * weights).sum()}, weight=weights.sum())
 
 
@@ -27,6 +27,6 @@ def make_predict(apply: Apply) -> Predict:
     """``values`` [batch]."""
 
     def outputs(values: Array, batch: Batch) -> Mapping[str, Array]:
-        return {"values": values[:, 0]}
+        return {"values": values[..., 0]}
 
     return supervised.make_predict(apply, outputs)

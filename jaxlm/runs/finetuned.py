@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import optim, tree
 from jaxlm.config import FinetuneConfig
+from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.batching import Batching, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.framing import Framer
@@ -156,7 +157,10 @@ def make_placement(
     def predict_step(axis_name: str | None) -> EvalStep:
         return make_predict_step(
             task.make_loss(apply) if labelled else None,
-            lambda variables, batch: {**predict(variables, batch), "example": batch["example"]},
+            lambda variables, batch: {
+                **predict(variables, batch),
+                **{name: batch[name] for name in ("example", "lengths")},
+            },
             seed=steps.EVAL_SEED,
             axis_name=axis_name,
         )
@@ -193,9 +197,7 @@ def predict(
     for batch in batching.eval_batches(batch_rows=placement.batch_rows):
         one, outputs = jax.device_get(placement.eval_step(state, placement.put_batch(batch)))
         sums += [] if one is None else [one]
-        for i, example in enumerate(outputs.pop("example").tolist()):
-            if example >= 0:
-                rows[example] = {name: values[i] for name, values in outputs.items()}
+        rows |= dict(batching.apart(outputs))
     collected = {name: [rows[i][name] for i in range(len(rows))] for name in rows[0]}
     return add_all(sums) if sums else None, {
         name: _stack(values) for name, values in collected.items()
@@ -207,10 +209,12 @@ def _stack(values: list[Any]) -> Any:
     return np.stack(values) if len({np.shape(value) for value in values}) == 1 else values
 
 
-def say_cut(cut: int, total: int, longest: int) -> None:
-    """A line, if texts were cut."""
+def say_long(cut: int, total: int, longest: int, windowed: tuple[int, int]) -> None:
+    """A line, if texts were cut, and one, if they were read in windows."""
     if cut:
         note(f"{cut:,} of {total:,} texts are cut at {longest} tokens, as in training")
+    for line in windows.describe(*windowed):
+        note(line)
 
 
 @dataclass(frozen=True)
@@ -263,19 +267,21 @@ class FinetunedRun:
         examples: Sequence[Any],
         *,
         labelled: bool = True,
-        report: Callable[[int, int, int], None] = say_cut,
+        report: Callable[[int, int, int, tuple[int, int]], None] = say_long,
     ) -> tuple[Sums | None, Outputs]:
         """What the model gives for examples of its task, in their order.
 
-        ``report`` is told how many are cut, of how many, and at how many tokens.
+        ``report`` is told how many are cut, of how many, and at how many tokens; and how many are
+        read in windows, and in how many.
         """
         placement = self.placement if labelled else self.unlabelled
         framer = make_framer(self.config, self.tokenizer)
         encoded = self.task.for_evaluation().encode(framer, examples, self.labels)
-        batching = make_batching(encoded, self.config.data, framer.max_length)
+        longest = self.config.model and self.config.model.max_length
+        batching = make_batching(encoded, self.config.data, framer.max_length, longest=longest)
         found = predict(placement, self.state, batching)
         cut = int((encoded.untruncated > framer.max_length).sum())
-        report(cut, len(examples), framer.max_length)
+        report(cut, len(examples), framer.max_length, encoded.windowed)
         return found
 
     @cached_property
@@ -308,7 +314,7 @@ class FinetunedRun:
         generate: Writing | None = None,
     ) -> Iterator[Answered]:
         """Each record with what the model says of it, in JSON; says how many were cut."""
-        seen: list[tuple[int, int, int]] = []
+        seen: list[tuple[int, int, int, tuple[int, int]]] = []
 
         def answer(examples: list[Any]) -> list[Answer]:
             if isinstance(self.task, Responsive):
@@ -324,8 +330,9 @@ class FinetunedRun:
 
         yield from answered(records, read, answer, chunk=chunk)
         if seen:
-            cut, total, (longest, *_) = zip(*seen, strict=True)
-            say_cut(sum(cut), sum(total), longest)
+            cut, total, (longest, *_), windowed = zip(*seen, strict=True)
+            documents, several = map(sum, zip(*windowed, strict=True))
+            say_long(sum(cut), sum(total), longest, (documents, several))
 
 
 def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:

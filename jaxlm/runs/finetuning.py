@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from jaxlm import tree
+from jaxlm import sharding, tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import report
+from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batching import make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
@@ -65,7 +66,14 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     examples = task.encode(framer, splits.train, labels)
     validation = task.for_evaluation().encode(framer, splits.validation, labels)
     lengths = np.concatenate([examples.lengths, validation.lengths])
-    options: Any = {"max_length": framer.max_length, "lengths": lengths}
+    longest = config.model and config.model.max_length
+    pieces = steps.pieces(config.train.num_micro_batches, sharding.make_mesh(config.mesh))
+    options: Any = {
+        "max_length": framer.max_length,
+        "lengths": lengths,
+        "longest": longest,
+        "pieces": pieces,
+    }
     batching = make_batching(
         examples, config.data, seed=config.train.seed, for_training=True, **options
     )
@@ -83,8 +91,10 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         ),
     }
     console.print(render(described))
-    said = [f"validation: {note}" for note in validation.notes]
-    for note in (*splits.notes, *examples.notes, *said, *batching.describe()):
+    said = [*examples.notes, *windows.describe(*examples.windowed)]
+    about = [*validation.notes, *windows.describe(*validation.windowed)]
+    said += [f"validation: {note}" for note in about]
+    for note in (*splits.notes, *said, *batching.describe()):
         console.print(Text(f"note: {note}"))
     reference = task.reference(splits.train, splits.validation)
     if reference.deviation is not None:
@@ -98,7 +108,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         tokenizer,
         tally(examples, texts, framer.special.unk),
         None if base else config.tokenizer or TokenizerConfig(),
-        longer=longer(examples, config.model and config.model.max_length),
+        longer=longer(examples, longest),
     )
     config, attends = attention.settle(config, framer.max_length, jax.devices())
     if attends:

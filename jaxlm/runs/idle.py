@@ -63,6 +63,8 @@ def _of_fine_tuning(config: FinetuneConfig, put: Any) -> None:
     if config.tokenizer is not None and config.tokenizer.path is not None:
         why = "tokenizer.path names one that is trained already"
         put(why, "tokenizer", "kind", "vocab_size", "num_documents")
+    if config.data.pack:
+        put("data.pack gives batches one shape", "data", "num_buckets")
     fields = config.task.fields
     if isinstance(fields, TextFields):
         names = ("separator", "names", "as_written")

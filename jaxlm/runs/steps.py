@@ -67,14 +67,18 @@ def check_batch(
     batch_size: int, num_micro_batches: int, mesh: Mesh, name: str = "batch_size"
 ) -> None:
     """The batch must split evenly over micro-batches, and each of those over devices."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    pieces = devices * num_micro_batches
-    if batch_size % pieces:
+    parts = pieces(num_micro_batches, mesh)
+    if batch_size % parts:
         raise InputError(
-            f"data.{name}={batch_size} is not divisible by {devices} devices (data * fsdp) "
-            f"times train.num_micro_batches={num_micro_batches}: the next that is, is "
-            f"{(batch_size // pieces + 1) * pieces}"
+            f"data.{name}={batch_size} is not divisible by {parts // num_micro_batches} devices"
+            f" (data * fsdp) times train.num_micro_batches={num_micro_batches}: the next that is, "
+            f"is {(batch_size // parts + 1) * parts}"
         )
+
+
+def pieces(num_micro_batches: int, mesh: Mesh) -> int:
+    """What a batch is split into: a micro-batch's rows on a device each."""
+    return mesh.shape["data"] * mesh.shape["fsdp"] * num_micro_batches
 
 
 def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:

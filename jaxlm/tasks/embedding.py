@@ -25,7 +25,7 @@ from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import EmbeddingHead, WithHead
 from jaxlm.models.model import ModelConfig
 from jaxlm.models.pooling import POOLS, Pooling
-from jaxlm.objectives import contrastive, supervised
+from jaxlm.objectives import contrastive
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import (
     AbstractBatch,
@@ -171,10 +171,10 @@ class Embedding:
     def make_predict(self, apply: Apply) -> Predict:
         """``embeddings`` [batch, embed] of single texts, [batch, 2, embed] of pairs."""
         single = contrastive.make_predict(apply)
-        pairs = contrastive.make_predict(supervised.over_members(apply))
-        return lambda variables, batch: (single if batch["tokens"].ndim == 2 else pairs)(
-            variables, batch
-        )
+        pairs = contrastive.make_predict(contrastive.of_pairs(apply))
+        return lambda variables, batch: (
+            single if batch["lengths"].size == batch["weights"].size else pairs
+        )(variables, batch)
 
     def metric_names(self, examples: Sequence[TextExample], labels: Labels) -> tuple[str, ...]:
         """By what is known of the pairs."""

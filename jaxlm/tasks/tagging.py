@@ -55,8 +55,15 @@ class Tagging:
     split: Split | None = None
     """Where a text that is given to be tagged is split into words: at white space, at punctuation
     as well, or at Chinese characters, too; None: as the training data are."""
+    doc_stride: int | None = None
+    """Tokens that neighbouring windows of a long document share; each word is learnt and tagged in
+    the window that shows most around it. None: a quarter of a row."""
     label_smoothing: float = 0.0
     """Probability that is spread over all tags in training."""
+
+    def __post_init__(self) -> None:
+        if self.doc_stride is not None and self.doc_stride < 0:
+            raise InputError(f"task.doc_stride={self.doc_stride} is below 0; 0 is no overlap")
 
     @property
     def verb(self) -> str:
@@ -121,7 +128,7 @@ class Tagging:
 
     def encode(self, framer: Framer, examples: Sequence[Sentence], labels: Labels) -> Examples:
         """Rows of windows; ``words`` numbers, from 1, the word that each token begins, else 0."""
-        return data.encode(framer, examples, labels)
+        return data.encode(framer, examples, labels, self.doc_stride)
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
         """Labels and weights at every position."""

@@ -188,7 +188,7 @@ def test_what_an_encoder_and_a_head_are_told():
     model.apply({}, tokens, token_type_ids=ids, segment_ids=ids, deterministic=True)
     assert told["encoder"] == (
         (tokens,),
-        {"token_type_ids": ids, "segment_ids": ids, "deterministic": True},
+        {"token_type_ids": ids, "positions": None, "segment_ids": ids, "deterministic": True},
     )
     assert told["head"][0][1] is ids
     assert told["head"][1] == {"deterministic": True}

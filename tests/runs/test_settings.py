@@ -715,6 +715,9 @@ PARTS = {
         read_of,
         ("data.augment",),
     ),
+    "packed": Part(
+        reading(Table(path="a.csv"), Classification(), pack=True), read_of, ("data.num_buckets",)
+    ),
     "given validation": Part(
         reading(Table(path="a.csv"), Classification(), validation=Table(path="b.csv")),
         read_of,
@@ -884,6 +887,7 @@ ELSEWHERE = {
     "Seq2Seq.num_samples": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
     "Seq2Seq.num_scored": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
     "Seq2Seq.sample_tokens": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
+    "Tagging.doc_stride": "tasks/test_tagging.py::test_a_run_learns_whose_tag_a_word_has",
     "Tagging.entities": "tasks/test_tagging.py::test_tags_that_mark_no_entities",
     "Tagging.split": "tasks/test_tagging.py::test_a_run_learns_whose_tag_a_word_has",
 }

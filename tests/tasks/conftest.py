@@ -76,7 +76,7 @@ def write(tmp_path: Path) -> Callable[[Sequence[dict[str, Any]]], JsonLines]:
 def tiny(tmp_path: Path) -> Callable[..., FinetuneConfig]:
     """A run of thirty steps on one shape of batches."""
 
-    def tiny(task: Any, source: Source, max_length: int = 16) -> FinetuneConfig:
+    def tiny(task: Any, source: Source, max_length: int = 16, pack: bool = False) -> FinetuneConfig:
         return FinetuneConfig(
             name="tiny",
             runs=tmp_path,
@@ -86,6 +86,7 @@ def tiny(tmp_path: Path) -> Callable[..., FinetuneConfig]:
                 max_length=max_length,
                 batch_size=16,
                 num_buckets=1,
+                pack=pack,
             ),
             task=task,
             model=BilstmConfig(embed_dim=16, hidden_dim=16),
@@ -107,8 +108,8 @@ def train(
     A metric that its task does not measure is refused before, with the names of those it does.
     """
 
-    def train(task: Any, source: Source, max_length: int = 16) -> FinetunedRun:
-        config, quiet = tiny(task, source, max_length), Console(quiet=True)
+    def train(task: Any, source: Source, max_length: int = 16, pack: bool = False) -> FinetunedRun:
+        config, quiet = tiny(task, source, max_length, pack), Console(quiet=True)
         with pytest.raises(InputError, match="monitor=f1/x is not measured here") as refused:
             finetune(replace(config, monitor="f1/x"), console=quiet)
         assert not config.directory.exists()

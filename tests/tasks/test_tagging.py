@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,17 @@ import pytest
 
 from jaxlm.data.labelled.records import Conll
 from jaxlm.errors import InputError
+from jaxlm.runs import finetuned
 from jaxlm.tasks.tagging import Tagging
 
 TAGS = {"john": "B-per", "smith": "I-per", "york": "B-loc"}
 
 
-def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metrics):
+def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metrics, capsys):
     words = [*"abcd", *TAGS]
     sentences = [rng.choice(words, rng.integers(2, 9)).tolist() for _ in range(64)]
     rows = [{"tokens": own, "tags": [TAGS.get(word, "O") for word in own]} for own in sentences]
-    run = train(Tagging(), write(rows))
+    run = train(Tagging(doc_stride=6), write(rows), pack=True)
     assert run.labels == ("B-loc", "B-per", "I-loc", "I-per", "O")
     assert eval_metrics()["f1"] == 1.0
     asked = [sentence for sentence in sentences[:20] if len(sentence) > 2]
@@ -38,6 +40,37 @@ def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metr
         ("John\tSmith", 3),
         ("york", 17),
     ]
+    document = rng.choice(words, 3000).tolist()
+    _check_document(run, records, document, capsys)
+
+
+def _check_document(run, records, words, capsys):
+    """All of it is learnt, measured and tagged, in windows of 14 tokens that share 6.
+
+    And the same where windows share rows and where they do not.
+    """
+    tags = [TAGS.get(word, "O") for word in words]
+    (new,) = run.task.read(records({"tokens": words, "tags": tags}))
+    capsys.readouterr()
+    sums, outputs = run.outputs([new])
+    assert sums.weight == 3000  # each word once
+    assert run.task.metrics([new], run.labels, outputs)["f1"] == 1.0
+    said = "note: 1 document is longer than a row, and read in 375 overlapping windows\n"
+    assert len(outputs["words"]) == 375 == 1 + np.ceil((3000 - 14) / (14 - 6))
+    assert capsys.readouterr().err == said
+    apart = replace(run, config=replace(run.config, data=replace(run.config.data, pack=False)))
+    others, outputs_apart = apart.outputs([new])
+    assert float(sums.totals["loss"]) == pytest.approx(float(others.totals["loss"]), rel=1e-4)
+    for name in ("words", "probabilities"):
+        for own, other in zip(outputs[name], outputs_apart[name], strict=True):
+            np.testing.assert_allclose(own, other[: len(own)], atol=1e-4)
+    assert capsys.readouterr().err == said
+    long, short = run.answer(records({"tokens": words}, {"tokens": ["john", "a"]}), chunk=1)
+    assert (long["tags"], short["tags"]) == (tags, ["B-per", "O"])
+    assert capsys.readouterr().err == said
+    examples = run.task.encode(finetuned.make_framer(run.config, run.tokenizer), [new], run.labels)
+    learnt = np.concatenate([row["words"][row["weights"] > 0] for row in examples.rows])
+    assert sorted(learnt.tolist()) == list(range(1, 3001))
 
 
 def outputs_of(rows, probabilities):
@@ -131,6 +164,8 @@ def test_bad_input(framer, records):
     examples = task.read(records({"tokens": ["a"], "tags": ["B-x"]}))
     with pytest.raises(InputError, match=r"x\.jsonl:1: label 'B-x' is not among"):
         task.encode(framer, examples, ("B-y", "I-y", "O"))
+    with pytest.raises(InputError, match=r"task\.doc_stride=-1 is below 0"):
+        Tagging(doc_stride=-1)
     with pytest.raises(InputError, match="there are no labels"):
         task.labels(task.read(records({"tokens": ["a"]}), labelled=False))
 

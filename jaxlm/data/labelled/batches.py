@@ -163,6 +163,14 @@ def index_of(start: int, local: Int[np.ndarray, " batch"]) -> dict[str, np.ndarr
     return {"index": ((start + local) % 2**31).astype(np.int32)}
 
 
+def apart(outputs: Row) -> Iterator[tuple[int, Row]]:
+    """Each example's number, and what a model gave for its row; -1 is a copy, which is left out."""
+    about = ("example", "lengths")
+    for i, number in enumerate(outputs["example"].tolist()):
+        if number >= 0:
+            yield number, {name: x[i] for name, x in outputs.items() if name not in about}
+
+
 def stack(examples: Examples, rows: Sequence[Row], *lengths: int) -> Row:
     """A batch of rows, each side of which is padded to its length."""
     sides = examples.along_length, examples.along_target

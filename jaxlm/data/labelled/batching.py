@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm.data.labelled.augment import Augment
-from jaxlm.data.labelled.batches import eval_batches, make_buckets, train_batches
+from jaxlm.data.labelled.batches import apart, eval_batches, make_buckets, train_batches
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples, Row
-from jaxlm.data.labelled.token_batches import check_room, make_plan
+from jaxlm.data.labelled.packing import pack
+from jaxlm.data.labelled.token_batches import check_tokens, make_plan
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 
 
@@ -41,6 +42,10 @@ class Batching(Protocol):
 
     def eval_batches(self, *, batch_rows: BatchRows = ALL_ROWS) -> Iterator[Row]:
         """The rows that one process holds of every batch of one pass, with ``example``."""
+        ...
+
+    def apart(self, outputs: Row) -> Iterator[tuple[int, Row]]:
+        """Each example's number, and what a model gave for it, of what it gave for a batch."""
         ...
 
     def describe(self) -> Iterator[str]:
@@ -87,6 +92,10 @@ class Even:
         """As :func:`~jaxlm.data.labelled.batches.eval_batches` makes them."""
         return eval_batches(self.examples, self.batch_size, self.buckets, batch_rows=batch_rows)
 
+    def apart(self, outputs: Row) -> Iterator[tuple[int, Row]]:
+        """Its row."""
+        return apart(outputs)
+
     def describe(self) -> Iterator[str]:
         """Nothing."""
         yield from ()
@@ -100,24 +109,42 @@ def make_batching(
     seed: int = 0,
     lengths: Int[np.ndarray, " _"] | None = None,
     for_training: bool = False,
+    longest: int | None = None,
+    pieces: int = 1,
 ) -> Batching:
     """By tokens where the configuration says so, or examples have two sides, and else even.
 
     ``lengths`` are those that buckets are made for, where there are more than of ``examples``.
-    ``for_training`` batches of no more tokens than are allowed are insisted on.
+    ``for_training`` batches of no more tokens than are allowed are insisted on. For examples that
+    share rows ``longest`` is the longest row that the model reads, None any, and ``pieces`` are
+    what rows are shared out among.
     """
-    if config.batch_tokens is None and not examples.along_target:
+    size, tokens = config.batch_size, config.batch_tokens
+    if config.pack:
+        packed = pack(
+            examples,
+            batch_size=size,
+            batch_tokens=tokens,
+            longest=longest,
+            seed=seed,
+            pieces=pieces,
+            for_training=for_training,
+        )
+        if for_training:
+            check_tokens(packed.row_length, size, tokens)
+        return packed
+    if tokens is None and not examples.along_target:
         lengths = examples.lengths if lengths is None else lengths
         buckets = make_buckets(lengths, config.num_buckets, max_length=max_length)
-        return Even(examples, config.batch_size, buckets, seed)
+        return Even(examples, size, buckets, seed)
     plan = make_plan(
         examples,
         num_buckets=config.num_buckets,
-        batch_size=config.batch_size,
-        batch_tokens=config.batch_tokens,
+        batch_size=size,
+        batch_tokens=tokens,
         max_length=max_length,
         seed=seed,
     )
     if for_training:
-        check_room(plan, config.batch_size, config.batch_tokens)
+        check_tokens(max(map(max, plan.buckets)), size, tokens)
     return plan

@@ -56,6 +56,9 @@ class LabelledConfig:
     num_buckets: int = 4
     """Number of lengths, or of pairs of lengths, that batches are padded to; each is compiled
     once."""
+    pack: bool = False
+    """Examples share rows, in which they do not see each other, so that less is padding: batches
+    have one shape, and about `batch_size` examples. Of classification, tagging and embeddings."""
     augment: AugmentConfig | None = None
     """Random changes to training texts."""
     on_bad_row: Literal["raise", "skip"] = "raise"

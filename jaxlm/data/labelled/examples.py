@@ -25,6 +25,8 @@ class Examples:
     """Those arrays whose last axis is positions of a second row, as that of ``targets`` is."""
     notes: tuple[str, ...] = ()
     """What a user should know of how they were encoded, a line each."""
+    windowed: tuple[int, int] = (0, 0)
+    """Documents that are longer than a row, and the windows that they are read in."""
 
     def __len__(self) -> int:
         return len(self.rows)

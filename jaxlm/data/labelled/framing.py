@@ -1,9 +1,9 @@
 """From texts to rows of token ids, framed as the tokenizer's post-processor frames them."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -44,7 +44,7 @@ class Framer:
         self.special = SpecialTokens.of(tokenizer)
         self.max_length = max_length
         self._tokenizer = copy
-        self._words = _spaced(copy)
+        self._space = _space(copy)
         if self.room(2) < 2:
             raise InputError(
                 f"max_length={max_length} leaves no room for two texts among "
@@ -65,9 +65,11 @@ class Framer:
     def encodings(self, texts: Sequence[str] | Sequence[list[str]]) -> Iterator[Encoding]:
         """The same with the offsets of tokens in texts, or in lists of words."""
         for start in range(0, len(texts), _CHUNK):
-            chunk = list(texts[start : start + _CHUNK])
+            chunk: list[Any] = list(texts[start : start + _CHUNK])
             words = not isinstance(chunk[0], str)
-            yield from (self._words if words else self._tokenizer).encode_batch(
+            if words and self._space:
+                chunk = [[self._space + word.lstrip(" ") for word in text] for text in chunk]
+            yield from self._tokenizer.encode_batch(
                 chunk, is_pretokenized=words, add_special_tokens=False
             )
 
@@ -80,20 +82,19 @@ class Framer:
         return self._frames[len(texts)].size + sum(map(len, texts))
 
 
-def _spaced(tokenizer: Tokenizer) -> Tokenizer:
-    """For lists of words, whose tokens must be those of the joined text.
+def _space(tokenizer: Tokenizer) -> str:
+    """What must stand before each of a list of words for its tokens to be those of joined text.
 
-    A byte-level tokenizer without ``add_prefix_space`` (RoBERTa's) would take every word for the
-    end of the one before.
+    To a byte-level tokenizer without ``add_prefix_space`` (RoBERTa's, ModernBERT's), and to one
+    that writes a space as '▁' and puts none before a text, a word alone is the rest of a longer
+    one. One that does so itself, or splits at spaces, needs nothing.
     """
-    settings = json.loads(tokenizer.to_str())
-    first = settings["pre_tokenizer"] or {}
-    for part in (first, *first.get("pretokenizers", ())):
-        if part.get("type") == "ByteLevel":
-            part["add_prefix_space"] = True
-    spaced = Tokenizer.from_str(json.dumps(settings))
-    spaced.encode_special_tokens = True
-    return spaced
+    alone = lambda words, **kind: tokenizer.encode(words, add_special_tokens=False, **kind).ids
+    second = alone("a a")[len(alone("a")) :]
+    for space in ("", " "):
+        if alone([f"{space}a"], is_pretokenized=True) == second:
+            return space
+    return ""
 
 
 def _cut(texts: tuple[np.ndarray, ...], room: int) -> list[np.ndarray]:

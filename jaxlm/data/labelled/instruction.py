@@ -1,6 +1,5 @@
 """Dialogues to learn responses from: prompts with a response each, or messages of several turns."""
 
-import bisect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from jaxlm.data import tabular
 from jaxlm.data.labelled.examples import Examples, Row
 from jaxlm.data.labelled.framing import Framer, Ids
+from jaxlm.data.labelled.packing import share_rows
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 
@@ -249,7 +249,7 @@ def encode(
         cut_prompts += before_kept < before
         cut_responses += last_kept < last
     lengths = [len(row["tokens"]) for row in rows]
-    shared = _shared(lengths, framer.max_length) if pack else [[i] for i in range(len(rows))]
+    shared = share_rows(lengths, framer.max_length) if pack else [[i] for i in range(len(rows))]
     counted = int(sum(row["weights"].sum() for row in rows))
     notes = [
         f"{len(rows):,} dialogues in {len(shared):,} rows; {counted:,} of {sum(lengths):,} tokens "
@@ -267,21 +267,6 @@ def encode(
         untruncated=np.array([sum(sizes[i] for i in numbers) for numbers in shared], np.int32),
         notes=tuple(notes),
     )
-
-
-def _shared(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Which share a row: the longest first, each where it leaves least of the room."""
-    rows: list[list[int]] = []
-    left: list[tuple[int, int]] = []  # of a row, and its number, ascending
-    for i in np.argsort(-np.asarray(lengths), kind="stable").tolist():
-        place = bisect.bisect_left(left, (lengths[i], -1))
-        if place == len(left):
-            rows.append([])
-            left.append((room, len(rows) - 1))
-        size, row = left.pop(place)
-        rows[row].append(i)
-        bisect.insort(left, (size - lengths[i], row))
-    return rows
 
 
 def _one_row(parts: Sequence[Row]) -> Row:

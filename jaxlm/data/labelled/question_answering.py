@@ -10,6 +10,7 @@ from jaxlm.data.labelled import offsets
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.windows import begins, count
 from jaxlm.errors import InputError
 
 
@@ -171,7 +172,7 @@ def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Wi
                 f"of max_length={framer.max_length} to the context, not more than "
                 f"doc_stride={doc_stride}; raise the one, or lower the other"
             )
-        for begin in range(0, max(len(ids) - doc_stride, 1), size - doc_stride):
+        for begin in begins(len(ids), size, doc_stride).tolist():
             part = slice(begin, begin + size)
             row, start = _row(framer, asked, ids[part], span, begin)
             rows.append(row)
@@ -183,6 +184,7 @@ def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Wi
         along_length=frozenset({"tokens", "token_type_ids", "allowed"}),
         pad=framer.special.pad,
         untruncated=np.array([row["lengths"] for row in rows], np.int32),
+        windowed=count(window.example for window in windows),
     )
     return Windows(examples=examples, windows=windows)
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
-from jaxtyping import Int
 
-from jaxlm.data.labelled import labels, spans, spelling
+from jaxlm.data.labelled import labels, spans, spelling, windows
 from jaxlm.data.labelled.examples import Examples, Row
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -152,23 +151,35 @@ def label_names(sentences: Sequence[Sentence]) -> tuple[str, ...]:
     return labels.discover_tags(tag for sentence in sentences for tag in sentence.tags or ())
 
 
-def encode(framer: Framer, sentences: Sequence[Sentence], names: Sequence[str]) -> Examples:
+def encode(
+    framer: Framer,
+    sentences: Sequence[Sentence],
+    names: Sequence[str],
+    doc_stride: int | None = None,
+) -> Examples:
     """Rows of windows: a sentence that is too long for one has several, which overlap.
 
-    ``tokens``, ``token_type_ids``, ``lengths``, ``labels``, ``weights`` and ``words`` [length], and
-    ``sentence`` [], whose window it is. The first subword of each word carries its tag at weight 1,
-    and in ``words`` its number, from 1, in the window that shows most around it; all else has 0.
-    Words that the tokenizer drops are nowhere. Sentences without tags have no ``labels``.
+    ``doc_stride`` is the number of tokens that neighbouring windows share; None: a quarter of what
+    has room. ``tokens``, ``token_type_ids``, ``lengths``, ``labels``, ``weights`` and ``words``
+    [length], and ``sentence`` [], whose window it is. The first subword of each word carries its
+    tag at weight 1, and in ``words`` its number, from 1, in the window that shows most around it;
+    all else has 0. Words that the tokenizer drops are nowhere. Sentences without tags have no
+    ``labels``.
     """
     rows: list[Row] = []
     room = framer.room(1)
+    shared = room // 4 if doc_stride is None else doc_stride
+    if shared >= room:
+        raise InputError(
+            f"task.doc_stride={shared} is not below the {room} tokens of a text that have room in "
+            f"rows of {framer.max_length}: lower it, or raise data.max_length"
+        )
     encodings = framer.encodings([sentence.words for sentence in sentences])
     for number, (sentence, encoding) in enumerate(zip(sentences, encodings, strict=True)):
         ids = np.array(encoding.ids, np.int32)
         present, firsts = np.unique(np.array(encoding.word_ids, int), return_index=True)
-        begins = np.arange(0, max(len(ids) - room // 4, 1), max(room - room // 4, 1))
-        begins = begins if len(ids) > room else np.zeros(1, int)
-        best = _best_windows(firsts, begins, room, len(ids))
+        begins = windows.begins(len(ids), room, shared)
+        best = windows.most_context(firsts, begins, room, len(ids))
         numbers = np.zeros(len(sentence.words), np.int32)
         if sentence.tags is not None:
             all_numbers = [labels.number_of(tag, names, sentence.origin) for tag in sentence.tags]
@@ -197,15 +208,5 @@ def encode(framer: Framer, sentences: Sequence[Sentence], names: Sequence[str]) 
         along_length=frozenset({"tokens", "token_type_ids", "labels", "weights", "words"}),
         pad=framer.special.pad,
         untruncated=np.array([row["lengths"] for row in rows], np.int32),
+        windowed=windows.count(int(row["sentence"]) for row in rows),
     )
-
-
-def _best_windows(
-    firsts: np.ndarray, begins: np.ndarray, room: int, size: int
-) -> Int[np.ndarray, " words"]:
-    """For the first token of each word the window with the most tokens on its poorer side."""
-    ends = np.minimum(begins + room, size)
-    left = np.where(begins == 0, size, firsts[:, None] - begins)  # nothing is before the text
-    right = np.where(ends == size, size, ends - 1 - firsts[:, None])
-    inside = (firsts[:, None] >= begins) & (firsts[:, None] < ends)
-    return np.where(inside, np.minimum(left, right), -1).argmax(axis=1)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm.data.labelled.augment import Augment
-from jaxlm.data.labelled.batches import index_of, make_buckets, rng_of, stack
+from jaxlm.data.labelled.batches import apart, index_of, make_buckets, rng_of, stack
 from jaxlm.data.labelled.examples import Examples, Row
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
@@ -179,6 +179,10 @@ class Plan:
                 yield batch | index_of(seen, local) | {"example": example}
                 seen += rows
 
+    def apart(self, outputs: Row) -> Iterator[tuple[int, Row]]:
+        """Each example's number, and what a model gave for its row."""
+        return apart(outputs)
+
     def _counts(self, epoch: int) -> list[int]:
         """Batches of each bucket before an epoch."""
         return [-(-epoch * len(o) // r) for o, r in zip(self.members, self.rows, strict=True)]
@@ -244,9 +248,8 @@ def rows_of(length: int, batch_size: int, batch_tokens: int | None) -> int:
     return batch_size * max(1, (batch_tokens or 0) // length // batch_size)
 
 
-def check_room(plan: Plan, batch_size: int, batch_tokens: int | None) -> None:
-    """Raise where the longest examples of a batch are more tokens than a batch is to have."""
-    longest = max(map(max, plan.buckets))
+def check_tokens(longest: int, batch_size: int, batch_tokens: int | None) -> None:
+    """Raise where ``batch_size`` of the longest rows are more tokens than a batch is to have."""
     if batch_tokens is not None and batch_tokens < batch_size * longest:
         room = batch_tokens // longest
         ways = [f"--data.batch-tokens {batch_size * longest}"]

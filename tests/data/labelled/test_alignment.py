@@ -47,15 +47,36 @@ def test_long_sentences_have_windows(framer, words):
 
 @pytest.mark.parametrize("length", [*range(1, 12), 19, 20, 27, 40])
 @pytest.mark.parametrize("word", ["a", "playing", "unknown " + "a " * 3])
-def test_each_word_counts_once(framer, word, length):
+@pytest.mark.parametrize("doc_stride", [None, 0, 5, 9])
+def test_each_word_counts_once(framer, word, length, doc_stride):
     own = ((word + " ") * length).split()[:length]
-    encoded = tagging.encode(framer, [Sentence(words=own, tags=["O"] * length, origin="x")], NAMES)
+    one = Sentence(words=own, tags=["O"] * length, origin="x")
+    encoded = tagging.encode(framer, [one], NAMES, doc_stride)
     counted = np.concatenate([row["words"] for row in encoded.rows])
     assert sorted(counted[counted > 0]) == list(range(1, length + 1))
     assert sum(row["weights"].sum() for row in encoded.rows) == length
     assert (encoded.lengths <= 12).all()
     for row in encoded.rows:
         assert ((row["words"] > 0) == (row["weights"] > 0)).all()
+
+
+def test_each_word_is_read_where_it_sees_most(framer):
+    """At least half of what windows share is on both of its sides, but where the text ends."""
+    long = sentence("a b c d e f g h " * 9, None)
+    found = {}
+    for row in tagging.encode(framer, [long], (), doc_stride=6).rows:
+        for place in np.flatnonzero(row["words"]):
+            found[int(row["words"][place])] = place - 1, row["lengths"] - 2 - place
+    assert len(found) == 72
+    assert all(min(sides) >= 2 for word, sides in found.items() if 3 <= word <= 70)
+    assert found[1][0] == found[72][1] == 0
+
+
+def test_windows_that_share_all_they_hold(framer):
+    with pytest.raises(InputError, match=r"doc_stride=10 is not below the 10 tokens .* rows of 12"):
+        tagging.encode(framer, [sentence("a")], (), doc_stride=10)
+    assert len(tagging.encode(framer, [sentence("a " * 11)], (), doc_stride=9).rows) == 2
+    assert len(tagging.encode(Framer(framer._tokenizer, 13), [sentence("a")], (), 10).rows) == 1
 
 
 def test_byte_level_words_begin_with_a_space():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, pre_tokenizers, processors
 
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled import classification, multiple_choice
@@ -21,15 +21,56 @@ def records(*fields: dict) -> list[Record]:
     return [Record(fields=f, origin=f"a.csv:{i}") for i, f in enumerate(fields, start=2)]
 
 
-@pytest.mark.parametrize("prefix", [True, False])
-def test_tokens_of_words_are_those_of_the_joined_text(prefix):
+def byte_level(**kind) -> Tokenizer:
     bpe = tokenizers.train("bpe", ["the world is the world"] * 9, 300)
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)  # RoBERTa's has none
-    words = ["the", "world", "is"]
-    (encoding,) = Framer(bpe, 12).encodings([words])
-    joined = bpe.encode(" " + " ".join(words), add_special_tokens=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(**kind)
+    return bpe
+
+
+def split_first() -> Tokenizer:
+    """As Llama 3 and GPT-4 cut texts: by a pattern, and then into bytes."""
+    bpe = byte_level()
+    split = pre_tokenizers.Split(Regex(r" ?\w+|\s+"), "isolated")
+    parts = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    return bpe
+
+
+def metaspace(**kind) -> Tokenizer:
+    unigram = tokenizers.train("unigram", ["the world is the world"] * 9, 60)
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace(**kind)
+    return unigram
+
+
+KINDS = {  # and what stands before a text for its first word to be like the others
+    "bytes": (lambda: byte_level(add_prefix_space=True), ""),  # as RoBERTa's when it is told to
+    "bytes without a first space": (lambda: byte_level(add_prefix_space=False), " "),  # ModernBERT
+    "bytes behind a pattern": (split_first, " "),
+    "wordpiece": (lambda: tokenizers.train("wordpiece", ["the world is"] * 9, 60), ""),
+    "a space before a text": (lambda: metaspace(prepend_scheme="always"), ""),
+    "a space before the first": (lambda: metaspace(prepend_scheme="first"), ""),
+    "no space before a text": (lambda: metaspace(prepend_scheme="never"), " "),
+    "characters": (lambda: tokenizers.train("characters", ["the world is"] * 9, 60), " "),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_words_are_those_of_the_joined_text(kind):
+    make, first = KINDS[kind]
+    tokenizer, words = make(), ["the", "world", "is", "unheard", "the"]
+    (encoding,) = Framer(tokenizer, 12).encodings([words])
+    numbers = np.array(encoding.word_ids)
+    assert sorted(set(numbers.tolist())) == list(range(5))
+    joined = tokenizer.encode(first + " ".join(words), add_special_tokens=False)
     assert encoding.ids == joined.ids
-    assert encoding.word_ids == [0, 1, 2]
+    same = [[i for i, n in zip(encoding.ids, numbers, strict=True) if n == w] for w in (0, 4)]
+    assert same[0] == same[1]  # wherever it stands
+
+
+def test_words_that_begin_with_a_space_get_no_other():
+    framer = Framer(byte_level(add_prefix_space=False), 12)
+    (one,), (other,) = (framer.encodings([[word]]) for word in ("the", " the"))
+    assert one.ids == other.ids
 
 
 @pytest.mark.parametrize("texts", [("a b",), ("a", "b c d")])

@@ -11,8 +11,12 @@ from jaxlm.data.labelled.batching import Batching, Even, make_batching
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.records import JsonLines
-from jaxlm.data.labelled.token_batches import Plan, make_pair_buckets, make_plan
-from jaxlm.data.labelled.token_batches import check_room as check
+from jaxlm.data.labelled.token_batches import (
+    Plan,
+    check_tokens,
+    make_pair_buckets,
+    make_plan,
+)
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import BatchRows
 
@@ -220,14 +224,14 @@ def test_batches_that_cannot_be_made():
         make_plan(make_examples(0), **SIZES)
     longest = max(map(max, PLAN.buckets))
     with pytest.raises(InputError, match="batch_tokens=200 has no room") as error:
-        check(PLAN, 8, 200)
+        check_tokens(longest, 8, 200)
     room = 200 // longest
     assert str(error.value).endswith(
         f"8 examples of {longest} tokens: --data.batch-tokens {8 * longest} or --data.batch-size "
         f"{room}"
     )
-    check(PLAN, room, 200)
-    check(PLAN, 8, 8 * longest)
-    check(PLAN, 8, None)
+    check_tokens(longest, room, 200)
+    check_tokens(longest, 8, 8 * longest)
+    check_tokens(longest, 8, None)
     with pytest.raises(InputError, match=rf"tokens: --data.batch-tokens {8 * longest}$"):
-        check(PLAN, 8, longest - 1)
+        check_tokens(longest, 8, longest - 1)
