@@ -18,7 +18,7 @@ from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
-from jaxlm.objectives.masking import Vocabulary
+from jaxlm.objectives.masking import SpanTokens, Vocabulary
 from jaxlm.runs import finetuned, folder, pretrained, steps
 from jaxlm.tasks.task import shape
 from jaxlm.train.placement import AbstractBatch, Placement
@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
     placement: Placement
     batch: AbstractBatch
-    num_tokens: int  # positions of the whole batch
+    num_tokens: int  # positions of the whole batch, of sources and of targets
     row_length: int
     flops: float | None  # of one step on all devices; None where no formula is known
 
@@ -101,7 +101,7 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
     length = assumed.length or longest
     rows = rows_of(length, config.data.batch_size, config.data.batch_tokens)
     batch = config.task.abstract_batch(rows, length, assumed.labels)
-    num_tokens = batch["tokens"].size
+    num_tokens = sum(batch[side].size for side in ("tokens", "targets") if side in batch)
     flops = finetuned.flops_per_token(config, state.trainable, length) * num_tokens
     return Step(placement, placement.abstract_batch(batch), num_tokens, length, flops)
 
@@ -130,6 +130,7 @@ def _vocabulary(size: int) -> Vocabulary:
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
         word_starts=jnp.asarray(is_ordinary),
+        spans=SpanTokens(SPECIAL.cls, SPECIAL.sep, tuple(range(size - 1, max(SPECIAL.ids), -1))),
     )
 
 
