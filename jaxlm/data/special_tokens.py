@@ -1,7 +1,6 @@
 """Tokens with a meaning of their own: where texts begin and end, what is padding or hidden."""
 
 from dataclasses import dataclass
-from itertools import count, takewhile
 
 from tokenizers import Tokenizer
 
@@ -59,8 +58,10 @@ def sentinel(number: int) -> str:
 
 def sentinels(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids of those that the tokenizer has, by their numbers."""
-    ids = (tokenizer.token_to_id(sentinel(number)) for number in count())
-    return tuple(takewhile(lambda i: i is not None, ids))
+    ids: list[int] = []
+    while (i := tokenizer.token_to_id(sentinel(len(ids)))) is not None:
+        ids.append(i)
+    return tuple(ids)
 
 
 def _look_up(tokenizer: Tokenizer, *names: str) -> int | None:

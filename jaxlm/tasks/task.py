@@ -73,7 +73,10 @@ class PretrainTask(Protocol):
         ...
 
     def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
-        """Why rows such as these are not what it is meant for, and a way out; empty: they are."""
+        """Why rows such as these are not what it is meant for, and a way out; empty: they are.
+
+        Raises where it cannot be learned from them.
+        """
         ...
 
     def make_model(self, config: ModelConfig) -> nn.Module:
