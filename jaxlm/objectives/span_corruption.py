@@ -8,7 +8,7 @@ row's ``index`` alone, as in :mod:`jaxlm.objectives.masking`.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +179,7 @@ def corrupt(
         begins = mask & ~jnp.roll(mask, 1).at[0].set(False)
         number = jnp.cumsum(begins) - 1  # of the span, at its tokens
         shown = real & mask.any() & (begins | ~mask)
-        # Where each token goes, on its side; what goes beyond its end is dropped, as JAX does.
+        # Where each token goes, on its side; what goes beyond its end is dropped.
         there = jnp.where(shown, jnp.cumsum(shown) - 1, sizes[0])
         hidden = jnp.where(mask, jnp.cumsum(mask) + number, sizes[1])
         heads = jnp.where(begins, hidden - 1, sizes[1])
@@ -188,13 +188,23 @@ def corrupt(
         inputs, targets = (jnp.full(size, spans.end_id, jnp.int32) for size in sizes)
         input_ids, target_ids = (jnp.full(size, -1, jnp.int32) for size in sizes)
         name = sentinels[number]
-        inputs = inputs.at[there].set(jnp.where(begins, name, tokens))
-        input_ids = input_ids.at[there].set(ids).at[count].set(last)
-        targets = targets.at[hidden].set(tokens).at[heads].set(name)
-        targets = targets.at[rest].set(sentinels[begins.sum()])
-        target_ids = target_ids.at[hidden].set(ids).at[heads].set(ids)
-        target_ids = target_ids.at[rest + jnp.arange(2)].set(last)
-        return Sides(inputs, input_ids, targets, target_ids)
+        put: Any = {"mode": "drop"}
+        return Sides(
+            inputs.at[there].set(jnp.where(begins, name, tokens), **put),
+            input_ids.at[there].set(ids, **put).at[count].set(last, **put),
+            targets.at[hidden]
+            .set(tokens, **put)
+            .at[heads]
+            .set(name, **put)
+            .at[rest]
+            .set(sentinels[begins.sum()], **put),
+            target_ids.at[hidden]
+            .set(ids, **put)
+            .at[heads]
+            .set(ids, **put)
+            .at[rest + jnp.arange(2)]
+            .set(last, **put),
+        )
 
     real = jnp.arange(length)[None, :] < lengths[:, None]
     return jax.vmap(row)(tokens, masks, segment_ids, real)
