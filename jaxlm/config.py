@@ -42,6 +42,7 @@ from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.replaced_token import ReplacedToken
 from jaxlm.tasks.seq2seq import Seq2Seq
+from jaxlm.tasks.span_corruption import SpanCorruption
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
@@ -56,7 +57,7 @@ Model = (
     | XlnetConfig
     | ModernBertConfig
 )
-PretrainingTask = MaskedLm | CausalLm | PermutationLm | ReplacedToken
+PretrainingTask = MaskedLm | CausalLm | PermutationLm | ReplacedToken | SpanCorruption
 LabelledTask = (
     Classification
     | Tagging

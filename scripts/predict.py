@@ -1,7 +1,7 @@
 """Use a model: ``python scripts/predict.py runs/quickstart fill-mask "A [MASK] of strings."``.
 
-Pretrained runs fill in masks, or generate text; fine-tuned ones do what they were tuned for:
-classify, tag, answer, choose, embed or translate. Any encoder, a published one too, embeds and
+Pretrained runs fill in masks or spans, or generate text; fine-tuned ones do what they were tuned
+for: classify, tag, answer, choose, embed or translate. Any encoder, a published one too, embeds and
 searches. A text is given as an argument, or many in a file, a JSON object (or a text) a line;
 answers to files are JSON lines, or a table.
 """
@@ -73,9 +73,10 @@ def main(
     Args:
         run: The run folder; for embed and search also a folder in Hugging Face's layout or a hub
             name.
-        task: What the run has learned: fill-mask, generate, classify, tag, answer, choose, embed or
-            translate (write a text for another); or search, which finds the texts of --file that
-            are nearest to the text; or chat, in turns, with a run that has learned to respond.
+        task: What the run has learned: fill-mask, fill-spans, detect, generate, classify, tag,
+            answer, choose, embed or translate (write a text for another); or search, which finds
+            the texts of --file that are nearest to the text; or chat, in turns, with a run that
+            has learned to respond.
         text: What to do it with; or give --file. Of chat: what the model is told beforehand.
         pair: The second text of a pair, or the context of a question.
         file: A text or a JSON object a line (fill-mask: with "text"), - for standard input; or, as
@@ -204,9 +205,13 @@ def main(
     loaded = finetuned.open_finetuned(run, step=step, base=base, attention=attention)
     if file is not None:
         names = loaded.task.text_fields
-        records = read_records(loaded.config.data.train, loaded.labels, names, file)
+        is_lines = (
+            isinstance(loaded.task, Seq2Seq) and out and out.suffix not in (".jsonl", *TABLES)
+        )
+        train = loaded.config.data.train
+        records = read_records(train, loaded.labels, names, file, every=bool(is_lines))
         answers = counted(loaded.stream(records, generate=way))
-        if isinstance(loaded.task, Seq2Seq) and out and out.suffix not in (".jsonl", *TABLES):
+        if out and is_lines:
             write_lines((answer.get("translation", "") for _, answer in answers), out)
             return
         write(answers, names, out)
@@ -290,18 +295,23 @@ def record_of(loaded: FinetunedRun, text: str, pair: str | None) -> Record:
 
 
 def read_records(
-    train: Source, labels: Collection[str], names: Sequence[str], file: Path
+    train: Source,
+    labels: Collection[str],
+    names: Sequence[str],
+    file: Path,
+    *,
+    every: bool = False,
 ) -> Iterator[Record]:
     """The file's records, in the form of the training data, JSON objects, or texts.
 
-    ``names`` are the fields of a text: there must be one.
+    ``names`` are the fields of a text: there must be one. ``every``: of :func:`read_lines`.
     """
     is_table = str(file) != "-" and holds_records(train, file, names)
     source = like(train, file) if is_table else None
     if isinstance(source, Conll):
         is_text = files.ending(file) in ("", ".txt") and not source.begins_with(labels)
         source = None if is_text else replace(source, tag_column=None)  # words may stand alone
-    yield from source.records() if source is not None else read_lines(file, names)
+    yield from source.records() if source is not None else read_lines(file, names, every=every)
 
 
 def with_column(records: Iterable[Record], column: str) -> Iterator[Record]:
@@ -413,20 +423,20 @@ def print_json(answer: Answer) -> None:
     print(text)
 
 
-def read_lines(file: Path, names: Sequence[str]) -> Iterator[Record]:
+def read_lines(file: Path, names: Sequence[str], *, every: bool = False) -> Iterator[Record]:
     """The file's lines: JSON objects, or texts, of which ``names`` has one; blank ones are empty
-    texts, except at the end."""
-    every, name = files.lines(file), str(file)
+    texts, at the end only if ``every`` one is wanted."""
+    given, name = files.lines(file), str(file)
     if name == "-":
         name = "standard input"
         if sys.stdin is None:
             raise InputError("the standard input is closed: give a text, or name a file")
-        every = files.lines_of(sys.stdin.buffer, Path(name))
-    lines = [(f"{name}:{n}", line) for n, line in enumerate(every, start=1)]
-    while lines and not lines[-1][1].strip():
-        lines.pop()
-    if not lines:
+        given = files.lines_of(sys.stdin.buffer, Path(name))
+    lines = [(f"{name}:{n}", line) for n, line in enumerate(given, start=1)]
+    filled = [n for n, (_, line) in enumerate(lines, start=1) if line.strip()]
+    if not filled:
         raise InputError(f"{name} holds no text")
+    lines = lines if every else lines[: filled[-1]]
     for origin, line in lines:
         if line.lstrip().startswith("{"):
             try:

@@ -18,29 +18,26 @@ import pytest
 from rich.console import Console
 from tiny_models import BERT
 from tiny_runs import make_config
-from tokenizers import Tokenizer
 
 from jaxlm.compile_check.step import Assumed, make_step
 from jaxlm.config import FinetuneConfig
-from jaxlm.convert import huggingface
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import JsonLines
-from jaxlm.data.tokenizers import vocab_size
+from jaxlm.decode.beam import BeamConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
-from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.model import EncoderDecoderConfig, TwoStreamConfig
 from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
+from jaxlm.objectives.span_corruption import SpanConfig
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.runs.base import load
 from jaxlm.runs.finetuning import finetune
-from jaxlm.runs.folder import read_tokenizer
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.classification import Classification
@@ -51,6 +48,7 @@ from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.seq2seq import Seq2Seq
+from jaxlm.tasks.span_corruption import SpanCorruption
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train.loop import TrainConfig
 
@@ -124,31 +122,27 @@ def row(task: str, rng: np.random.Generator, i: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Any architecture, pretrained for a step when it is first asked for, or else random."""
+    """Any architecture, pretrained for a step when it is first asked for."""
     folder = tmp_path_factory.mktemp("journeys")
-    config = make_config(folder, steps=1)
+    config: Any = make_config(folder, steps=1)
     once = TrainConfig(steps=1, num_evals=1, eval_rows=16)
 
     @functools.cache
     def base(name: str) -> Path:
-        model = MODELS[name]
-        if isinstance(model, EncoderDecoderConfig):
-            return save(folder / name, model, read_tokenizer(base("bert")))
+        model, own = MODELS[name], config
         task = CausalLm() if model.is_causal else MaskedLm()
         task = PermutationLm() if isinstance(model, TwoStreamConfig) else task
-        return pretrain(replace(config, name=name, model=model, task=task, train=once))
+        if isinstance(model, EncoderDecoderConfig):
+            task = SpanCorruption(spans=SpanConfig(noise_density=0.3, mean_span=2.0))
+            tokenizer = replace(config.prepare.tokenizer, sentinels=8)
+            own = replace(
+                config,
+                data=replace(config.data, paths=(str(folder / "holes"),)),
+                prepare=replace(config.prepare, tokenizer=tokenizer),
+            )
+        return pretrain(replace(own, name=name, model=model, task=task, train=once))
 
     return base
-
-
-def save(folder: Path, model: Any, tokenizer: Tokenizer) -> Path:
-    """The model with random parameters, in Hugging Face's layout."""
-    model = replace(model, vocab_size=vocab_size(tokenizer))
-    side = jax.numpy.zeros((1, 4), "int32")
-    module = EncoderDecoderLm(model.make(), model.make_lm_head())
-    params = jax.jit(module.init)(jax.random.key(0), side, side)["params"]
-    huggingface.save(folder, params, model, tokenizer)
-    return folder
 
 
 def journeys() -> list[Any]:
@@ -224,6 +218,21 @@ def test_every_script_does_its_part(
     assert len(answers) == len(rows)
     first = rows[0][config.task.text_fields[0]]  # a text, or words
     assert (" ".join(first) if isinstance(first, list) else first) in str(answers[0])
+
+    if task == "instruction":  # by beam search, and so does its base
+        beam = BeamConfig(size=2, n_best=2, max_new_tokens=4)
+        runs: Any = ((run, config.task.verb), (base(model), CausalLm().verb))
+        for searched, verb in runs:
+            out = tmp_path / f"{verb}.jsonl"
+            lines = [json.dumps({"text": one["prompt"], **one}) + "\n" for one in rows[:4]]
+            (tmp_path / "asked.jsonl").write_text("".join(lines))
+            predict.main(searched, verb, file=tmp_path / "asked.jsonl", out=out, beam=beam)
+            for line in out.read_text().splitlines():
+                first, second = json.loads(line)["n_best"]
+                assert first["score"] >= second["score"]
+            capsys.readouterr()
+            predict.main(searched, verb, "red green", beam=beam)
+            assert len(capsys.readouterr().out.splitlines()) == 2
 
     merged = tmp_path / "merged"
     if isinstance(MODELS[model], BilstmConfig):

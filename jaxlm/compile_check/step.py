@@ -15,7 +15,7 @@ from jaxlm.data.labelled.token_batches import rows_of
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
-from jaxlm.objectives.masking import Vocabulary
+from jaxlm.objectives.masking import SpanTokens, Vocabulary
 from jaxlm.runs import attention, finetuned, pretrained, steps
 from jaxlm.runs import base as bases
 from jaxlm.tasks.task import shape
@@ -44,7 +44,7 @@ class Step(NamedTuple):
 
     placement: Placement
     batch: AbstractBatch
-    num_tokens: int  # positions of the whole batch
+    num_tokens: int  # positions of the whole batch, of sources and of targets
     row_length: int
     flops: float | None  # of one step on all devices; None where no formula is known
     attention: str  # how it is computed, and why; "" for models of one way
@@ -102,7 +102,7 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
     placement = finetuned.make_placement(config, labels, state, devices=devices)
     rows = rows_of(length, config.data.batch_size, config.data.batch_tokens)
     batch = config.task.abstract_batch(rows, length, assumed.labels)
-    num_tokens = batch["tokens"].size
+    num_tokens = sum(batch[side].size for side in ("tokens", "targets") if side in batch)
     flops = finetuned.flops_per_token(config, state.trainable, length) * num_tokens
     return Step(placement, placement.abstract_batch(batch), num_tokens, length, flops, attends)
 
@@ -123,6 +123,7 @@ def _vocabulary(size: int) -> Vocabulary:
         ordinary=jnp.asarray(np.flatnonzero(is_ordinary)),
         is_ordinary=jnp.asarray(is_ordinary),
         word_starts=jnp.asarray(is_ordinary),
+        spans=SpanTokens(SPECIAL.cls, SPECIAL.sep, tuple(range(size - 1, max(SPECIAL.ids), -1))),
     )
 
 

@@ -132,9 +132,10 @@ class Encoded(NamedTuple):
 def encode(
     corpus: Corpus, tokenizer: Tokenizer, directory: Path, on_read: OnRead = ignore
 ) -> Encoded:
-    """Tokenise every document as [CLS] … [SEP], or … <sep> <cls>, into new spools."""
+    """Tokenise every document as [CLS] … [SEP], … <sep> <cls> or … </s>, into new spools."""
     result = make_spools(directory, tokenizers.vocab_size(tokenizer))
     framed, tally = _framing(tokenizer), Tally(SpecialTokens.of(tokenizer).unk)
+    empty = len(framed.encode("").ids)
     for batch in _batches(corpus.documents(on_read)):
         texts = [document.text for document in batch]
         tally.add_texts(texts)
@@ -143,7 +144,7 @@ def encode(
             chosen = [
                 (ids, document.number, len(document.text.encode()))
                 for ids, document in zip(encoded, batch, strict=True)
-                if document.split == split and len(ids) > 2  # more than [CLS] [SEP]
+                if document.split == split and len(ids) > empty
             ]
             lengths = np.array([len(ids) for ids, *_ in chosen], np.int64)
             tokens = np.fromiter(
@@ -163,8 +164,9 @@ def _framing(tokenizer: Tokenizer) -> Tokenizer:
     special = SpecialTokens.of(tokenizer)
     frame = {token: tokenizer.id_to_token(token) for token in (special.cls, special.sep)}
     first, last = frame[special.cls], frame[special.sep]
+    single = f"{first} $A {last}" if special.begins_texts else f"$A {last}"
     copy.post_processor = processors.TemplateProcessing(
-        single=f"$A {last} {first}" if ends_with_cls(tokenizer) else f"{first} $A {last}",
+        single=f"$A {last} {first}" if ends_with_cls(tokenizer) else single,
         special_tokens=[(name, token) for token, name in frame.items()],
     )
     return copy

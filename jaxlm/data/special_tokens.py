@@ -40,10 +40,28 @@ class SpecialTokens:
         )
 
     @property
+    def begins_texts(self) -> bool:
+        """Whether ``cls`` stands before what is read; in T5 it only begins what is written."""
+        return not self.cls == self.pad != self.sep
+
+    @property
     def ids(self) -> tuple[int, ...]:
         """Those there are."""
         named = (self.pad, self.unk, self.cls, self.sep, self.mask)
         return tuple(i for i in dict.fromkeys(named) if i is not None)
+
+
+def sentinel(number: int) -> str:
+    """The name of the token that stands for the hidden span of this number, from 0, as in T5."""
+    return f"<extra_id_{number}>"
+
+
+def sentinels(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids of those that the tokenizer has, by their numbers."""
+    ids: list[int] = []
+    while (i := tokenizer.token_to_id(sentinel(len(ids)))) is not None:
+        ids.append(i)
+    return tuple(ids)
 
 
 def _look_up(tokenizer: Tokenizer, *names: str) -> int | None:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import (
@@ -19,7 +19,7 @@ from tokenizers import (
     trainers,
 )
 
-from jaxlm.data.special_tokens import CLS, MASK, SEP, SPECIALS, UNK
+from jaxlm.data.special_tokens import CLS, MASK, SEP, SPECIALS, UNK, sentinel
 from jaxlm.errors import InputError
 
 Kind = Literal["wordpiece", "bpe", "unigram", "characters"]
@@ -36,13 +36,26 @@ def train(
     cased: bool = False,
     marks: bool = False,
     alphabet: int | None = None,
+    sentinels: int = 0,
 ) -> Tokenizer:
     """A tokenizer whose first five ids are [PAD] [UNK] [CLS] [SEP] [MASK].
 
     The same texts give the same file, byte for byte. They are read twice, so an iterator (which
     can be read only once) is first held in memory. ``cased`` and ``marks`` are for wordpiece alone,
-    as the others keep all letters; ``alphabet`` is the most characters with a token of their own.
+    as the others keep all letters; ``alphabet`` is the most characters with a token of their own;
+    so many ``sentinels`` have the last ids, the first of them the very last.
     """
+    with_space = kind != "characters"
+    if sentinels:
+        options: Any = {"cased": cased, "marks": marks, "alphabet": alphabet}
+        try:
+            tokenizer = train(kind, texts, vocab_size - sentinels, **options)
+        except InputError as error:
+            raise InputError(f"{error} (sentinels={sentinels} are taken off it)") from error
+        # lstrip: as of [MASK].
+        names = [AddedToken(sentinel(i), lstrip=with_space) for i in reversed(range(sentinels))]
+        tokenizer.add_special_tokens(names)
+        return tokenizer
     texts = list(texts) if isinstance(texts, Iterator) else texts
     match kind:
         case "wordpiece":
@@ -57,7 +70,7 @@ def train(
             tokenizer = _train_unigram(texts, vocab_size, alphabet)
         case "characters":
             tokenizer = _train_characters(texts, vocab_size, alphabet)
-    return with_specials(tokenizer, with_space=kind != "characters")
+    return with_specials(tokenizer, with_space=with_space)
 
 
 def with_specials(tokenizer: Tokenizer, *, with_space: bool = True) -> Tokenizer:

@@ -40,11 +40,14 @@ class TokenizerConfig:
     alphabet: int | None = None
     """The most characters with a token of their own, for all but bpe; None means all that there is
     room for, but those that are rarer than one in a million."""
+    sentinels: int = 0
+    """Tokens among them that stand for hidden spans, from <extra_id_0> on, for task SpanCorruption;
+    100 is usual."""
     num_documents: int | None = None
     """Train on no more than the first so many documents; None means on all."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("cased", "marks", "alphabet") if vars(self)[name]]
+        given = [name for name in ("cased", "marks", "alphabet", "sentinels") if vars(self)[name]]
         if given and self.path is not None:
             raise InputError(
                 f"tokenizer.{given[0]} is of one to train, and {self.path} is trained: leave out "
@@ -58,11 +61,14 @@ class TokenizerConfig:
         if self.alphabet is not None and (self.kind == "bpe" or self.alphabet < 1):
             why = "is not above 0" if self.kind != "bpe" else "has no meaning for bpe, of bytes"
             raise InputError(f"tokenizer.alphabet={self.alphabet} {why}; leave it out")
+        if self.sentinels < 0:
+            raise InputError(f"tokenizer.sentinels={self.sentinels} is below 0; 0 is none")
 
     def describe(self) -> str:
         """Which tokenizer it trains: equal texts are equal tokenizers on equal documents."""
         own = [name for name in ("cased", "marks") if vars(self)[name]]
         own += [f"alphabet {self.alphabet}"] if self.alphabet else []
+        own += [f"sentinels {self.sentinels}"] if self.sentinels else []
         return " ".join(
             [self.kind, str(self.vocab_size), *own, f"on {self.num_documents or 'all'}"]
         )
@@ -70,7 +76,7 @@ class TokenizerConfig:
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """A new one; ``num_documents`` is up to the caller."""
         own = {"cased": self.cased, "marks": self.marks, "alphabet": self.alphabet}
-        return train(self.kind, texts, self.vocab_size, **own)
+        return train(self.kind, texts, self.vocab_size, sentinels=self.sentinels, **own)
 
 
 def load(path: StoragePath | str) -> Tokenizer:

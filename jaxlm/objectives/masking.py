@@ -77,6 +77,17 @@ class MaskingConfig(ChoiceConfig):
             )
 
 
+class SpanTokens(NamedTuple):
+    """What a text with hidden spans is written with, and the target that says what they were."""
+
+    start_id: int
+    """Begins every target."""
+    end_id: int
+    """Ends the text and its target."""
+    sentinels: tuple[int, ...]
+    """Stand for the spans, in this order."""
+
+
 @flax.struct.dataclass
 class Vocabulary:
     """What objectives have to know of the tokenizer.
@@ -88,6 +99,7 @@ class Vocabulary:
         ordinary: ids that may be predicted and drawn: all but the special tokens, ``[ordinary]``.
         is_ordinary: the same as a table, ``[vocab]``.
         word_starts: True where a token begins a word, ``[vocab]``; None: not known.
+        spans: for spans to be hidden; None: there are no such tokens.
     """
 
     mask_id: int | None = flax.struct.field(pytree_node=False)
@@ -96,6 +108,7 @@ class Vocabulary:
     ordinary: Int[Array, "ordinary"]
     is_ordinary: Bool[Array, "vocab"]
     word_starts: Bool[Array, "vocab"] | None
+    spans: SpanTokens | None = flax.struct.field(pytree_node=False, default=None)
 
 
 class Chosen(NamedTuple):

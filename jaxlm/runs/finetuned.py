@@ -23,7 +23,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, note
-from jaxlm.models.model import example_inputs
+from jaxlm.models.model import EncoderDecoderConfig, example_inputs
 from jaxlm.nn.choose import Wanted
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
@@ -175,14 +175,18 @@ def make_placement(
 
 
 def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) -> float:
-    """Floating-point operations of a training step per token.
+    """Floating-point operations of a training step per token, of sources or of targets as long.
 
-    The products of the encoder forward; again for the gradients of activations, where anything
-    below the head learns, and of kernels, where those do; and six for every number in an adapter.
-    Heads, norms and biases are left out: below 1 % for a BERT-base.
+    The products of the encoder, of a decoder and of a head over the vocabulary forward; again for
+    the gradients of activations, where anything below the head learns, and of kernels, where those
+    do; and six for every number in an adapter. Other heads, norms and biases are left out: below
+    1 % for a BERT-base.
     """
-    assert config.model is not None  # resolved
-    forward = config.model.forward_flops(row_length, 0) / row_length
+    model = config.model
+    assert model is not None  # resolved
+    written = row_length if isinstance(config.task, Responsive) else 0
+    read = row_length + (written if isinstance(model, EncoderDecoderConfig) else 0)
+    forward = model.forward_flops(row_length, written) / read
     passes = {tuning.Full: 3, tuning.HeadOnly: 1}.get(type(config.tuning), 2)
     return passes * forward + 6.0 * tree.num_params(trainable.get("lora", {}))
 

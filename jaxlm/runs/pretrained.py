@@ -20,7 +20,7 @@ from jaxlm.data.windows import window_batches
 from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import Generate, GenerateConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import ModelConfig, example_inputs
 from jaxlm.nn.choose import Wanted
 from jaxlm.nn.intercept import find_sites
 from jaxlm.objectives.masking import Vocabulary
@@ -82,11 +82,12 @@ def make_placement(
 
     ``init`` takes a key and, from a base, the parameters ``encoder`` and ``head`` that are given.
     """
-    model = make_model(config)
+    assert config.model is not None  # resolved
+    model, inputs = make_model(config), example_inputs(config.model)
     optimizer = optim.make_optimizer(config.optimizer)
 
     def init(key: PRNGKey, given: Mapping[str, PyTree] | None = None) -> TrainState:
-        drawn = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
+        drawn = model.init(key, *inputs)["params"]
         params = {**drawn, **(given or {})}  # what is not returned is not computed
         return TrainState.create({"params": params}, {}, optimizer)
 
@@ -218,7 +219,9 @@ class Pretrained:
 
         See :func:`jaxlm.peft.quantize.adapt`.
         """
-        call = lambda variables: self.model.apply(variables, jnp.zeros((1, 8), jnp.int32))
+        assert self.config.model is not None  # resolved
+        inputs = example_inputs(self.config.model)
+        call = lambda variables: self.model.apply(variables, *inputs)
         params = quantize.quantize(self.variables["params"], find_sites(call, self.variables))
         return replace(self, variables={**self.variables, "params": params})
 

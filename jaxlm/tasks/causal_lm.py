@@ -61,7 +61,7 @@ class CausalLm:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The decoder with the head of its architecture."""
-        require_one_text(config, "CausalLm")
+        require_one_text(config, "CausalLm", "SpanCorruption")
         if not config.is_causal:
             raise InputError(
                 f"task=CausalLm predicts each token from those before it, and a model of "

@@ -64,7 +64,7 @@ class MaskedLm:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder with the head of its architecture."""
-        require_one_text(config, "MaskedLm")
+        require_one_text(config, "MaskedLm", "SpanCorruption")
         if config.is_causal:
             writes = isinstance(config, CausalConfig)
             raise InputError(

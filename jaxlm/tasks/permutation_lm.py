@@ -66,7 +66,7 @@ class PermutationLm:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder with the head of its architecture."""
-        require_one_text(config, "PermutationLm")
+        require_one_text(config, "PermutationLm", "SpanCorruption")
         name = type(config).__name__
         if not isinstance(config, TwoStreamConfig):
             other = "CausalLm" if config.is_causal else "MaskedLm"

@@ -97,7 +97,7 @@ class ReplacedToken:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The discriminator, with the parameters of its generator."""
-        require_one_text(config, "ReplacedToken")
+        require_one_text(config, "ReplacedToken", "SpanCorruption")
         if config.is_causal:
             raise InputError(
                 f"task=ReplacedToken looks at both sides of a token, and {type(config).__name__} "

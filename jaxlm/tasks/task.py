@@ -73,7 +73,10 @@ class PretrainTask(Protocol):
         ...
 
     def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
-        """Why rows such as these are not what it is meant for, and a way out; empty: they are."""
+        """Why rows such as these are not what it is meant for, and a way out; empty: they are.
+
+        Raises where it cannot be learned from them.
+        """
         ...
 
     def make_model(self, config: ModelConfig) -> nn.Module:
@@ -126,10 +129,13 @@ class Generative(Protocol):
 
 @runtime_checkable
 class Laborious(Protocol):
-    """What a pretraining task has as well that computes more than its model's forward pass."""
+    """What a pretraining task has as well that computes other than its model's forward pass."""
 
     def more_flops(self, config: ModelConfig, length: int) -> float:
-        """Operations for a row of ``length`` tokens, beside the config's ``forward_flops``."""
+        """Operations for a row of ``length`` tokens, beside the config's ``forward_flops``.
+
+        Below 0 where there are fewer.
+        """
         ...
 
 
@@ -317,12 +323,12 @@ class Thresholded(Protocol):
         ...
 
 
-def require_one_text(config: ModelConfig, task: str) -> None:
+def require_one_text(config: ModelConfig, task: str, instead: str = "Seq2Seq") -> None:
     """Raises for a model that reads one text and writes another: the task has no other."""
     if isinstance(config, EncoderDecoderConfig):
         raise InputError(
             f"task={task} reads one text, and a model of {type(config).__name__} reads a source "
-            "and writes a target: use task=Seq2Seq, or an encoder such as a BERT"
+            f"and writes a target: use task={instead}, or an encoder such as a BERT"
         )
 
 

@@ -203,6 +203,23 @@ def test_texts_end_as_the_tokenizer_ends_them(tmp_path):
     assert not np.asarray(vocabulary.is_ordinary)[[special.cls, special.sep]].any()
 
 
+def test_texts_of_t5_have_no_start(tmp_path):
+    """There padding only begins what is written."""
+    made = tokenizers.train("characters", ["abcdefgh"], 20).to_str()
+    made = made.replace("[CLS]", "<s0>").replace("[PAD]", "<pad>").replace("[SEP]", "</s>")
+    (tmp_path / "tokenizer.json").write_text(made)
+    given = TokenizerConfig(path=tmp_path / "tokenizer.json")
+    lines = ["".join(chr(97 + i // 8**k % 8) for k in range(3)) for i in range(80)]
+    prepare(make(tmp_path, "\n".join(lines), tokenizer=given), tmp_path / "out")
+    prepared = open_prepared(tmp_path / "out")
+    tokens, special = stream(prepared, "train"), prepared.info.special
+    assert special.cls == special.pad
+    assert special.pad not in tokens
+    assert (tokens == special.sep).sum() == prepared.info.documents["train"]
+    vocabulary = make_vocabulary(tokenizers.load(prepared.tokenizer_path))
+    assert (vocabulary.start_id, vocabulary.end_id) == (None, special.sep)
+
+
 def test_literal_special_tokens_are_plain_text(tmp_path):
     text = "\n".join(f"say [MASK] or [CLS] and [PAD] {i}" for i in range(50))
     prepare(make(tmp_path, text), tmp_path / "out")

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlm.data import tokenizers
-from jaxlm.data.special_tokens import SPECIALS, SpecialTokens
+from jaxlm.data.special_tokens import SPECIALS, SpecialTokens, sentinels
 from jaxlm.data.word_starts import word_starts
 from jaxlm.errors import InputError
 
@@ -116,6 +116,27 @@ def test_every_character_is_a_token():
 def test_too_small_a_vocabulary(kind, size):
     with pytest.raises(InputError, match=f"vocab_size={size} is too small: .* need"):
         tokenizers.train(kind, ["abcdefghijklmnopqrstuvwxyz"], size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sentinels_are_the_last_tokens_and_count_down(kind):
+    text = "abcdefgh ijklmnop " * 3
+    made = tokenizers.train(kind, [text], 300, sentinels=3)
+    size = tokenizers.vocab_size(made)
+    assert size <= 300
+    assert sentinels(made) == (size - 1, size - 2, size - 3)
+    assert made.encode("ab <extra_id_1>").ids.count(size - 2) == 1
+    less = tokenizers.train(kind, [text], 297)
+    assert made.encode(text).ids == less.encode(text).ids
+    # A space before one belongs to it, as before [MASK].
+    spaced = made.encode("ab <extra_id_0>").ids
+    assert (len(spaced) == len(made.encode("ab").ids) + 1) == (kind != "characters")
+    assert sentinels(less) == ()
+
+
+def test_sentinels_need_room():
+    with pytest.raises(InputError, match=r"need 261 \(sentinels=50 are taken off it\)"):
+        tokenizers.train("bpe", ["abc"], 300, sentinels=50)
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
@@ -271,6 +292,8 @@ def test_characters_inside_words_have_room_twice():
         ({"kind": "bpe", "alphabet": 5}, "alphabet=5 has no meaning for bpe"),
         ({"alphabet": 0}, "alphabet=0 is not above 0"),
         ({"path": Path("there"), "cased": True}, "there is trained: leave out either"),
+        ({"path": Path("there"), "sentinels": 9}, "sentinels is of one to train, and there is"),
+        ({"sentinels": -1}, "sentinels=-1 is below 0; 0 is none"),
     ],
 )
 def test_settings_that_would_do_nothing(settings, message):
@@ -281,6 +304,7 @@ def test_settings_that_would_do_nothing(settings, message):
 def test_what_decides_the_content_is_named_and_the_default_as_ever():
     config = tokenizers.TokenizerConfig()
     assert config.describe() == "wordpiece 16384 on all"
-    others = [{"cased": True}, {"marks": True}, {"alphabet": 9}, {"num_documents": 3}]
+    others: list[dict] = [{"cased": True}, {"marks": True}, {"alphabet": 9}, {"num_documents": 3}]
+    others += [{"sentinels": 9}]
     descriptions = {tokenizers.TokenizerConfig(**other).describe() for other in others}
     assert len(descriptions - {config.describe()}) == len(others)

@@ -49,7 +49,8 @@ from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.nn.positions import LinearScaling, Llama3Scaling
-from jaxlm.objectives.masking import MaskingConfig, Vocabulary
+from jaxlm.objectives.masking import MaskingConfig, SpanTokens, Vocabulary
+from jaxlm.objectives.span_corruption import SpanConfig
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
@@ -70,6 +71,7 @@ from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.replaced_token import ReplacedToken
 from jaxlm.tasks.seq2seq import Seq2Seq
+from jaxlm.tasks.span_corruption import SpanCorruption
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.train import loop
 from jaxlm.train.checkpoint import Checkpointer
@@ -92,6 +94,7 @@ VOCABULARY = Vocabulary(
     ordinary=jnp.arange(5, 32),
     is_ordinary=jnp.arange(32) >= 5,
     word_starts=jnp.arange(32) >= 5,
+    spans=SpanTokens(2, 3, (31, 30, 29, 28, 27)),
 )
 MODEL = replace(BERT, dtype="float32", dropout_rate=0.1, attention_dropout_rate=0.1, unroll=2)
 TUNED = FinetuneConfig(
@@ -634,6 +637,7 @@ TOPICS = Classification(fields=TextFields(label="topic"))
 NUMBERED = Tagging(fields=TagFields(names=tuple("abcde")), entities=False)
 LINES = TextFiles(glob="a.txt", document="line")
 SPANS = MaskedLm(masking=MaskingConfig(unit="span"), eval_masking=MaskingConfig(unit="span"))
+HOLES = SpanCorruption(spans=SpanConfig(noise_density=0.5, mean_span=2.0))
 BY_STEP = ("dropout_rate", "dtype", "frozen_dtype", "train.seed", "train.num_micro_batches")
 BY_LOSS = ("task.class_weights", "task.thresholds", "task.scale")
 ENDS = (
@@ -671,6 +675,7 @@ PARTS = {
     "modernbert pooling": Part(MODERN, written_of, ("model.pooling",)),
     "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice")),
     "detection": Part(DETECTING, hidden_of, ("task", "task.masking", "task.eval_masking"), SMALLER),
+    "holes": Part(replace(PRETRAINED, model=T5, task=HOLES), hidden_of, ("task", "task.spans")),
     "generator": Part(DETECTING, step_of, SMALLER),
     "linear scaling": Part(causal(SLOWED), model_of, ("model.rope_scaling",)),
     "llama 3 scaling": Part(causal(STRETCHED), model_of, ("model.rope_scaling",)),

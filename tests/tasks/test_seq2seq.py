@@ -19,18 +19,21 @@ from rich.console import Console
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.parallel import ParallelText
+from jaxlm.data.labelled.records import JsonLines
 from jaxlm.data.labelled.seq2seq import Pair, PairFields
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.decode.beam import BeamConfig
 from jaxlm.decode.generate import GenerateConfig, Generation
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.runs import finetuned, writing
 from jaxlm.runs.finetuning import finetune
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.sharding import MeshConfig
+from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.seq2seq import TRANSLATIONS, Seq2Seq
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
@@ -117,7 +120,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> list[ModuleType]:
 def test_it_is_evaluated_and_asked(config, printed, scripts, capsys) -> None:
     evaluate, predict = scripts
     folder, run = config.runs, config.directory
-    (folder / "b.en").write_text("red\nwhite\n\nblue\n")
+    (folder / "b.en").write_text("red\nwhite\n\nblue\n\n \n")
     capsys.readouterr()
     with pytest.raises(InputError, match=r"b\.en is one side alone: give the other with --target"):
         evaluate.main(run, data=folder / "b.en")
@@ -133,8 +136,12 @@ def test_it_is_evaluated_and_asked(config, printed, scripts, capsys) -> None:
 
     out = folder / "b.de"
     predict.main(run, "translate", file=folder / "b.en", out=out)
-    expected = [written["red"], written["white"], "", written["blue"]]  # line n for line n
+    # Line n for line n, to the last.
+    expected = [written["red"], written["white"], "", written["blue"], "", ""]
     assert out.read_text().splitlines() == expected
+    said = capsys.readouterr()
+    assert "3 of 6 have no answer; the first: " in said.err
+    assert f"6 lines in {out}" in said.out
     predict.main(run, "translate", file=folder / "b.en", out=folder / "b.jsonl")
     answers = rows_of(folder / "b.jsonl")
     assert [one["line"] for one in answers] == [1, 2, 3, 4]
@@ -326,6 +333,17 @@ def test_sources_that_are_their_targets_are_said() -> None:
 def test_impossible_tasks(change, message) -> None:
     with pytest.raises(InputError, match=message):
         Seq2Seq(**change)
+
+
+def test_flops_are_of_both_sides_and_of_the_vocabulary() -> None:
+    gpt2 = Gpt2Config(vocab_size=64, num_layers=1, hidden_dim=32, num_heads=2, mlp_dim=64)
+    sides = (Seq2Seq(), replace(MODEL, vocab_size=64), 2), (Instruction(), gpt2, 1)
+    for task, model, count in sides:
+        data = LabelledConfig(train=JsonLines(path="x"))
+        train = TrainConfig(steps=1)
+        config = FinetuneConfig(name="x", data=data, task=task, model=model, train=train)
+        expected = 3 * model.forward_flops(16, 16) / (16 * count)
+        assert finetuned.flops_per_token(config, {}, 16) == expected
 
 
 def test_a_model_without_a_decoder_is_refused() -> None:
