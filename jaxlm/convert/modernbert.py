@@ -41,7 +41,7 @@ def architecture(config: ModernBertConfig) -> Architecture:
         return rows if config.norm_bias else rows[:1]
 
     def parts(theirs: str, axes: str, bias: bool, *paths: str) -> tuple[Row, ...]:
-        """Of the outputs of one linear map."""
+        """A part of the outputs of one linear map."""
         return tuple(
             replace(row, part=part, parts=len(paths), axis=0)
             for part, path in enumerate(paths)

@@ -4,7 +4,7 @@ An architecture is one file with a frozen dataclass, a block and a model. The da
 :class:`ModelConfig`; nothing outside ``models`` and ``convert`` asks which one it is.
 """
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeGuard, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -189,7 +189,27 @@ class TwoStreamConfig(ModelConfig, Protocol):
         ...
 
 
+def is_attentive(config: ModelConfig) -> TypeGuard[Attentive]:
+    """Whether its attention can be computed in several ways."""
+    return isinstance(config, Attentive)
+
+
+def has_transform(config: ModelConfig) -> TypeGuard[TransformConfig]:
+    """Whether its tasks' heads begin as its language model's head does."""
+    return isinstance(config, TransformConfig)
+
+
+def is_two_sided(config: ModelConfig) -> TypeGuard[EncoderDecoderConfig]:
+    """Whether it reads a source with an encoder and writes a target with a decoder."""
+    return isinstance(config, EncoderDecoderConfig)
+
+
+def is_two_stream(config: ModelConfig) -> TypeGuard[TwoStreamConfig]:
+    """Whether it predicts positions that it does not see, in any order."""
+    return isinstance(config, TwoStreamConfig)
+
+
 def example_inputs(config: ModelConfig) -> tuple[Int32[Array, "1 8"], ...]:
     """A row of tokens to initialise a model and to trace it with; one for each side it has."""
     tokens = jnp.zeros((1, 8), jnp.int32)
-    return (tokens, tokens) if isinstance(config, EncoderDecoderConfig) else (tokens,)
+    return (tokens, tokens) if is_two_sided(config) else (tokens,)

@@ -55,7 +55,7 @@ class ModernBertConfig:
     max_length: int = 8192
     """The longest input, in tokens."""
     global_every: int = 3
-    """Of so many layers the first sees all of a row, and the others a window; 1: all see all."""
+    """The first of so many layers sees all of a row, the others a window; 1: all see all."""
     window: int = 64
     """How many tokens a layer with a window sees on each side of one."""
     global_rope_base: float = 160_000.0
@@ -184,7 +184,7 @@ class ModernBertConfig:
 
     @property
     def out_std(self) -> float:
-        """Of what adds to the residual stream, and of the heads (section 2.2)."""
+        """Deviation of what adds to the residual stream, and of the heads (section 2.2)."""
         return self.initializer_std / (2 * self.num_layers) ** 0.5
 
 

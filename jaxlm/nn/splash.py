@@ -1,7 +1,7 @@
 """Attention by JAX's Pallas kernel for TPUs ("splash": sparse flash attention)."""
 
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,6 @@ def _kernel(
     )
     q, k, v = (rearrange(x, "batch l heads d -> batch heads l d") for x in (query, key, value))
     ids = None if segment_ids is None else kernels.SegmentIds(segment_ids, segment_ids)
-    one_row: Callable[..., Array] = run
+    one_row: Any = run  # typed as if it gave what its gradient needs, too
     out = jax.vmap(one_row)(q, k, v, ids)[:, :, :length]
     return rearrange(out, "batch heads l d -> batch l heads d")

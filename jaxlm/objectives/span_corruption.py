@@ -51,12 +51,12 @@ class SpanConfig:
         return noise, min(max(round(noise / self.mean_span), 1), length - noise)
 
     def inputs_length(self, length: int) -> int:
-        """Of what the encoder reads of a row of ``length``: what is left, sentinels and an end."""
+        """The length that the encoder reads of a row: what is left, sentinels and an end."""
         noise, spans = self.counts(length)
         return length - noise + spans + 1
 
     def targets_length(self, length: int) -> int:
-        """Of what the decoder writes: what is hidden, sentinels, the last one and an end."""
+        """The length that the decoder writes: what is hidden, sentinels, the last and an end."""
         noise, spans = self.counts(length)
         return noise + spans + 2
 

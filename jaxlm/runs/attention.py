@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import Attentive
+from jaxlm.models.model import is_attentive
 from jaxlm.nn.choose import Setting, Wanted, choose
 
 Known = TypeVar("Known", PretrainConfig, FinetuneConfig)
@@ -29,7 +29,7 @@ def settle(
 ) -> Settled:
     """For rows of up to ``length`` positions on these devices; ``wanted``: as the config says."""
     model, wanted = config.model, wanted or config.attention
-    if not isinstance(model, Attentive):
+    if model is None or not is_attentive(model):
         if wanted not in ("auto", "plain"):
             raise InputError(
                 f"attention={wanted}, but {type(model).__name__} has an attention of its own or "

@@ -23,7 +23,7 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, note
-from jaxlm.models.model import EncoderDecoderConfig, example_inputs
+from jaxlm.models.model import example_inputs, is_two_sided
 from jaxlm.nn.choose import Wanted
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
@@ -185,7 +185,7 @@ def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) 
     model = config.model
     assert model is not None  # resolved
     written = row_length if isinstance(config.task, Responsive) else 0
-    read = row_length + (written if isinstance(model, EncoderDecoderConfig) else 0)
+    read = row_length + (written if is_two_sided(model) else 0)
     forward = model.forward_flops(row_length, written) / read
     passes = {tuning.Full: 3, tuning.HeadOnly: 1}.get(type(config.tuning), 2)
     return passes * forward + 6.0 * tree.num_params(trainable.get("lora", {}))
@@ -202,15 +202,10 @@ def predict(
         one, outputs = jax.device_get(placement.eval_step(state, placement.put_batch(batch)))
         sums += [] if one is None else [one]
         rows |= dict(batching.apart(outputs))
-    collected = {name: [rows[i][name] for i in range(len(rows))] for name in rows[0]}
-    return add_all(sums) if sums else None, {
-        name: _stack(values) for name, values in collected.items()
-    }
-
-
-def _stack(values: list[Any]) -> Any:
-    """An array, unless rows were padded to different lengths."""
-    return np.stack(values) if len({np.shape(value) for value in values}) == 1 else values
+    # Arrays, unless rows were padded to different lengths.
+    stack = lambda x: np.stack(x) if len({np.shape(value) for value in x}) == 1 else x
+    outputs = {name: stack([rows[i][name] for i in range(len(rows))]) for name in rows[0]}
+    return add_all(sums) if sums else None, outputs
 
 
 def say_long(cut: int, total: int, longest: int, windowed: tuple[int, int]) -> None:

@@ -25,7 +25,7 @@ from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig, TransformConfig
+from jaxlm.models.model import ModelConfig, has_transform
 from jaxlm.models.pooling import FIRST, Pooling
 from jaxlm.peft import tuning
 from jaxlm.runs import attention, best, finetuned, resume, steps, thresholds, writing
@@ -227,7 +227,7 @@ def _with_pooling(task: Any, base: Base | None, model: ModelConfig, tokenizer: T
             "choose how, such as --task.pooling mean"
         )
     default: Pooling | None = "last" if model.is_causal or cls_last else None
-    if isinstance(model, TransformConfig) and not isinstance(task, Embedding):
+    if has_transform(model) and not isinstance(task, Embedding):
         default = default or model.pooling
     return task.with_pooling((says and says.pooling) or default)
 

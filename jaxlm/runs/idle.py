@@ -6,7 +6,7 @@ from typing import Any
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.tokenizers import TokenizerConfig
-from jaxlm.models.model import Attentive
+from jaxlm.models.model import is_attentive
 from jaxlm.objectives.masking import ChoiceConfig
 from jaxlm.peft.lora import LoraConfig
 
@@ -30,7 +30,7 @@ def idle(config: Config) -> dict[str, str]:
         put(f"optimizer.name is {optimizer.name}, not muon", "optimizer", "momentum")
     if optimizer.name == "adafactor":
         put("optimizer.name is adafactor, which has none", "optimizer", "b2", "epsilon")
-    if isinstance(config.model, Attentive):
+    if config.model is not None and is_attentive(config.model):
         put("attention (auto, or what it is told) takes its place", "model", "attention")
     if isinstance(config, PretrainConfig):
         _of_pretraining(config, put)

@@ -8,7 +8,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig, TwoStreamConfig
+from jaxlm.models.model import ModelConfig, is_two_stream
 from jaxlm.nn.choose import Wanted
 from jaxlm.runs import base as bases
 from jaxlm.runs import phase, pretrained
@@ -63,4 +63,4 @@ def open_published(name: str, data: Prepared, *, attention: Wanted = "auto") -> 
 def _task(model: ModelConfig) -> PretrainingTask:
     if model.is_causal:
         return CausalLm()
-    return PermutationLm() if isinstance(model, TwoStreamConfig) else MaskedLm()
+    return PermutationLm() if is_two_stream(model) else MaskedLm()

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxlm import optim, sharding
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import Attentive, ModelConfig
+from jaxlm.models.model import ModelConfig, is_attentive
 from jaxlm.nn.choose import Wanted
 from jaxlm.runs import attention
 from jaxlm.runtime.storage import StoragePath
@@ -108,7 +108,7 @@ def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
     assert published.vocab_size is not None
     rows = padded_vocab_size(published.vocab_size, mesh)
     model: Any = published.with_vocab_size(rows)  # a dataclass, which its protocol cannot say
-    free = {"attention": None} if isinstance(published, Attentive) else {}
+    free = {"attention": None} if is_attentive(published) else {}
     return dataclasses.replace(model, dtype=None, **free)
 
 

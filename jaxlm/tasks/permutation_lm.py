@@ -15,7 +15,7 @@ from jaxlm.decode.beam import Writing
 from jaxlm.decode.fill_mask import MASK
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
-from jaxlm.models.model import ModelConfig, TwoStreamConfig
+from jaxlm.models.model import ModelConfig, is_two_stream
 from jaxlm.objectives import permutation_lm
 from jaxlm.objectives.masking import ChoiceConfig, Vocabulary
 from jaxlm.tasks import blanks
@@ -57,7 +57,7 @@ class PermutationLm:
 
     def more_flops(self, config: ModelConfig, length: int) -> float:
         """Those of the query stream."""
-        assert isinstance(config, TwoStreamConfig)  # make_model has seen to it
+        assert is_two_stream(config)  # make_model has seen to it
         return config.query_flops(length, self.num_predicted(length))
 
     def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
@@ -68,7 +68,7 @@ class PermutationLm:
         """The encoder with the head of its architecture."""
         require_one_text(config, "PermutationLm", "SpanCorruption")
         name = type(config).__name__
-        if not isinstance(config, TwoStreamConfig):
+        if not is_two_stream(config):
             other = "CausalLm" if config.is_causal else "MaskedLm"
             raise InputError(
                 f"task=PermutationLm predicts by a query stream, which a model of {name} has not: "

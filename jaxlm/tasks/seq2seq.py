@@ -27,7 +27,7 @@ from jaxlm.evaluate import seq2seq as scoring
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import EncoderDecoderLm
-from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
+from jaxlm.models.model import ModelConfig, is_two_sided
 from jaxlm.models.pooling import Pooling
 from jaxlm.nn import stack
 from jaxlm.nn.cache import DecoderCache
@@ -136,7 +136,7 @@ class Seq2Seq:
 
     def make_model(self, config: ModelConfig, labels: Labels, dropout_rate: float) -> nn.Module:
         """The model with the head of its architecture, both the base's."""
-        if not isinstance(config, EncoderDecoderConfig):
+        if not is_two_sided(config):
             raise InputError(
                 f"task=Seq2Seq reads a source with an encoder and writes with a decoder, and "
                 f"{type(config).__name__} is one of them alone: use --model TransformerConfig, or "
@@ -257,7 +257,7 @@ def encoder_decoder(
     model: nn.Module, config: ModelConfig, variables: Variables, tokenizer: Tokenizer
 ) -> CausalModel:
     """A model with its head, as decoding takes it; targets begin and end as in training."""
-    assert isinstance(config, EncoderDecoderConfig)  # make_model has seen to it
+    assert is_two_sided(config)  # make_model has seen to it
     special = SpecialTokens.of(tokenizer)
 
     def step(variables, cache, tokens, positions, segment_ids):

@@ -19,7 +19,7 @@ from jaxlm.decode.fill_mask import MASK
 from jaxlm.decode.generate import Generate, Generation
 from jaxlm.errors import InputError
 from jaxlm.models.heads import EncoderDecoderLm
-from jaxlm.models.model import EncoderDecoderConfig, ModelConfig
+from jaxlm.models.model import ModelConfig, is_two_sided
 from jaxlm.objectives import span_corruption
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.span_corruption import SpanConfig
@@ -71,7 +71,7 @@ class SpanCorruption:
 
     def make_model(self, config: ModelConfig) -> nn.Module:
         """The encoder and the decoder with the head of their architecture."""
-        if not isinstance(config, EncoderDecoderConfig):
+        if not is_two_sided(config):
             other = "CausalLm" if config.is_causal else "MaskedLm"
             raise InputError(
                 f"task=SpanCorruption reads a text with an encoder and writes what is hidden in it "

@@ -22,7 +22,7 @@ from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
 from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
-from jaxlm.models.model import EncoderDecoderConfig, ModelConfig, TransformConfig
+from jaxlm.models.model import ModelConfig, has_transform, is_two_sided
 from jaxlm.models.pooling import Pooling
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.objectives.supervised import Predict
@@ -325,7 +325,7 @@ class Thresholded(Protocol):
 
 def require_one_text(config: ModelConfig, task: str, instead: str = "Seq2Seq") -> None:
     """Raises for a model that reads one text and writes another: the task has no other."""
-    if isinstance(config, EncoderDecoderConfig):
+    if is_two_sided(config):
         raise InputError(
             f"task={task} reads one text, and a model of {type(config).__name__} reads a source "
             f"and writes a target: use task={instead}, or an encoder such as a BERT"
@@ -334,7 +334,7 @@ def require_one_text(config: ModelConfig, task: str, instead: str = "Seq2Seq") -
 
 def head_options(config: ModelConfig) -> dict[str, Any]:
     """How heads of tasks on a model begin, for one that says so."""
-    if not isinstance(config, TransformConfig):
+    if not has_transform(config):
         return {}
     return {"transform": config.make_transform(), "initializer_std": config.hidden_dim**-0.5}
 

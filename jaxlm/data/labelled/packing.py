@@ -256,7 +256,7 @@ def _rounded(length: float) -> int:
 
 
 def _cost(sizes: np.ndarray, length: int) -> float:
-    """Of examples in rows of a length: their positions, and attention, which sees all of a row."""
+    """What rows of a length cost: their positions, and attention, which sees all of a row."""
     some = sizes[np.linspace(0, len(sizes) - 1, min(len(sizes), _SAMPLE)).astype(int)]
     return len(_shared(some, length)) * length * (1 + length / 1024)
 
