@@ -164,7 +164,7 @@ def to_huggingface(
         flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
         params = unflatten_dict(flat, sep="/")
     labels = params.get("head", {}).get("classifier", {}).get("bias", ())
-    return table.write(_all_rows(_architecture(config)), params, sizes | {"labels": len(labels)})
+    return table.write(_all_rows(_architecture(config)), params, {**sizes, "labels": len(labels)})
 
 
 def keeps_task_head(config: ModelConfig) -> bool:

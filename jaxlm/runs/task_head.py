@@ -40,7 +40,7 @@ def publish(task: Task, labels: Labels, head: Head, model: ModelConfig) -> Publi
             why = f"; its head, which pools by {pooling} and not by cls or mean, is left out"
             return Published({}, None, why)
         case Classification():
-            kinds = {
+            kinds: dict[str, Any] = {
                 "class": "single_label_classification",
                 "labels": "multi_label_classification",
                 "number": "regression",
