@@ -1,6 +1,7 @@
 """Measure jaxlm's training step against other frameworks, on this machine.
 
     pip install -e ".[bench]" && python scripts/benchmark.py mlm
+    python scripts/benchmark.py modern
     python scripts/benchmark.py clm
     python scripts/benchmark.py finetune
 
@@ -41,17 +42,32 @@ SHAPES: dict[str, dict[str, int]] = {
     "small": {"num_layers": 4, "hidden_dim": 512, "num_heads": 8, "mlp_dim": 2048},
     "base": {"num_layers": 12, "hidden_dim": 768, "num_heads": 12, "mlp_dim": 3072},
 }
-
+# ModernBERT's own rates, and widths of gated blocks with as many parameters, or the published one.
+_OWN = {"dropout_rate": 0.0, "mask_rate": 0.3}
+MODERN: dict[str, dict[str, Any]] = {
+    "nano": {"mlp_dim": 1024, **_OWN},
+    "mini": {"mlp_dim": 688, **_OWN},
+    "small": {"mlp_dim": 1376, **_OWN},
+    "base": {"num_layers": 22, "mlp_dim": 1152, **_OWN},
+}
 
 Size = Literal["nano", "mini", "small", "base"]
 Dtype = Literal["float32", "bfloat16"]
+Task = Literal["mlm", "modern", "clm", "full", "lora"]
 Device = Literal["cpu", "cuda"]
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, "glibc's huge pages"
 
-TITLES = {"mlm": "pretraining", "clm": "pretraining", "full": "full fine-tuning", "lora": "LoRA"}
+TITLES = {
+    "mlm": "pretraining",
+    "modern": "pretraining",
+    "clm": "pretraining",
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+}
 NAMES = {
     "mlm": ("HF", "HF + gathered head"),
+    "modern": ("HF", "HF + gathered head"),
     "clm": ("HF", "HF tuned"),
     "full": ("HF", "HF tuned"),
     "lora": ("peft", "peft tuned"),
@@ -88,6 +104,14 @@ class Options:
 @dataclass(frozen=True, kw_only=True)
 class Mlm(Options):
     """Masked-language-model pretraining: BERT, AdamW, 15 % masked, dropout 0.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modern(Options):
+    """Masked-language-model pretraining: ModernBERT, AdamW, 30 % masked, no dropout."""
+
+    sizes: tuple[Size, ...] = ("mini",)
+    vocab_size: int = 50368
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +203,7 @@ def _clean_environment() -> dict[str, str]:
 
 def make_variants(
     options: Options,
-    task: Literal["mlm", "clm", "full", "lora"],
+    task: Task,
     size: Size,
     dtype: Dtype,
     device: Device,
@@ -199,7 +223,7 @@ def make_variants(
         batch_size=options.batch_size[size],
         row_length=options.row_length,
         vocab_size=options.vocab_size,
-        **SHAPES[size],
+        **SHAPES[size] | (MODERN[size] if task == "modern" else {}),
     )
     shipped = replace(tuned, recipe="shipped")
     on_cpu = device == "cpu"
@@ -304,12 +328,13 @@ def run(options: Options) -> None:
         raise InputError(f"--output {options.output}: the folder does not exist")
     device = options.device or ("cuda" if Path("/dev/nvidia0").exists() else "cpu")
     dtypes = options.dtypes or (("float32", "bfloat16") if device == "cpu" else ("bfloat16",))
-    pretraining = ("clm",) if isinstance(options, Clm) else ("mlm",)
+    kinds: dict[type[Options], tuple[Task, ...]] = {Clm: ("clm",), Modern: ("modern",)}
+    pretraining = kinds.get(type(options), ("mlm",))
     tasks = options.tunings if isinstance(options, Finetune) else pretraining
     groups: list[dict[str, Any]] = []
     report = {"command": sys.argv, "machine": _machine(), "groups": groups}
     for size, task, dtype in itertools.product(options.sizes, tasks, dtypes):
-        model = "GPT-2" if task == "clm" else "BERT"
+        model = {"clm": "GPT-2", "modern": "ModernBERT"}.get(task, "BERT")
         title = (
             f"{model}-{size}, {TITLES[task]}, {dtype}, batch {options.batch_size[size]} × "
             f"{options.row_length} tokens, vocabulary {options.vocab_size:,}"
@@ -347,7 +372,8 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        run(tyro.extras.subcommand_cli_from_dict({"mlm": Mlm, "clm": Clm, "finetune": Finetune}))
+        commands = {"mlm": Mlm, "modern": Modern, "clm": Clm, "finetune": Finetune}
+        run(tyro.extras.subcommand_cli_from_dict(commands))
     except InputError as error:
         _say(f"error: {error}")
         sys.exit(2)

@@ -16,7 +16,8 @@ from benchmark_protocol import Work, read_work, serve
 
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
-from jaxlm.models.heads import ClassificationHead, MlmHead, WithHead, WithLmHead
+from jaxlm.models.heads import ClassificationHead, WithHead, WithLmHead
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.objectives import causal_lm, classification, masked_lm
 from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -44,7 +45,7 @@ def make_batch(work: Work) -> HostBatch:
         "lengths": np.full(work.batch_size, work.row_length, np.int32),
         "index": np.arange(work.batch_size, dtype=np.int32),
     }
-    if work.task in ("mlm", "clm"):
+    if work.pretrains:
         return batch
     return batch | {
         "token_type_ids": np.zeros_like(batch["tokens"]),
@@ -66,8 +67,18 @@ def make_vocabulary(work: Work) -> Vocabulary:
     )
 
 
-def make_encoder(work: Work) -> BertConfig:
-    """BERT of the sizes asked for."""
+def make_encoder(work: Work) -> BertConfig | ModernBertConfig:
+    """BERT or ModernBERT of the sizes asked for."""
+    if work.task == "modern":
+        return ModernBertConfig(
+            vocab_size=work.vocab_size,
+            num_layers=work.num_layers,
+            hidden_dim=work.hidden_dim,
+            num_heads=work.num_heads,
+            mlp_dim=work.mlp_dim,
+            max_length=max(1024, work.row_length),
+            dtype=work.dtype,
+        ).with_dropout(work.dropout_rate)
     return BertConfig(
         vocab_size=work.vocab_size,
         num_layers=work.num_layers,
@@ -82,8 +93,9 @@ def make_encoder(work: Work) -> BertConfig:
 
 
 def pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
-    """BERT with its masked-language-model head."""
-    model = WithLmHead(make_encoder(work).make(), MlmHead(dtype=jnp.dtype(work.dtype)))
+    """BERT or ModernBERT with its masked-language-model head."""
+    config = make_encoder(work)
+    model = WithLmHead(config.make(), config.make_lm_head())
     masking = MaskingConfig(rate=work.mask_rate, budget=work.num_masked)
 
     def init(key: PRNGKey) -> TrainState:
@@ -127,7 +139,13 @@ def fine_tuning(work: Work, optimizer: optax.GradientTransformation) -> tuple[Lo
     return classification.make_loss(tuning.adapt(chosen, model.apply)), init
 
 
-MAKERS = {"mlm": pretraining, "clm": causal_pretraining, "lora": fine_tuning, "full": fine_tuning}
+MAKERS = {
+    "mlm": pretraining,
+    "modern": pretraining,
+    "clm": causal_pretraining,
+    "lora": fine_tuning,
+    "full": fine_tuning,
+}
 
 
 def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:

@@ -26,9 +26,9 @@ PREFIX = "benchmark: "
 class Work:
     """One training step, the same for every framework but for the recipe."""
 
-    task: Literal["mlm", "clm", "full", "lora"]
-    """Pretraining by masked tokens or by the next one, or fine-tuning a classifier: all of it, or
-    LoRA on queries and values."""
+    task: Literal["mlm", "modern", "clm", "full", "lora"]
+    """Pretraining by masked tokens (of a BERT or a ModernBERT) or by the next one, or fine-tuning a
+    classifier: all of it, or LoRA on queries and values."""
     recipe: Literal["shipped", "tuned", "compiled"]
     """For torch, how much is done for speed. jaxlm has one way, "tuned"."""
     dtype: Literal["float32", "bfloat16"]
@@ -53,6 +53,11 @@ class Work:
     def num_masked(self) -> int:
         """Masked positions of a row: 20 of 128, 77 of 512."""
         return math.ceil(self.mask_rate * self.row_length)
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the vocabulary is what it predicts."""
+        return self.task in ("mlm", "modern", "clm")
 
     @property
     def num_projected(self) -> int:

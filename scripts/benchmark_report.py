@@ -31,15 +31,15 @@ def step_flops(work: Work) -> float:
     backward counts twice forward. The head is ``P (2 H² + 2 H V)`` for P positions of a row
     projected to V entries, ``2 H² + 2 H C`` for C classes. LoRA gives N layers ``2 · 4 H r`` more,
     and leaves out the gradients of their weights: ``2 (4 H² + 2 H F)`` counts twice, not 3 times.
+    ModernBERT's gated blocks have ``3 H F``; its windows are counted as whole rows.
     """
     h = work.hidden_dim
-    weights = 2 * (4 * h * h + 2 * h * work.mlp_dim)
+    weights = 2 * (4 * h * h + (3 if work.task == "modern" else 2) * h * work.mlp_dim)
     layer = 3 * (weights + 4 * work.row_length * h)
     if work.task == "lora":
         layer += 3 * 2 * 4 * h * work.rank - weights
-    pretrains = work.task in ("mlm", "clm")
-    outputs = work.vocab_size if pretrains else work.num_labels
-    projected = work.num_projected if pretrains else 1
+    outputs = work.vocab_size if work.pretrains else work.num_labels
+    projected = work.num_projected if work.pretrains else 1
     head = 3 * projected * (2 * h * h + 2 * h * outputs)
     return work.batch_size * (work.row_length * work.num_layers * layer + head)
 

@@ -40,15 +40,20 @@ def random_tokens(work: Work) -> torch.Tensor:
     )
 
 
+def masked(work: Work) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, of which some are masked, their labels, and the padding mask of full rows."""
+    tokens = random_tokens(work)
+    ranks = torch.rand(tokens.shape, device=work.device).argsort(dim=1)
+    chosen = ranks[:, : work.num_masked]
+    labels = torch.full_like(tokens, -100).scatter(1, chosen, tokens.gather(1, chosen))
+    tokens = tokens.scatter(1, chosen, 103)
+    return tokens, labels, torch.ones_like(tokens)
+
+
 def pretraining(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
     """``BertForMaskedLM``."""
     model = transformers.BertForMaskedLM(make_config(work)).to(work.device).train()
-    tokens = random_tokens(work)
-    ranks = torch.rand(tokens.shape, device=work.device).argsort(dim=1)
-    masked = ranks[:, : work.num_masked]
-    labels = torch.full_like(tokens, -100).scatter(1, masked, tokens.gather(1, masked))
-    tokens = tokens.scatter(1, masked, 103)
-    attention_mask = torch.ones_like(tokens)
+    tokens, labels, attention_mask = masked(work)
     flat = (labels != -100).flatten().nonzero().squeeze(1)
     flat_labels = labels.flatten()[flat]
 
@@ -58,6 +63,33 @@ def pretraining(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
     def tuned() -> torch.Tensor:
         hidden = model.bert(tokens).last_hidden_state
         return torch.nn.functional.cross_entropy(model.cls(hidden.flatten(0, 1)[flat]), flat_labels)
+
+    return model, shipped if work.recipe == "shipped" else tuned
+
+
+def modern_pretraining(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
+    """``ModernBertForMaskedLM``; tuned, with its own sparse prediction."""
+    config = transformers.ModernBertConfig(
+        vocab_size=work.vocab_size,
+        hidden_size=work.hidden_dim,
+        num_hidden_layers=work.num_layers,
+        num_attention_heads=work.num_heads,
+        intermediate_size=work.mlp_dim,
+        max_position_embeddings=max(1024, work.row_length),
+        embedding_dropout=work.dropout_rate,
+        attention_dropout=work.dropout_rate,
+        mlp_dropout=work.dropout_rate,
+        sparse_prediction=work.recipe != "shipped",
+        attn_implementation="sdpa",
+    )
+    model = transformers.ModernBertForMaskedLM(config).to(work.device).train()
+    tokens, labels, attention_mask = masked(work)
+
+    def shipped() -> torch.Tensor:
+        return model(input_ids=tokens, attention_mask=attention_mask, labels=labels).loss
+
+    def tuned() -> torch.Tensor:
+        return model(input_ids=tokens, labels=labels).loss
 
     return model, shipped if work.recipe == "shipped" else tuned
 
@@ -122,7 +154,13 @@ def fine_tuning(work: Work) -> tuple[torch.nn.Module, LossOfBatch]:
     return model, shipped if work.recipe == "shipped" else tuned
 
 
-MAKERS = {"mlm": pretraining, "clm": causal_pretraining, "lora": fine_tuning, "full": fine_tuning}
+MAKERS = {
+    "mlm": pretraining,
+    "modern": modern_pretraining,
+    "clm": causal_pretraining,
+    "lora": fine_tuning,
+    "full": fine_tuning,
+}
 
 
 def main() -> None:

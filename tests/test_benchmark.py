@@ -89,6 +89,14 @@ def test_flops_per_token_of_bert_base():
     assert shipped - tuned == 3 * 16 * 108 * 2 * (768**2 + 768 * 30522)
 
 
+def test_flops_of_modernbert():
+    flops = load("benchmark_report").step_flops
+    weights, attention = 12 * (4 * 768**2 + 3 * 768 * 3072), 12 * 128 * 768 * 12
+    head = 39 / 128 * 6 * (768**2 + 768 * 30522)
+    work = make_work(task="modern", mask_rate=0.3)
+    assert flops(work) / (16 * 128) == pytest.approx(6 * weights + attention + head, rel=1e-12)
+
+
 def test_flops_of_fine_tuning():
     flops = load("benchmark_report").step_flops
     tokens, weights, attention = 16 * 128, 84_934_656, 12 * 128 * 768 * 12
@@ -236,7 +244,7 @@ def test_fine_tuning_is_measured_with_both_allocators(monkeypatch):
     assert rows("lora", "float32")[2:] == ours[1:]
 
 
-@pytest.mark.parametrize("task", ["mlm", "clm", "full", "lora"])
+@pytest.mark.parametrize("task", ["mlm", "modern", "clm", "full", "lora"])
 def test_the_work_of_jaxlm(task):
     work = make_work(
         task=task,
@@ -250,7 +258,7 @@ def test_the_work_of_jaxlm(task):
     )
     state, sums = load("benchmark_jaxlm").make_step(work)()
     learning = {path for path, _ in tree.leaves_with_path(state.trainable)}
-    chance = math.log(1200 if task in ("mlm", "clm") else 2)
+    chance = math.log(1200 if work.pretrains else 2)
     assert sums.means()["loss"] == pytest.approx(chance, rel=0.05)
     assert ("lora/encoder/layers/attention/query/a" in learning) == (task == "lora")
     assert ("params/encoder/token_embed/embedding" in learning) == (task != "lora")

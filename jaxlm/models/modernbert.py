@@ -279,7 +279,10 @@ class ModernBert(nn.Module):
         c = self.config
         length = tokens.shape[1]
         if length > c.max_length:
-            raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
+            raise InputError(
+                f"rows of {length} tokens do not fit max_length={c.max_length}: cut them, or raise "
+                "it, since rotations have no end"
+            )
         if positions is None:
             positions = jnp.arange(length)[None, :]
         views = self._views(length, positions, segment_ids, mask)

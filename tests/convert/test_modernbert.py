@@ -265,7 +265,7 @@ def test_transformers_opens_every_head_and_agrees(kind, task, tmp_path):
     else:
         theirs = answer.logits.numpy().reshape(np.shape(found))
     chosen = ... if pooled else real
-    np.testing.assert_allclose(np.asarray(found)[chosen], theirs[chosen], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found)[chosen], theirs[chosen], rtol=0, atol=1e-4)
     again = huggingface.load(saved)  # it is a base, too
     assert again.lm_head is not None
     jax.tree.map(np.testing.assert_array_equal, again.lm_head, shared)

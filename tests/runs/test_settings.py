@@ -20,6 +20,7 @@ from rich.console import Console
 from tiny_models import BERT
 
 from jaxlm.config import FinetuneConfig, PretrainConfig
+from jaxlm.convert import modernbert
 from jaxlm.data import tokenizers
 from jaxlm.data.labelled.augment import AugmentConfig, make_augment
 from jaxlm.data.labelled.batching import make_batching
@@ -43,6 +44,7 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import example_inputs
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.models.xlnet import XlnetConfig
@@ -541,6 +543,8 @@ LLAMA = LlamaConfig(
     **SIZES, num_kv_heads=1, max_length=8, dropout_rate=0.1, attention_dropout_rate=0.1
 )
 XLNET = XlnetConfig(**SIZES, max_length=8)
+MODERN_SIZES = SIZES | {"num_layers": 3, "max_length": 8, "window": 2, "vocab_bias": False}
+MODERN = replace(PRETRAINED, model=ModernBertConfig(**MODERN_SIZES).with_dropout(0.1))
 PERMUTED = replace(PRETRAINED, model=XLNET, task=PermutationLm())
 DETECTING = replace(PRETRAINED, task=ReplacedToken())
 SMALLER = ("task.generator_share",)
@@ -573,6 +577,11 @@ def longest_of(config: Any) -> str:
     except InputError as error:
         return str(error)
     return "fits"
+
+
+def written_of(config: Any) -> str:
+    """What other libraries are told of a model."""
+    return repr(modernbert.write_config(config.model, {}))
 
 
 class Part(NamedTuple):
@@ -657,6 +666,9 @@ PARTS = {
     "llama rows": Part(causal(LLAMA), longest_of, ("model.max_length",)),
     "xlnet": Part(PERMUTED, model_of, ("model",), ("model.max_length",)),
     "xlnet rows": Part(PERMUTED, longest_of, ("model.max_length",)),
+    "modernbert": Part(MODERN, model_of, ("model",), ("model.max_length", "model.pooling")),
+    "modernbert rows": Part(MODERN, longest_of, ("model.max_length",)),
+    "modernbert pooling": Part(MODERN, written_of, ("model.pooling",)),
     "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice")),
     "detection": Part(DETECTING, hidden_of, ("task", "task.masking", "task.eval_masking"), SMALLER),
     "generator": Part(DETECTING, step_of, SMALLER),
