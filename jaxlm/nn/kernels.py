@@ -47,7 +47,7 @@ def attend(
     is_own = query.shape[1] == key.shape[1] * group and seen.more is None
     if not is_own or key.shape[1] < SHORT:
         options: Any = {"dropout_rate": dropout_rate, "dropout_key": dropout_key, "scale": scale}
-        return blockwise_attention(query, key, value, mask=seen, **options)
+        return blockwise_attention(query, key, value, mask=mask, **options)
     if sharding.is_split("length"):
         raise InputError(
             f"{name} attention needs whole rows, which mesh.sequence splits: use "
