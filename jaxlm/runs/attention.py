@@ -46,10 +46,16 @@ def settle(
         length=length or 2**30,
         dtype=str(model.dtype or "float32"),
         attends=model.attends,
-        packs_rows=vars(config.task).get("isolate_documents", False),
+        packs_rows=_packs_rows(config),
         splits_rows=mesh.sequence > 1,
     )
     choice = choose(setting, wanted)
     changed: Any = model
     changed = replace(changed, attention=choice.name)
     return Settled(replace(config, model=changed), f"attention: {choice.name}, {choice.why}")
+
+
+def _packs_rows(config: PretrainConfig | FinetuneConfig) -> bool:
+    """Whether documents, or examples, of a row do not see each other."""
+    packs = isinstance(config, FinetuneConfig) and config.data.pack
+    return packs or vars(config.task).get("isolate_documents", False)

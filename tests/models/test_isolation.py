@@ -13,6 +13,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.models.xlnet import XlnetConfig
@@ -24,6 +25,7 @@ CONFIGS = {
     BilstmConfig: BilstmConfig(vocab_size=16, embed_dim=8, hidden_dim=16),
     Gpt2Config: Gpt2Config(max_length=16, **SIZES),
     LlamaConfig: LlamaConfig(max_length=16, **SIZES),
+    ModernBertConfig: ModernBertConfig(max_length=16, global_every=1, **SIZES),
     XlnetConfig: XlnetConfig(**SIZES),
 }
 LENGTHS = (5, 4)  # of two texts, of which no token is in both; tokens 9 to 11 are padding

@@ -17,6 +17,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.runs import resume, steps
 from jaxlm.runs.attention import settle
 from jaxlm.train.loop import TrainConfig
@@ -26,7 +27,9 @@ STEPS = TrainConfig(steps=1)
 CONFIG = PretrainConfig(name="x", data=DataConfig(paths=("p",)), model=BERT, train=STEPS)
 
 
-@pytest.mark.parametrize("model", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES)])
+@pytest.mark.parametrize(
+    "model", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES), ModernBertConfig(**SIZES)]
+)
 def test_the_model_is_told(model):
     config = replace(CONFIG, model=model)
     short, line = settle(config, 128, jax.devices())
@@ -40,7 +43,9 @@ def test_the_model_is_told(model):
     )
 
 
-@pytest.mark.parametrize("config", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES)])
+@pytest.mark.parametrize(
+    "config", [BERT, Gpt2Config(**SIZES), LlamaConfig(**SIZES), ModernBertConfig(**SIZES)]
+)
 def test_the_model_does_as_told(config):
     tokens = jnp.zeros((1, 512), jnp.int32)
 
