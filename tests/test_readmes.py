@@ -24,7 +24,7 @@ from xla_flags import xla_flags
 
 from jaxlm.compile_check import command
 from jaxlm.errors import report_input_errors
-from jaxlm.runs import finetuning, pretraining
+from jaxlm.runs import adapter, finetuning, pretraining
 from jaxlm.runtime import allocator, distributed
 from jaxlm.sweep import curve, sweep
 
@@ -313,6 +313,7 @@ def parse(
     for where, name in (
         (pretraining, "pretrain"),
         (finetuning, "finetune"),
+        (adapter, "load"),
         (sweep, "sweep"),
         (curve, "curve"),
         (command, "run_check"),
@@ -369,6 +370,7 @@ def test_commands(
         "python scripts/sweep.py configs/quickstart_lora.py --set optimizer.none=1",
         "python scripts/compile_check.py configs/bert_base.py --topology v5e:4x4 --none 1",
         "python scripts/benchmark.py none",
+        "python scripts/adapter.py none",
     ],
 )
 def test_misspelt_commands_are_found(

@@ -36,8 +36,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG).is_file() and (folder / ADAPTER).is_file():
         base = read_json(folder / ADAPTER).get("base_model_name_or_path")
         raise InputError(
-            f"{folder} holds an adapter of PEFT for {base}, not a model: load both with PEFT, and "
-            "give the folder that merge_and_unload().save_pretrained(FOLDER) writes"
+            f"{folder} holds an adapter of PEFT for {base}, not a model: make a run of it "
+            f"(scripts/adapter.py import {folder} CONFIG), or give the folder that PEFT's "
+            "merge_and_unload().save_pretrained(FOLDER) writes"
         )
     if not (folder / CONFIG).is_file():
         raise InputError(f"{folder} is not a model's folder in Hugging Face's layout: no {CONFIG}")
@@ -52,10 +53,11 @@ def has_weights(folder: Path) -> bool:
 class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
     """The tensors of a folder by name, in the dtype of their file; each is read when asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str | None = None) -> None:
+        """Of the model; with a ``name`` of that file alone."""
         self._folder = folder
         self._files: dict[str, Any] = {}
-        for path in _shards(folder):
+        for path in _shards(folder) if name is None else [folder / name]:
             try:
                 file = safe_open(path, framework="np")
                 self._files |= dict.fromkeys(file.keys(), file)

@@ -17,6 +17,8 @@ FILES = (
     "modules.json",  # and what else a sentence encoder has
     "*_*/config.json",
     "*sentence*.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
 )
 _TIMEOUT = 5.0  # seconds
 

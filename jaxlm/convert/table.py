@@ -53,6 +53,24 @@ class Row:
         """The same with these factors; where all are 1, with none."""
         return replace(self, factors=None if set(factors or ()) <= {1.0} else factors)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether theirs is the weight of a module, a linear map or a table."""
+        return self.theirs.endswith(".weight") and len(_groups(self.layout.split(" -> ")[0])) == 2
+
+    @property
+    def inputs(self) -> list[str]:
+        """Of a matrix, those of its axes that come first in ours: inputs, or a table's rows."""
+        there, here = self.layout.split(" -> ")
+        first, second = _groups(there)
+        axes = [axis for group in _groups(here) for axis in group]
+        return first if axes[: len(first)] == first else second
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether theirs, a matrix, is [inputs, outputs]; PyTorch's linear maps are not."""
+        return _groups(self.layout.split(" -> ")[0])[0] == self.inputs
+
     def names(self, sizes: Sizes) -> list[str]:
         """Names of all tensors that make up the parameter."""
         if not self._stacked:

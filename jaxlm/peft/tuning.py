@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from jaxlm import tree
 from jaxlm.nn import stack
-from jaxlm.nn.intercept import Sites, find_sites
+from jaxlm.nn.intercept import Sites, compile_target, find_sites
 from jaxlm.peft import ia3, lora
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
@@ -96,7 +96,12 @@ def learns(tuning: Tuning, path: str) -> bool:
     """Whether the variable at a path is trained."""
     if isinstance(tuning, Full) or path.startswith((HEAD, "lora/", "ia3/")):
         return True
-    return isinstance(tuning, BitFit) and path.endswith("/bias")
+    if not path.endswith("/bias"):
+        return False
+    if isinstance(tuning, LoraConfig) and tuning.bias == "lora_only":
+        kernel = f"{path.removesuffix('bias')}kernel"
+        return any(compile_target(target).search(kernel) for target in tuning.targets)
+    return isinstance(tuning, BitFit) or (isinstance(tuning, LoraConfig) and tuning.bias == "all")
 
 
 def lr_factor(tuning: Tuning) -> Callable[[str], float] | None:

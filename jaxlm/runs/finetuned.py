@@ -74,12 +74,12 @@ def adapted_apply(config: FinetuneConfig, labels: Labels) -> Apply:
     return tuning.adapt(config.tuning, make_model(config, labels).apply)
 
 
-def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> TrainState:
-    """Step 0: the base's parameters, and a new head and adapters, on the host's first device."""
+def make_params(config: FinetuneConfig, labels: Labels, base: Base | None) -> Params:
+    """The base's parameters and a new head, on the host's first device."""
     model = make_model(config, labels)
     assert config.model is not None  # resolved
     inputs = example_inputs(config.model)
-    key, adapter_key = jax.random.split(jax.random.key(config.train.seed))
+    key, _ = jax.random.split(jax.random.key(config.train.seed))
 
     def init(key: PRNGKey) -> Params:
         params = dict(model.init(key, *inputs)["params"])
@@ -94,11 +94,19 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
         if "head" in params:
             known = _known(base)
             params["head"] = {name: known.get(name, new) for name, new in params["head"].items()}
-    params = jax.tree.map(jnp.asarray, params)
+    return jax.tree.map(jnp.asarray, params)
+
+
+def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> TrainState:
+    """Step 0: :func:`make_params`, and new adapters."""
+    model = make_model(config, labels)
+    assert config.model is not None  # resolved
+    inputs = example_inputs(config.model)
+    _, key = jax.random.split(jax.random.key(config.train.seed))
     trainable, frozen = tuning.prepare(
         config.tuning,
-        adapter_key,
-        params,
+        key,
+        make_params(config, labels, base),
         lambda variables: model.apply(variables, *inputs),
         config.frozen_dtype,
         split_layers=config.model.unrolls_layers,
@@ -245,7 +253,7 @@ class FinetunedRun:
         """The examples that it was trained on and chosen by; raises if they are others now."""
         data = self.config.data
         splits = read_splits(data, self.task.read)
-        if [splits.fingerprint] != self.cursor["data"]:
+        if self.cursor["data"] not in ([], [splits.fingerprint]):  # none of an imported adapter
             raise InputError(
                 f"{data.train} or the validation data have changed since {self.config.name} was "
                 "trained, and other examples would be held out now: restore them, or evaluate "

@@ -194,8 +194,6 @@ def resolve(
 ) -> FinetuneConfig:
     """Fill in what the config leaves to the base, the data and the platform."""
     if base is not None:
-        if config.model is not None:
-            raise InputError(f"model is given, and also base={base.name!r}, which has its own")
         model: Any = steps.base_model(base.config, config.mesh)
     else:
         assert config.model is not None
@@ -203,8 +201,10 @@ def resolve(
         vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
         model = replace(config.model, vocab_size=vocab_size)
     task = _with_prompt(_with_pooling(config.task, base, model, tokenizer), base)
-    config = replace(config, task=task)
-    return finetuned.with_encoder(config, model, platform)
+    resolved = finetuned.with_encoder(replace(config, task=task), model, platform)
+    if base is not None and config.model not in (None, resolved.model):  # it is in a run's config
+        raise InputError(f"model is given, and also base={base.name!r}, which has its own")
+    return resolved
 
 
 def _with_pooling(task: Any, base: Base | None, model: ModelConfig, tokenizer: Tokenizer) -> Any:

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import config as configs
 from jaxlm.config import C, Config
+from jaxlm.convert.folder import ADAPTER
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, whole, write_whole
@@ -22,6 +23,11 @@ def is_run(directory: StoragePath) -> bool:
 
 def read_any_config(directory: StoragePath) -> Config:
     """The config in a run folder, of pretraining or of fine-tuning."""
+    if (directory / ADAPTER).is_file():
+        raise InputError(
+            f"{directory} holds an adapter in PEFT's format, not a run: make one of it "
+            f"(scripts/adapter.py import {directory} CONFIG)"
+        )
     if not (directory / CONFIG).is_file():
         raise InputError(f"{directory} is not a run folder: it has no {CONFIG}")
     if not is_run(directory):

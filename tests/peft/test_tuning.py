@@ -76,3 +76,23 @@ def test_what_rounding_would_lose_of_what_was_merged():
     for more, lost in ((2**-9, 1.0), (2**-7, 0.0)):
         merged = base | {"kernel": base["kernel"].astype(jnp.float32) + more}
         assert tuning.lost_in_bfloat16(base, merged) == lost
+
+
+@pytest.mark.parametrize(
+    ("bias", "learned"),
+    [
+        ("none", []),
+        ("lora_only", ["attention/query/bias", "attention/value/bias"]),
+        (
+            "all",
+            ["attention/key/bias", "attention/query/bias", "attention/value/bias", "norm/bias"],
+        ),
+    ],
+)
+def test_biases_that_learn_beside_adapters(bias, learned):
+    names = ("attention/query", "attention/key", "attention/value", "norm")
+    paths = [f"{name}/{leaf}" for name in names for leaf in ("kernel", "bias", "scale")]
+    config = LoraConfig(bias=bias)
+    found = [p for p in paths if tuning.learns(config, f"params/encoder/layers/{p}")]
+    assert sorted(found) == learned
+    assert tuning.learns(config, "params/head/classifier/kernel")

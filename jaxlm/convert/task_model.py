@@ -1,0 +1,114 @@
+"""A task's model as transformers has it: where the parameters of its encoder and its head are."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from jaxlm.convert import folder, huggingface
+from jaxlm.convert.table import Row, Sizes, linear
+from jaxlm.errors import InputError
+from jaxlm.models.model import ModelConfig
+from jaxlm.models.pooling import Pooling
+
+Kind = Literal[
+    "SequenceClassification",
+    "TokenClassification",
+    "QuestionAnswering",
+    "MultipleChoice",
+    "CausalLM",
+    "Seq2SeqLM",
+    "FeatureExtraction",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskModel:
+    """A class of transformers and the names of its parameters."""
+
+    kind: Kind
+    auto: str
+    """The class that finds it."""
+    config: ModelConfig
+    """Its encoder's, as the base's folder says."""
+    encoder: tuple[Row, ...]
+    head: tuple[Row, ...]
+    """What is not the base's."""
+    sizes: Sizes
+    prefix: str
+    """Prefix of the encoder's names."""
+    scoring: frozenset[str]
+    """Tables that score the vocabulary, too."""
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """All rows by our path."""
+        return {row.ours: row for row in (*self.encoder, *self.head)}
+
+
+def read(
+    path: Path, kind: Kind, pooling: Pooling | None = None, num_labels: int | None = None
+) -> TaskModel:
+    """The model of that kind on the base in a folder.
+
+    ``pooling`` is that of a head which makes one vector of a row. Raises where transformers has no
+    such model, or one that computes something else.
+    """
+    architecture, config, sizes = huggingface.read_layout(path)
+    name = str(folder.read_config(path)["model_type"])
+    prefix = "" if kind == "FeatureExtraction" else architecture.prefix
+
+    def renamed(row: Row) -> Row:
+        return replace(row, theirs=f"{prefix}{row.theirs.removeprefix(architecture.prefix)}")
+
+    encoder = tuple(renamed(row) for row in architecture.encoder)
+    scoring: frozenset[str] = frozenset()
+    if kind in ("CausalLM", "Seq2SeqLM"):
+        rows = [row for head in architecture.heads for row in head]
+        encoder += tuple(replace(row, ours=f"lm_{row.ours}") for row in rows)
+        scoring = frozenset(architecture.copies.values())
+    head = _head(name, kind, prefix, str(path))
+    pools = "bert" if name in ("bert", "roberta") else "last"
+    if kind in ("SequenceClassification", "MultipleChoice") and pooling not in (None, pools):
+        raise InputError(
+            f"pooling={pooling} is not what AutoModelFor{kind} does, which takes pooling={pools} "
+            f"of a {name}: train with --task.pooling {pools} to use the run there"
+        )
+    auto = "AutoModel" if kind == "FeatureExtraction" else f"AutoModelFor{kind}"
+    labels = {} if num_labels is None else {"labels": num_labels}
+    return TaskModel(
+        kind=kind,
+        auto=auto,
+        config=config,
+        encoder=encoder,
+        head=head,
+        sizes={**sizes, **labels},
+        prefix=prefix,
+        scoring=scoring,
+    )
+
+
+def _head(name: str, kind: Kind, prefix: str, source: str) -> tuple[Row, ...]:
+    def last(theirs: str) -> tuple[Row, ...]:
+        return linear(theirs, "head/classifier", "embed -> labels")
+
+    def pooler(theirs: str) -> tuple[Row, ...]:
+        return linear(theirs, "head/pooler", "embed -> outputs")
+
+    match name, kind:
+        case "t5", "Seq2SeqLM":
+            return ()
+        case ("gpt2" | "llama", "CausalLM") | (_, "FeatureExtraction"):
+            return ()
+        case "roberta", "SequenceClassification":
+            return (*pooler("classifier.dense"), *last("classifier.out_proj"))
+        case "bert" | "roberta", "SequenceClassification" | "MultipleChoice":
+            return (*pooler(f"{prefix}pooler.dense"), *last("classifier"))
+        case "gpt2" | "llama", "SequenceClassification":
+            return last("score")[:1]
+        case "bert" | "roberta" | "gpt2" | "xlnet", "TokenClassification":
+            return last("classifier")
+        case "llama", "TokenClassification":
+            return last("score")
+        case "bert" | "roberta" | "gpt2" | "xlnet", "QuestionAnswering":
+            return last("qa_outputs")  # not of a Llama: its class does not read the base's names
+    raise InputError(f"{source}: transformers has no AutoModelFor{kind} of a {name} like ours")
