@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from jaxlm.config import FinetuneConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
 from jaxlm.data.labelled.dataset import like, read_records
@@ -30,9 +29,9 @@ from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.nn.choose import Wanted
-from jaxlm.runs import finetuned, pretrained
+from jaxlm.runs import pretrained, published_task
 from jaxlm.runs.finetuned import FinetunedRun
-from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run, read_any_config
+from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run
 from jaxlm.runs.published import open_published
 from jaxlm.runs.writing import GREEDY_BEAM, chosen_way
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
@@ -69,7 +68,8 @@ def main(
     a folder of theirs in its eval/.
 
     Args:
-        directory: The run folder, or a published model's, to be evaluated as it is on --data.
+        directory: The run folder, or a published model's (of one with a task's head also its name
+            on the hub), to be evaluated as it is on --data.
         data: Prepared data, or a file of labelled data with the columns of training; None = the
             run's own.
         target: Of a run that writes targets for sources: the file of targets, where --data has a
@@ -95,10 +95,13 @@ def main(
         raise InputError(f"--target {target} is the other side of --data: give both")
     way = chosen_way(generate, beam)
     folder = locate(directory)
-    if not is_run(folder) and (folder / CONFIG).is_file() and out is None:
+    is_tuned = published_task.is_tuned(str(directory))
+    if is_tuned and data is None and not is_run(folder):
+        raise InputError(f"{directory} is no run, and has no data of its own: give some (--data)")
+    if not is_run(folder) and (is_tuned or (folder / CONFIG).is_file()) and out is None:
         out = Path("eval") / directory.name  # a published model's folder is not ours to write in
     with tempfile.TemporaryDirectory() as scratch:
-        if is_run(folder) and isinstance(read_any_config(folder), FinetuneConfig):
+        if is_tuned:
             if int8:
                 raise InputError(f"--int8 is for pretrained runs, and {directory} is fine-tuned")
             result = evaluate_tuned(
@@ -226,7 +229,7 @@ def evaluate_tuned(
     attention: Wanted,
 ) -> dict[str, Any]:
     """On labelled examples."""
-    loaded = finetuned.open_finetuned(directory, step=step, base=base, attention=attention)
+    loaded = published_task.open_tuned(str(directory), step=step, base=base, attention=attention)
     task, labels = loaded.task, loaded.labels
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"

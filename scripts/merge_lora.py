@@ -1,10 +1,11 @@
 """Merge a run's adapters into its encoder: ``python scripts/merge_lora.py runs/x merged``.
 
 The folder that comes out is a published encoder's in Hugging Face's layout, with its tokenizer: a
-base for further fine-tuning here, or a model for other libraries. The task's own head is left
-behind (one over the vocabulary is the base's, and stays), but for a ModernBERT's, with which
-transformers opens it. A RoBERTa comes out as the BERT that computes the same, and what was tuned
-for embeddings as a sentence encoder. A pretrained run has nothing to merge, and comes out with its
+base for further fine-tuning here, or a model for other libraries. The head of a BERT's or
+ModernBERT's task comes with it, and transformers opens it as that task's class; others are left
+behind (one over the vocabulary is the base's, and stays). A RoBERTa comes out as the BERT that
+computes the same, and what was tuned for embeddings as a sentence encoder. A README says what it
+was trained on, and what was measured. A pretrained run has nothing to merge, and comes out with its
 head over the vocabulary.
 """
 
@@ -25,7 +26,7 @@ from jaxlm.convert import huggingface
 from jaxlm.errors import report_input_errors
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import finetuned
+from jaxlm.runs import finetuned, model_card
 from jaxlm.runs.folder import read_any_config
 from jaxlm.runs.task_head import publish
 from jaxlm.runtime.storage import locate
@@ -66,7 +67,8 @@ def main(
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
     pooling = (task.pooling or "mean") if isinstance(task, Embedding) else None
     prompts = task.prompts if isinstance(task, Embedding) else None
-    options = {"pooling": pooling, "prompts": prompts, "task_head": said}
+    card = model_card.write(loaded, run, left_out)
+    options = {"pooling": pooling, "prompts": prompts, "task_head": said, "card": card}
     huggingface.save(out, kept, model, loaded.tokenizer, **options)
     print(
         f"{run} at step {int(loaded.state.step)}, merged, is in {out}, in float32: rounded to "

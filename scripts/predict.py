@@ -23,7 +23,7 @@ from typing import Annotated
 import numpy as np
 import tyro
 
-from jaxlm.config import FinetuneConfig, PretrainConfig
+from jaxlm.config import PretrainConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import Source, holds_records, like
 from jaxlm.data.labelled.records import Conll, Record, json_record
@@ -32,13 +32,12 @@ from jaxlm.decode.generate import GenerateConfig, Generation
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import retrieval
 from jaxlm.nn.choose import Wanted
-from jaxlm.runs import finetuned, pretrained
+from jaxlm.runs import pretrained, published_task
 from jaxlm.runs.answers import ERROR, Answer, Answered, joined, write_table
 from jaxlm.runs.embedder import DOCUMENTS, QUERIES, Embedder, open_embedder
 from jaxlm.runs.finetuned import FinetunedRun
-from jaxlm.runs.folder import read_any_config
 from jaxlm.runs.writing import GREEDY_BEAM, Conversation, chosen_way
-from jaxlm.runtime.storage import locate, on_disk, whole
+from jaxlm.runtime.storage import on_disk, whole
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.task import Responsive
@@ -71,8 +70,8 @@ def main(
     """Answer one text, or all of a file.
 
     Args:
-        run: The run folder; for embed and search also a folder in Hugging Face's layout or a hub
-            name.
+        run: The run folder; or a folder in Hugging Face's layout or a hub name: of any encoder for
+            embed and search, of a model with a task's head for what that does.
         task: What the run has learned: fill-mask, fill-spans, detect, generate, classify, tag,
             answer, choose, embed or translate (write a text for another); or search, which finds
             the texts of --file that are nearest to the text; or chat, in turns, with a run that
@@ -137,7 +136,8 @@ def main(
         )
     if out is not None and file is not None and out.resolve() == file.resolve():
         raise InputError(f"--out {out} is the file that is read: name another")
-    if int8 and (task != "generate" or isinstance(read_any_config(locate(run)), FinetuneConfig)):
+    source, pairs = str(run), pair is not None
+    if int8 and (task != "generate" or published_task.is_tuned(source)):
         raise InputError(f"--int8 is for generate with a pretrained run, not for {task} with {run}")
     if task in ("embed", "search"):
         if attention != "auto":
@@ -175,10 +175,12 @@ def main(
     ):
         if value is not None:
             raise InputError(f"{name} {value} is for embed and search, not for {task}")
-    config = read_any_config(locate(run))
+    config = published_task.read_config_of(source, pairs=pairs)
     if is_chat and isinstance(config.task, Instruction):
         chat(
-            finetuned.open_finetuned(run, step=step, base=base, attention=attention), generate, text
+            published_task.open_tuned(source, step=step, base=base, attention=attention),
+            generate,
+            text,
         )
         return
     if config.task.verb != task:
@@ -202,7 +204,9 @@ def main(
         answers = loaded.stream(records, top_k=top_k, generate=way)
         write(counted(answers), pretrained.TEXT, out)
         return
-    loaded = finetuned.open_finetuned(run, step=step, base=base, attention=attention)
+    loaded = published_task.open_tuned(
+        source, step=step, base=base, pairs=pairs, attention=attention
+    )
     if file is not None:
         names = loaded.task.text_fields
         is_lines = (

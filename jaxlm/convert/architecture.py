@@ -1,13 +1,30 @@
 """How a kind of model is written in Hugging Face's layout, and reading its ``config.json``."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxlm.convert.table import Row
 from jaxlm.errors import InputError
+from jaxlm.models.pooling import Pooling
 
 NUMBER = (int, float)
+TaskName = Literal[
+    "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"
+]
+TASKS: tuple[TaskName, ...] = (
+    "SequenceClassification",
+    "TokenClassification",
+    "QuestionAnswering",
+    "MultipleChoice",
+)
+POOLED: tuple[TaskName, ...] = ("SequenceClassification", "MultipleChoice")
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+PROBLEMS: tuple[Problem, ...] = (
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +41,10 @@ class Architecture:
     """Second names of tied tensors -> first names."""
     ignored: str
     """A pattern of how names begin that hold nothing to read."""
-    task_head: tuple[Row, ...] = ()
-    """The last layer of a task's head, which is written and not read."""
+    task_heads: Mapping[TaskName, tuple[Row, ...]] = field(default_factory=dict)
+    """The heads of tasks, of which a file has one, and its ``config.json`` names which."""
+    poolings: tuple[Pooling, ...] = ("cls", "mean")
+    """How such a head makes one vector of a row: the first, unless ``config.json`` says how."""
     unused_positions: int = 0
     """Leading rows of the position table."""
     untied: str = "untied weights are not supported"
@@ -36,16 +55,46 @@ class Architecture:
 class TaskHead:
     """What a task's head is, for a ``config.json``."""
 
-    task: Literal[
-        "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"
-    ]
+    task: TaskName
     labels: tuple[str, ...] = ()
     """Names of what the last layer distinguishes, where they have names."""
-    problem_type: (
-        Literal["single_label_classification", "multi_label_classification", "regression"] | None
-    ) = None
-    pooling: Literal["cls", "mean"] | None = None
+    problem_type: Problem | None = None
+    pooling: Pooling | None = None
     """How it makes one vector of a row; None: it makes none."""
+
+    @property
+    def size(self) -> int:
+        """Outputs of the last layer."""
+        return {"QuestionAnswering": 2, "MultipleChoice": 1}.get(self.task, len(self.labels) or 1)
+
+    @classmethod
+    def read(cls, fields: "Fields", architecture: Architecture) -> "TaskHead | None":
+        """What a ``config.json`` says of it, if it names the class of a task that is known."""
+        task = names_task(fields)
+        if task is None or task not in architecture.task_heads:
+            return None
+        labels: tuple[str, ...] = ()
+        problem: Any = None
+        if task in ("SequenceClassification", "TokenClassification"):
+            names = fields.get("id2label", dict, {"0": "LABEL_0", "1": "LABEL_1"})
+            if sorted(names) != sorted(map(str, range(len(names)))):
+                raise InputError(f"{fields.source}: id2label does not name the labels 0, 1, …")
+            labels = tuple(str(names[str(i)]) for i in range(len(names)))
+        if task == "SequenceClassification":
+            kind = "regression" if len(labels) == 1 else "single_label_classification"
+            known = {one: one for one in PROBLEMS}
+            problem = fields.name("problem_type", known, kind)
+            if problem == "regression" and len(labels) > 1:
+                raise InputError(
+                    f"{fields.source}: problem_type='regression' of {len(labels)} "
+                    "numbers is not supported; of one it is"
+                )
+            labels = () if problem == "regression" else labels
+        pooling: Any = None
+        if task in POOLED:
+            known = {one: one for one in architecture.poolings}
+            pooling = fields.name("classifier_pooling", known, architecture.poolings[0])
+        return cls(task=task, labels=labels, problem_type=problem, pooling=pooling)
 
     def write_config(self, model: str) -> dict[str, Any]:
         """The keys of a ``config.json`` that tell of it."""
@@ -54,7 +103,7 @@ class TaskHead:
             "id2label": {str(i): name for i, name in names.items()},
             "label2id": {name: i for i, name in names.items()},
             "problem_type": self.problem_type,
-            "classifier_pooling": self.pooling,
+            "classifier_pooling": self.pooling if self.pooling != "bert" else None,
         }
         kept = {key: value for key, value in said.items() if value}
         return {"architectures": [f"{model}For{self.task}"], **kept}
@@ -95,6 +144,12 @@ class Fields:
                 f"{self.source}: {key}={value!r} is not supported; {', '.join(known)} are"
             )
         return known[value]
+
+
+def names_task(fields: Fields) -> TaskName | None:
+    """The task whose class a ``config.json`` names."""
+    named = fields.get("architectures", list, []) or [""]
+    return next((one for one in TASKS if str(named[0]).endswith(f"For{one}")), None)
 
 
 # What feed-forward blocks' activations are called there; the first name of each is written.

@@ -1,12 +1,16 @@
-"""BERT and RoBERTa in Hugging Face's names: the tables, and what ``config.json`` means.
+"""BERT and its kin in Hugging Face's names: the tables, and what ``config.json`` means.
 
 RoBERTa's position table has two unused rows in front; positions there count from 2, here from 0.
+XLM-RoBERTa and CamemBERT are RoBERTas with another vocabulary. ELECTRA's discriminator and
+generator are BERTs, if their embeddings are as wide as their layers. DistilBERT (Sanh et al. 2019)
+has no token types: it is a BERT whose two token types are zeros. All are written as BERTs.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from jaxlm.convert.architecture import NUMBER, Architecture, Fields
+from jaxlm.convert.architecture import NUMBER, Architecture, Fields, TaskName
 from jaxlm.convert.table import Row, Sizes, linear, norm
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
@@ -52,6 +56,14 @@ def _mlm_head(transform: str, layer_norm: str, bias: str) -> tuple[Row, ...]:
     )
 
 
+def _last(theirs: str) -> tuple[Row, ...]:
+    return linear(theirs, "head/classifier", "embed -> labels")
+
+
+_ON_TOKENS: dict[TaskName, tuple[Row, ...]] = {
+    "TokenClassification": _last("classifier"),
+    "QuestionAnswering": _last("qa_outputs"),
+}
 _PREDICTIONS = "cls.predictions"
 BERT = Architecture(
     prefix="bert.",
@@ -69,6 +81,12 @@ BERT = Architecture(
         f"{_PREDICTIONS}.decoder.bias": f"{_PREDICTIONS}.bias",
     },
     ignored=r"bert\.embeddings\.position_ids|cls\.seq_relationship\.",
+    task_heads={
+        "SequenceClassification": (*_pooler("bert."), *_last("classifier")),
+        "MultipleChoice": (*_pooler("bert."), *_last("classifier")),
+        **_ON_TOKENS,
+    },
+    poolings=("bert",),
 )
 ROBERTA = Architecture(
     prefix="roberta.",
@@ -82,8 +100,72 @@ ROBERTA = Architecture(
         "lm_head.decoder.bias": "lm_head.bias",
     },
     ignored=r"roberta\.embeddings\.position_ids",
+    task_heads={
+        "SequenceClassification": (
+            *linear("classifier.dense", "head/pooler", "embed -> outputs"),
+            *_last("classifier.out_proj"),
+        ),
+        "MultipleChoice": (*_pooler("roberta."), *_last("classifier")),
+        **_ON_TOKENS,
+    },
+    poolings=("bert",),
     unused_positions=2,
 )
+
+
+ELECTRA = Architecture(
+    prefix="electra.",
+    encoder=_encoder("electra.", 0),
+    heads=(
+        _mlm_head(
+            "generator_predictions.dense",
+            "generator_predictions.LayerNorm",
+            "generator_lm_head.bias",
+        ),
+    ),
+    copies={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
+    ignored=r"electra\.embeddings\.position_ids|discriminator_predictions\.",
+    task_heads=_ON_TOKENS,
+)
+
+
+def _distilbert() -> Architecture:
+    layer, ours = "distilbert.transformer.layer.{layer}", "encoder/layers"
+    heads = "embed -> heads head_dim"
+    table = "distilbert.embeddings.word_embeddings.weight"
+    qkv = (("q_lin", "query"), ("k_lin", "key"), ("v_lin", "value"))
+    maps = [(f"attention.{theirs}", f"attention/{name}", heads) for theirs, name in qkv]
+    maps += [
+        ("attention.out_lin", "attention/out", "heads head_dim -> embed"),
+        ("ffn.lin1", "mlp/up", "embed -> mlp"),
+        ("ffn.lin2", "mlp/down", "mlp -> embed"),
+    ]
+    norms = (("sa_layer_norm", "attention_norm"), ("output_layer_norm", "mlp_norm"))
+    embeddings = [row for row in _encoder("distilbert.", 0) if "embeddings" in row.theirs]
+    return Architecture(
+        prefix="distilbert.",
+        encoder=(
+            *(replace(r, theirs="") if "token_type" in r.theirs else r for r in embeddings),
+            *(r for name, path, a in maps for r in linear(f"{layer}.{name}", f"{ours}/{path}", a)),
+            *(row for name, path in norms for row in norm(f"{layer}.{name}", f"{ours}/{path}")),
+        ),
+        heads=(_mlm_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),),
+        copies={"vocab_projector.weight": table},
+        ignored=r"distilbert\.embeddings\.position_ids",
+        task_heads=_ON_TOKENS,
+    )
+
+
+DISTILBERT = _distilbert()
+_DISTILBERT_KEYS = {
+    "num_hidden_layers": "n_layers",
+    "hidden_size": "dim",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "hidden_act": "activation",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
 
 
 def sizes(config: BertConfig) -> Sizes:
@@ -109,7 +191,20 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Bert
     match get("model_type", str):
         case "bert":
             architecture = BERT
-        case "roberta":
+        case "electra":
+            architecture = ELECTRA
+            width = get("hidden_size", int)
+            if get("embedding_size", int, width) != width:
+                raise InputError(
+                    f"{source}: embedding_size={raw['embedding_size']} is not hidden_size={width}, "
+                    "and a map between them, as in ELECTRA-small, is not supported; the base and "
+                    "large ones have none"
+                )
+        case "distilbert":
+            architecture = DISTILBERT
+            raw = {**raw, **{ours: raw.get(theirs) for ours, theirs in _DISTILBERT_KEYS.items()}}
+            fields.raw = raw
+        case "roberta" | "xlm-roberta" | "camembert":
             architecture = ROBERTA
             require("pad_token_id", int, 1)  # where positions count from
         case other:

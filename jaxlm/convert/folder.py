@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
+from jaxlm.convert import flax_msgpack
 from jaxlm.errors import InputError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-_OTHERS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack")
+_OTHERS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -47,7 +48,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def has_weights(folder: Path) -> bool:
     """Whether there is a file that :class:`Tensors` reads."""
-    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+    return any((folder / name).is_file() for name in (WEIGHTS, INDEX, flax_msgpack.WEIGHTS))
+
+
+def open_tensors(folder: Path) -> Mapping[str, Shaped[np.ndarray, "..."]]:
+    """All of a folder; those of the old Flax classes where there are no others."""
+    old = folder / flax_msgpack.WEIGHTS
+    if old.is_file() and not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        return flax_msgpack.FlaxTensors(old)
+    return Tensors(folder)
 
 
 class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
@@ -82,6 +91,22 @@ class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+class Renamed(Mapping[str, Shaped[np.ndarray, "..."]]):
+    """Tensors under other names."""
+
+    def __init__(self, tensors: Mapping[str, Any], names: Mapping[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _shards(folder: Path) -> list[Path]:

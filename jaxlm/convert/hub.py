@@ -1,7 +1,11 @@
 """From the name of a model to a folder: one that exists, or a download from the hub."""
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from jaxlm.convert.flax_msgpack import WEIGHTS as OLD
 from jaxlm.errors import InputError
 
 FILES = (
@@ -16,6 +20,7 @@ FILES = (
     "tokenizer_config.json",  # whether that is lower-cased
     "modules.json",  # and what else a sentence encoder has
     "*_*/config.json",
+    "*_*/model.safetensors",
     "*sentence*.json",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -45,16 +50,20 @@ def _download(name: str, cache: str | Path | None) -> Path:
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     failure: Exception | None = None
+    patterns: list[str] = list(FILES)
     try:
         # Asked first, because the download waits for an answer without a limit.
-        HfApi().model_info(name, timeout=_TIMEOUT)
+        info = _within(_TIMEOUT, lambda: HfApi().model_info(name, timeout=_TIMEOUT))
+        names = [one.rfilename for one in getattr(info, "siblings", None) or ()]
+        if not any(name.endswith(".safetensors") for name in names):
+            patterns.append(OLD)
     except Exception as error:  # the HTTP client's are of no class that the hub's package names
         failure = error
     try:
         folder = snapshot_download(
             name,
             cache_dir=cache,
-            allow_patterns=list(FILES),
+            allow_patterns=patterns,
             local_files_only=failure is not None,
         )
     except Exception as error:
@@ -71,3 +80,27 @@ def _download(name: str, cache: str | Path | None) -> Path:
             "folder; a run of your own must be trained first, or --base must give its path"
         ) from error
     return Path(folder)
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What the call returns; raises where that takes longer.
+
+    A time limit of the connection's alone would hold for each address of the host anew.
+    """
+    returned: list[Any] = []
+    raised: list[Exception] = []
+
+    def run() -> None:
+        try:
+            returned.append(call())
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # which does not hold up the end
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not returned:
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    return returned[0]

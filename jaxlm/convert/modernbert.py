@@ -14,6 +14,7 @@ from typing import Any
 from jaxlm.convert.architecture import (
     ACTIVATIONS,
     NUMBER,
+    TASKS,
     Architecture,
     Fields,
     published_activation,
@@ -71,7 +72,7 @@ def architecture(config: ModernBertConfig) -> Architecture:
         ),
         copies={"decoder.weight": table},
         ignored=r"classifier\.",
-        task_head=linear("classifier", "head/classifier", "embed -> labels"),
+        task_heads=dict.fromkeys(TASKS, linear("classifier", "head/classifier", "embed -> labels")),
     )
 
 

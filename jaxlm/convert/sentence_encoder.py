@@ -5,10 +5,15 @@ follows the encoder, each module with a folder for its settings.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from jaxlm.convert import folder
 from jaxlm.errors import InputError
@@ -30,6 +35,28 @@ _MODES: dict[str, Pooling] = {
 }
 
 
+_ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "Identity": lambda x: x,
+    "Tanh": jnp.tanh,
+    "ReLU": jax.nn.relu,
+    "GELU": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dense:
+    """``activation(x W + b)`` of a vector, in float32."""
+
+    kernel: Float32[np.ndarray, "embed features"]
+    bias: Float32[np.ndarray, "features"]
+    activation: str
+
+    def __call__(self, vectors: Float[Array, "batch embed"]) -> Float[Array, "batch features"]:
+        """Of each vector."""
+        product = jnp.matmul(vectors, self.kernel, precision="highest")
+        return _ACTIVATIONS[self.activation](product + self.bias[None])
+
+
 @dataclass(frozen=True, kw_only=True)
 class SentenceEncoder:
     """What follows the hidden states."""
@@ -38,6 +65,8 @@ class SentenceEncoder:
     """None: in a way that is not known here, which ``problem`` names."""
     normalized: bool
     """Vectors have length 1."""
+    dense: tuple[Dense, ...] = ()
+    """What a pooled vector goes through before it is scaled."""
     max_length: int | None = None
     """Tokens of a text that are read, special ones among them; None: as many as the encoder can."""
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -47,6 +76,11 @@ class SentenceEncoder:
     problem: str = ""
     lowered: bool = False
     """Texts are in small letters before they are tokenised."""
+
+    @property
+    def beyond_pooling(self) -> str:
+        """What a task that pools cannot take over; empty: nothing."""
+        return self.problem or ("a Dense layer" if self.dense else "")
 
 
 def read(path: Path) -> SentenceEncoder | None:
@@ -60,8 +94,13 @@ def read(path: Path) -> SentenceEncoder | None:
         raise InputError(
             f"{path / MODULES} is not a list of modules with a type and a path: download it again"
         ) from error
-    known = ("Transformer", "Pooling", "Normalize")
+    known = ("Transformer", "Pooling", "Dense", "Normalize")
     problem = next((f"a {kind} layer" for kind, _ in kinds if kind not in known), "")
+    order = [known.index(kind) for kind, _ in kinds if kind in known]
+    if order != sorted(order):
+        problem = problem or "layers in the order " + ", ".join(kind for kind, _ in kinds)
+    dense = [_dense(path / where) for kind, where in kinds if kind == "Dense"]
+    problem = problem or next((one for one in dense if isinstance(one, str)), "")
     pools = [path / where for kind, where in kinds if kind == "Pooling"]
     settings = [folder.read_json(pool / folder.CONFIG) for pool in pools]
     modes = [mode for one in settings for mode in _modes(one)]
@@ -80,12 +119,29 @@ def read(path: Path) -> SentenceEncoder | None:
     return SentenceEncoder(
         pooling=None if problem else _MODES[modes[0]],
         normalized=any(kind == "Normalize" for kind, _ in kinds),
+        dense=tuple(one for one in dense if isinstance(one, Dense)),
         max_length=lengths.get("max_seq_length"),
         prompts=prompts,
         default_prompt=prompts.get(default, ""),
         problem=problem,
         lowered=lengths.get("do_lower_case") is True,
     )
+
+
+def _dense(path: Path) -> Dense | str:
+    """The layer in a folder, or why it cannot be computed."""
+    if not folder.has_weights(path):
+        return f"a Dense layer without {folder.WEIGHTS}"
+    said, tensors = _settings(path / folder.CONFIG), folder.open_tensors(path)
+    activation = str(said.get("activation_function", "Tanh")).rpartition(".")[2]
+    if activation not in _ACTIVATIONS:
+        return f"a Dense layer with {activation}"
+    if "linear.weight" not in tensors or not set(tensors) <= {"linear.weight", "linear.bias"}:
+        return f"a Dense layer of {', '.join(sorted(tensors))}"
+    kernel = tensors["linear.weight"].astype(np.float32).T
+    zeros = np.zeros(kernel.shape[1], np.float32)
+    bias = tensors["linear.bias"].astype(np.float32) if "linear.bias" in tensors else zeros
+    return Dense(kernel=kernel, bias=bias, activation=activation)
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Row:
 
     theirs: str
     """The tensor's name; ``{layer}`` stands for 0, 1, … and is a leading axis of ours, as is
-    ``{next}``, for 1, 2, …"""
+    ``{next}``, for 1, 2, …; empty: there is none, and ours is zeros."""
     ours: str
     """The path in our tree."""
     layout: str
@@ -74,7 +74,7 @@ class Row:
     def names(self, sizes: Sizes) -> list[str]:
         """Names of all tensors that make up the parameter."""
         if not self._stacked:
-            return [self.theirs]
+            return [self.theirs] if self.theirs else []
         layers = range(sizes[self.stack])
         names = [self.theirs.format(layer=layer, next=layer + 1) for layer in layers]
         return names if self.last is None else [*names[:-1], self.last]
@@ -94,6 +94,8 @@ class Row:
         """Ours, or a part of it, from theirs, one after the other; ``source`` is for errors."""
         shape, names = self.shape(sizes), self.names(sizes)
         index = index or (slice(None),) * len(shape)
+        if not names:
+            return np.zeros(shape, np.float32)[index]
         if not self._stacked:
             return np.ascontiguousarray(self._one(0, names[0], tensors, sizes, source)[index])
         layers = range(len(names))[index[0]]

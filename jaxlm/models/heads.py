@@ -372,7 +372,7 @@ class EmbeddingHead(nn.Module):
     """
 
     pool: Pool = mean_pool
-    scale: Callable[..., Float[Array, "*batch embed"]] = unit_length
+    scale: Callable[..., Float[Array, "*batch features"]] = unit_length
 
     @nn.compact
     def __call__(
@@ -382,7 +382,7 @@ class EmbeddingHead(nn.Module):
         *,
         num_segments: int | None = None,
         deterministic: bool = True,
-    ) -> Float[Array, "batch *segments embed"]:
+    ) -> Float[Array, "batch *segments features"]:
         return self.scale(pooled(self.pool, hidden, segment_ids, num_segments))
 
 

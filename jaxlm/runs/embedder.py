@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float, Float32
 
 from jaxlm.config import FinetuneConfig
+from jaxlm.convert.sentence_encoder import Dense
 from jaxlm.data.labelled.dataset import Source
 from jaxlm.data.labelled.records import Record, Table
 from jaxlm.errors import InputError
@@ -125,7 +126,21 @@ def _of_run(
     return Embedder(embed, about, column, source, prompts, prompts.get("query", ""))
 
 
-def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embedder:
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How an encoder makes a vector of a text."""
+
+    head: EmbeddingHead
+    max_length: int
+    about: str
+    """The head in one line."""
+    prompts: Mapping[str, str]
+    prompt: str
+    """The default of the ``prompts``."""
+
+
+def settings(base: Base) -> Settings:
+    """As its folder says, else as is usual; raises where the folder says what is not supported."""
     require_one_text(base.config, "Embedding")
     says, prompts, prompt = base.sentence_encoder, {}, ""
     if says is None:
@@ -140,18 +155,39 @@ def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embe
         )
     else:
         pooling, longest = says.pooling, says.max_length
-        scale = unit_length if says.normalized else as_it_is
+        own = unit_length if says.normalized else as_it_is
+        scale = (lambda vectors: own(_through(says.dense, vectors))) if says.dense else own
         length = "scaled to length 1" if says.normalized else "not scaled"
-        about = f"pooling: {pooling}, {length}, as the folder of {base.name} says"
+        maps = "".join(f", {one.kernel.shape[1]} by a Dense layer" for one in says.dense)
+        about = f"pooling: {pooling}{maps}, {length}, as the folder of {base.name} says"
         prompts, prompt = says.prompts, says.default_prompt
     lengths = [length for length in (longest, base.config.max_length) if length is not None]
+    return Settings(
+        head=EmbeddingHead(POOLS[pooling], scale),
+        max_length=min(lengths, default=512),
+        about=about,
+        prompts=prompts,
+        prompt=prompt,
+    )
+
+
+def _through(
+    layers: Sequence[Dense], vectors: Float[Array, "batch embed"]
+) -> Float[Array, "batch features"]:
+    for layer in layers:
+        vectors = layer(vectors)
+    return vectors
+
+
+def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embedder:
+    found = settings(base)
     embed = make_embed(
         base.config.make(),
         base.encoder,
         base.tokenizer,
-        max_length=min(lengths, default=512),
+        max_length=found.max_length,
         batch_size=batch_size,
-        head=EmbeddingHead(POOLS[pooling], scale),
+        head=found.head,
         report=report,
     )
-    return Embedder(embed, about, "text", prompts=prompts, prompt=prompt)
+    return Embedder(embed, found.about, "text", prompts=found.prompts, prompt=found.prompt)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlm.convert import huggingface
-from jaxlm.convert.architecture import TaskHead
+from jaxlm.convert.architecture import Problem, TaskHead, TaskName
 from jaxlm.models.model import ModelConfig
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.multiple_choice import MultipleChoice
@@ -28,19 +28,27 @@ class Published(NamedTuple):
 
 def publish(task: Task, labels: Labels, head: Head, model: ModelConfig) -> Published:
     """What of a run's head other libraries can have."""
-    if not huggingface.keeps_task_head(model):  # then a layer of it, which only BERT's have
+    names: dict[type, TaskName] = {
+        Classification: "SequenceClassification",
+        MultipleChoice: "MultipleChoice",
+        Tagging: "TokenClassification",
+        QuestionAnswering: "QuestionAnswering",
+    }
+    pooling = vars(task).get("pooling") or "bert"
+    known = huggingface.poolings(model, names[type(task)]) if type(task) in names else None
+    if known is None:  # then a layer of it, which only BERT's have
         pooler = {name: leaf for name, leaf in head.items() if name == "pooler"}
         if pooler and not huggingface.keeps_pooler(model):
             why = "; its pooler, which has no place there, is left out with the head"
             return Published({}, None, why)
         return Published(pooler, None)
-    pooling = vars(task).get("pooling")
     match task:
-        case Classification() | MultipleChoice() if pooling not in ("cls", "mean"):
-            why = f"; its head, which pools by {pooling} and not by cls or mean, is left out"
+        case Classification() | MultipleChoice() if pooling not in known:
+            way = " or ".join(known)
+            why = f"; its head, which pools by {pooling} and not by {way}, is left out"
             return Published({}, None, why)
         case Classification():
-            kinds: dict[str, Any] = {
+            kinds: dict[str, Problem] = {
                 "class": "single_label_classification",
                 "labels": "multi_label_classification",
                 "number": "regression",

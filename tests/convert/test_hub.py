@@ -1,4 +1,6 @@
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -59,6 +61,29 @@ def test_without_a_network(tmp_path, asked):
     ((name, timeout),) = asked
     assert name == "org/name"
     assert timeout <= 5
+
+
+def test_a_network_that_does_not_answer(monkeypatch, tmp_path):
+    never = threading.Event()
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda self, name, *, timeout: never.wait()
+    )
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.05)
+    with pytest.raises(InputError, match=r"cannot be downloaded \(no answer within 0\.05 s\)"):
+        hub.find("org/name", tmp_path)
+    never.set()
+
+
+@pytest.mark.parametrize("files", [["flax_model.msgpack"], ["model.safetensors"], []])
+def test_an_old_flax_checkpoint_is_taken_where_there_is_nothing_else(files, monkeypatch, tmp_path):
+    def snapshot_download(name, *, allow_patterns, **options):
+        assert ("flax_model.msgpack" in allow_patterns) == ("model.safetensors" not in files)
+        return str(tmp_path)
+
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in files])
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, name, *, timeout: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert hub.find("org/name", tmp_path) == tmp_path
 
 
 def test_without_a_network_but_downloaded_before(tmp_path, asked):

@@ -276,7 +276,7 @@ LAYER = "bert.encoder.layer.1"
 @pytest.mark.parametrize(
     ("config", "weights", "message"),
     [
-        ({"model_type": "distilbert"}, {}, "json: model_type='distilbert' is not supported; bert"),
+        ({"model_type": "mpnet"}, {}, "json: model_type='mpnet' is not supported; bert, distil"),
         ({"model_type": None}, {}, "config.json lacks model_type"),
         ({"hidden_act": "gelu_new"}, {}, "hidden_act='gelu_new' is not supported; 'gelu' is"),
         ({"position_embedding_type": "relative_key"}, {}, "'relative_key' is not supported"),

@@ -74,7 +74,13 @@ def test_lengths_and_prompts(tmp_path):
         ({"pooling_mode_cls_token": True}, KINDS, "pooling by mean_tokens and cls_token"),
         ({"pooling_mode": "weightedmean"}, KINDS, "pooling by weightedmean"),
         ({"pooling_mode_mean_tokens": False}, KINDS, "pooling by nothing"),
-        ({}, ("Transformer", "Pooling", "Dense"), "a Dense layer"),
+        ({}, ("Transformer", "Pooling", "Dense"), "a Dense layer without model.safetensors"),
+        ({}, ("Transformer", "Pooling", "LSTM"), "a LSTM layer"),
+        (
+            {},
+            ("Transformer", "Pooling", "Normalize", "Dense"),
+            "layers in the order Transformer, Pooling, Normalize, Dense",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(pooling, kinds, problem, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_xlnet
 from rich.console import Console
+from safetensors.numpy import save_file
 from tiny_models import BERT
 
 from jaxlm import config as configs
@@ -100,6 +101,34 @@ def test_vectors_are_as_the_folder_says(pooling, normalized, pooled):
         np.testing.assert_allclose(vector, expected, atol=1e-5)
     assert embedder.about.startswith(f"pooling: {pooling}, {'' if normalized else 'not '}scaled")
     assert said == ["1 of 4 texts are cut at 8 tokens"]
+
+
+def test_a_dense_layer_follows_the_pooling(pooled, folder):
+    path = pooled("mean")
+    kernel = np.random.default_rng(0).normal(size=(16, 6)).astype(np.float32)
+    for settings, weights, expected in (
+        ({}, {"linear.weight": kernel.T, "linear.bias": kernel[0]}, np.tanh),
+        ({"activation_function": "torch.nn.modules.linear.Identity"}, {}, lambda x: x),
+    ):
+        modules = [*json.loads((path / "modules.json").read_text())[:2]]
+        modules += [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
+        (path / "modules.json").write_text(json.dumps(modules))
+        (path / "2_Dense").mkdir(exist_ok=True)
+        (path / "2_Dense" / "config.json").write_text(json.dumps(settings))
+        weights = {"linear.weight": np.ascontiguousarray(kernel.T)} | weights
+        weights = {name: np.ascontiguousarray(x) for name, x in weights.items()}
+        save_file(weights, path / "2_Dense" / "model.safetensors")
+        embedder = open_embedder(str(path))
+        assert embedder.about.startswith("pooling: mean, 6 by a Dense layer, not scaled, as the f")
+        bias = weights.get("linear.bias", np.zeros(6))
+        mean = hidden(folder, "a b", 8).mean(0)
+        np.testing.assert_allclose(embedder(["a b"])[0], expected(mean @ kernel + bias), atol=1e-5)
+    loaded = base.load(str(path))
+    with pytest.raises(InputError, match=r"with a Dense layer, which is .* --task\.pooling mean"):
+        resolve(tuned(path, Embedding()), loaded, loaded.tokenizer, "cpu")
+    (path / "2_Dense" / "config.json").write_text('{"activation_function": "x.Softsign"}')
+    with pytest.raises(InputError, match="with a Dense layer with Softsign, which is not suppor"):
+        open_embedder(str(path))
 
 
 def test_prompts_stand_before_texts(pooled):

@@ -16,6 +16,7 @@ from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
 from jaxlm.models.heads import WithLmHead
+from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.runs import finetuned
 from jaxlm.runs.base import Base
@@ -139,4 +140,12 @@ def test_what_has_no_place_stays_behind():
         "; its head, which pools by max and not by cls or mean, is left out",
     )
     pooler = {"pooler": {"kernel": np.ones((8, 8))}}
-    assert publish(Classification(), ("a",), HEAD | pooler, BERT) == (pooler, None, "")
+    llama = LlamaConfig(**SIZES, num_kv_heads=1, max_length=8)
+    why = "; its pooler, which has no place there, is left out with the head"
+    assert publish(Classification(), ("a",), HEAD | pooler, llama) == ({}, None, why)
+    whole = publish(Classification(), ("a",), HEAD | pooler, BERT)
+    assert whole.head == HEAD | pooler
+    assert whole.said is not None
+    assert (whole.said.task, whole.said.pooling) == ("SequenceClassification", "bert")
+    why = "; its head, which pools by mean and not by bert, is left out"
+    assert publish(Classification(pooling="mean"), ("a",), HEAD, BERT) == ({}, None, why)

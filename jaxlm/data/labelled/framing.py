@@ -44,7 +44,7 @@ class Framer:
         self.special = SpecialTokens.of(tokenizer)
         self.max_length = max_length
         self._tokenizer = copy
-        self._space = _space(copy)
+        self._space = space_before(copy)
         if self.room(2) < 2:
             raise InputError(
                 f"max_length={max_length} leaves no room for two texts among "
@@ -82,7 +82,7 @@ class Framer:
         return self._frames[len(texts)].size + sum(map(len, texts))
 
 
-def _space(tokenizer: Tokenizer) -> str:
+def space_before(tokenizer: Tokenizer) -> str:
     """What must stand before each of a list of words for its tokens to be those of joined text.
 
     To a byte-level tokenizer without ``add_prefix_space`` (RoBERTa's, ModernBERT's), and to one

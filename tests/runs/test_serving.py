@@ -1,0 +1,288 @@
+"""What is exported answers without jaxlm, as jaxlm answers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from tiny_models import BERT
+from tokenizers import pre_tokenizers
+
+from jaxlm.config import FinetuneConfig, PretrainConfig
+from jaxlm.convert import huggingface, stablehlo
+from jaxlm.data import tokenizers
+from jaxlm.data.labelled.classification import TextFields
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import Table
+from jaxlm.data.loader import DataConfig
+from jaxlm.errors import InputError
+from jaxlm.models.xlnet import XlnetConfig
+from jaxlm.objectives.masking import MaskingConfig
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.runs import finetuned, model_card, pretrained, serving
+from jaxlm.runs.embedder import open_embedder
+from jaxlm.runs.finetuned import FinetunedRun
+from jaxlm.runs.pretrained import Pretrained
+from jaxlm.tasks.causal_lm import CausalLm
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.embedding import Embedding
+from jaxlm.tasks.masked_lm import MaskedLm
+from jaxlm.tasks.question_answering import QuestionAnswering
+from jaxlm.tasks.tagging import Tagging
+from jaxlm.tasks.vocabulary import make_vocabulary
+from jaxlm.train.loop import TrainConfig
+
+# Packages that a server need not have; the import of one is an error.
+FORBIDDEN = (
+    *("jaxlm", "flax", "optax", "orbax", "einops", "jaxtyping", "safetensors", "huggingface_hub"),
+    *("torch", "transformers", "tensorflow_datasets", "grain"),
+)
+ALONE = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Forbidden(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {FORBIDDEN}:
+            raise ImportError(f"{{name}} is not here")
+
+sys.meta_path.insert(0, Forbidden())
+import json, os
+sys.path[:] = [path for path in sys.path if path]
+for job in json.load(open(sys.argv[1])):
+    os.chdir(job["folder"])
+    for lines in job["scripts"]:
+        exec(lines, {{}})
+"""
+ONE = TrainConfig(steps=1)
+CONFIG = replace(BERT, num_layers=1, vocab_size=16, max_length=24)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder of letters, published as a sentence encoder."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "vocab.txt").write_text("\n".join([*tokenizers.SPECIALS, *"abcdefgh"]) + "\n")
+    tokenizer = tokenizers.load(folder / "vocab.txt")
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    shapes = jax.eval_shape(CONFIG.make().init, jax.random.key(0), tokens)["params"]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+    path = folder / "base"
+    huggingface.save(path, {"encoder": params}, CONFIG, tokenizer, pooling="mean")
+    return path
+
+
+def tuned(base: Path, task, labels, **more) -> FinetunedRun:
+    """A run that has not learned anything, whose head and adapters are drawn."""
+    data = LabelledConfig(train=Table(path="none.csv"), batch_size=8, max_length=20, num_buckets=1)
+    loaded = finetuned.bases.load(str(base))
+    config = FinetuneConfig(
+        name="run",
+        runs=base,
+        base=str(base),
+        data=data,
+        task=task,
+        dropout_rate=0.1,
+        train=ONE,
+        **more,
+    )
+    config = finetuned.with_encoder(config, loaded.config, "cpu")
+    state = finetuned.make_state(config, labels, loaded)
+    rng = np.random.default_rng(1)
+    drawn = jax.tree.map(
+        lambda x: x + rng.normal(0, 0.3, x.shape).astype(np.float32), state.trainable
+    )
+    state = replace(state, trainable=drawn, opt_state=())
+    placement = finetuned.make_placement(config, labels, state, labelled=False)
+    return FinetunedRun(config, loaded.tokenizer, labels, state, placement, placement, {}, (0,))
+
+
+def blanks(base: Path) -> Pretrained:
+    loaded = finetuned.bases.load(str(base))
+    masking = MaskedLm(eval_masking=MaskingConfig())
+    config = PretrainConfig(
+        name="run",
+        data=DataConfig(paths=("x",)),
+        model=CONFIG,
+        task=masking,
+        train=ONE,
+    )
+    variables = pretrained.make_model(config).init(jax.random.key(3), jnp.zeros((1, 8), jnp.int32))
+    variables["params"]["encoder"] = jax.tree.map(jnp.asarray, loaded.encoder)
+    placement = pretrained.make_placement(config, make_vocabulary(loaded.tokenizer))
+    return Pretrained(config, loaded.tokenizer, 0, variables, {}, placement, (0,))
+
+
+CLASSES = Classification(fields=TextFields(pair="pair"), pooling="bert")
+LORA = LoraConfig(targets=(r"(query|value)/kernel",), rank=2)
+PAIRS = [("a b", "c"), ("d", "e f g h a b c d"), ("h " * 14, "g " * 12), ("a", "a")]
+WORDS = ["a b . c", "d", "e f g h a b c d"]
+QUESTIONS = [("a", "b c d e"), ("b c", "a h"), ("d", "e f g h a b c d e f")]
+BLANKS = ["a [MASK] b", "[MASK]", "a b c d e f [MASK] h"]
+
+
+@pytest.fixture(scope="module")
+def answers(base: Path, tmp_path_factory: pytest.TempPathFactory):
+    """What every artefact prints, alone and in batches of unequal lengths."""
+    pytest.importorskip("flatbuffers")
+    folder = tmp_path_factory.mktemp("artefacts")
+    runs = {
+        "classify": (tuned(base, CLASSES, ("no", "yes", "so"), tuning=LORA), PAIRS),
+        "tag": (tuned(base, Tagging(split="space"), ("O", "B-X", "I-X")), WORDS),
+        "answer": (tuned(base, QuestionAnswering(doc_stride=1, null_threshold=4.0), ()), QUESTIONS),
+        "fill-mask": (blanks(base), BLANKS),
+    }
+    served = {name: (serving.served(run), texts) for name, (run, texts) in runs.items()}
+    served["embed"] = (serving.open_served(str(base)), WORDS)
+    jobs = []
+    for name, (one, texts) in served.items():
+        jaxtyping.config.update("jaxtyping_disable", True)  # a symbolic length is no int
+        try:
+            serving.write(name, folder / name, one)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", False)
+        readme = (folder / name / "README.md").read_text()
+        (lines,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+        given = [text.split() if name == "tag" else text for text in texts]
+        scripts, (*head, last) = [lines], lines.splitlines()
+        last = last.removeprefix("print(").removesuffix(")")
+        for batch in (given, given[:1], given[1:]):
+            own = [f"texts = {batch!r}" if line.startswith("texts =") else line for line in head]
+            scripts.append(
+                "\n".join([*own, f"print('=', json.dumps({last}, default=np.ndarray.tolist))"])
+            )
+        jobs.append({"folder": str(folder / name), "scripts": scripts})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "alone.py").write_text(ALONE)
+    kept = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", folder / "alone.py", folder / "jobs.json"],
+        env=kept | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    own = [json.loads(line.removeprefix("=")) for line in printed if line.startswith("=")]
+    return {name: own[3 * i : 3 * i + 3] for i, name in enumerate(served)}, runs
+
+
+def expected(name, run, texts, base):
+    match name:
+        case "classify":
+            found = run.answer([{"text": a, "pair": b} for a, b in texts])
+            return [[one["probabilities"][x] for x in ("no", "yes", "so")] for one in found]
+        case "tag":
+            return [one["tags"] for one in run.answer(texts)]
+        case "answer":
+            found = run.answer([{"question": a, "context": b} for a, b in texts])
+            return [one["answer"] or "" for one in found]
+        case "fill-mask":
+            tokens = run.answer(texts)
+            return [[one["token"] for one in answer["blanks"][0]] for answer in tokens]
+    return open_embedder(str(base))(texts).tolist()
+
+
+@pytest.mark.parametrize("name", ["classify", "tag", "answer", "embed", "fill-mask"])
+def test_five_lines_answer_as_the_run(name, answers, base):
+    found, runs = answers
+    run, texts = runs.get(name, (None, WORDS))
+    wanted = expected(name, run, texts, base)
+    for batch, own in zip(found[name], (wanted, wanted[:1], wanted[1:]), strict=True):
+        if name == "tag":
+            batch = [list(words.values()) for words in batch]
+        if name == "classify":
+            batch = [list(row.values()) for row in batch]
+        if name in ("classify", "embed"):
+            np.testing.assert_allclose(batch, own, atol=1e-5)
+        else:
+            assert batch == own
+    assert len({json.dumps(one) for one in wanted}) > 1  # it looks at the text
+
+
+@pytest.mark.parametrize("target", ["labels", "number"])
+def test_what_is_made_of_logits_is_inside(target, base):
+    label = TextFields(target=target)
+    task = Classification(fields=label, pooling="mean", scale=None)
+    names = ("x", "y") if target == "labels" else ()
+    if target == "labels":
+        task = Classification(fields=label, pooling="mean", thresholds=("x=0.25",))
+    else:
+        task = Classification(fields=label, pooling="mean", scale=(50.0, 10.0))
+    run = tuned(base, task, names)
+    served = serving.served(run)
+    rows = served.tokenizer.encode_batch(["a b c", "d e f"])
+    arrays = (
+        np.int32([getattr(r, n) for r in rows]) for n in ("ids", "type_ids", "attention_mask")
+    )
+    found = np.asarray(served.apply(served.params, *arrays))
+    answers = run.answer(["a b c", "d e f"])
+    if target == "labels":
+        wanted = [list(one["probabilities"].values()) for one in answers]
+        assert served.about == {"labels": names, "thresholds": {"x": 0.25, "y": 0.5}}
+    else:
+        wanted = [one["value"] for one in answers]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_what_cannot_be_exported_says_so(base, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    one = serving.open_served(str(base))
+    with pytest.raises(InputError, match=r"there exists: name a new folder"):
+        serving.write("x", tmp_path / "there", one)
+    for wrong, said in (({"step": 3}, "names a checkpoint"), ({"base": "x"}, "is for adapters")):
+        with pytest.raises(InputError, match=said):
+            serving.open_served(str(base), **wrong)
+    run = blanks(base)
+    xlnet = replace(finetuned.bases.load(str(base)), config=XlnetConfig(vocab_size=16))
+    monkeypatch.setattr(serving.bases, "load", lambda name: xlnet)
+    with pytest.raises(InputError, match="is an XLNet, whose table of distances is made for one"):
+        serving.open_served(str(base))
+    config = PretrainConfig(
+        name="mine", data=run.config.data, model=CONFIG, task=CausalLm(), train=ONE
+    )
+    with pytest.raises(
+        InputError, match=r"^mine is to generate, which is no function of one batch"
+    ):
+        serving.served(replace(run, config=config))
+
+
+def test_embeddings_have_the_prompt_of_queries(base):
+    task = Embedding(pooling="mean", prompt="a b ", pair_prompt="c ")
+    served = serving.served(tuned(base, task, ()))
+    prompts = {"query": "a b ", "document": "c "}
+    assert served.about == {"prompt": "a b ", "prompts": prompts}
+
+
+def test_without_flatbuffers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(InputError, match="pip install flatbuffers"):
+        stablehlo.serialize(lambda weights, x: x, {}, ["batch"], None)
+
+
+def test_the_card_says_what_was_measured_and_no_paths(base, tmp_path):
+    run = tuned(base, CLASSES, ("no", "yes", "so"), tuning=LORA)
+    assert "| metric |" not in model_card.write(run, tmp_path)
+    lines = [{"step": 0, "eval/accuracy": 0.75, "eval/f1": float("nan")}, {"step": 5, "eval/x": 1}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    card = model_card.write(run, tmp_path)
+    assert "| accuracy | 0.7500 |" in card
+    assert "f1" not in card
+    assert "eval" not in card
+    for known in ('pipeline_tag: "text-classification"', "- labels: no, yes, so", "data: none.csv"):
+        assert known in card
+    assert "- base: base\n" in card
+    assert str(base.parent) not in card
+    (tmp_path / "eval.json").write_text('{"step": 0, "data": "x", "accuracy": 0.8, "loss": null}')
+    assert "| accuracy | 0.8000 |" in model_card.write(run, tmp_path)
