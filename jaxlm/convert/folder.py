@@ -63,7 +63,7 @@ class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
     """The tensors of a folder by name, in the dtype of their file; each is read when asked for."""
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
-        """Of the model; with a ``name`` of that file alone."""
+        """Those of the model; with a ``name`` of that file alone."""
         self._folder = folder
         self._files: dict[str, Any] = {}
         for path in _shards(folder) if name is None else [folder / name]:

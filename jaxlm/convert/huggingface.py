@@ -150,12 +150,6 @@ def read_config(path: Path) -> ModelConfig:
     return layout.describe(path)[1]
 
 
-def read_layout(path: Path) -> tuple[Architecture, Known, Sizes]:
-    """How the model in a folder is written, its configuration, and the sizes of its axes."""
-    architecture, config = _describe(path)
-    return architecture, config, _sizes(config)
-
-
 def to_huggingface(
     params: PyTree[Float[Array | np.ndarray, "..."]],
     config: Known,

@@ -46,7 +46,7 @@ class Adapter:
     collection: Ours
     """``lora`` or ``ia3``."""
     saved: Ours
-    """Of ``params`` what is trained, too: the head, biases."""
+    """What of ``params`` is trained, too: the head, biases."""
 
 
 def save(

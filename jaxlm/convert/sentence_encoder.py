@@ -52,7 +52,7 @@ class Dense:
     activation: str
 
     def __call__(self, vectors: Float[Array, "batch embed"]) -> Float[Array, "batch features"]:
-        """Of each vector."""
+        """For each vector."""
         product = jnp.matmul(vectors, self.kernel, precision="highest")
         return _ACTIVATIONS[self.activation](product + self.bias[None])
 

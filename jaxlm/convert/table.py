@@ -60,7 +60,7 @@ class Row:
 
     @property
     def inputs(self) -> list[str]:
-        """Of a matrix, those of its axes that come first in ours: inputs, or a table's rows."""
+        """The axes of a matrix that come first in ours: inputs, or a table's rows."""
         there, here = self.layout.split(" -> ")
         first, second = _groups(there)
         axes = [axis for group in _groups(here) for axis in group]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from jaxlm.convert import folder, huggingface
+from jaxlm.convert import folder, layout
 from jaxlm.convert.table import Row, Sizes, linear
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
@@ -53,7 +53,8 @@ def read(
     ``pooling`` is that of a head which makes one vector of a row. Raises where transformers has no
     such model, or one that computes something else.
     """
-    architecture, config, sizes = huggingface.read_layout(path)
+    architecture, config = layout.describe(path)
+    sizes = layout.sizes_of(config)
     name = str(folder.read_config(path)["model_type"])
     prefix = "" if kind == "FeatureExtraction" else architecture.prefix
 

@@ -25,7 +25,7 @@ from jaxlm.peft import lora
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import base as bases
-from jaxlm.runs import best, finetuned, finetuning, resume, steps
+from jaxlm.runs import beginning, best, finetuned, finetuning, resume, steps
 from jaxlm.runs.finetuned import LABELS, FinetunedRun
 from jaxlm.runs.folder import CHECKPOINTS, is_run, write_folder
 from jaxlm.runtime.storage import StoragePath, locate
@@ -121,7 +121,7 @@ def _taken_out(run: FinetunedRun, base: bases.Base, params: Ours) -> Ours:
     inputs, module = example_inputs(config.model), finetuned.make_model(config, run.labels)
     sites = find_sites(lambda variables: module.apply(variables, *inputs), {"params": params})
     body = sites.only(lambda path: not path.startswith("head/"))
-    before = finetuned.make_params(config, run.labels, base)
+    before = beginning.make_params(config, finetuned.make_model(config, run.labels), base)
     before.pop("head", None)
     return jax.device_get(lora.init_at(jax.random.key(0), before, body, tuning))
 
@@ -174,7 +174,9 @@ def load(
         config, base=bases.lasting(name), model=None, tokenizer=None, tuning=LoraConfig()
     )
     config = finetuning.resolve(config, loaded, loaded.tokenizer, jax.default_backend())
-    params = jax.device_get(finetuned.make_params(config, labels, loaded))
+    params = jax.device_get(
+        beginning.make_params(config, finetuned.make_model(config, labels), loaded)
+    )
     model = _task_model(where, config.task, len(labels) or None, params)
     adapter = peft_load.load(path, params, model)
     config = replace(config, tuning=adapter.tuning, frozen_dtype="float32")

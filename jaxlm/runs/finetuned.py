@@ -27,7 +27,7 @@ from jaxlm.models.model import example_inputs, is_two_sided
 from jaxlm.nn.choose import Wanted
 from jaxlm.peft import tuning
 from jaxlm.runs import base as bases
-from jaxlm.runs import best, steps, thresholds
+from jaxlm.runs import beginning, best, steps, thresholds
 from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
@@ -43,7 +43,6 @@ from jaxlm.train.step import EvalStep, make_predict_step
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 LABELS = "labels.json"
-LM_HEAD = "lm_head"
 
 
 def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneConfig:
@@ -74,39 +73,15 @@ def adapted_apply(config: FinetuneConfig, labels: Labels) -> Apply:
     return tuning.adapt(config.tuning, make_model(config, labels).apply)
 
 
-def make_params(config: FinetuneConfig, labels: Labels, base: Base | None) -> Params:
-    """The base's parameters and a new head, on the host's first device."""
-    model = make_model(config, labels)
-    assert config.model is not None  # resolved
-    inputs = example_inputs(config.model)
-    key, _ = jax.random.split(jax.random.key(config.train.seed))
-
-    def init(key: PRNGKey) -> Params:
-        params = dict(model.init(key, *inputs)["params"])
-        if base is not None:  # what is not returned is not computed
-            del params["encoder"]
-            params.pop(LM_HEAD, None)
-        return params
-
-    params = jax.jit(init)(key)
-    if base is not None:
-        params = params | _given(config, model, base)
-        if "head" in params:
-            known = _known(base)
-            params["head"] = {name: known.get(name, new) for name, new in params["head"].items()}
-    return jax.tree.map(jnp.asarray, params)
-
-
 def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> TrainState:
-    """Step 0: :func:`make_params`, and new adapters."""
-    model = make_model(config, labels)
+    """Step 0: the base's parameters, a new head, and new adapters."""
     assert config.model is not None  # resolved
-    inputs = example_inputs(config.model)
     _, key = jax.random.split(jax.random.key(config.train.seed))
+    model, inputs = make_model(config, labels), example_inputs(config.model)
     trainable, frozen = tuning.prepare(
         config.tuning,
         key,
-        make_params(config, labels, base),
+        beginning.make_params(config, model, base),
         lambda variables: model.apply(variables, *inputs),
         config.frozen_dtype,
         split_layers=config.model.unrolls_layers,
@@ -117,28 +92,6 @@ def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> Tra
             f"{type(config.task).__name__} has no parameters; tune the encoder as well"
         )
     return TrainState.create(trainable, frozen, make_optimizer(config))
-
-
-def _known(base: Base) -> dict[str, Any]:
-    """Parts of a task's head that a base has: a pooler, or what its own head shares with those."""
-    shared, own = ("transform", "norm"), base.lm_head or {}
-    known = {name: own[name] for name in shared} if own.keys() >= set(shared) else {}
-    return known if base.pooler is None else known | {"pooler": base.pooler}
-
-
-def _given(config: FinetuneConfig, model: nn.Module, base: Base) -> dict[str, Any]:
-    """The base's parameters for a model: of the encoder, and of the head over the vocabulary."""
-    assert config.model is not None  # resolved
-    given = {"encoder": steps.with_rows(base.encoder, config.model)}
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(config.model))
-    if LM_HEAD not in shapes["params"]:
-        return given
-    if base.lm_head is None:
-        raise InputError(
-            f"base={base.name!r} has no head that scores the vocabulary, which its "
-            f"{type(config.model).__name__} does not share with its embeddings: name one with it"
-        )
-    return given | {LM_HEAD: steps.with_bias(base.lm_head, config.model)}
 
 
 def make_optimizer(config: FinetuneConfig) -> Any:

@@ -72,7 +72,7 @@ def _name(source: Source) -> str:
 
 
 def _metrics(directory: Path, step: int) -> dict[str, float]:
-    """Of its own validation data at that step: finite numbers by name."""
+    """On its own validation data at that step: finite numbers by name."""
     found: dict[str, Any] = {}
     if (directory / "metrics.jsonl").is_file():
         for line in read_jsonl(directory / "metrics.jsonl"):

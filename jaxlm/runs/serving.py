@@ -125,8 +125,7 @@ def _check(name: str, config: ModelConfig | None) -> None:
 
 def _portable(config: Any) -> Any:
     """With attention as every device computes it, for any length."""
-    is_free = not is_attentive(config)
-    return config if is_free else replace(config, attention=None)
+    return replace(config, attention=None) if is_attentive(config) else config  # pyright: ignore[reportArgumentType]
 
 
 def _rows(apply: Apply) -> Callable[..., Array]:
