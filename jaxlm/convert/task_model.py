@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from jaxlm.convert import folder, layout
+from jaxlm.convert.architecture import POOLED, Architecture
 from jaxlm.convert.table import Row, Sizes, linear
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import ModelConfig, has_transform
 from jaxlm.models.pooling import Pooling
 
 Kind = Literal[
@@ -67,12 +68,12 @@ def read(
         rows = [row for head in architecture.heads for row in head]
         encoder += tuple(replace(row, ours=f"lm_{row.ours}") for row in rows)
         scoring = frozenset(architecture.copies.values())
-    head = _head(name, kind, prefix, str(path))
-    pools = "bert" if name in ("bert", "roberta") else "last"
-    if kind in ("SequenceClassification", "MultipleChoice") and pooling not in (None, pools):
+    head = _head(name, kind, architecture, has_transform(config), str(path))
+    pools = architecture.poolings if kind in architecture.task_heads else ("last",)
+    if kind in POOLED and pooling is not None and pooling not in pools:
         raise InputError(
-            f"pooling={pooling} is not what AutoModelFor{kind} does, which takes pooling={pools} "
-            f"of a {name}: train with --task.pooling {pools} to use the run there"
+            f"pooling={pooling} is not what AutoModelFor{kind} does, which takes pooling="
+            f"{pools[0]} of a {name}: train with --task.pooling {pools[0]} to use the run there"
         )
     auto = "AutoModel" if kind == "FeatureExtraction" else f"AutoModelFor{kind}"
     labels = {} if num_labels is None else {"labels": num_labels}
@@ -88,28 +89,27 @@ def read(
     )
 
 
-def _head(name: str, kind: Kind, prefix: str, source: str) -> tuple[Row, ...]:
+def _head(
+    name: str, kind: Kind, architecture: Architecture, transforms: bool, source: str
+) -> tuple[Row, ...]:
+    if kind in architecture.task_heads:
+        begins = ("head/transform/", "head/norm/") if transforms else ()
+        rows = (row for head in architecture.heads for row in head)
+        shared = (row for row in rows if row.ours.startswith(begins))
+        return (*shared, *architecture.task_heads[kind])
+
     def last(theirs: str) -> tuple[Row, ...]:
         return linear(theirs, "head/classifier", "embed -> labels")
 
-    def pooler(theirs: str) -> tuple[Row, ...]:
-        return linear(theirs, "head/pooler", "embed -> outputs")
-
     match name, kind:
-        case "t5", "Seq2SeqLM":
+        case ("t5", "Seq2SeqLM") | ("gpt2" | "llama", "CausalLM") | (_, "FeatureExtraction"):
             return ()
-        case ("gpt2" | "llama", "CausalLM") | (_, "FeatureExtraction"):
-            return ()
-        case "roberta", "SequenceClassification":
-            return (*pooler("classifier.dense"), *last("classifier.out_proj"))
-        case "bert" | "roberta", "SequenceClassification" | "MultipleChoice":
-            return (*pooler(f"{prefix}pooler.dense"), *last("classifier"))
         case "gpt2" | "llama", "SequenceClassification":
             return last("score")[:1]
-        case "bert" | "roberta" | "gpt2" | "xlnet", "TokenClassification":
+        case "gpt2" | "xlnet", "TokenClassification":
             return last("classifier")
         case "llama", "TokenClassification":
             return last("score")
-        case "bert" | "roberta" | "gpt2" | "xlnet", "QuestionAnswering":
+        case "gpt2" | "xlnet", "QuestionAnswering":
             return last("qa_outputs")  # not of a Llama: its class does not read the base's names
     raise InputError(f"{source}: transformers has no AutoModelFor{kind} of a {name} like ours")
