@@ -92,11 +92,12 @@ def read(
 def _head(
     name: str, kind: Kind, architecture: Architecture, transforms: bool, source: str
 ) -> tuple[Row, ...]:
-    if kind in architecture.task_heads:
+    own = {str(task): rows for task, rows in architecture.task_heads.items()}
+    if kind in own:
         begins = ("head/transform/", "head/norm/") if transforms else ()
         rows = (row for head in architecture.heads for row in head)
         shared = (row for row in rows if row.ours.startswith(begins))
-        return (*shared, *architecture.task_heads[kind])
+        return (*shared, *own[kind])
 
     def last(theirs: str) -> tuple[Row, ...]:
         return linear(theirs, "head/classifier", "embed -> labels")
