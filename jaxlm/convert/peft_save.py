@@ -141,7 +141,10 @@ def _saved(
     """Tensors that are trained as they are, and the modules that they make up."""
     rows, every = model.rows, flatten(params)
     chosen, heads = {}, []
-    for path, leaf in flatten(saved).items():
+    # A head is written whole: what of it an adapter left as it was, such as ModernBERT's, too.
+    trained = flatten(saved)
+    whole = {row.ours for row in model.head} & (every.keys() - trained.keys())
+    for path, leaf in (trained | {path: every[path] for path in sorted(whole)}).items():
         if path == "head/classifier/bias" and path not in rows and model.head:
             if np.asarray(leaf).any():
                 raise InputError(

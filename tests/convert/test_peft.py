@@ -21,7 +21,7 @@ from jaxlm.models.heads import (
     WithLmHead,
     as_it_is,
 )
-from jaxlm.models.model import example_inputs
+from jaxlm.models.model import example_inputs, has_transform
 from jaxlm.models.pooling import POOLS
 from jaxlm.nn.intercept import find_sites
 from jaxlm.peft import tuning as tunings
@@ -56,6 +56,11 @@ BASES = {
     "llama": lambda: transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             **SIZES, **MORE, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=False
+        )
+    ),
+    "modernbert": lambda: transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(
+            **SIZES, **MORE, local_attention=4, classifier_pooling="mean", pad_token_id=0
         )
     ),
     "t5": lambda: transformers.T5ForConditionalGeneration(
@@ -95,6 +100,13 @@ CASES = {
     "llama dora": ("llama", "TokenClassification", LoraConfig(rank=2, kind="dora")),
     "llama tags": ("llama", "TokenClassification", Ia3Config()),
     "llama classes": ("llama", "SequenceClassification", LoraConfig(rank=2)),
+    "modernbert": (
+        "modernbert",
+        "SequenceClassification",
+        LoraConfig(targets=(*KERNELS, "mlp/(gate|up)/kernel"), rank=3),
+    ),
+    "modernbert dora": ("modernbert", "TokenClassification", LoraConfig(rank=2, kind="dora")),
+    "modernbert ia3": ("modernbert", "QuestionAnswering", Ia3Config()),
     "t5": ("t5", "Seq2SeqLM", LoraConfig(targets=(*KERNELS, "mlp/up/kernel"), rank=2)),
     "t5 ia3": ("t5", "Seq2SeqLM", Ia3Config()),
 }
@@ -130,14 +142,16 @@ def make_ours(folder, kind):
     config, params = huggingface.place(folder, make_mesh(MeshConfig(), jax.devices()[:1]))
     config = config.with_dropout(0.0)
     encoder = config.make()
+    transform = config.make_transform() if has_transform(config) else None
     match kind:
         case "SequenceClassification" | "MultipleChoice":
-            pool = POOLS["last" if config.is_causal else "bert"]
+            pooling = config.pooling if has_transform(config) else "bert"
+            pool = POOLS["last" if config.is_causal else pooling]
             size = 1 if kind == "MultipleChoice" else 3
-            module = WithHead(encoder, ClassificationHead(size, 0.0, pool))
+            module = WithHead(encoder, ClassificationHead(size, 0.0, pool, transform=transform))
         case "TokenClassification" | "QuestionAnswering":
             size = 3 if kind == "TokenClassification" else 2
-            module = WithHead(encoder, TokenHead(size, 0.0))
+            module = WithHead(encoder, TokenHead(size, 0.0, transform=transform))
         case "FeatureExtraction":
             module = WithHead(encoder, EmbeddingHead(POOLS["mean"], as_it_is))
         case "CausalLM":
@@ -149,8 +163,9 @@ def make_ours(folder, kind):
     new = module.init(jax.random.key(1), *example_inputs(config))["params"]
     merged = {**new, "encoder": params["encoder"]}
     given = params.get("head", {})
-    if "pooler" in new.get("head", {}):
-        merged["head"] = {**new["head"], "pooler": given["pooler"]}
+    known = {"pooler", "transform", "norm"} & new.get("head", {}).keys()
+    if known:
+        merged["head"] = {**new["head"], **{name: given[name] for name in known}}
     if "lm_head" in new:
         merged["lm_head"] = given
     return module, merged, lambda apply: lambda variables: apply(variables, *inputs)
@@ -263,7 +278,7 @@ def test_what_is_trained_here_is_the_same_there(name, base, tmp_path):
 
     # And back. (A DoRA of parts has factors of all, and PiSSA is a plain LoRA there.)
     again = peft_load.load(tmp_path, params, model)
-    if "pissa" not in name and name != "gpt2 dora":
+    if "pissa" not in name and name not in ("gpt2 dora", "modernbert dora"):
         assert_same(again.collection, adapter.collection)
     assert_same(again.saved, adapter.saved)
 
@@ -276,6 +291,11 @@ def assert_same(found, expected):
 
 
 MADE = {
+    "modernbert": (
+        "modernbert",
+        "TokenClassification",
+        dict(target_modules=["Wqkv", "Wo", "Wi"], r=2),
+    ),
     "lora": (
         "bert",
         "SequenceClassification",
