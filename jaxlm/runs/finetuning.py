@@ -170,15 +170,15 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     directory = train(job, console)
     chosen = restore.best_step(directory / CHECKPOINTS, monitor)
     console.print(f"the best checkpoint by {monitor.name} is that of step {chosen}")
+    known = {} if chosen is None else restore.measured(directory / CHECKPOINTS, chosen)
     if config.train.average is not None:
-        for line in _of_mean(directory, splits.validation, base):
-            console.print(Text(line), soft_wrap=True)
+        line, known = _of_mean(directory, splits.validation, base)
+        console.print(Text(line), soft_wrap=True)
     if isinstance(task, Thresholded) and task.chooses_thresholds:
         for line in _choose_thresholds(directory, splits.validation, base):
             console.print(Text(line))
     if config.baseline and not console.quiet:
         found = task.baselines(splits.train, splits.validation, labels)
-        known = {} if chosen is None else restore.measured(directory / CHECKPOINTS, chosen)
         if found:
             console.print(_compared({"this run": known} | found, monitor.name, task.monitor))
         if task.verb == "classify" and len(found) < 2:
@@ -288,8 +288,10 @@ def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:
     return f"validation {shown}: {', '.join(parts).replace('nan', 'undefined')}"
 
 
-def _of_mean(directory: StoragePath, examples: Sequence[Any], base: Base | None) -> Iterator[str]:
-    """A line on the mean of a run's last checkpoints."""
+def _of_mean(
+    directory: StoragePath, examples: Sequence[Any], base: Base | None
+) -> tuple[str, dict[str, float]]:
+    """A line on the mean of a run's last checkpoints, and its metrics."""
     loaded = finetuned.open_finetuned(directory, base=base)
     sums, outputs = loaded.outputs(examples)
     assert sums is not None  # the examples are labelled
@@ -302,7 +304,8 @@ def _of_mean(directory: StoragePath, examples: Sequence[Any], base: Base | None)
     metrics |= task.metrics(examples, loaded.labels, outputs)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     steps = ", ".join(map(str, loaded.averaged))
-    yield f"the mean of the checkpoints of steps {steps}, which is used from now on: {shown}"
+    line = f"the mean of the checkpoints of steps {steps}, which is used from now on: {shown}"
+    return line, metrics
 
 
 def _choose_thresholds(
