@@ -149,8 +149,6 @@ def journeys() -> list[Any]:
     """All of them; most are slow."""
     usual = {
         ("answer", "lora", "bert"),
-        ("tags", "full", "bilstm"),
-        ("instruction", "lora", "gpt2"),
     }
     return [
         pytest.param(*way, marks=() if way in usual else pytest.mark.slow, id="-".join(way))

@@ -13,6 +13,8 @@ from jaxlm import tree
 from jaxlm.config import PretrainingTask
 from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.model import example_inputs
+from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.intercept import Site, find_sites
@@ -23,10 +25,13 @@ from jaxlm.peft.quantize import Quantized, adapt, dequantize, int8_product, quan
 from jaxlm.sharding import axes_of
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.permutation_lm import PermutationLm
+from jaxlm.tasks.span_corruption import SpanCorruption
 from tests.test_configs import VOCAB_SIZE, vocabulary
 
-GPT2 = Gpt2Config(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32, max_length=16)
+GPT2 = Gpt2Config(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32, max_length=20)
+LONGER = replace(BERT, max_length=20)
 XLNET = XlnetConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32)
+T5 = T5Config(num_layers=1, hidden_dim=16, num_heads=2, head_dim=8, mlp_dim=32)
 # Channels of very different size, one of them zero.
 SIZES = np.array([1e-4, 1.0, 0.0, 300.0])
 
@@ -185,14 +190,15 @@ def test_a_row_of_bytes_is_multiplied_exactly():
 
 @pytest.mark.parametrize("task", get_args(PretrainingTask), ids=lambda task: task.__name__)
 def test_every_pretrained_model_can_be_evaluated_in_bytes(task):
-    config = {CausalLm: GPT2, PermutationLm: XLNET}.get(task, BERT)
-    config = replace(config, vocab_size=VOCAB_SIZE, max_length=16)
+    config = {CausalLm: GPT2, PermutationLm: XLNET, SpanCorruption: T5}.get(task, LONGER)
+    config = replace(config, vocab_size=VOCAB_SIZE)
     model = task().make_model(config)
-    tokens = np.random.default_rng(0).integers(5, VOCAB_SIZE, (2, 16)).astype(np.int32)
-    variables = model.init(jax.random.key(0), jnp.asarray(tokens[:, :8]))
-    sites = find_sites(lambda v: model.apply(v, jnp.asarray(tokens)), variables)
+    tokens = np.random.default_rng(0).integers(5, VOCAB_SIZE, (2, 20)).astype(np.int32)
+    inputs = example_inputs(config)
+    variables = model.init(jax.random.key(0), *inputs)
+    sites = find_sites(lambda v: model.apply(v, *inputs), variables)
     packed = {**variables, "params": quantize(variables["params"], sites)}
-    batch = {"tokens": tokens, "lengths": np.full(2, 16), "index": np.arange(2)}
+    batch = {"tokens": tokens, "lengths": np.full(2, 20), "index": np.arange(2)}
 
     def loss(apply, variables):
         run = task().for_evaluation().make_loss(apply, vocabulary())

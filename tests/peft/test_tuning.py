@@ -37,7 +37,8 @@ def compiled(split_layers: bool, dtype: FrozenDtype):
     return step, step(trainable, frozen), frozen
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_split_layers_are_not_copied(dtype):
     stacked, expected, whole = compiled(False, dtype)
     apart, gradients, frozen = compiled(True, dtype)

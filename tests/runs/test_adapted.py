@@ -78,6 +78,7 @@ def exported(adapted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_new_tokens_begin_as_their_pieces_and_are_learned(
     base: PretrainConfig, adapted: Path
 ) -> None:
@@ -100,12 +101,14 @@ def test_new_tokens_begin_as_their_pieces_and_are_learned(
     assert set(WORDS) <= {filling["token"] for filling in answer["blanks"][0]}
 
 
+@pytest.mark.slow
 def test_what_it_says(adapted: Path, said: io.StringIO) -> None:
     text = said.getvalue()
     assert "vocabulary: 3 new tokens of 5 (no more words are there 5 times), such as" in text
     assert "encoder and head; 3 new tokens are the means of the pieces that they were" in text
 
 
+@pytest.mark.slow
 def test_the_folder_for_others_is_the_same_model(
     config: PretrainConfig, adapted: Path, exported: Path
 ) -> None:
@@ -123,6 +126,7 @@ def test_the_folder_for_others_is_the_same_model(
         open_published(str(headless), data)
 
 
+@pytest.mark.slow
 def test_a_base_is_evaluated_on_new_tokens_as_a_run_from_it_begins(
     base: PretrainConfig, config: PretrainConfig, adapted: Path
 ) -> None:
@@ -133,6 +137,7 @@ def test_a_base_is_evaluated_on_new_tokens_as_a_run_from_it_begins(
     assert losses["loss"] == pytest.approx(first["eval/loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_transformers_reads_the_folder(adapted: Path, exported: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -92,6 +92,7 @@ def test_continues_from_a_run_on_another_text(
     assert "complete" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_head_that_does_not_fit_is_new(
     other: PretrainConfig, config: PretrainConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_model_of_another_kind_than_its_base_is_refused(other: PretrainConfig)
         replace(other, base=None)
 
 
+@pytest.mark.slow
 def test_a_longer_phase_with_other_fields_goes_on_where_the_base_was(
     other: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +236,7 @@ def test_a_longer_phase_with_other_fields_goes_on_where_the_base_was(
     assert "complete" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_phase_begins_with_the_moments_of_its_base(other: PretrainConfig, whole: Path) -> None:
     short = replace(other, name="decay", train=replace(other.train, steps=1, num_evals=1))
     begun = pretrain(replace(short, base_moments=True))
@@ -255,6 +258,7 @@ def test_a_phase_begins_with_the_moments_of_its_base(other: PretrainConfig, whol
         replace(muon, base=None, model=LlamaConfig())
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_made_longer(
     config: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +274,7 @@ def test_a_finished_run_is_made_longer(
     assert "complete" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_epochs_and_evaluations_count_every_data_set(
     config: PretrainConfig, other: PretrainConfig, whole: Path
 ) -> None:
@@ -312,6 +317,7 @@ def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
     assert changed["share"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_run_that_trained_nothing_says_so_each_time(
     config: PretrainConfig, tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def test_baselines_are_measured_as_the_network_is(records, target):
     assert linear[name] != dull[name]
 
 
+@pytest.mark.slow
 def test_a_run_learns_prices(train, write, records):
     """From the middle of their range, not from 0: untrained it is no worse than their mean."""
     rows = [

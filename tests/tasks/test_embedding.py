@@ -49,7 +49,7 @@ def test_a_run_brings_pairs_together(train, write, records, eval_metrics, tmp_pa
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     saved = []  # what is written: its head has no parameters
 
-    def save(path, kept, *_, pooling, prompts):
+    def save(path, kept, *_, pooling, prompts, **__):
         saved.append((kept.keys(), pooling, prompts))
 
     merge_lora = importlib.import_module("merge_lora")

@@ -8,6 +8,7 @@ from jaxlm.errors import InputError
 from jaxlm.tasks.multiple_choice import MultipleChoice
 
 
+@pytest.mark.slow
 def test_a_run_finds_the_right_choice(train, write, rng, records, eval_metrics):
     rows = []
     for _ in range(64):
