@@ -87,7 +87,16 @@ def test_shards_at_full_size(path: Path, mesh: MeshConfig) -> None:
     assert shard == (30_528 // mesh.tensor, model.hidden_dim // mesh.fsdp)
 
 
-@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+# One of each architecture and task; the others differ in settings alone.
+QUICK = {"quickstart", "bert_base", "sotu_electra", "sotu_gpt", "sotu_modernbert", "sotu_t5"}
+QUICK |= {"sotu_xlnet", "llama_1b"}
+STEPS = [
+    pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem)
+    for path in PRETRAIN
+]
+
+
+@pytest.mark.parametrize("path", STEPS)
 def test_takes_a_step(path: Path) -> None:
     config = tiny(configs.read_file(path))
     placement = pretrained.make_placement(config, vocabulary())

@@ -1,6 +1,6 @@
 """Every task, tuning and architecture through every script: trained, evaluated, used, merged.
 
-One test for the whole table. A few ways through it are tried each time; the whole product is slow.
+One test for the whole table. All of it is slow.
 """
 
 import functools
@@ -146,16 +146,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def journeys() -> list[Any]:
-    """All of them; most are slow."""
-    usual = {
-        ("answer", "lora", "bert"),
-    }
+    """All of them."""
     return [
-        pytest.param(*way, marks=() if way in usual else pytest.mark.slow, id="-".join(way))
-        for way in itertools.product(TASKS, TUNINGS, MODELS)
+        pytest.param(*way, id="-".join(way)) for way in itertools.product(TASKS, TUNINGS, MODELS)
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "tuning", "model"), journeys())
 def test_every_script_does_its_part(
     task: str,

@@ -188,7 +188,13 @@ def test_a_row_of_bytes_is_multiplied_exactly():
         np.testing.assert_array_equal(int8_product(rows, values.T, scale, axis=1), expected)
 
 
-@pytest.mark.parametrize("task", get_args(PretrainingTask), ids=lambda task: task.__name__)
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, marks=() if task is CausalLm else pytest.mark.slow, id=task.__name__)
+        for task in get_args(PretrainingTask)
+    ],
+)
 def test_every_pretrained_model_can_be_evaluated_in_bytes(task):
     config = {CausalLm: GPT2, PermutationLm: XLNET, SpanCorruption: T5}.get(task, LONGER)
     config = replace(config, vocab_size=VOCAB_SIZE)

@@ -50,6 +50,7 @@ def test_split_layers_are_not_copied(dtype):
         assert temporary[0] < temporary[1] - 0.8 * layers
 
 
+@pytest.mark.slow
 def test_split_layers_have_the_shardings_of_their_stack():
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=2))
     _, _, frozen = compiled(True, "int8")

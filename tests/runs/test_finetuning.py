@@ -216,10 +216,9 @@ def test_interrupted_and_resumed_is_uninterrupted(
     "tuning",
     [
         Ia3Config(),
-        LoraConfig(kind="dora"),
         *(
             pytest.param(tuning, marks=pytest.mark.slow)
-            for tuning in (HeadOnly(), BitFit(), Full())
+            for tuning in (LoraConfig(kind="dora"), HeadOnly(), BitFit(), Full())
         ),
     ],
     ids=str,
@@ -244,8 +243,9 @@ def test_every_tuning_trains_what_it_says(config: FinetuneConfig, tuning, tmp_pa
 
 @pytest.mark.parametrize(
     ("kept", "dtype"),
-    [pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow), ("int8", None)],
+    [("bfloat16", "bfloat16"), ("int8", None)],
 )
+@pytest.mark.slow
 def test_a_frozen_base_may_be_small(config: FinetuneConfig, kept, dtype, tmp_path: Path) -> None:
     small = replace(config, runs=tmp_path, frozen_dtype=kept, dtype=dtype)
     loaded = finetuned.open_finetuned(finetune(small))
@@ -288,6 +288,7 @@ def test_stops_when_nothing_gets_better(config: FinetuneConfig, tmp_path: Path) 
     assert max(list_steps(directory / CHECKPOINTS)) == 6
 
 
+@pytest.mark.slow
 def test_a_bilstm_learns_from_the_same_data(config: FinetuneConfig, tmp_path: Path) -> None:
     scratch = replace(
         config,

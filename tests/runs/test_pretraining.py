@@ -160,6 +160,7 @@ def test_resume_with_other_data_or_seed_is_refused(config: PretrainConfig, whole
     assert (whole / "config.json").read_text() == saved
 
 
+@pytest.mark.slow
 def test_changes_are_accepted_when_asked_for(
     config: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_one_prompt_that_is_too_long_changes_no_other(tokenizer, variables):
         assert alone["tokens"] == found[i]["tokens"]
 
 
+@pytest.mark.slow
 def test_weights_of_bytes_generate(tokenizer, variables):
     """By what their products give without a cache."""
     model = CausalLm().make_model(CONFIG)

@@ -214,6 +214,7 @@ def test_a_threshold_for_each_label(records):
     assert task.metrics(examples, labels, outputs)["micro_f1"] == pytest.approx(4 / 7)
 
 
+@pytest.mark.slow
 def test_chosen_thresholds_are_kept_with_the_run(train, write, records, tmp_path):
     rows = [
         {"text": f"{word}{filler} {end}", "up": int(word == "good"), "odd": int(end == "x")}

@@ -82,6 +82,7 @@ def script(monkeypatch: pytest.MonkeyPatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_evaluated(run: Path, script, capsys):
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluated = [line for line in found if "eval/loss" in line]
@@ -96,6 +97,7 @@ def test_it_learns_and_is_evaluated(run: Path, script, capsys):
 TEXT = "cat cat [MASK] cat cat cat <extra_id_0> cat cat"
 
 
+@pytest.mark.slow
 def test_blanks_are_filled(run: Path, script, tmp_path: Path):
     (tmp_path / "in.txt").write_text(f"{TEXT}\n{TEXT.replace('cat', 'moon')}\nred green\n")
     out = tmp_path / "out.jsonl"
@@ -116,6 +118,7 @@ def test_the_likeliest_are_searched(run: Path, script, capsys):
     assert set(first.split()[1:]) == {"cat"}
 
 
+@pytest.mark.slow
 def test_texts_that_cannot_be_filled(loaded):
     eight, seven = "[MASK] red " * 8, "[MASK] red " * 7
     answers = loaded.answer([eight, seven, "red " * 1100 + "[MASK]"])
@@ -190,12 +193,14 @@ def test_the_run_is_a_base_for_fine_tuning_and_for_others(run: Path, loaded, tmp
         assert (tuned / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_flops_are_of_both_sides(loaded):
     config = loaded.config
     expected = 3 * config.model.forward_flops(16 - 5 + 5 + 1, 5 + 5 + 2) / 16
     assert flops_per_token(config, 16) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_sentinels_of_a_tokenizer(loaded):
     tokenizer = loaded.tokenizer
     size = tokenizers.vocab_size(tokenizer)
