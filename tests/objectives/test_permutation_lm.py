@@ -144,6 +144,7 @@ def test_masks_by_hand():
     ]
 
 
+@pytest.mark.slow
 def test_the_rate_may_change_as_training_goes_on():
     choice = replace(CHOICE, final_rate=0.8)
     loss = make_loss(lambda variables, tokens, predicted, **_: even(predicted), VOCABULARY, choice)

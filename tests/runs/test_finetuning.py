@@ -324,6 +324,7 @@ def averaged(run: Path, copy: Path, count: int) -> Path:
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fine-tuned", "pretrained"])
 def test_a_run_may_be_the_mean_of_its_last_checkpoints(
     kind: str, directory: Path, tmp_path: Path

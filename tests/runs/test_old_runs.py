@@ -58,6 +58,7 @@ def test_adapters_are_read_with_their_base(expected: dict[str, Any]) -> None:
         assert answer["probabilities"] == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_its_end(expected: dict[str, Any]) -> None:
     config = configs.read_file(Path("runs/stopped") / CONFIG)
     assert isinstance(config, PretrainConfig)

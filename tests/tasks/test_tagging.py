@@ -16,6 +16,7 @@ from jaxlm.tasks.tagging import Tagging
 TAGS = {"john": "B-per", "smith": "I-per", "york": "B-loc"}
 
 
+@pytest.mark.slow
 def test_a_run_learns_whose_tag_a_word_has(train, write, rng, records, eval_metrics, capsys):
     words = [*"abcd", *TAGS]
     sentences = [rng.choice(words, rng.integers(2, 9)).tolist() for _ in range(64)]
