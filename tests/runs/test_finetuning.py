@@ -179,6 +179,7 @@ def test_merged_and_saved_is_a_base(directory: Path, tmp_path: Path) -> None:
         huggingface.save(tmp_path, {}, loaded.config.model, loaded.tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [MeshConfig(), pytest.param(MeshConfig(fsdp=2, tensor=2), marks=pytest.mark.slow)],
@@ -275,6 +276,7 @@ def test_every_linear_map_below_the_head_can_be_adapted(config: FinetuneConfig) 
     assert adapters.keys() == {"encoder"}
 
 
+@pytest.mark.slow
 def test_stops_when_nothing_gets_better(config: FinetuneConfig, tmp_path: Path) -> None:
     lazy = replace(
         config,

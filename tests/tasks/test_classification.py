@@ -14,6 +14,7 @@ from jaxlm.tasks.classification import Classification
 FILLERS = ["", " a", " a b", " a b c", " a b c d e", " f", " f g", " b b", " e", " c c d"]
 
 
+@pytest.mark.slow
 def test_a_run_tells_two_words_apart(train, write, records, eval_metrics):
     rows = [
         {"text": f"{word}{filler} {end}", "label": label}
