@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import InputError
-from jaxlm.nn.kernels import attend, ranges
+from jaxlm.nn.kernels import attend, ranges, refuse_dropout
 from jaxlm.nn.masks import Visibility, Visible
 from jaxlm.typing import Bias, PRNGKey
 
@@ -34,7 +34,7 @@ def tokamax_attention(
     Each position sees one range of keys: its segment, which must be a run of equal ids, and its
     window. ``implementation`` stands for tokamax's kernel, for tests.
     """
-    _refuse_dropout("tokamax", dropout_rate, dropout_key)
+    refuse_dropout("tokamax", dropout_rate, dropout_key)
     try:
         # The public function takes no ranges.
         from tokamax._src.ops.attention import (  # pyright: ignore[reportMissingImports]
@@ -62,8 +62,6 @@ def tokamax_attention(
         value,
         mask=mask,
         bias=bias,
-        dropout_rate=0.0,
-        dropout_key=None,
         scale=scale,
     )
 
@@ -86,7 +84,7 @@ def cudnn_attention(
     row of several segments gives NaN, so that it is not taken for one. ``implementation`` is that
     of ``jax.nn.dot_product_attention``.
     """
-    _refuse_dropout("cuDNN", dropout_rate, dropout_key)
+    refuse_dropout("cuDNN", dropout_rate, dropout_key)
     if isinstance(mask, Visible) and (mask.before, mask.after) not in ((None, None), (None, 0)):
         raise InputError("cuDNN attention has no window: use attention=blockwise")
 
@@ -116,15 +114,5 @@ def cudnn_attention(
         value,
         mask=mask,
         bias=bias,
-        dropout_rate=0.0,
-        dropout_key=None,
         scale=scale,
     )
-
-
-def _refuse_dropout(name: str, rate: float, key: PRNGKey | None) -> None:
-    if key is not None and rate > 0:
-        raise InputError(
-            f"{name} attention drops no weights here, and the rate is {rate}: set "
-            "attention_dropout_rate=0, or attention=blockwise"
-        )

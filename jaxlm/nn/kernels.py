@@ -1,7 +1,6 @@
 """What attention by a kernel has in common: XLA cannot split one, so each device runs its own."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,15 @@ Kernel = Callable[..., Float[Array, "batch q_length heads head_dim"]]
 :class:`Visible` that says the rest: ``before`` and ``after``."""
 
 
+def refuse_dropout(name: str, rate: float, key: PRNGKey | None) -> None:
+    """Raise where a kernel, which drops none, would have to drop attention weights."""
+    if key is not None and rate > 0:
+        raise InputError(
+            f"{name} attention drops no weights here, and the rate is {rate}: set "
+            "attention_dropout_rate=0, or attention=blockwise"
+        )
+
+
 def attend(
     name: str,
     kernel: Kernel,
@@ -31,8 +39,6 @@ def attend(
     *,
     mask: Visibility | None,
     bias: Bias | None,
-    dropout_rate: float,
-    dropout_key: PRNGKey | None,
     scale: float | None,
 ) -> Float[Array, "batch q_length heads head_dim"]:
     """By the kernel, on each device of the mesh in use for its own rows and heads.
@@ -46,8 +52,7 @@ def attend(
     group = seen.group
     is_own = query.shape[1] == key.shape[1] * group and seen.more is None
     if not is_own or key.shape[1] < SHORT:
-        options: Any = {"dropout_rate": dropout_rate, "dropout_key": dropout_key, "scale": scale}
-        return blockwise_attention(query, key, value, mask=mask, **options)
+        return blockwise_attention(query, key, value, mask=mask, scale=scale)
     if sharding.is_split("length"):
         raise InputError(
             f"{name} attention needs whole rows, which mesh.sequence splits: use "

@@ -14,8 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float, Int
 
-from jaxlm.errors import InputError
-from jaxlm.nn.kernels import attend
+from jaxlm.nn.kernels import attend, refuse_dropout
 from jaxlm.nn.masks import Visibility, Visible
 from jaxlm.typing import Bias, PRNGKey
 
@@ -42,11 +41,7 @@ def splash_attention(
 
     ``interpret`` computes the kernel's blocks one after the other, on any platform, for tests.
     """
-    if dropout_key is not None and dropout_rate > 0:
-        raise InputError(
-            f"splash attention drops no weights, and the rate is {dropout_rate}: set "
-            "attention_dropout_rate=0, or attention=blockwise"
-        )
+    refuse_dropout("splash", dropout_rate, dropout_key)
     return attend(
         "splash",
         partial(_kernel, interpret=interpret),
@@ -55,8 +50,6 @@ def splash_attention(
         value,
         mask=mask,
         bias=bias,
-        dropout_rate=0.0,
-        dropout_key=None,
         scale=scale,
     )
 

@@ -49,7 +49,9 @@ def test_a_run_brings_pairs_together(train, write, records, eval_metrics, tmp_pa
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     saved = []  # what is written: its head has no parameters
 
-    def save(path, kept, *_, pooling, prompts, **__):
+    def save(path, kept, *_, pooling, prompts, task_head, card):
+        assert task_head is None
+        assert card.startswith("---")
         saved.append((kept.keys(), pooling, prompts))
 
     merge_lora = importlib.import_module("merge_lora")
