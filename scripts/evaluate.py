@@ -204,13 +204,14 @@ def evaluate_pretrained(
     )
     where = ", ".join(str(dataset.directory) for dataset in datasets)
     infos = [dataset.info for dataset in datasets]
-    unigram = pretrained.unigram_entropy(infos)
     loaded = loaded.quantized() if int8 else loaded
-    metrics = loop.evaluate(loaded.placement, loaded.state, batches)
-    metrics |= loaded.task.metrics(metrics["loss"], infos, split)
+    means = loop.evaluate(loaded.placement, loaded.state, batches)
+    loss = means.pop("loss")
+    metrics = {"loss": loss, **loaded.task.metrics(loss, infos, split), **means}
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
-    print(f"  {'unigram':<18} {unigram:.4f}  (entropy of single tokens)")
+    for name, unlearned in pretrained.unlearned(loaded.task, infos).items():
+        print(f"  {name:<18} {unlearned:.4f}")
     about = {"step": loaded.step, "averaged": list(loaded.averaged), "data": where, "split": split}
     return {**about, **metrics}
 

@@ -63,6 +63,11 @@ def higher_is_better(name: str) -> bool:
     return HIGHER_IS_BETTER[base]
 
 
+def perplexity(loss: float) -> float:
+    """Of a token, from its mean cross-entropy in nats; none is above e^700."""
+    return math.exp(min(loss, 700.0))
+
+
 def classification_names(
     kind: Literal["class", "labels", "number"], label_names: Sequence[str]
 ) -> tuple[str, ...]:

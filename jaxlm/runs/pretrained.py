@@ -139,11 +139,16 @@ def eval_rows(
                 yield from window_batches(dataset, batch_size, **chosen)
 
 
-def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:
-    """The mean of the data sets' own, weighted by the tokens that they are taken of."""
+def unlearned(task: PretrainTask, infos: Sequence[PreparedInfo]) -> dict[str, float]:
+    """Losses of what needs no learning, by name; none where the task's is not that of a token.
+
+    The unigram entropy is the mean of the data sets' own, weighted by the tokens that they are
+    taken of.
+    """
     tokens = [info.tokens.get("validation") or info.tokens["train"] for info in infos]
     pairs = zip(tokens, infos, strict=True)
-    return sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
+    entropy = sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
+    return {"unigram entropy": entropy} if "perplexity" in task.metrics(0.0, infos, "train") else {}
 
 
 TEXT = ("text",)  # the fields of a record that are read
