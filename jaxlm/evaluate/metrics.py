@@ -64,7 +64,7 @@ def higher_is_better(name: str) -> bool:
 
 
 def perplexity(loss: float) -> float:
-    """Of a token, from its mean cross-entropy in nats; none is above e^700."""
+    """exp(mean cross-entropy of a token, in nats); none is above e^700."""
     return math.exp(min(loss, 700.0))
 
 
