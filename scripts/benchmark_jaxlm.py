@@ -23,6 +23,7 @@ from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.peft import tuning
 from jaxlm.peft.lora import LoraConfig
+from jaxlm.runtime.allocator import one_step_at_a_time
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.sums import Sums
 from jaxlm.train.compile import compile_ahead
@@ -185,6 +186,7 @@ def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
 def main() -> None:
     """Build the step and serve it."""
     work = read_work()
+    one_step_at_a_time()  # as the scripts do
 
     def finish(handle: tuple[TrainState, Sums]) -> float:
         _, sums = jax.block_until_ready(handle)
