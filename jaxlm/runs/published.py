@@ -45,7 +45,7 @@ def open_published(name: str, data: Prepared, *, attention: Wanted = "auto") -> 
         attention=attention,
     )
     config = pretrained.resolve(config, [data.info], jax.default_backend(), base.config)
-    config, _ = settle(config, data.info.row_length, jax.devices())
+    config, attends = settle(config, data.info.row_length, jax.devices(), trains=False)
     tokenizer = tokenizers.load(data.tokenizer_path)
     placement = pretrained.make_placement(config, make_vocabulary(tokenizer))
     params = base_params(config, placement, base, tokenizer, Console(quiet=True))
@@ -57,7 +57,7 @@ def open_published(name: str, data: Prepared, *, attention: Wanted = "auto") -> 
         )
     placed = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, dict(shapes))
     cursor = {"tokenizer_sha256": data.info.tokenizer_sha256}
-    return Pretrained(config, tokenizer, 0, {"params": placed}, cursor, placement, (0,))
+    return Pretrained(config, tokenizer, 0, {"params": placed}, cursor, placement, (0,), attends)
 
 
 def _task(model: ModelConfig) -> PretrainingTask:
