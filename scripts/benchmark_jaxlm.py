@@ -32,7 +32,7 @@ from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
 from jaxlm.typing import HostBatch, Loss, PRNGKey
 
-DUMMY = jnp.zeros((1, 8), jnp.int32)  # tokens to initialise with
+DUMMY = np.zeros((1, 8), np.int32)  # tokens to initialise with; of numpy, for JAX starts in main
 NUM_SPECIAL, START_ID, END_ID, MASK_ID = 1000, 101, 102, 103
 """Ids of BERT's vocabulary: those below 1000 are special and unused tokens."""
 
