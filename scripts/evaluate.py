@@ -15,6 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.nn.choose import Wanted
-from jaxlm.runs import pretrained, published_task
+from jaxlm.runs import phase, pretrained, published_task
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run, read_config
 from jaxlm.runs.published import open_published
@@ -178,6 +179,12 @@ def evaluate_pretrained(
         datasets = [prepared.open_prepared(path) for path in paths]
         length = datasets[0].info.row_length if stride is None else None
         loaded = pretrained.open_pretrained(directory, step, attention=attention, row_length=length)
+        if data is not None and has_new_tokens(loaded, datasets[0]):
+            task, averaged = loaded.config.task, loaded.averaged
+            options: dict[str, Any] = {"attention": attention, "task": task, "step": step}
+            begun = open_published(str(directory), datasets[0], **options)
+            loaded = replace(begun, averaged=averaged)
+            print("tokens that are new in the data are the means of the pieces that they were")
     elif data is None or step is not None:
         raise InputError(
             f"{directory} is no run, and has neither data nor steps of its own: give --data, and "
@@ -218,6 +225,15 @@ def evaluate_pretrained(
     print(f"  {'unigram':<18} {unigram:.4f}  (entropy of single tokens)")
     about = {"step": loaded.step, "averaged": list(loaded.averaged), "data": where, "split": split}
     return {**about, **metrics}
+
+
+def has_new_tokens(loaded: pretrained.Pretrained, data: prepared.Prepared) -> bool:
+    """Whether data were cut by the run's tokenizer and more tokens, which a base can begin with."""
+    if data.info.tokenizer_sha256 == loaded.cursor["tokenizer_sha256"]:
+        return False
+    return loaded.variables["params"].keys() <= {"encoder", "head"} and phase.continues(
+        loaded.tokenizer, data
+    )
 
 
 def evaluate_tuned(
