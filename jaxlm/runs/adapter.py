@@ -197,7 +197,7 @@ def load(
         jnp.asarray(given[p], leaf.dtype).reshape(leaf.shape) if p in given else leaf
     )
     state = replace(state, trainable=tree.map_with_path(put, state.trainable))
-    placement = finetuned.make_placement(steps.for_evaluation(config), labels, state)
+    placement = finetuned.make_placement(steps.for_evaluation(config).config, labels, state)
     cursor = resume.make_cursor(
         config,
         data=[],

@@ -191,6 +191,8 @@ class FinetunedRun:
     cursor: Cursor
     averaged: tuple[int, ...]
     """The steps that the parameters are the mean of; a single one is as it was saved."""
+    attends: str = ""
+    """How it computes attention and why, in a line; "" where it has no choice."""
 
     @property
     def task(self) -> Task:
@@ -342,7 +344,7 @@ def open_finetuned(
                 f"adapters of {directory} were trained on ({cursor['base_sha256'][:12]}): give "
                 "that one with --base"
             )
-    config = steps.for_evaluation(config, attention)
+    config, attends = steps.for_evaluation(config, attention)
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
     unlabelled = make_placement(config, labels, state, labelled=False)
@@ -355,5 +357,5 @@ def open_finetuned(
     )
     averaged = tuple(chosen or [restored.step])
     return FinetunedRun(
-        config, tokenizer, labels, state, placement, unlabelled, restored.cursor, averaged
+        config, tokenizer, labels, state, placement, unlabelled, restored.cursor, averaged, attends
     )

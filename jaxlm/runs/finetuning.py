@@ -18,8 +18,9 @@ from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import report
 from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.augment import make_augment
-from jaxlm.data.labelled.batching import make_batching
+from jaxlm.data.labelled.batching import Even, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
+from jaxlm.data.labelled.packing import would_save
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
 from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.tokenizers import TokenizerConfig
@@ -94,7 +95,12 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     said = [*examples.notes, *windows.describe(*examples.windowed)]
     about = [*validation.notes, *windows.describe(*validation.windowed)]
     said += [f"validation: {note}" for note in about]
-    for note in (*splits.notes, *said, *batching.describe()):
+    said += batching.describe()
+    if isinstance(batching, Even) and config.may_pack:
+        given = {name: options[name] for name in ("longest", "pieces")}
+        size = config.data.batch_size
+        said += would_save(examples, batching.buckets, batch_size=size, **given)
+    for note in (*splits.notes, *said):
         console.print(Text(f"note: {note}"))
     reference = task.reference(splits.train, splits.validation)
     if reference.deviation is not None:

@@ -166,6 +166,8 @@ class Pretrained:
     placement: Placement
     averaged: tuple[int, ...]
     """The steps that the variables are the mean of; a single one is as it was saved."""
+    attends: str = ""
+    """How it computes attention and why, in a line; "" where it has no choice."""
 
     @property
     def task(self) -> PretrainTask:
@@ -242,15 +244,20 @@ class Pretrained:
 
 
 def open_pretrained(
-    directory: StoragePath | str, step: int | None = None, *, attention: Wanted | None = None
+    directory: StoragePath | str,
+    step: int | None = None,
+    *,
+    attention: Wanted | None = None,
+    row_length: int | None = None,
 ) -> Pretrained:
     """Read a run folder: its best checkpoint, the mean of its last, or that of ``step``.
 
-    ``attention``: how it is computed, if not as suits the devices.
+    ``attention``: how it is computed, if not as suits the devices and rows of ``row_length``.
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
     directory = locate(directory)
-    config = steps.for_evaluation(read_config(directory, PretrainConfig), attention)
+    known = read_config(directory, PretrainConfig)
+    config, attends = steps.for_evaluation(known, attention, row_length)
     tokenizer = read_tokenizer(directory)
     placement = make_placement(config, make_vocabulary(tokenizer))
     checkpoints = directory / CHECKPOINTS
@@ -266,4 +273,5 @@ def open_pretrained(
         restored.cursor,
         placement,
         tuple(chosen or [restored.step]),
+        attends,
     )
