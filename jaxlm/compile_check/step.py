@@ -88,7 +88,8 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
 def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]) -> Step:
     model = encoder_config(config, assumed)
     size = steps.padded_vocab_size(assumed.vocab_size, config.mesh)
-    model = dataclasses.replace(model, vocab_size=model.vocab_size or size)
+    own = ("vocab_size", *(["source_vocab_size"] if config.source_tokenizer else []))
+    model = dataclasses.replace(model, **{name: vars(model)[name] or size for name in own})
     if config.base is not None:
         model = steps.base_model(model, config.mesh)
     config = finetuned.with_encoder(config, model, "tpu")

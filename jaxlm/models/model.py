@@ -175,6 +175,16 @@ class EncoderDecoderConfig(ModelConfig, Protocol):
 
 
 @runtime_checkable
+class SourceVocabConfig(EncoderDecoderConfig, Protocol):
+    """The configuration of such a model whose sources may have a vocabulary of their own."""
+
+    @property
+    def source_vocab_size(self) -> int | None:
+        """Rows of the encoder's own token table; None: it has none."""
+        ...
+
+
+@runtime_checkable
 class TwoStreamConfig(ModelConfig, Protocol):
     """The configuration of a model that predicts tokens in any order (Yang et al. 2019).
 
@@ -202,6 +212,11 @@ def has_transform(config: ModelConfig) -> TypeGuard[TransformConfig]:
 def is_two_sided(config: ModelConfig) -> TypeGuard[EncoderDecoderConfig]:
     """Whether it reads a source with an encoder and writes a target with a decoder."""
     return isinstance(config, EncoderDecoderConfig)
+
+
+def has_source_vocab(config: ModelConfig) -> TypeGuard[SourceVocabConfig]:
+    """Whether its sources may have a vocabulary of their own."""
+    return isinstance(config, SourceVocabConfig)
 
 
 def is_two_stream(config: ModelConfig) -> TypeGuard[TwoStreamConfig]:

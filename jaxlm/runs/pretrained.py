@@ -51,11 +51,8 @@ def resolve(
     model: Any = config.model
     if base is not None:
         model = phase.next_model(base, model, info.vocab_size, config.task, config.mesh)
-    model = replace(
-        model,
-        vocab_size=steps.resolve_vocab_size(model.vocab_size, info.vocab_size, config.mesh),
-        dtype=model.dtype or steps.default_dtype(platform),
-    )
+    model = steps.with_vocabulary(model, info.vocab_size, config.mesh)
+    model = replace(model, dtype=model.dtype or steps.default_dtype(platform))
     if model.max_length is not None and info.row_length > model.max_length:
         raise InputError(
             f"the data's rows of {info.row_length} tokens are longer than the model's "
