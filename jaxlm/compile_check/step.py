@@ -81,6 +81,9 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
         "lengths": shape(jnp.int32, rows),
         "index": shape(jnp.int32, rows),
     }
+    if before := pretrained.tokens_before(config.task):
+        batch["before"] = shape(batch["tokens"].dtype, rows, before)
+        batch["before_lengths"] = batch["lengths"]
     flops = pretrained.flops_per_token(config, length) * rows * length
     return Step(placement, placement.abstract_batch(batch), rows * length, length, flops, attends)
 

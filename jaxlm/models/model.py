@@ -189,13 +189,17 @@ class TwoStreamConfig(ModelConfig, Protocol):
     """The configuration of a model that predicts tokens in any order (Yang et al. 2019).
 
     Its module has a second method, ``predict(tokens, predicted, *, mask, token_type_ids,
-    segment_ids, deterministic)``, which gives hidden states ``[batch, masked, hidden_dim]`` of the
-    positions ``predicted`` that have seen what ``mask`` shows them, and nothing of a token that it
-    does not.
+    segment_ids, before, deterministic)``, which gives hidden states ``[batch, masked, hidden_dim]``
+    of the positions ``predicted`` that have seen what ``mask`` shows them, and nothing of a token
+    that it does not; and the tokens ``before`` the row, if there are any.
     """
 
     def query_flops(self, length: int, num_predicted: int) -> float:
         """Operations of ``predict`` for a row, beside those of ``forward_flops``."""
+        ...
+
+    def memory_flops(self, memory: int, length: int) -> float:
+        """Those of reading so many tokens before, and of ``length`` positions that see them."""
         ...
 
 

@@ -30,6 +30,7 @@ from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
+from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.task import Generative, Given, Laborious, PretrainTask
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train import restore
@@ -116,9 +117,11 @@ def eval_rows(
     max_rows: int | None = None,
     batch_rows: BatchRows = ALL_ROWS,
     windows: Mapping[str, int] | None = None,
+    before: int = 0,
 ) -> Iterator[HostBatch]:
     """Batches of a split of every data set, from each in proportion to its size.
 
+    ``before``: with so many tokens of the row before each (:mod:`jaxlm.data.loader`).
     ``windows``: not the rows, but windows over them, of a ``length`` and at a ``stride``.
     """
     sizes = [dataset.info.rows.get(split, 0) for dataset in datasets]
@@ -130,10 +133,15 @@ def eval_rows(
             rows = math.ceil(wanted * size / sum(sizes))
             chosen: Any = {"split": split, "max_rows": rows, "batch_rows": batch_rows}
             if windows is None:
-                yield from eval_batches(dataset, batch_size, **chosen)
+                yield from eval_batches(dataset, batch_size, before=before, **chosen)
             else:
                 chosen |= windows
                 yield from window_batches(dataset, batch_size, **chosen)
+
+
+def tokens_before(task: PretrainTask) -> int:
+    """How many tokens of the row before each a task's batches have."""
+    return task.memory if isinstance(task, PermutationLm) else 0
 
 
 def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:

@@ -682,7 +682,7 @@ PARTS = {
     "modernbert": Part(MODERN, model_of, ("model",), ("model.max_length", "model.pooling")),
     "modernbert rows": Part(MODERN, longest_of, ("model.max_length",)),
     "modernbert pooling": Part(MODERN, written_of, ("model.pooling",)),
-    "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice")),
+    "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice"), ("task.memory",)),
     "detection": Part(DETECTING, hidden_of, ("task", "task.masking", "task.eval_masking"), SMALLER),
     "holes": Part(replace(PRETRAINED, model=T5, task=HOLES), hidden_of, ("task", "task.spans")),
     "generator": Part(DETECTING, step_of, SMALLER),
@@ -902,6 +902,10 @@ ELSEWHERE = {
     ),
     "Instruction.sample_tokens": (
         "tasks/test_instruction.py::test_a_model_learns_to_respond_and_to_stop"
+    ),
+    "PermutationLm.memory": (
+        "tasks/test_permutation_lm.py"
+        "::test_a_run_with_a_memory_is_the_same_on_a_mesh_and_when_it_is_resumed"
     ),
     "TrainConfig.average": "train/test_checkpoint.py::test_keeps_those_whose_mean_is_a_model",
     "Seq2Seq.num_samples": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",
