@@ -194,12 +194,14 @@ def for_evaluation(config: Known, wanted: Wanted | None = None) -> Known:
     changes: dict[str, Any] = {"batch_size": math.ceil(config.data.batch_size / devices) * devices}
     if isinstance(config, PretrainConfig):
         changes |= {"ramp_sizes": (), "ramp_steps": ()}
+    # Of a run that has trained nothing epochs may not be steps yet.
+    train = config.train.with_epochs(lambda epochs: 10**6)
     here = dataclasses.replace(
         config,
         mesh=MeshConfig(),
         placement="jit",
         data=dataclasses.replace(config.data, **changes),
-        train=dataclasses.replace(config.train, num_micro_batches=1),
+        train=dataclasses.replace(train, num_micro_batches=1),
     )
     assert config.model is not None  # resolved
     longest = config.model.max_length
