@@ -209,8 +209,9 @@ def evaluate_pretrained(
     assert model is not None  # resolved
     longest = model.max_length or datasets[0].info.row_length
     windows = None if stride is None else {"length": longest, "stride": stride}
+    before = pretrained.tokens_before(loaded.task)
     batches = pretrained.eval_rows(
-        datasets, batch_size, split=split, max_rows=rows, windows=windows
+        datasets, batch_size, split=split, max_rows=rows, windows=windows, before=before
     )
     where = ", ".join(str(dataset.directory) for dataset in datasets)
     infos = [dataset.info for dataset in datasets]

@@ -22,7 +22,7 @@ from jaxlm.nn.feedforward import gelu
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.masks import NEGATIVE
 from jaxlm.nn.norms import LayerNorm
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Before, Dtype, Hidden, Mask, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +189,15 @@ class WithLmHead(nn.Module):
         *,
         mask: Mask,
         segment_ids: Int[Array, "batch length"] | None = None,
+        before: Before | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch masked vocab"]:
-        """Float32 logits at the positions ``predicted``, by what ``mask`` shows them alone.
-
-        Of an encoder with a ``predict``, such as :class:`jaxlm.models.xlnet.Xlnet`.
+        """Float32 logits at the positions ``predicted``, by what ``mask`` shows them alone, and by
+        the tokens ``before`` the row. Of an encoder with a ``predict``, such as
+        :class:`jaxlm.models.xlnet.Xlnet`.
         """
-        hidden = self.encoder.predict(
-            tokens, predicted, mask=mask, segment_ids=segment_ids, deterministic=deterministic
-        )
+        options = {"segment_ids": segment_ids, "before": before, "deterministic": deterministic}
+        hidden = self.encoder.predict(tokens, predicted, mask=mask, **options)
         return self.head(hidden, self.encoder.token_embed)
 
     def extend(

@@ -77,6 +77,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             return state
         return replace(state, opt_state=base_moments(placement, base))
 
+    before = pretrained.tokens_before(config.task)
+
     def batches(examples_seen: int) -> Iterator[HostBatch]:
         return train_batches(
             datasets,
@@ -84,6 +86,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             seed=config.train.seed,
             examples_seen=examples_seen,
             batch_rows=placement.batch_rows,
+            before=before,
         )
 
     def evaluation(state: TrainState) -> dict[str, float]:
@@ -92,6 +95,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             config.data.batch_size,
             max_rows=config.train.eval_rows,
             batch_rows=placement.batch_rows,
+            before=before,
         )
         means = evaluate(placement, state, rows)
         loss = means.pop("loss")

@@ -35,6 +35,7 @@ def make_cursor(
     tokenizer_sha256: str,
     base_sha256: str | None,
     monitor: str,
+    source_tokenizer_sha256: str | None = None,
 ) -> Cursor:
     """Where a run stands at its start, and what it stands on: fingerprints of ``data``."""
     return {
@@ -47,6 +48,7 @@ def make_cursor(
         "monitor": monitor,
         "data": list(data),
         "tokenizer_sha256": tokenizer_sha256,
+        "source_tokenizer_sha256": source_tokenizer_sha256,
         "base_sha256": base_sha256,
     }
 
@@ -97,7 +99,14 @@ def check_same(
 
     With ``accept_changes`` data and seed may be others.
     """
-    for name in ("tokenizer_sha256", "data", "seed", "labels", "base_sha256"):
+    for name in (
+        "tokenizer_sha256",
+        "source_tokenizer_sha256",
+        "data",
+        "seed",
+        "labels",
+        "base_sha256",
+    ):
         if accept_changes and name in ("data", "seed"):
             continue
         if name == "data" and saved.get(name) == []:  # of an imported adapter, not known

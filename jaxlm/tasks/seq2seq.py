@@ -233,6 +233,10 @@ class Seq2Seq:
         (ids,) = data.source_ids(framer, [example.source], self.prefix)
         return ids.tolist()
 
+    def num_cut(self, framer: Framer, examples: Sequence[Pair]) -> int:
+        """Sources that are longer than a row, of which :meth:`prompt_ids` gives the beginning."""
+        return data.num_cut(framer, [example.source for example in examples], self.prefix)
+
     def answers(
         self, examples: Sequence[Pair], labels: Labels, outputs: Outputs
     ) -> list[dict[str, Any]]:

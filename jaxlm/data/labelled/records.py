@@ -43,7 +43,8 @@ class Record:
             raise InputError(
                 f"{self.origin}: no field {name!r}, but a single one, {only!r:.60}; {hint}"
             )
-        near = [field for field in self.fields if field.casefold() == name.casefold()]
+        alike = name.replace(".", "/").casefold()  # of objects inside of others, json_record
+        near = [field for field in self.fields if f"/{field.casefold()}".endswith(f"/{alike}")]
         hint = f"did you mean {near[0]!r}?" if near else hint
         names = ", ".join(f"{field!r:.40}" for field in self.fields)
         raise InputError(f"{self.origin}: no field {name!r} among {names or 'none'}; {hint}")
