@@ -70,6 +70,7 @@ from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import adapter, embedder, finetuning, serving
 from jaxlm.runs.base import Base
 from jaxlm.runs.finetuned import FinetunedRun
+from jaxlm.tasks.embedding import Embedding
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.placement import Placement
 from jaxlm.train.state import TrainState
@@ -308,6 +309,8 @@ class Asked:
     def _task_model(self, task: Any) -> tuple[TaskModel, Any]:
         if self.name in OWN:
             raise InputError(f"PEFT adapts models of transformers, which has no {self.name[4:]}")
+        if "pooling" in vars(task) and not isinstance(task, Embedding):  # as its classes pool
+            task = replace(task, pooling=layout.describe(self.folder)[0].poolings[0])
         task, params = self.config_of(task).task, self._params(task)
         kernel = params.get("head", {}).get("classifier", {}).get("kernel")
         labels = None if kernel is None else kernel.shape[-1]
