@@ -40,6 +40,7 @@ from jaxlm.runs.writing import Samples
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, write_whole
+from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.task import Labels, Responsive, Scored, Thresholded
 from jaxlm.train import restore
@@ -220,6 +221,8 @@ def resolve(
         source_size = source_tokenizer and tokenizers.vocab_size(source_tokenizer)
         model = steps.with_vocabulary(config.model, size, config.mesh, source_size)
     task = _with_prompt(_with_pooling(config.task, base, model, tokenizer), base)
+    if isinstance(task, Classification) and task.head_bias is None:
+        task = replace(task, head_bias=not model.is_causal)
     resolved = finetuned.with_encoder(replace(config, task=task), model, platform)
     if base is not None and config.model not in (None, resolved.model):  # it is in a run's config
         raise InputError(f"model is given, and also base={base.name!r}, which has its own")
