@@ -49,7 +49,7 @@ def one_step_at_a_time() -> None:
     import jax  # only here: the allocator is settled before JAX is imported
 
     several = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not several and jax.config.jax_num_cpu_devices <= 1:
+    if not several and jax.config.values["jax_num_cpu_devices"] <= 1:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
