@@ -167,7 +167,9 @@ def test_a_run_has_both_tokenizers(config, printed, capsys) -> None:
     finetuned.say_long(*loaded.cut(examples))
     assert capsys.readouterr().err == "note: 1 of 3 texts are cut at 128 tokens, as in training\n"
     ids = loaded.responder.prompt(replace(PAIRS[0], source="red white"))
-    assert loaded.responder.generate.model.shown(ids) == "red white"
+    reader = loaded.responder.generate.model
+    assert reader.shown(ids) == "red white"
+    assert reader.source("red white") == ids
 
 
 def test_another_tokenizer_of_sources_is_refused(config, printed, tmp_path) -> None:
