@@ -30,7 +30,9 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.runs import base as bases
 from jaxlm.runs import finetuned, steps, writing
+from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuning import finetune
 from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER, TOKENIZER
 from jaxlm.sharding import MeshConfig
@@ -170,6 +172,16 @@ def test_a_run_has_both_tokenizers(config, printed, capsys) -> None:
     reader = loaded.responder.generate.model
     assert reader.shown(ids) == "red white"
     assert reader.source("red white") == ids
+
+
+def test_a_translation_run_is_neither_a_base_nor_an_encoder(config, printed) -> None:
+    run = str(config.directory)
+    with pytest.raises(
+        InputError, match=r"is a fine-tuned run, .* \(more --train\.steps, and --acc"
+    ):
+        bases.load(run)
+    with pytest.raises(InputError, match=r"whose head cannot embed: use translate$"):
+        open_embedder(run)
 
 
 def test_another_tokenizer_of_sources_is_refused(config, printed, tmp_path) -> None:
