@@ -38,14 +38,13 @@ class Record:
         hint = "check the column's name, the header and the delimiter"
         if len(self.fields) == 1:
             (only,) = self.fields
-            found = [mark for mark in ";\t|," if mark in only]
-            hint = f"set the delimiter to {found[0]!r}" if found else hint
-            raise InputError(
-                f"{self.origin}: no field {name!r}, but a single one, {only!r:.60}; {hint}"
-            )
+            if found := [mark for mark in ";\t|," if mark in only]:
+                hint = f"set the delimiter to {found[0]!r}"
+            one = f"a single one, {only!r:.60}"
+            raise InputError(f"{self.origin}: no field {name!r}, but {one}; {hint}")
         alike = name.replace(".", "/").casefold()  # of objects inside of others, json_record
-        near = [field for field in self.fields if f"/{field.casefold()}".endswith(f"/{alike}")]
-        hint = f"did you mean {near[0]!r}?" if near else hint
+        if near := [x for x in self.fields if f"/{x.casefold()}".endswith(f"/{alike}")]:
+            hint = f"did you mean {near[0]!r}?"
         names = ", ".join(f"{field!r:.40}" for field in self.fields)
         raise InputError(f"{self.origin}: no field {name!r} among {names or 'none'}; {hint}")
 
