@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -214,6 +214,22 @@ def test_sources_that_are_cut_are_said(config, printed, scripts, capsys) -> None
     sides = {"data": folder / "long.en", "target": folder / "long.de"}
     evaluate.main(run, **sides, generate=few)
     assert f"2 of 3 {said}" in capsys.readouterr().err
+
+
+def test_files_are_read_in_the_encoding_of_training(config, tmp_path, scripts) -> None:
+    evaluate, predict = scripts
+    source, target = tmp_path / "x.en", tmp_path / "x.de"
+    source.write_bytes("café\n".encode("latin-1"))
+    target.write_bytes("für\n".encode("latin-1"))
+    latin = ParallelText(source="a.en", target="a.de", encoding="latin-1")
+    run = SimpleNamespace(config=replace(config, data=replace(config.data, train=latin)))
+    run.task = config.task
+    (record,) = predict.read_records(latin, (), ("source",), source)
+    assert record.fields == {"source": "café"}
+    (record,) = evaluate.records_of(run, source, target)
+    assert record.fields == {"source": "café", "target": "für"}
+    with pytest.raises(InputError, match="is not UTF-8"):  # the control
+        next(predict.read_records(config.data.train, (), ("source",), source))
 
 
 def test_beams_are_evaluated_and_shown(config, printed, scripts, capsys) -> None:
