@@ -207,13 +207,18 @@ class FinetuneConfig(RunConfig):
             raise InputError(
                 "data.augment would shift tags and answers: it is for Classification alone"
             )
-        if self.data.pack and not isinstance(self.task, Classification | Tagging | Embedding):
+        if self.data.pack and not self.may_pack:
             raise InputError(
                 f"data.pack is for texts and pairs with a label, tags or an embedding, and not for "
                 f"task={type(self.task).__name__}: leave it out"
             )
         if self.dropout_rate is not None and not 0 <= self.dropout_rate < 1:
             raise InputError(f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0 is off")
+
+    @property
+    def may_pack(self) -> bool:
+        """Whether examples of its task can share rows."""
+        return isinstance(self.task, Classification | Tagging | Embedding)
 
 
 Config = PretrainConfig | FinetuneConfig

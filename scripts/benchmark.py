@@ -31,7 +31,7 @@ from benchmark_protocol import PREFIX, Chunk, Ready, Work, wait_until_quiet
 from benchmark_report import Result, is_clean, peak_flops, summarize, to_markdown
 
 from jaxlm.errors import InputError
-from jaxlm.runtime.allocator import SYNCHRONOUS, allocator
+from jaxlm.runtime.allocator import allocator
 
 ATTEMPTS = 4
 """Turns of one round, until one is clean."""
@@ -244,8 +244,6 @@ def make_variants(
     def jaxlm(env: dict[str, str], allocator: str) -> Variant:
         # A compile time read from a cache would be no compile time.
         env = env | {"JAX_PLATFORMS": device, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        if on_cpu:
-            env |= SYNCHRONOUS
         return Variant(
             label=f"jaxlm, {dtype}",
             command=jaxlm_command,

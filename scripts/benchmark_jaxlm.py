@@ -23,6 +23,7 @@ from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.peft import tuning
 from jaxlm.peft.lora import LoraConfig
+from jaxlm.runtime.allocator import one_step_at_a_time
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.sums import Sums
 from jaxlm.train.compile import compile_ahead
@@ -31,7 +32,7 @@ from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
 from jaxlm.typing import HostBatch, Loss, PRNGKey
 
-DUMMY = jnp.zeros((1, 8), jnp.int32)  # tokens to initialise with
+DUMMY = np.zeros((1, 8), np.int32)  # tokens to initialise with; of numpy, for JAX starts in main
 NUM_SPECIAL, START_ID, END_ID, MASK_ID = 1000, 101, 102, 103
 """Ids of BERT's vocabulary: those below 1000 are special and unused tokens."""
 
@@ -185,6 +186,7 @@ def make_step(work: Work) -> Callable[[], tuple[TrainState, Sums]]:
 def main() -> None:
     """Build the step and serve it."""
     work = read_work()
+    one_step_at_a_time()  # as the scripts do
 
     def finish(handle: tuple[TrainState, Sums]) -> float:
         _, sums = jax.block_until_ready(handle)

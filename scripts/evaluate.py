@@ -15,11 +15,13 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from jaxlm.config import PretrainConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
 from jaxlm.data.labelled.dataset import like, read_records
@@ -30,9 +32,9 @@ from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, report_input_errors
 from jaxlm.evaluate import report
 from jaxlm.nn.choose import Wanted
-from jaxlm.runs import pretrained, published_task
+from jaxlm.runs import phase, pretrained, published_task
 from jaxlm.runs.finetuned import FinetunedRun
-from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run
+from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run, read_config
 from jaxlm.runs.published import open_published
 from jaxlm.runs.writing import GREEDY_BEAM, chosen_way
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
@@ -174,21 +176,29 @@ def evaluate_pretrained(
 ) -> dict[str, Any]:
     """On rows of prepared data, or on windows over them."""
     if is_run(directory) or not (directory / CONFIG).is_file():
-        loaded = pretrained.open_pretrained(directory, step, attention=attention)
+        paths = read_config(directory, PretrainConfig).data.paths if data is None else (data,)
+        datasets = [prepared.open_prepared(path) for path in paths]
+        length = datasets[0].info.row_length if stride is None else None
+        loaded = pretrained.open_pretrained(directory, step, attention=attention, row_length=length)
+        if data is not None and has_new_tokens(loaded, datasets[0]):
+            task, averaged = loaded.config.task, loaded.averaged
+            options: dict[str, Any] = {"attention": attention, "task": task, "step": step}
+            begun = open_published(str(directory), datasets[0], **options)
+            loaded = replace(begun, averaged=averaged)
+            print("tokens that are new in the data are the means of the pieces that they were")
     elif data is None or step is not None:
         raise InputError(
             f"{directory} is no run, and has neither data nor steps of its own: give --data, and "
             "no --step"
         )
     else:
-        loaded = open_published(str(directory), prepared.open_prepared(data), attention=attention)
+        datasets = [prepared.open_prepared(data)]
+        loaded = open_published(str(directory), datasets[0], attention=attention)
     if stride is not None and not isinstance(loaded.task, Generative):
         raise InputError(
             f"--stride {stride} is for causal runs, and {directory} was trained for "
             f"{type(loaded.task).__name__}: leave it out"
         )
-    paths = loaded.config.data.paths if data is None else (data,)
-    datasets = [prepared.open_prepared(path) for path in paths]
     for dataset in datasets:
         if dataset.info.tokenizer_sha256 != loaded.cursor["tokenizer_sha256"]:
             raise InputError(
@@ -206,15 +216,27 @@ def evaluate_pretrained(
     )
     where = ", ".join(str(dataset.directory) for dataset in datasets)
     infos = [dataset.info for dataset in datasets]
-    unigram = pretrained.unigram_entropy(infos)
     loaded = loaded.quantized() if int8 else loaded
-    metrics = loop.evaluate(loaded.placement, loaded.state, batches)
-    metrics |= loaded.task.metrics(metrics["loss"], infos, split)
+    if loaded.attends:
+        print(loaded.attends)
+    means = loop.evaluate(loaded.placement, loaded.state, batches)
+    loss = means.pop("loss")
+    metrics = {"loss": loss, **loaded.task.metrics(loss, infos, split), **means}
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
-    print(f"  {'unigram':<18} {unigram:.4f}  (entropy of single tokens)")
+    for name, unlearned in pretrained.unlearned(loaded.task, infos).items():
+        print(f"  {name:<18} {unlearned:.4f}")
     about = {"step": loaded.step, "averaged": list(loaded.averaged), "data": where, "split": split}
     return {**about, **metrics}
+
+
+def has_new_tokens(loaded: pretrained.Pretrained, data: prepared.Prepared) -> bool:
+    """Whether data were cut by the run's tokenizer and more tokens, which a base can begin with."""
+    if data.info.tokenizer_sha256 == loaded.cursor["tokenizer_sha256"]:
+        return False
+    return loaded.variables["params"].keys() <= {"encoder", "head"} and phase.continues(
+        loaded.tokenizer, data
+    )
 
 
 def evaluate_tuned(
@@ -244,6 +266,8 @@ def evaluate_tuned(
     examples = spelling.alike(examples[:rows], labels)
     for note in spelling.notes(examples):
         print(f"note: {note}")
+    if loaded.attends:
+        print(loaded.attends)
     sums, outputs = loaded.outputs(examples)
     assert sums is not None  # the examples are labelled
     signatures = {}

@@ -192,6 +192,7 @@ def main(
     if isinstance(config, PretrainConfig):
         loaded = pretrained.open_pretrained(run, step, attention=attention)
         loaded = loaded.quantized() if int8 else loaded
+        say(loaded.attends)
         if file is None:
             if stream:
                 show_pieces(text or "", loaded.generate().stream(text or "", generate))
@@ -208,6 +209,7 @@ def main(
     loaded = published_task.open_tuned(
         source, step=step, base=base, pairs=pairs, attention=attention
     )
+    say(loaded.attends)
     if file is not None:
         names = loaded.task.text_fields
         is_lines = (
@@ -238,6 +240,12 @@ def main(
         print(*ranked(probabilities, answer.get("labels", ()), top_k), sep="\n")
     else:
         print_json(answer)
+
+
+def say(line: str) -> None:
+    """On standard error: standard output has the answers."""
+    if line:
+        print(line, file=sys.stderr)
 
 
 def show_hypotheses(best: Generation) -> None:

@@ -84,7 +84,9 @@ def test_each_data_set_has_a_folder_of_its_own(
         for path in run.glob("eval/*/eval.json")
     }
     assert found == {"dev": str(first), "dev-2": str(second), "train": None}
-    assert f"in {run / 'eval' / 'dev-2'}: confusion.png, eval.json" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"in {run / 'eval' / 'dev-2'}: confusion.png, eval.json" in printed
+    assert printed.count("attention: plain, rows of up to ") == 5
 
 
 def test_a_folder_that_cannot_be_written_is_evaluated(

@@ -312,6 +312,7 @@ class ClassificationHead(nn.Module):
     Attributes:
         pool: one of ``pooling.POOLS``, or any function of hidden states and segment ids.
         transform: what the vector goes through first.
+        use_bias: adds one in the last layer.
     """
 
     num_labels: int
@@ -319,6 +320,7 @@ class ClassificationHead(nn.Module):
     pool: Pool = bert_pooler
     initializer_std: float = 0.02
     transform: Transform | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -332,7 +334,7 @@ class ClassificationHead(nn.Module):
         x = pooled(self.pool, hidden, segment_ids, num_segments)
         x = x if self.transform is None else self.transform(x)
         x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
-        return _classifier(self.num_labels, self.initializer_std)(x)
+        return _classifier(self.num_labels, self.initializer_std, self.use_bias)(x)
 
 
 class TokenHead(nn.Module):
@@ -386,8 +388,8 @@ class EmbeddingHead(nn.Module):
         return self.scale(pooled(self.pool, hidden, segment_ids, num_segments))
 
 
-def _classifier(num_labels: int, initializer_std: float) -> Linear:
+def _classifier(num_labels: int, initializer_std: float, use_bias: bool = True) -> Linear:
     # In float32: it is narrow, and a bfloat16 logit has three digits.
     # As transformers draws it; truncated, it would be an eighth narrower.
     init = nn.initializers.normal(initializer_std)
-    return Linear(num_labels, kernel_init=init, name="classifier")
+    return Linear(num_labels, use_bias=use_bias, kernel_init=init, name="classifier")

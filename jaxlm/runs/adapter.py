@@ -107,7 +107,8 @@ def _in_their_unit(params: Ours, task: Task) -> Ours:
     if not isinstance(task, Classification) or task.scale is None:
         return params
     mean, deviation = task.scale
-    kernel, bias = (np.asarray(params["head"]["classifier"][x]) for x in ("kernel", "bias"))
+    kernel = np.asarray(params["head"]["classifier"]["kernel"])
+    bias = np.asarray(params["head"]["classifier"].get("bias", np.zeros(1)))
     new = {"kernel": kernel * deviation, "bias": bias * deviation + mean}
     new = {name: value.astype(np.float32) for name, value in new.items()}
     return params | {"head": params["head"] | {"classifier": new}}
@@ -197,7 +198,7 @@ def load(
         jnp.asarray(given[p], leaf.dtype).reshape(leaf.shape) if p in given else leaf
     )
     state = replace(state, trainable=tree.map_with_path(put, state.trainable))
-    placement = finetuned.make_placement(steps.for_evaluation(config), labels, state)
+    placement = finetuned.make_placement(steps.for_evaluation(config).config, labels, state)
     cursor = resume.make_cursor(
         config,
         data=[],

@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from jaxlm.config import FinetuneConfig, PretrainConfig
+from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.models.model import is_attentive
 from jaxlm.nn.choose import Setting, Wanted, choose
-
-Known = TypeVar("Known", PretrainConfig, FinetuneConfig)
 
 
 class Settled(NamedTuple):
@@ -20,14 +18,18 @@ class Settled(NamedTuple):
 
 
 def settle(
-    config: Known,
+    config: Config,
     length: int | None,
     devices: Sequence[Any],
     *,
     wanted: Wanted | None = None,
     present: bool = True,
+    trains: bool = True,
 ) -> Settled:
-    """For rows of up to ``length`` positions on these devices; ``wanted``: as the config says."""
+    """For rows of up to ``length`` positions on these devices; ``wanted``: as the config says.
+
+    Where nothing ``trains``, no attention weights are dropped.
+    """
     model, wanted = config.model, wanted or config.attention
     if model is None or not is_attentive(model):
         if wanted not in ("auto", "plain"):
@@ -45,7 +47,7 @@ def settle(
         present=present,
         length=length or 2**30,
         dtype=str(model.dtype or "float32"),
-        attends=model.attends,
+        attends=model.attends if trains else model.attends._replace(dropout_rate=0.0),
         packs_rows=_packs_rows(config),
         splits_rows=mesh.sequence > 1,
     )
@@ -55,7 +57,7 @@ def settle(
     return Settled(replace(config, model=changed), f"attention: {choice.name}, {choice.why}")
 
 
-def _packs_rows(config: PretrainConfig | FinetuneConfig) -> bool:
+def _packs_rows(config: Config) -> bool:
     """Whether documents, or examples, of a row do not see each other."""
     packs = isinstance(config, FinetuneConfig) and config.data.pack
     return packs or vars(config.task).get("isolate_documents", False)

@@ -200,6 +200,8 @@ class FinetunedRun:
     """The steps that the parameters are the mean of; a single one is as it was saved."""
     source_tokenizer: Tokenizer | None = None
     """That of sources, where they have one of their own."""
+    attends: str = ""
+    """How it computes attention and why, in a line; "" where it has no choice."""
 
     @property
     def task(self) -> Task:
@@ -367,7 +369,7 @@ def open_finetuned(
                 f"adapters of {directory} were trained on ({cursor['base_sha256'][:12]}): give "
                 "that one with --base"
             )
-    config = steps.for_evaluation(config, attention)
+    config, attends = steps.for_evaluation(config, attention)
     state = make_state(config, labels, loaded)
     placement = make_placement(config, labels, state)
     unlabelled = make_placement(config, labels, state, labelled=False)
@@ -379,5 +381,5 @@ def open_finetuned(
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )
     averaged = tuple(chosen or [restored.step])
-    about = restored.cursor, averaged, source_tokenizer
+    about = restored.cursor, averaged, source_tokenizer, attends
     return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, *about)

@@ -19,9 +19,10 @@ from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import report
 from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.augment import make_augment
-from jaxlm.data.labelled.batching import make_batching
+from jaxlm.data.labelled.batching import Even, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.packing import would_save
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
 from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
 from jaxlm.data.tokenizers import TokenizerConfig
@@ -39,6 +40,7 @@ from jaxlm.runs.writing import Samples
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, write_whole
+from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.task import Labels, Responsive, Scored, Thresholded
 from jaxlm.train import restore
@@ -97,7 +99,12 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     said = [*examples.notes, *windows.describe(*examples.windowed)]
     about = [*validation.notes, *windows.describe(*validation.windowed)]
     said += [f"validation: {note}" for note in about]
-    for note in (*splits.notes, *said, *batching.describe()):
+    said += batching.describe()
+    if isinstance(batching, Even) and config.may_pack:
+        given = {name: options[name] for name in ("longest", "pieces")}
+        size = config.data.batch_size
+        said += would_save(examples, batching.buckets, batch_size=size, **given)
+    for note in (*splits.notes, *said):
         console.print(Text(f"note: {note}"))
     reference = task.reference(splits.train, splits.validation)
     if reference.deviation is not None:
@@ -214,6 +221,8 @@ def resolve(
         source_size = source_tokenizer and tokenizers.vocab_size(source_tokenizer)
         model = steps.with_vocabulary(config.model, size, config.mesh, source_size)
     task = _with_prompt(_with_pooling(config.task, base, model, tokenizer), base)
+    if isinstance(task, Classification) and task.head_bias is None:
+        task = replace(task, head_bias=not model.is_causal)
     resolved = finetuned.with_encoder(replace(config, task=task), model, platform)
     if base is not None and config.model not in (None, resolved.model):  # it is in a run's config
         raise InputError(f"model is given, and also base={base.name!r}, which has its own")

@@ -144,11 +144,16 @@ def tokens_before(task: PretrainTask) -> int:
     return task.memory if isinstance(task, PermutationLm) else 0
 
 
-def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:
-    """The mean of the data sets' own, weighted by the tokens that they are taken of."""
+def unlearned(task: PretrainTask, infos: Sequence[PreparedInfo]) -> dict[str, float]:
+    """Losses of what needs no learning, by name; none where the task's is not that of a token.
+
+    The unigram entropy is the mean of the data sets' own, weighted by the tokens that they are
+    taken of.
+    """
     tokens = [info.tokens.get("validation") or info.tokens["train"] for info in infos]
     pairs = zip(tokens, infos, strict=True)
-    return sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
+    entropy = sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
+    return {"unigram entropy": entropy} if "perplexity" in task.metrics(0.0, infos, "train") else {}
 
 
 TEXT = ("text",)  # the fields of a record that are read
@@ -166,6 +171,8 @@ class Pretrained:
     placement: Placement
     averaged: tuple[int, ...]
     """The steps that the variables are the mean of; a single one is as it was saved."""
+    attends: str = ""
+    """How it computes attention and why, in a line; "" where it has no choice."""
 
     @property
     def task(self) -> PretrainTask:
@@ -242,15 +249,20 @@ class Pretrained:
 
 
 def open_pretrained(
-    directory: StoragePath | str, step: int | None = None, *, attention: Wanted | None = None
+    directory: StoragePath | str,
+    step: int | None = None,
+    *,
+    attention: Wanted | None = None,
+    row_length: int | None = None,
 ) -> Pretrained:
     """Read a run folder: its best checkpoint, the mean of its last, or that of ``step``.
 
-    ``attention``: how it is computed, if not as suits the devices.
+    ``attention``: how it is computed, if not as suits the devices and rows of ``row_length``.
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
     directory = locate(directory)
-    config = steps.for_evaluation(read_config(directory, PretrainConfig), attention)
+    known = read_config(directory, PretrainConfig)
+    config, attends = steps.for_evaluation(known, attention, row_length)
     tokenizer = read_tokenizer(directory)
     placement = make_placement(config, make_vocabulary(tokenizer))
     checkpoints = directory / CHECKPOINTS
@@ -266,4 +278,5 @@ def open_pretrained(
         restored.cursor,
         placement,
         tuple(chosen or [restored.step]),
+        attends,
     )

@@ -97,8 +97,9 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             batch_rows=placement.batch_rows,
             before=before,
         )
-        metrics = evaluate(placement, state, rows)
-        return metrics | config.task.metrics(metrics["loss"], infos, "validation")
+        means = evaluate(placement, state, rows)
+        loss = means.pop("loss")
+        return {"loss": loss, **config.task.metrics(loss, infos, "validation"), **means}
 
     monitor = Monitor()
     job = Job(
@@ -117,7 +118,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         examples_after=lambda seen, steps: config.data.after(seen, steps)[0],
         evaluate=evaluation,
         monitor=monitor,
-        reference=Reference({"unigram entropy": pretrained.unigram_entropy(infos)}),
+        reference=Reference(pretrained.unlearned(config.task, infos)),
         flops_per_token=pretrained.flops_per_token(config, info.row_length),
         files={},
     )

@@ -24,13 +24,21 @@ from jaxlm.train.loop import TrainConfig
 _ROWS = 32  # of a batch, by device
 
 
-def open_published(name: str, data: Prepared, *, attention: Wanted = "auto") -> Pretrained:
+def open_published(
+    name: str,
+    data: Prepared,
+    *,
+    attention: Wanted = "auto",
+    task: PretrainingTask | None = None,
+    step: int | None = None,
+) -> Pretrained:
     """A folder in Hugging Face's layout, a name on the hub, or a run, for some data.
 
     Where these were cut by a tokenizer with more tokens than its own, as it would begin on them.
+    ``task``: what is evaluated; None: what its head is for. ``step``: that of a run.
     Raises :class:`InputError` where it has no head that scores the vocabulary.
     """
-    base = bases.load(name)
+    base = bases.load(name, step=step)
     if not phase.continues(base.tokenizer, data):
         raise InputError(
             f"{data.directory} was prepared with another tokenizer than that of {name}: prepare it "
@@ -40,12 +48,12 @@ def open_published(name: str, data: Prepared, *, attention: Wanted = "auto") -> 
         name="published",
         base=name,
         data=DataConfig(paths=(str(data.directory),), batch_size=_ROWS * jax.device_count()),
-        task=_task(base.config),
+        task=task or _task(base.config),
         train=TrainConfig(steps=1),
         attention=attention,
     )
     config = pretrained.resolve(config, [data.info], jax.default_backend(), base.config)
-    config, _ = settle(config, data.info.row_length, jax.devices())
+    config, attends = settle(config, data.info.row_length, jax.devices(), trains=False)
     tokenizer = tokenizers.load(data.tokenizer_path)
     placement = pretrained.make_placement(config, make_vocabulary(tokenizer))
     params = base_params(config, placement, base, tokenizer, Console(quiet=True))
@@ -57,7 +65,8 @@ def open_published(name: str, data: Prepared, *, attention: Wanted = "auto") -> 
         )
     placed = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, dict(shapes))
     cursor = {"tokenizer_sha256": data.info.tokenizer_sha256}
-    return Pretrained(config, tokenizer, 0, {"params": placed}, cursor, placement, (0,))
+    at = base.step or 0
+    return Pretrained(config, tokenizer, at, {"params": placed}, cursor, placement, (at,), attends)
 
 
 def _task(model: ModelConfig) -> PretrainingTask:

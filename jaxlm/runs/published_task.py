@@ -81,7 +81,7 @@ def open_tuned(
             f"{path} names the class of a task in its {folder.CONFIG}, but its weights hold no "
             "head of one: it is something to fine-tune from, with --base"
         )
-    config = steps.for_evaluation(_config(path, pairs), attention)
+    config, attends = steps.for_evaluation(_config(path, pairs), attention)
     labels = published.task_head.labels
     params = jax.tree.map(jnp.asarray, {**published.params, "head": published.head})
     state = TrainState(jnp.asarray(0), {"params": params}, {}, ())
@@ -90,7 +90,15 @@ def open_tuned(
     state = steps.put_state(state, placement)
     cursor: Any = {}
     return FinetunedRun(
-        config, published.tokenizer, labels, state, placement, unlabelled, cursor, (0,)
+        config,
+        published.tokenizer,
+        labels,
+        state,
+        placement,
+        unlabelled,
+        cursor=cursor,
+        averaged=(0,),
+        attends=attends,
     )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -24,7 +24,6 @@ from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, make_train_step
 from jaxlm.typing import Loss
 
-Known = TypeVar("Known", PretrainConfig, FinetuneConfig)
 EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
 
 
@@ -185,10 +184,13 @@ def put_state(state: TrainState, placement: Placement) -> TrainState:
     )
 
 
-def for_evaluation(config: Known, wanted: Wanted | None = None) -> Known:
+def for_evaluation(
+    config: Config, wanted: Wanted | None = None, longest: int | None = None
+) -> attention.Settled:
     """On all devices that are here, whatever the run was trained on.
 
-    ``wanted``: how attention is computed, if not as suits them.
+    ``wanted``: how attention is computed, if not as suits them and rows of up to ``longest``
+    positions; None: as long as the config allows.
     """
     devices = jax.device_count()
     changes: dict[str, Any] = {"batch_size": math.ceil(config.data.batch_size / devices) * devices}
@@ -204,5 +206,7 @@ def for_evaluation(config: Known, wanted: Wanted | None = None) -> Known:
         train=dataclasses.replace(train, num_micro_batches=1),
     )
     assert config.model is not None  # resolved
-    longest = config.model.max_length
-    return attention.settle(here, longest, jax.devices(), wanted=wanted or "auto").config
+    limits = [longest or config.model.max_length]
+    limits += [config.data.max_length] if isinstance(config, FinetuneConfig) else []
+    length = min((limit for limit in limits if limit is not None), default=None)
+    return attention.settle(here, length, jax.devices(), wanted=wanted or "auto", trains=False)

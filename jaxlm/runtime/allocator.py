@@ -6,12 +6,12 @@ from ctypes.util import find_library
 
 TUNABLES, PRELOAD = "GLIBC_TUNABLES", "LD_PRELOAD"
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-# A step that is queued behind another takes its temporary buffer before that one's is free.
-SYNCHRONOUS = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "0"}
 
 
 def tune_process() -> None:
     """Keep what is compiled for an accelerator; on Linux CPUs, start again with an allocator.
+
+    On CPUs :func:`one_step_at_a_time` holds, too.
 
     A GPU's or TPU's steps take minutes to compile, so a resumed run finds them in
     ``~/.cache/jaxlm``, unless ``JAX_COMPILATION_CACHE_DIR`` names another folder, or is empty.
@@ -24,12 +24,11 @@ def tune_process() -> None:
     if _has_accelerator():
         os.environ.setdefault(CACHE, os.path.expanduser("~/.cache/jaxlm"))
         return
-    if {TUNABLES, PRELOAD} & set(os.environ):
-        return
     environment, name = allocator()
-    if not environment:
+    if not environment or {TUNABLES, PRELOAD} & set(os.environ):
+        one_step_at_a_time()
         return
-    os.environ.update(SYNCHRONOUS | environment)
+    os.environ.update(environment)
     setting = " ".join(f"{variable}={value}" for variable, value in environment.items())
     print(
         f"using {name}, for speed ({setting}; {TUNABLES}= turns it off)",
@@ -39,13 +38,27 @@ def tune_process() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def one_step_at_a_time() -> None:
+    """Let a CPU's step end within its call, so that one temporary buffer is in use at a time.
+
+    A step that is queued runs on another thread, which announces the outputs before it frees the
+    buffer; the next step has by then taken one of its own, even if the outputs are waited for.
+    To be called before JAX starts its devices; no environment variable sets it. Does nothing where
+    the process simulates several devices, which could hang in sums over them.
+    """
+    import jax  # only here: the allocator is settled before JAX is imported
+
+    several = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not several and jax.config.values["jax_num_cpu_devices"] <= 1:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def allocator() -> tuple[dict[str, str], str]:
     """The best allocator at hand: (environment, name).
 
     tcmalloc, where it is installed, keeps large blocks; glibc with huge pages faults 500 times
     less often. They are equally fast, except where a hypervisor takes freed pages away (there
-    every other step of a BERT-base takes 1.6 times as long without tcmalloc), and tcmalloc may
-    hold the temporary buffer twice.
+    every other step of a BERT-base takes 1.6 times as long without tcmalloc).
     """
     if sys.platform != "linux":
         return {}, "default"

@@ -14,6 +14,7 @@ from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.decode.beam import Writing
 from jaxlm.decode.fill_mask import MASK
 from jaxlm.errors import InputError
+from jaxlm.evaluate.metrics import perplexity
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig, is_two_stream
 from jaxlm.objectives import permutation_lm
@@ -97,8 +98,8 @@ class PermutationLm:
         return WithLmHead(config.make(), config.make_lm_head())
 
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
-        """None: what is not predicted counts nothing."""
-        return {}
+        """Perplexity of a predicted token; of a byte nothing is known, as others count nothing."""
+        return {"perplexity": perplexity(loss)}
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
         """The cross-entropy of what comes last."""

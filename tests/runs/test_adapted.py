@@ -135,6 +135,12 @@ def test_a_base_is_evaluated_on_new_tokens_as_a_run_from_it_begins(
     losses = evaluate(read.placement, read.state, pretrained.eval_rows([data], 32))
     first = next(line for line in read_jsonl(adapted / "metrics.jsonl") if "eval/loss" in line)
     assert losses["loss"] == pytest.approx(first["eval/loss"], abs=1e-5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+        script = importlib.import_module("evaluate")
+    given = (base.directory, data.directory, "validation", None, None, None, False, "auto")
+    assert script.evaluate_pretrained(*given)["loss"] == pytest.approx(losses["loss"], abs=1e-5)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jaxlm.train.loop import TrainConfig
 
 SIZES = {"vocab_size": 32, "num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 24}
 STEPS = TrainConfig(steps=1)
+LABELLED = LabelledConfig(train=Table(path="x.csv"), max_length=64)
 CONFIG = PretrainConfig(name="x", data=DataConfig(paths=("p",)), model=BERT, train=STEPS)
 
 
@@ -59,8 +61,7 @@ def test_the_model_does_as_told(config):
 
 
 def test_fine_tuning_is_told():
-    data = LabelledConfig(train=Table(path="x.csv"))
-    config = FinetuneConfig(name="x", data=data, model=BERT, attention="blockwise", train=STEPS)
+    config = FinetuneConfig(name="x", data=LABELLED, model=BERT, attention="blockwise", train=STEPS)
     assert settle(config, 64, jax.devices()).config.model.attention == "blockwise"
 
 
@@ -78,8 +79,37 @@ def test_a_model_without_a_choice():
 
 def test_a_run_of_other_devices_is_evaluated_as_suits_these():
     trained = replace(CONFIG, attention="splash", model=replace(BERT, attention="splash"))
-    assert steps.for_evaluation(trained).model.attention == "plain"
-    assert steps.for_evaluation(trained, "blockwise").model.attention == "blockwise"
+    (here, line), length = steps.for_evaluation(trained), BERT.max_length
+    assert here.model.attention == "plain"
+    assert line == f"attention: plain, rows of up to {length} tokens have small squares of scores"
+    assert steps.for_evaluation(trained, "blockwise").config.model.attention == "blockwise"
+
+
+def test_rows_are_as_long_as_the_data_say():
+    long = replace(CONFIG, model=replace(BERT, max_length=2048))
+    assert steps.for_evaluation(long).config.model.attention == "blockwise"
+    assert steps.for_evaluation(long, longest=128).config.model.attention == "plain"
+    tuned = FinetuneConfig(name="x", data=LABELLED, model=long.model, train=STEPS)
+    assert "up to 64 tokens" in steps.for_evaluation(tuned).line
+
+
+H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
+
+
+def test_evaluation_drops_no_weights():
+    """So that a kernel, which drops none, is chosen that training could not use."""
+    model = replace(BERT, dtype="bfloat16", max_length=512, attention_dropout_rate=0.1)
+    config = replace(CONFIG, model=model)
+    assert "not cudnn: it drops no weights" in settle(config, 512, [H100]).line
+    assert settle(config, 512, [H100], trains=False).config.model.attention == "cudnn"
+
+
+def test_rows_of_several_examples_rule_out_a_kernel():
+    model = replace(BERT, dtype="bfloat16", max_length=512).with_dropout(0.0)
+    config = FinetuneConfig(name="x", data=LABELLED, model=model, train=STEPS)
+    assert settle(config, 512, [H100]).config.model.attention == "cudnn"
+    packed = replace(config, data=replace(LABELLED, pack=True))
+    assert "not cudnn: rows hold several documents" in settle(packed, 512, [H100]).line
 
 
 def test_a_run_may_resume_on_other_devices():

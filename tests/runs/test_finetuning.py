@@ -40,6 +40,7 @@ from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
+from jaxlm.train import restore
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
@@ -350,6 +351,21 @@ def test_a_run_may_be_the_mean_of_its_last_checkpoints(
         np.testing.assert_allclose(found, (np.asarray(a) + np.asarray(b)) / 2, atol=1e-7)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (one, two)), strict=True))
     assert opened(copy, steps[0])[0] == (steps[0],)  # --step names one alone
+
+
+def test_baselines_are_compared_with_the_mean_where_that_is_the_run(
+    config: FinetuneConfig, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = averaged(directory, tmp_path / "copy", 2)
+    console = Console(file=io.StringIO(), width=200)
+    monkeypatch.setattr(restore, "measured", lambda *_: {"accuracy": 0.1234})  # of one checkpoint
+    train = replace(config.train, average=2)
+    finetune(
+        replace(config, runs=tmp_path, name=copy.name, train=train, baseline=True), console=console
+    )
+    printed = console.file.getvalue()
+    (of_mean,) = re.findall(r"the mean of the checkpoints .* accuracy (\S+?),? ", printed)
+    assert f"validation accuracy: this run {of_mean}, always 0 0.5" in printed
 
 
 # Bad input.

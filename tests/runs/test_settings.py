@@ -456,6 +456,7 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.scale": (1.0, 2.0),
     "task.doc_stride": 3,
     "task.pooling": "max",
+    "task.head_bias": False,
     "task.prompt": "odd ",
     "task.pair_prompt": "odd ",
     "task.fields.choices": ("text", "other"),

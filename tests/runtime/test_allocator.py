@@ -1,5 +1,8 @@
 import os
+import subprocess
+import sys
 
+import jax
 import pytest
 
 from jaxlm.runtime import allocator
@@ -31,10 +34,44 @@ def test_a_cpu_starts_again_with_an_allocator(environment, monkeypatch, capsys):
     )
     started = []
     monkeypatch.setattr(os, "execv", lambda program, arguments: started.append(arguments))
+    held = []
+    monkeypatch.setattr(allocator, "one_step_at_a_time", lambda: held.append(True))
     allocator.tune_process()
     assert len(started) == 1
+    assert not held
     assert environment[allocator.TUNABLES] == "huge"
     assert allocator.CACHE not in environment
     assert "using huge pages" in capsys.readouterr().err
     allocator.tune_process()  # in the new process
     assert len(started) == 1
+    assert held
+
+
+SEVERAL = "--xla_force_host_platform_device_count=2"
+STEP = """
+from jaxlm.runtime.allocator import tune_process
+tune_process()
+import jax, jax.numpy as jnp
+step = jax.jit(lambda x: jax.lax.fori_loop(0, 50, lambda _, x: jnp.tanh(x @ x), x))
+x = jax.block_until_ready(jnp.ones((400, 400)))
+step = step.lower(x).compile()
+print(step(x).is_ready())
+"""
+
+
+def test_a_step_on_a_cpu_has_ended_when_its_call_returns():
+    """Else the next one takes a temporary buffer while this one still has its own."""
+    own = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**own, "JAX_PLATFORMS": "cpu", allocator.TUNABLES: ""}
+    command = [sys.executable, "-c", STEP]
+    ended = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
+    assert ended.stdout == "True\n"
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("", [False]), (SEVERAL, [])])
+def test_devices_that_are_simulated_keep_their_queues(environment, monkeypatch, flags, expected):
+    environment["XLA_FLAGS"] = flags
+    set_to = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: set_to.append(value))
+    allocator.one_step_at_a_time()
+    assert set_to == expected

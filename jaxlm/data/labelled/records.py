@@ -40,8 +40,9 @@ class Record:
             (only,) = self.fields
             if found := [mark for mark in ";\t|," if mark in only]:
                 hint = f"set the delimiter to {found[0]!r}"
-            one = f"a single one, {only!r:.60}"
-            raise InputError(f"{self.origin}: no field {name!r}, but {one}; {hint}")
+            raise InputError(
+                f"{self.origin}: no field {name!r}, but a single one, {only!r:.60}; {hint}"
+            )
         alike = name.replace(".", "/").casefold()  # of objects inside of others, json_record
         if near := [x for x in self.fields if f"/{x.casefold()}".endswith(f"/{alike}")]:
             hint = f"did you mean {near[0]!r}?"
@@ -392,8 +393,6 @@ def _cells(line: str) -> list[str]:
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}/{inner}": item for inner, item in _flat(value).items()}
-        else:
-            flat[name] = value
+        nested = isinstance(value, Mapping)
+        flat |= {f"{name}/{k}": x for k, x in _flat(value).items()} if nested else {name: value}
     return flat

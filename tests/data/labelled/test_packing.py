@@ -10,7 +10,7 @@ import pytest
 from jaxlm.data.labelled.batching import make_batching
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples
-from jaxlm.data.labelled.packing import Packed, share_rows
+from jaxlm.data.labelled.packing import Packed, share_rows, would_save
 from jaxlm.data.labelled.records import JsonLines
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import BatchRows
@@ -153,3 +153,18 @@ def test_examples_that_are_longer_than_rows():
 def test_who_shares_a_row():
     assert share_rows([2, 7, 3, 5], 10) == [[1, 2], [3, 0]]
     assert share_rows([1, 1, 1, 1], 10, 2) == [[0, 1], [2, 3]]
+
+
+def test_sharing_rows_is_proposed_where_less_is_computed():
+    def lines(sizes=SIZES, **changes):
+        given = {"batch_size": 16, "longest": 64} | changes
+        return list(would_save(make_examples(sizes), (24,), **given))
+
+    (line,) = lines()
+    now, then, less = map(int, re.findall(r"(\d+)%", line))
+    assert now == round(100 - 100 * SIZES.sum() / (24 * COUNT))
+    assert then == round(100 * batching().padding)
+    assert less == pytest.approx(100 - 100 * (1 - now / 100) / (1 - then / 100), abs=6)  # attention
+    assert lines(np.full(COUNT, 24)) == []  # nothing is padding
+    assert lines(longest=16) == []  # some examples are longer
+    assert lines(pieces=7) == []  # which no number of rows can be shared out among
