@@ -25,6 +25,7 @@ from jaxlm.config import PretrainConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
 from jaxlm.data.labelled.dataset import like, read_records
+from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import BeamConfig, Writing
 from jaxlm.decode.generate import GenerateConfig
@@ -301,8 +302,9 @@ def records_of(loaded: FinetunedRun, data: Path, target: Path | None) -> Iterato
         return like(loaded.config.data.train, data).records()
     if not isinstance(loaded.task, Seq2Seq):
         raise InputError(f"--target {target} is for runs of Seq2Seq: leave it out")
-    fields = loaded.task.fields
-    return parallel.read(str(data), str(target), (fields.source, str(fields.target)))
+    fields, train = loaded.task.fields, loaded.config.data.train
+    encoding = train.encoding if isinstance(train, ParallelText) else None
+    return parallel.read(str(data), str(target), (fields.source, str(fields.target)), encoding)
 
 
 def at(steps: Sequence[int]) -> str:

@@ -26,6 +26,7 @@ import tyro
 from jaxlm.config import PretrainConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import Source, holds_records, like
+from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.records import Conll, Record, json_record
 from jaxlm.decode.beam import BeamConfig, Hypothesis
 from jaxlm.decode.generate import GenerateConfig, Generation
@@ -324,7 +325,11 @@ def read_records(
     if isinstance(source, Conll):
         is_text = files.ending(file) in ("", ".txt") and not source.begins_with(labels)
         source = None if is_text else replace(source, tag_column=None)  # words may stand alone
-    yield from source.records() if source is not None else read_lines(file, names, every=every)
+    if source is not None:
+        yield from source.records()
+        return
+    encoding = train.encoding if isinstance(train, ParallelText) else None
+    yield from read_lines(file, names, every=every, encoding=encoding)
 
 
 def with_column(records: Iterable[Record], column: str) -> Iterator[Record]:
@@ -436,15 +441,17 @@ def print_json(answer: Answer) -> None:
     print(text)
 
 
-def read_lines(file: Path, names: Sequence[str], *, every: bool = False) -> Iterator[Record]:
+def read_lines(
+    file: Path, names: Sequence[str], *, every: bool = False, encoding: str | None = None
+) -> Iterator[Record]:
     """The file's lines: JSON objects, or texts, of which ``names`` has one; blank ones are empty
     texts, at the end only if ``every`` one is wanted."""
-    given, name = files.lines(file), str(file)
+    given, name = files.lines(file, encoding=encoding), str(file)
     if name == "-":
         name = "standard input"
         if sys.stdin is None:
             raise InputError("the standard input is closed: give a text, or name a file")
-        given = files.lines_of(sys.stdin.buffer, Path(name))
+        given = files.lines_of(sys.stdin.buffer, Path(name), encoding=encoding)
     lines = [(f"{name}:{n}", line) for n, line in enumerate(given, start=1)]
     filled = [n for n, (_, line) in enumerate(lines, start=1) if line.strip()]
     if not filled:

@@ -101,7 +101,7 @@ def train_batches(
     tokens of the row before each in the text, too, [local_batch, before], and ``before_lengths``
     int32 [local_batch]: 0 of a first row.
     """
-    _check_before(datasets, before)
+    check_before(datasets, before)
     _check_alike(datasets)
     for size in (*config.ramp_sizes, config.batch_size):
         batch_rows.rows(size)  # raises where it cannot be split
@@ -133,7 +133,7 @@ def eval_batches(
     The last global batch is filled up with rows of length 0 (all padding), so that every process
     has the same number of full batches. ``max_rows`` takes only the first so many rows.
     """
-    _check_before([dataset], before)
+    check_before([dataset], before)
     local = batch_rows.rows(batch_size)
     rows = dataset.source(split)
     num_rows = len(rows) if max_rows is None else min(max_rows, len(rows))
@@ -226,7 +226,8 @@ def _stack(rows: dict[str, np.ndarray], numbers: np.ndarray) -> HostBatch:
     }
 
 
-def _check_before(datasets: Sequence[Prepared], before: int) -> None:
+def check_before(datasets: Sequence[Prepared], before: int) -> None:
+    """Raises where a row has not so many tokens."""
     if before > (length := datasets[0].info.row_length):
         raise InputError(
             f"task.memory={before} is more than the {length} tokens of the row before: lower it to "

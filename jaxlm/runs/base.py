@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from tokenizers import Tokenizer
 
-from jaxlm.config import PretrainConfig
+from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.convert import huggingface
 from jaxlm.convert.sentence_encoder import SentenceEncoder
+from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
 from jaxlm.runs import folder, pretrained
 from jaxlm.runs.folder import TOKENIZER, is_run
@@ -66,6 +67,12 @@ def load(name: str, *, step: int | None = None) -> Base:
     """
     directory = locate(name)
     if is_run(directory):
+        if isinstance(folder.read_any_config(directory), FinetuneConfig):
+            raise InputError(
+                f"base={name!r} is a fine-tuned run, and a base is pretrained: train that run "
+                "further (more --train.steps, and --accept-changes for other data), or write its "
+                f"model as a base (scripts/merge_lora.py {name} FOLDER)"
+            )
         loaded = pretrained.open_pretrained(directory, step)
         assert loaded.config.model is not None  # resolved
         config, tokenizer = loaded.config.model, loaded.tokenizer

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from jaxlm import tree
 from jaxlm.config import PretrainConfig
 from jaxlm.data import tokenizers
-from jaxlm.data.loader import train_batches
+from jaxlm.data.loader import check_before, train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
@@ -47,6 +47,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
     datasets = open_data(config, base, console)
+    before = pretrained.tokens_before(config.task)
+    check_before(datasets, before)
     infos = [dataset.info for dataset in datasets]
     info = infos[0]
     config = pretrained.resolve(config, infos, jax.default_backend(), base and base.config)
@@ -76,8 +78,6 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         if base is None or not config.base_moments:
             return state
         return replace(state, opt_state=base_moments(placement, base))
-
-    before = pretrained.tokens_before(config.task)
 
     def batches(examples_seen: int) -> Iterator[HostBatch]:
         return train_batches(

@@ -373,6 +373,12 @@ def test_flops_are_those_of_the_compiled_products():
     assert plain.cost_analysis()["flops"] == pytest.approx(rows * expected, rel=0.05)
     expected += config.query_flops(length, num_predicted)
     assert two.cost_analysis()["flops"] == pytest.approx(rows * expected, rel=0.05)
+    call = lambda v, t, p, m, b: model.apply(v, t, p, mask=m, before=b, method="predict")
+    before = tokens, jax.ShapeDtypeStruct((rows,), jnp.int32)
+    behind = jax.jit(call).lower(shapes_of(config), tokens, predicted, mask, before)
+    expected += config.memory_flops(length, length + num_predicted)
+    expected += config.forward_flops(length, 0) * 2 / 3  # forward it is as another row
+    assert behind.cost_analysis()["flops"] == pytest.approx(rows * expected, rel=0.05)
 
 
 # Bad input.

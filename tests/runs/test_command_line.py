@@ -361,7 +361,7 @@ def test_help_shows_the_classes_and_how_to_choose(capsys: pytest.CaptureFixture[
     assert stop.value.code == 0
     text = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     for path, hint, _ in command_line.choices(replace(CSV, tuning=HeadOnly())):
-        names = f"--{path} {{{','.join(command_line.classes(hint))}"
+        names = f"--{path.replace('_', '-')} {{{','.join(command_line.classes(hint))}"
         assert names.replace(" ", "") in text.replace(" ", "")  # long lists are broken
     assert "--tuning.outputs" in text
     with pytest.raises(SystemExit):

@@ -134,6 +134,13 @@ def test_impossible_memories(changes, message):
         PermutationLm(**changes)
 
 
+def test_a_memory_that_rows_have_not_is_refused_before_training(tmp_path):
+    config = replace(make_config(tmp_path, steps=1), model=replace(CONFIG, vocab_size=None))
+    with pytest.raises(InputError, match=r"memory=17 is more than the 16 tokens of the row before"):
+        pretrain(replace(config, task=PermutationLm(memory=17)), console=Console(quiet=True))
+    assert not config.directory.exists()
+
+
 @pytest.mark.slow
 def test_a_run_with_a_memory_is_the_same_on_a_mesh_and_when_it_is_resumed(tmp_path, monkeypatch):
     base = make_config(tmp_path, steps=6)

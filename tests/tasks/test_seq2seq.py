@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,9 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.runs import base as bases
 from jaxlm.runs import finetuned, steps, writing
+from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuning import finetune
 from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER, TOKENIZER
 from jaxlm.sharding import MeshConfig
@@ -167,7 +169,19 @@ def test_a_run_has_both_tokenizers(config, printed, capsys) -> None:
     finetuned.say_long(*loaded.cut(examples))
     assert capsys.readouterr().err == "note: 1 of 3 texts are cut at 128 tokens, as in training\n"
     ids = loaded.responder.prompt(replace(PAIRS[0], source="red white"))
-    assert loaded.responder.generate.model.shown(ids) == "red white"
+    reader = loaded.responder.generate.model
+    assert reader.shown(ids) == "red white"
+    assert reader.source("red white") == ids
+
+
+def test_a_translation_run_is_neither_a_base_nor_an_encoder(config, printed) -> None:
+    run = str(config.directory)
+    with pytest.raises(
+        InputError, match=r"is a fine-tuned run, .* \(more --train\.steps, and --acc"
+    ):
+        bases.load(run)
+    with pytest.raises(InputError, match=r"whose head cannot embed: use translate$"):
+        open_embedder(run)
 
 
 def test_another_tokenizer_of_sources_is_refused(config, printed, tmp_path) -> None:
@@ -200,6 +214,22 @@ def test_sources_that_are_cut_are_said(config, printed, scripts, capsys) -> None
     sides = {"data": folder / "long.en", "target": folder / "long.de"}
     evaluate.main(run, **sides, generate=few)
     assert f"2 of 3 {said}" in capsys.readouterr().err
+
+
+def test_files_are_read_in_the_encoding_of_training(config, tmp_path, scripts) -> None:
+    evaluate, predict = scripts
+    source, target = tmp_path / "x.en", tmp_path / "x.de"
+    source.write_bytes("café\n".encode("latin-1"))
+    target.write_bytes("für\n".encode("latin-1"))
+    latin = ParallelText(source="a.en", target="a.de", encoding="latin-1")
+    run = SimpleNamespace(config=replace(config, data=replace(config.data, train=latin)))
+    run.task = config.task
+    (record,) = predict.read_records(latin, (), ("source",), source)
+    assert record.fields == {"source": "café"}
+    (record,) = evaluate.records_of(run, source, target)
+    assert record.fields == {"source": "café", "target": "für"}
+    with pytest.raises(InputError, match="is not UTF-8"):  # the control
+        next(predict.read_records(config.data.train, (), ("source",), source))
 
 
 def test_beams_are_evaluated_and_shown(config, printed, scripts, capsys) -> None:
