@@ -139,6 +139,16 @@ def eval_rows(
                 yield from window_batches(dataset, batch_size, **chosen)
 
 
+def check_rows(name: StoragePath | str, model: ModelConfig, data: Prepared) -> None:
+    """Raise where rows are longer than what a trained model reads."""
+    longest, length = model.max_length, data.info.row_length
+    if longest is not None and length > longest:
+        raise InputError(
+            f"{data.directory} has rows of {length} tokens, and {name} reads {longest} at most: "
+            f"prepare it again, into another folder, with --row-length {longest}"
+        )
+
+
 def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:
     """The mean of the data sets' own, weighted by the tokens that they are taken of."""
     tokens = [info.tokens.get("validation") or info.tokens["train"] for info in infos]
