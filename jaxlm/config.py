@@ -152,6 +152,9 @@ class FinetuneConfig(RunConfig):
     """The encoder to train from scratch; None: that of the base."""
     tokenizer: TokenizerConfig | None = None
     """Tokenizer to train on the texts, or to load, if there is no base."""
+    source_tokenizer: TokenizerConfig | None = None
+    """Another for the sources of task Seq2Seq, whose embeddings are then their own; None: sources
+    and targets share `tokenizer`."""
     tuning: Tuning = field(default_factory=Full)
     """Which parameters are trained, such as adapters, biases, the head, or all."""
     frozen_dtype: FrozenDtype = "float32"
@@ -178,9 +181,15 @@ class FinetuneConfig(RunConfig):
                 f"tuning={type(self.tuning).__name__} would freeze an untrained encoder: "
                 "name a base, or use Full"
             )
-        if self.base is not None and self.tokenizer is not None:
+        for name in ("tokenizer", "source_tokenizer"):
+            if self.base is not None and vars(self)[name] is not None:
+                raise InputError(
+                    f"{name} is given, and also base={self.base!r}, which has its own: leave it out"
+                )
+        if self.source_tokenizer is not None and not isinstance(self.task, Seq2Seq):
             raise InputError(
-                f"tokenizer is given, and also base={self.base!r}, which has its own: leave it out"
+                f"source_tokenizer is for the sources of task=Seq2Seq, and "
+                f"task={type(self.task).__name__} reads all with tokenizer: leave it out"
             )
         if isinstance(self.tuning, Full) and self.frozen_dtype != "float32":
             raise InputError(

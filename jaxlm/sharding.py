@@ -31,7 +31,7 @@ Rules = Sequence[tuple[str, tuple[str, ...] | None]]
 # (pattern of a path's end, axes). An arrow marks a linear map and separates its inputs from its
 # outputs: such parameters are decayed, and adapters split where the arrow stands.
 AXES: tuple[tuple[str, str], ...] = (
-    (r"token_embed/embedding", "vocab -> embed"),
+    (r"(token|source)_embed/embedding", "vocab -> embed"),
     (r"(position|token_type)_embed/embedding", "table -> embed"),
     (r"relative_embed/embedding", "table heads"),
     (r"(query|key|value|position)/kernel", "embed -> heads head_dim"),

@@ -22,6 +22,7 @@ Hidden = Float[Array, "batch length embed"]
 Encoded = Float[Array, "sources source_length embed"]  # an encoder's, as a decoder reads them
 Mask = Bool[Array, "#batch #heads #q_length #kv_length"]  # True = may attend
 SourceMask = Bool[Array, "#batch #heads #q_length #source_length"]  # of what an encoder has read
+Before = tuple[Int[Array, "batch memory"], Int[Array, "batch"]]  # tokens in front, and how many
 Bias = Float[Array, "#batch #heads #q_length #kv_length"]  # added to the attention logits
 Scalar = Float[Array, ""]
 PRNGKey = Key[Array, ""]

@@ -212,20 +212,22 @@ def evaluate_pretrained(
     assert model is not None  # resolved
     longest = model.max_length or datasets[0].info.row_length
     windows = None if stride is None else {"length": longest, "stride": stride}
+    before = pretrained.tokens_before(loaded.task)
     batches = pretrained.eval_rows(
-        datasets, batch_size, split=split, max_rows=rows, windows=windows
+        datasets, batch_size, split=split, max_rows=rows, windows=windows, before=before
     )
     where = ", ".join(str(dataset.directory) for dataset in datasets)
     infos = [dataset.info for dataset in datasets]
-    unigram = pretrained.unigram_entropy(infos)
     loaded = loaded.quantized() if int8 else loaded
     if loaded.attends:
         print(loaded.attends)
-    metrics = loop.evaluate(loaded.placement, loaded.state, batches)
-    metrics |= loaded.task.metrics(metrics["loss"], infos, split)
+    means = loop.evaluate(loaded.placement, loaded.state, batches)
+    loss = means.pop("loss")
+    metrics = {"loss": loss, **loaded.task.metrics(loss, infos, split), **means}
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
-    print(f"  {'unigram':<18} {unigram:.4f}  (entropy of single tokens)")
+    for name, unlearned in pretrained.unlearned(loaded.task, infos).items():
+        print(f"  {name:<18} {unlearned:.4f}")
     about = {"step": loaded.step, "averaged": list(loaded.averaged), "data": where, "split": split}
     return {**about, **metrics}
 

@@ -35,7 +35,7 @@ from jaxlm.nn.choose import Wanted
 from jaxlm.runs import pretrained, published_task
 from jaxlm.runs.answers import ERROR, Answer, Answered, joined, write_table
 from jaxlm.runs.embedder import DOCUMENTS, QUERIES, Embedder, open_embedder
-from jaxlm.runs.finetuned import FinetunedRun
+from jaxlm.runs.finetuned import FinetunedRun, say_long
 from jaxlm.runs.writing import GREEDY_BEAM, Conversation, chosen_way
 from jaxlm.runtime.storage import on_disk, whole
 from jaxlm.tasks.instruction import Instruction
@@ -225,6 +225,7 @@ def main(
     record = record_of(loaded, text or "", pair)
     if isinstance(loaded.task, Responsive):
         (example,) = loaded.task.read([record], labelled=False)
+        say_long(*loaded.cut([example]))
         if isinstance(way, BeamConfig):
             (best,) = loaded.responder.respond([example], way)
             show_hypotheses(best)

@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,26 @@ def test_shards_at_full_size(path: Path, mesh: MeshConfig) -> None:
     table = placement.abstract_state.trainable["params"]["encoder"]["token_embed"]["embedding"]
     shard = table.sharding.shard_shape(table.shape)
     assert shard == (30_528 // mesh.tensor, model.hidden_dim // mesh.fsdp)
+
+
+SCRATCH = [path for path in FINETUNE if configs.read_file(path).base is None]
+
+
+@pytest.mark.parametrize("path", SCRATCH, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(fsdp=2, tensor=4), pytest.param(MeshConfig(fsdp=8), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_a_model_of_its_own_shards_at_full_size(path: Path, mesh: MeshConfig) -> None:
+    config = replace(configs.read_file(path), mesh=mesh)
+    config = finetuned.with_encoder(config, replace(config.model, vocab_size=30_528), "cpu")
+    config = replace(config, train=config.train.with_epochs(lambda epochs: 1000))
+    state = jax.eval_shape(partial(finetuned.make_state, config, ("a", "b"), None))
+    placement = finetuned.make_placement(config, ("a", "b"), state)
+    table = placement.abstract_state.trainable["params"]["encoder"]["token_embed"]["embedding"]
+    shard = table.sharding.shard_shape(table.shape)
+    assert shard == (30_528 // mesh.tensor, table.shape[1] // mesh.fsdp)
 
 
 # One of each architecture and task; the others differ in settings alone.

@@ -81,6 +81,9 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
         "lengths": shape(jnp.int32, rows),
         "index": shape(jnp.int32, rows),
     }
+    if before := pretrained.tokens_before(config.task):
+        batch["before"] = shape(batch["tokens"].dtype, rows, before)
+        batch["before_lengths"] = batch["lengths"]
     flops = pretrained.flops_per_token(config, length) * rows * length
     return Step(placement, placement.abstract_batch(batch), rows * length, length, flops, attends)
 
@@ -88,7 +91,8 @@ def _pretraining(config: PretrainConfig, assumed: Assumed, devices: Sequence[Any
 def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]) -> Step:
     model = encoder_config(config, assumed)
     size = steps.padded_vocab_size(assumed.vocab_size, config.mesh)
-    model = dataclasses.replace(model, vocab_size=model.vocab_size or size)
+    own = ("vocab_size", *(["source_vocab_size"] if config.source_tokenizer else []))
+    model = dataclasses.replace(model, **{name: vars(model)[name] or size for name in own})
     if config.base is not None:
         model = steps.base_model(model, config.mesh)
     config = finetuned.with_encoder(config, model, "tpu")

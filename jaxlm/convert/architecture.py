@@ -31,6 +31,8 @@ PROBLEMS: tuple[Problem, ...] = (
 class Architecture:
     """How one kind of model is written."""
 
+    class_name: str
+    """How names of its classes begin there."""
     prefix: str
     """Prefix of the encoder's and the pooler's names; files of a bare encoder lack it."""
     encoder: tuple[Row, ...]
@@ -45,6 +47,8 @@ class Architecture:
     """The heads of tasks, of which a file has one, and its ``config.json`` names which."""
     poolings: tuple[Pooling, ...] = ("cls", "mean")
     """How such a head makes one vector of a row: the first, unless ``config.json`` says how."""
+    question_answering: str = "QuestionAnswering"
+    """How the name of the class ends that marks the answer's first and last token."""
     unused_positions: int = 0
     """Leading rows of the position table."""
     untied: str = "untied weights are not supported"
@@ -73,6 +77,9 @@ class TaskHead:
         task = names_task(fields)
         if task is None or task not in architecture.task_heads:
             return None
+        name = str(fields.raw["architectures"][0])
+        if task == "QuestionAnswering" and not name.endswith(architecture.question_answering):
+            return None
         labels: tuple[str, ...] = ()
         problem: Any = None
         if task in ("SequenceClassification", "TokenClassification"):
@@ -96,17 +103,19 @@ class TaskHead:
             pooling = fields.name("classifier_pooling", known, architecture.poolings[0])
         return cls(task=task, labels=labels, problem_type=problem, pooling=pooling)
 
-    def write_config(self, model: str) -> dict[str, Any]:
+    def write_config(self, architecture: Architecture) -> dict[str, Any]:
         """The keys of a ``config.json`` that tell of it."""
         names = dict(enumerate(self.labels or (("LABEL_0",) if self.problem_type else ())))
         said = {
             "id2label": {str(i): name for i, name in names.items()},
             "label2id": {name: i for i, name in names.items()},
             "problem_type": self.problem_type,
-            "classifier_pooling": self.pooling if self.pooling != "bert" else None,
+            "classifier_pooling": self.pooling if self.pooling in ("cls", "mean") else None,
         }
         kept = {key: value for key, value in said.items() if value}
-        return {"architectures": [f"{model}For{self.task}"], **kept}
+        asks = self.task == "QuestionAnswering"
+        end = architecture.question_answering if asks else self.task
+        return {"architectures": [f"{architecture.class_name}For{end}"], **kept}
 
 
 class Fields:
@@ -149,7 +158,8 @@ class Fields:
 def names_task(fields: Fields) -> TaskName | None:
     """The task whose class a ``config.json`` names."""
     named = fields.get("architectures", list, []) or [""]
-    return next((one for one in TASKS if str(named[0]).endswith(f"For{one}")), None)
+    name = str(named[0]).removesuffix("Simple")  # of XLNet
+    return next((one for one in TASKS if name.endswith(f"For{one}")), None)
 
 
 # What feed-forward blocks' activations are called there; the first name of each is written.

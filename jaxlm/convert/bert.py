@@ -3,7 +3,8 @@
 RoBERTa's position table has two unused rows in front; positions there count from 2, here from 0.
 XLM-RoBERTa and CamemBERT are RoBERTas with another vocabulary. ELECTRA's discriminator and
 generator are BERTs, if their embeddings are as wide as their layers. DistilBERT (Sanh et al. 2019)
-has no token types: it is a BERT whose two token types are zeros. All are written as BERTs.
+has no token types: it is a BERT whose two token types are zeros. All are written as BERTs, unless
+the head of a task is one of DistilBERT or ELECTRA, which have other activations.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from jaxlm.convert.architecture import NUMBER, Architecture, Fields, TaskName
 from jaxlm.convert.table import Row, Sizes, linear, norm
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
+from jaxlm.models.pooling import Pooling
 
 
 def _encoder(prefix: str, unused_positions: int) -> tuple[Row, ...]:
@@ -45,7 +47,7 @@ def _encoder(prefix: str, unused_positions: int) -> tuple[Row, ...]:
 
 
 def _pooler(prefix: str) -> tuple[Row, ...]:
-    return linear(f"{prefix}pooler.dense", "head/pooler", "embed -> outputs")
+    return _dense(f"{prefix}pooler.dense")
 
 
 def _mlm_head(transform: str, layer_norm: str, bias: str) -> tuple[Row, ...]:
@@ -64,8 +66,15 @@ _ON_TOKENS: dict[TaskName, tuple[Row, ...]] = {
     "TokenClassification": _last("classifier"),
     "QuestionAnswering": _last("qa_outputs"),
 }
+
+
+def _dense(theirs: str) -> tuple[Row, ...]:
+    return linear(theirs, "head/pooler", "embed -> outputs")
+
+
 _PREDICTIONS = "cls.predictions"
 BERT = Architecture(
+    class_name="Bert",
     prefix="bert.",
     encoder=_encoder("bert.", 0),
     heads=(
@@ -89,6 +98,7 @@ BERT = Architecture(
     poolings=("bert",),
 )
 ROBERTA = Architecture(
+    class_name="Roberta",
     prefix="roberta.",
     encoder=_encoder("roberta.", 2),
     heads=(
@@ -102,7 +112,7 @@ ROBERTA = Architecture(
     ignored=r"roberta\.embeddings\.position_ids",
     task_heads={
         "SequenceClassification": (
-            *linear("classifier.dense", "head/pooler", "embed -> outputs"),
+            *_dense("classifier.dense"),
             *_last("classifier.out_proj"),
         ),
         "MultipleChoice": (*_pooler("roberta."), *_last("classifier")),
@@ -114,6 +124,7 @@ ROBERTA = Architecture(
 
 
 ELECTRA = Architecture(
+    class_name="Electra",
     prefix="electra.",
     encoder=_encoder("electra.", 0),
     heads=(
@@ -125,7 +136,12 @@ ELECTRA = Architecture(
     ),
     copies={"generator_lm_head.weight": "electra.embeddings.word_embeddings.weight"},
     ignored=r"electra\.embeddings\.position_ids|discriminator_predictions\.",
-    task_heads=_ON_TOKENS,
+    task_heads={
+        "SequenceClassification": (*_dense("classifier.dense"), *_last("classifier.out_proj")),
+        "MultipleChoice": (*_dense("sequence_summary.summary"), *_last("classifier")),
+        **_ON_TOKENS,
+    },
+    poolings=("electra",),
 )
 
 
@@ -143,6 +159,7 @@ def _distilbert() -> Architecture:
     norms = (("sa_layer_norm", "attention_norm"), ("output_layer_norm", "mlp_norm"))
     embeddings = [row for row in _encoder("distilbert.", 0) if "embeddings" in row.theirs]
     return Architecture(
+        class_name="DistilBert",
         prefix="distilbert.",
         encoder=(
             *(replace(r, theirs="") if "token_type" in r.theirs else r for r in embeddings),
@@ -152,7 +169,12 @@ def _distilbert() -> Architecture:
         heads=(_mlm_head("vocab_transform", "vocab_layer_norm", "vocab_projector.bias"),),
         copies={"vocab_projector.weight": table},
         ignored=r"distilbert\.embeddings\.position_ids",
-        task_heads=_ON_TOKENS,
+        task_heads={
+            "SequenceClassification": (*_dense("pre_classifier"), *_last("classifier")),
+            "MultipleChoice": (*_dense("pre_classifier"), *_last("classifier")),
+            **_ON_TOKENS,
+        },
+        poolings=("distilbert",),
     )
 
 
@@ -166,6 +188,9 @@ _DISTILBERT_KEYS = {
     "hidden_dropout_prob": "dropout",
     "attention_probs_dropout_prob": "attention_dropout",
 }
+
+
+_EPSILON = 1e-12
 
 
 def sizes(config: BertConfig) -> Sizes:
@@ -224,7 +249,7 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Bert
         "num_token_types": get("type_vocab_size", int, 2),
         "dropout_rate": float(get("hidden_dropout_prob", NUMBER, 0.1)),
         "attention_dropout_rate": float(get("attention_probs_dropout_prob", NUMBER, 0.1)),
-        "epsilon": float(get("layer_norm_eps", NUMBER, 1e-12)),
+        "epsilon": float(get("layer_norm_eps", NUMBER, _EPSILON)),
         "initializer_std": float(get("initializer_range", NUMBER, 0.02)),
     }
     try:
@@ -233,14 +258,23 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Bert
         raise InputError(f"{source}: {error}") from error
 
 
-def write_config(config: BertConfig, pad_id: int = 0) -> dict[str, Any]:
-    """The ``config.json`` of a BERT: the inverse of :func:`read_config`.
+def architecture(pooling: Pooling | None) -> Architecture:
+    """What a BERT whose head pools like that is written as."""
+    written: dict[Pooling | None, Architecture] = {"distilbert": DISTILBERT, "electra": ELECTRA}
+    return written.get(pooling, BERT)
 
-    A RoBERTa without its two unused positions is one.
+
+def write_config(
+    config: BertConfig, pad_id: int = 0, pooling: Pooling | None = None
+) -> dict[str, Any]:
+    """The ``config.json``: the inverse of :func:`read_config`.
+
+    A RoBERTa without its two unused positions is a BERT.
     """
-    return {
-        "architectures": ["BertModel"],
-        "model_type": "bert",
+    written = architecture(pooling)
+    fields = {
+        "architectures": [f"{written.class_name}Model"],
+        "model_type": written.class_name.lower(),
         "vocab_size": config.vocab_size,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_dim,
@@ -255,3 +289,14 @@ def write_config(config: BertConfig, pad_id: int = 0) -> dict[str, Any]:
         "initializer_range": config.initializer_std,
         "pad_token_id": pad_id,
     }
+    if written is ELECTRA:
+        fields["embedding_size"] = config.hidden_dim
+    if written is DISTILBERT:
+        if config.epsilon != _EPSILON:
+            raise InputError(
+                f"a DistilBERT has epsilon={_EPSILON}, and this model has {config.epsilon}: train "
+                "it with --task.pooling bert to use it elsewhere"
+            )
+        del fields["type_vocab_size"], fields["layer_norm_eps"]
+        fields = {_DISTILBERT_KEYS.get(key, key): value for key, value in fields.items()}
+    return fields

@@ -15,7 +15,7 @@ from jaxlm.convert.architecture import (
     Fields,
     published_activation,
 )
-from jaxlm.convert.table import Row, Sizes, norm
+from jaxlm.convert.table import LAST, Row, Sizes, linear, norm, without_bias
 from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
 
@@ -43,6 +43,7 @@ def architecture(*, tied: bool, query_factors: tuple[float, ...] | None = None) 
     unembed = Row("lm_head.weight", "head/unembed/kernel", "vocab embed -> embed vocab")
     positions = "positions embed -> positions embed"
     return Architecture(
+        class_name="GPT2",
         prefix="transformer.",
         encoder=(
             Row(table, "encoder/token_embed/embedding", "vocab embed -> vocab embed"),
@@ -60,6 +61,12 @@ def architecture(*, tied: bool, query_factors: tuple[float, ...] | None = None) 
         heads=() if tied else ((unembed,),),
         copies={"lm_head.weight": table} if tied else {},
         ignored=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)$",
+        task_heads={
+            "SequenceClassification": without_bias("score"),
+            "TokenClassification": linear("classifier", *LAST),
+            "QuestionAnswering": linear("qa_outputs", *LAST),
+        },
+        poolings=("last",),
         untied="set tie_word_embeddings to false in config.json if that head is meant",
     )
 

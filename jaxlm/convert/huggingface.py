@@ -33,7 +33,7 @@ from jaxlm.convert import (
 from jaxlm.convert.architecture import TaskHead, TaskName
 from jaxlm.convert.layout import Known
 from jaxlm.convert.sentence_encoder import SentenceEncoder
-from jaxlm.convert.table import Row, Weights
+from jaxlm.convert.table import LAST, Row, Weights
 from jaxlm.data import tokenizers
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
@@ -42,7 +42,7 @@ from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import ModelConfig
 from jaxlm.models.modernbert import ModernBertConfig
-from jaxlm.models.pooling import Pooling
+from jaxlm.models.pooling import DENSE, Pooling
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runtime.storage import on_disk
@@ -153,13 +153,13 @@ def read_config(path: Path) -> ModelConfig:
 def to_huggingface(
     params: PyTree[Float[Array | np.ndarray, "..."]],
     config: Known,
-    task: TaskName | None = None,
+    task_head: TaskHead | None = None,
 ) -> dict[str, Float32[np.ndarray, "..."]]:
     """The tensors of a ``BertForPreTraining`` or of another's model with its language model's head.
 
     Or the part of it that ``params`` holds. The paths are those of a run: ``encoder/…``,
     ``head/pooler/…`` and, of the head that scores the vocabulary, ``head/{transform,norm,bias}`` or
-    ``head/unembed``; or of the head of a ``task``.
+    ``head/unembed``; or of the head of a task.
     """
     sizes = layout.sizes_of(config)
     tokens = None if isinstance(config, BertConfig | XlnetConfig) else config.num_tokens
@@ -171,18 +171,33 @@ def to_huggingface(
         ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
         flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
         params = unflatten_dict(flat, sep="/")
-    labels = params.get("head", {}).get("classifier", {}).get("bias", ())
-    architecture = layout.architecture_of(config)
-    more = () if task is None else architecture.task_heads[task]
-    rows = list(dict.fromkeys([*layout.all_rows(architecture), *more]))
-    return table.write(rows, params, {**sizes, "labels": len(labels)})
+    if task_head is None:
+        return table.write(layout.all_rows(layout.architecture_of(config)), params, sizes)
+    architecture = layout.architecture_of(config, task_head.pooling)
+    head = architecture.task_heads[task_head.task]
+    zeros = {"bias": np.zeros(task_head.size, np.float32)}  # where a head has none
+    last = {"classifier": zeros | params["head"]["classifier"]}
+    rows = dict.fromkeys([*layout.all_rows(architecture), *head])
+    written = params | {"head": params["head"] | last}
+    return table.write(rows, written, {**sizes, "labels": task_head.size})
 
 
 def poolings(config: ModelConfig, task: TaskName) -> tuple[Pooling, ...] | None:
     """How the head of a task may pool in the folder of such a model; None: it can hold none."""
     if not isinstance(config, Known) or task not in layout.architecture_of(config).task_heads:
         return None
-    return layout.architecture_of(config).poolings
+    found: dict[Pooling, None] = dict.fromkeys(layout.architecture_of(config).poolings)
+    for pool in DENSE:
+        found |= dict.fromkeys(one for one in layout.architecture_of(config, pool).poolings)
+    return tuple(found)
+
+
+def keeps_bias(config: ModelConfig, head: TaskHead) -> bool:
+    """Whether the folder of such a model can hold a bias of the last layer of that head."""
+    rows = (
+        layout.architecture_of(config, head.pooling).task_heads if isinstance(config, Known) else {}
+    )
+    return any(row.theirs and row.ours == f"{LAST[0]}/bias" for row in rows.get(head.task, ()))
 
 
 def keeps_pooler(config: ModelConfig) -> bool:
@@ -221,8 +236,8 @@ def save(
     if isinstance(config, BertConfig | ModernBertConfig | XlnetConfig):
         special = {name: i for name, i in asdict(found).items() if i is not None}
     if isinstance(config, BertConfig):
-        written = bert.write_config(config, found.pad)
-        inputs = inputs if config.num_token_types > 1 else inputs[::2]
+        written = bert.write_config(config, found.pad, task_head and task_head.pooling)
+        inputs = inputs if written.get("type_vocab_size", 1) > 1 else inputs[::2]
     elif isinstance(config, ModernBertConfig):
         written, inputs = modernbert.write_config(config, special), inputs[::2]
     elif isinstance(config, XlnetConfig):
@@ -238,7 +253,8 @@ def save(
         written = {**(written or {}), **{f"{name}_token_id": i for name, i in special.items()}}
         inputs = inputs[::2]
     if task_head is not None:
-        written |= task_head.write_config(type(config).__name__.removesuffix("Config"))
+        architecture = layout.architecture_of(config, task_head.pooling)
+        written |= task_head.write_config(architecture)
     configs = {
         folder.CONFIG: written,
         # Without it, other libraries take every BERT's tokenizer for WordPiece.
@@ -250,8 +266,7 @@ def save(
             **{f"{name}_token": tokenizer.id_to_token(i) for name, i in special.items()},
         },
     }
-    task = None if task_head is None else task_head.task
-    named = to_huggingface(params, config, task)
+    named = to_huggingface(params, config, task_head)
     tensors = {name: np.ascontiguousarray(x) for name, x in named.items()}
     unfinished = path.with_name(f".{path.name}")
     try:

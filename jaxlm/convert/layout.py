@@ -15,6 +15,7 @@ from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.modernbert import ModernBertConfig
+from jaxlm.models.pooling import Pooling
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
 
@@ -51,11 +52,11 @@ def describe(path: Path) -> tuple[Architecture, Known]:
             )
 
 
-def architecture_of(config: Known) -> Architecture:
-    """How one of ours is written."""
+def architecture_of(config: Known, pooling: Pooling | None = None) -> Architecture:
+    """How one of ours is written, whose head pools like that."""
     match config:
         case BertConfig():
-            return bert.BERT
+            return bert.architecture(pooling)
         case Gpt2Config():
             return gpt2.architecture(tied=config.tied)
         case LlamaConfig():

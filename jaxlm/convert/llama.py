@@ -14,7 +14,7 @@ from jaxlm.convert.architecture import (
     Fields,
     published_activation,
 )
-from jaxlm.convert.table import Row, Sizes, linear
+from jaxlm.convert.table import LAST, Row, Sizes, linear, without_bias
 from jaxlm.errors import InputError
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.nn.positions import LinearScaling, Llama3Scaling, Scaling
@@ -34,6 +34,7 @@ def architecture(config: LlamaConfig) -> Architecture:
 
     unembed = Row("lm_head.weight", "head/unembed/kernel", "vocab embed -> embed vocab")
     return Architecture(
+        class_name="Llama",
         prefix="model.",
         encoder=(
             Row(table, "encoder/token_embed/embedding", "vocab embed -> vocab embed"),
@@ -58,6 +59,11 @@ def architecture(config: LlamaConfig) -> Architecture:
         copies={"lm_head.weight": table} if config.tied else {},
         ignored=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",
         untied="set tie_word_embeddings to false in config.json if that head is meant",
+        task_heads={  # that of questions does not read the base's names
+            "SequenceClassification": without_bias("score"),
+            "TokenClassification": linear("score", *LAST),
+        },
+        poolings=("last",),
     )
 
 

@@ -55,6 +55,7 @@ def architecture(config: ModernBertConfig) -> Architecture:
     transform = linear("head.dense", "head/transform", "embed -> outputs")
     vocab_bias = (Row("decoder.bias", "head/bias", "vocab -> vocab"),)
     return Architecture(
+        class_name="ModernBert",
         prefix="model.",
         encoder=(
             Row(table, "encoder/token_embed/embedding", "vocab embed -> vocab embed"),

@@ -69,6 +69,7 @@ def architecture(config: T5Config) -> Architecture:
 
     unembed = Row(HEAD, "head/unembed/kernel", "vocab embed -> embed vocab")
     return Architecture(
+        class_name="T5",
         prefix="",
         encoder=(
             Row(TABLE, "encoder/token_embed/embedding", "vocab embed -> vocab embed"),

@@ -112,6 +112,13 @@ class Row:
         there, here = self.layout.split(" -> ")
         names = self.names(sizes)
         parts = np.asarray(parameter, np.float32)
+        if not names:
+            if parts.any():
+                raise InputError(
+                    f"{self.ours} has learned something, and has no place there: use the run from "
+                    "its folder"
+                )
+            return {}
         if not self._stacked:
             parts = parts[None]
         _check(self.ours, parts.shape, (len(names), *_shape(here, sizes)))
@@ -160,6 +167,16 @@ def linear(theirs: str, ours: str, axes: str) -> tuple[Row, Row]:
         Row(f"{theirs}.weight", f"{ours}/kernel", kernel),
         Row(f"{theirs}.bias", f"{ours}/bias", f"({outputs}) -> {outputs}"),
     )
+
+
+LAST = ("head/classifier", "embed -> labels")
+"""Where the last layer of a task's head is, and its axes."""
+
+
+def without_bias(theirs: str) -> tuple[Row, Row]:
+    """A last layer that has none: ours is zeros."""
+    kernel, bias = linear(theirs, *LAST)
+    return kernel, replace(bias, theirs="")
 
 
 def norm(theirs: str, ours: str) -> tuple[Row, Row]:

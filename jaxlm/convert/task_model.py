@@ -6,7 +6,7 @@ from typing import Literal
 
 from jaxlm.convert import folder, layout
 from jaxlm.convert.architecture import POOLED, Architecture
-from jaxlm.convert.table import Row, Sizes, linear
+from jaxlm.convert.table import Row, Sizes
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig, has_transform
 from jaxlm.models.pooling import Pooling
@@ -69,7 +69,7 @@ def read(
         encoder += tuple(replace(row, ours=f"lm_{row.ours}") for row in rows)
         scoring = frozenset(architecture.copies.values())
     head = _head(name, kind, architecture, has_transform(config), str(path))
-    pools = architecture.poolings if kind in architecture.task_heads else ("last",)
+    pools = architecture.poolings
     if kind in POOLED and pooling is not None and pooling not in pools:
         raise InputError(
             f"pooling={pooling} is not what AutoModelFor{kind} does, which takes pooling="
@@ -97,20 +97,8 @@ def _head(
         begins = ("head/transform/", "head/norm/") if transforms else ()
         rows = (row for head in architecture.heads for row in head)
         shared = (row for row in rows if row.ours.startswith(begins))
-        return (*shared, *own[kind])
-
-    def last(theirs: str) -> tuple[Row, ...]:
-        return linear(theirs, "head/classifier", "embed -> labels")
-
+        return tuple(row for row in (*shared, *own[kind]) if row.theirs)
     match name, kind:
         case ("t5", "Seq2SeqLM") | ("gpt2" | "llama", "CausalLM") | (_, "FeatureExtraction"):
             return ()
-        case "gpt2" | "llama", "SequenceClassification":
-            return last("score")[:1]
-        case "gpt2" | "xlnet", "TokenClassification":
-            return last("classifier")
-        case "llama", "TokenClassification":
-            return last("score")
-        case "gpt2" | "xlnet", "QuestionAnswering":
-            return last("qa_outputs")  # not of a Llama: its class does not read the base's names
     raise InputError(f"{source}: transformers has no AutoModelFor{kind} of a {name} like ours")

@@ -11,11 +11,13 @@ from typing import Any
 from jaxlm.convert.architecture import (
     ACTIVATIONS,
     NUMBER,
+    POOLED,
     Architecture,
     Fields,
+    names_task,
     published_activation,
 )
-from jaxlm.convert.table import Row, Sizes, linear, norm
+from jaxlm.convert.table import LAST, Row, Sizes, linear, norm
 from jaxlm.errors import InputError
 from jaxlm.models.xlnet import XlnetConfig
 
@@ -28,7 +30,9 @@ def _same(theirs: str, ours: str, axes: str) -> Row:
     return Row(f"{_LAYER}.rel_attn.{theirs}", f"{_OURS}/attention/{ours}", f"{axes} -> {axes}")
 
 
+_SUMMARY = linear("sequence_summary.summary", "head/pooler", "embed -> outputs")
 XLNET = Architecture(
+    class_name="XLNet",
     prefix="transformer.",
     encoder=(
         Row(_TABLE, "encoder/token_embed/embedding", "vocab embed -> vocab embed"),
@@ -58,6 +62,14 @@ XLNET = Architecture(
     heads=((Row("lm_loss.bias", "head/bias", "vocab -> vocab"),),),
     copies={"lm_loss.weight": _TABLE},
     ignored="$^",
+    task_heads={
+        "SequenceClassification": (*_SUMMARY, *linear("logits_proj", *LAST)),
+        "MultipleChoice": (*_SUMMARY, *linear("logits_proj", *LAST)),
+        "TokenClassification": linear("classifier", *LAST),
+        "QuestionAnswering": linear("qa_outputs", *LAST),
+    },
+    poolings=("xlnet",),
+    question_answering="QuestionAnsweringSimple",  # the other one searches for answers
 )
 
 
@@ -71,6 +83,7 @@ def sizes(config: XlnetConfig) -> Sizes:
         "alone": 1,
         "types": 2,
         "embed": config.hidden_dim,
+        "outputs": config.hidden_dim,
         "heads": config.num_heads,
         "head_dim": config.hidden_dim // config.num_heads,
         "mlp": config.mlp_dim,
@@ -87,6 +100,10 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Xlne
     attention = fields.name("attn_type", {"bi": "bi", "uni": "uni"}, "bi")
     if attention == "uni":  # elsewhere it says nothing
         fields.require("same_length", bool, False)
+    if names_task(fields) in POOLED:
+        fields.require("summary_type", str, "last")
+        fields.require("summary_use_proj", bool, True)
+        fields.require("summary_activation", str, "tanh")
     clamp = fields.get("clamp_len", int, -1)
     rate = float(fields.get("dropout", NUMBER, 0.1))
     values: dict[str, Any] = {

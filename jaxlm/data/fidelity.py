@@ -87,11 +87,14 @@ def report(
     config: TokenizerConfig | None,
     *,
     longer: str | None = None,
+    texts: str = "",
+    option: str = "--tokenizer",
 ) -> None:
     """Say what is lost of texts; a warning where it is much, with a way out.
 
     ``config`` is that of a tokenizer that one may choose; None: it comes with a trained model.
-    ``longer`` is how to have fewer tokens cut; None: none can be.
+    ``longer`` is how to have fewer tokens cut; None: none can be. ``texts`` says which they are,
+    where there are others, and ``option`` is what chooses the tokenizer.
     """
     if console is None:
         return
@@ -99,16 +102,21 @@ def report(
     shares = [f"{tally.unknown / max(tally.tokens, 1):.2%} of the tokens are unknown"]
     shares += [] if longer is None else [f"{tally.cut_share:.2%} are cut"]
     shares += [f"{letters.share:.2%} of the letters are changed"]
-    console.print(", ".join(shares), highlight=False, soft_wrap=True)
-    lines = list(warnings(tokenizer, tally, letters, config))
+    of = f"{texts}: " if texts else ""
+    console.print(of + ", ".join(shares), highlight=False, soft_wrap=True)
+    lines = list(warnings(tokenizer, tally, letters, config, option))
     if longer is not None and tally.cut_share > TOO_MUCH:
         lines.append(f"{tally.cut_share:.1%} of the tokens are cut: {longer}")
     for line in lines:
-        console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"warning: {of}{line}", style="yellow", markup=False, soft_wrap=True)
 
 
 def warnings(
-    tokenizer: Tokenizer, tally: Tally, letters: Letters, config: TokenizerConfig | None
+    tokenizer: Tokenizer,
+    tally: Tally,
+    letters: Letters,
+    config: TokenizerConfig | None,
+    option: str,
 ) -> Iterator[str]:
     """What too much of the texts loses, and what one can do about it."""
     if tally.unknown > TOO_MUCH * tally.tokens:
@@ -118,13 +126,13 @@ def warnings(
             which = "there are words of more than 100 characters, such as lines without spaces"
         yield (
             f"{tally.unknown / tally.tokens:.1%} of the tokens are {tokenizers.UNK}, in which a "
-            f"model sees nothing: {which}; {_know_more(config, unknown)}"
+            f"model sees nothing: {which}; {_know_more(config, unknown, option)}"
         )
     if letters.share > TOO_MUCH:
         examples = ", ".join(f"{old} → {new or 'nothing'}" for old, new in letters.examples.items())
         yield (
             f"{letters.share:.1%} of the letters are changed ({examples}); "
-            f"{_change_less(config, tally.characters)}"
+            f"{_change_less(config, tally.characters, option)}"
         )
 
 
@@ -142,27 +150,27 @@ def _such_as(characters: list[str]) -> str:
     return f", such as {' '.join(characters[:5])}" if characters else ""
 
 
-def _know_more(config: TokenizerConfig | None, unknown: list[str]) -> str:
+def _know_more(config: TokenizerConfig | None, unknown: list[str], option: str) -> str:
     if config is None:
         return "choose a base whose tokenizer knows them, such as a multilingual one"
-    ways = ["--tokenizer.kind bpe knows all"]
+    ways = [f"{option}.kind bpe knows all"]
     if config.path is not None:
-        return f"without --tokenizer.path, {ways[0]}"
+        return f"without {option}.path, {ways[0]}"
     if config.alphabet is not None:
-        ways.append("a larger --tokenizer.alphabet, or none, knows more")
+        ways.append(f"a larger {option}.alphabet, or none, knows more")
     elif unknown and config.kind != "bpe":
-        ways.append(f"--tokenizer.vocab-size {config.vocab_size + 2 * len(unknown)} has room")
+        ways.append(f"{option}.vocab-size {config.vocab_size + 2 * len(unknown)} has room")
     return ", and ".join(ways)
 
 
-def _change_less(config: TokenizerConfig | None, characters: dict[str, int]) -> str:
+def _change_less(config: TokenizerConfig | None, characters: dict[str, int], option: str) -> str:
     if config is None:
         return "choose a base whose tokenizer keeps them, such as a cased or multilingual one"
-    without = "without --tokenizer.path, " if config.path is not None else ""
+    without = f"without {option}.path, " if config.path is not None else ""
     kept = Letters.of(bert_normalizer(marks=True), characters)
     if config.kind == "wordpiece" and kept.share <= TOO_MUCH:
         return (
-            f"{without}--tokenizer.marks keeps them (then {kept.share:.2%} are), and "
-            "--tokenizer.cased capital letters as well"
+            f"{without}{option}.marks keeps them (then {kept.share:.2%} are), and "
+            f"{option}.cased capital letters as well"
         )
-    return f"{without}--tokenizer.kind bpe keeps all"
+    return f"{without}{option}.kind bpe keeps all"

@@ -146,6 +146,14 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is compressed, and damaged ({error}); copy it again") from error
+    except IsADirectoryError as error:
+        raise InputError(
+            f"{path} is a folder, where one file is read: name a file in it"
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(
+            f"there is no file {str(path)!r} (in {Path.cwd()}); check the path"
+        ) from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
 

@@ -89,6 +89,7 @@ def train_batches(
     seed: int,
     examples_seen: int = 0,
     batch_rows: BatchRows = ALL_ROWS,
+    before: int = 0,
 ) -> Iterator[HostBatch]:
     """The rows that one process holds of every global batch, without end, prefetched by threads.
 
@@ -96,8 +97,11 @@ def train_batches(
     int32 [local_batch]}``; the index numbers the rows of a run, modulo 2³¹. Blocks, put together in
     their order, are the same global batch however many there are. Row k of a run is the same row
     for every batch size, so ``examples_seen`` is all there is to save, while the size grows, too.
-    Each data set is shuffled again for every epoch.
+    Each data set is shuffled again for every epoch. With ``before``, there are the last so many
+    tokens of the row before each in the text, too, [local_batch, before], and ``before_lengths``
+    int32 [local_batch]: 0 of a first row.
     """
+    _check_before(datasets, before)
     _check_alike(datasets)
     for size in (*config.ramp_sizes, config.batch_size):
         batch_rows.rows(size)  # raises where it cannot be split
@@ -107,7 +111,9 @@ def train_batches(
     def batch(step: int) -> HostBatch:
         seen, size = config.after(examples_seen, step)
         numbers = seen + batch_rows.rows(size)
-        return _stack(_read(sources, *order.at(numbers.tolist())), numbers)
+        owners, rows = order.at(numbers.tolist())
+        ahead = _read(sources, owners, np.maximum(rows - 1, 0)) if before else None
+        return _stack(_read(sources, owners, rows), numbers) | _before(ahead, rows, before)
 
     steps = sys.maxsize // config.batch_size - examples_seen
     return _read_ahead(batch, steps, config.num_threads, config.prefetch)
@@ -120,23 +126,26 @@ def eval_batches(
     split: str = "validation",
     batch_rows: BatchRows = ALL_ROWS,
     max_rows: int | None = None,
+    before: int = 0,
 ) -> Iterator[HostBatch]:
     """A process's rows of each batch of one pass in fixed order, as for :func:`train_batches`.
 
     The last global batch is filled up with rows of length 0 (all padding), so that every process
     has the same number of full batches. ``max_rows`` takes only the first so many rows.
     """
+    _check_before([dataset], before)
     local = batch_rows.rows(batch_size)
     rows = dataset.source(split)
     num_rows = len(rows) if max_rows is None else min(max_rows, len(rows))
 
     def batch(step: int) -> HostBatch:
         numbers = step * batch_size + local
-        found = rows.read(np.minimum(numbers, num_rows - 1))
-        beyond = numbers >= num_rows
+        there = np.minimum(numbers, num_rows - 1)
+        found, beyond = rows.read(there), numbers >= num_rows
+        ahead = rows.read(np.maximum(there - 1, 0)) if before else None
         found["tokens"] = np.where(beyond[:, None], dataset.info.special.pad, found["tokens"])
         found["length"] = np.where(beyond, 0, found["length"])
-        return _stack(found, numbers)
+        return _stack(found, numbers) | _before(ahead, there, before)
 
     return _read_ahead(batch, -(-num_rows // batch_size), num_threads=1, prefetch=2)
 
@@ -215,6 +224,22 @@ def _stack(rows: dict[str, np.ndarray], numbers: np.ndarray) -> HostBatch:
         "lengths": rows["length"].astype(np.int32),
         "index": (numbers % 2**31).astype(np.int32),
     }
+
+
+def _check_before(datasets: Sequence[Prepared], before: int) -> None:
+    if before > (length := datasets[0].info.row_length):
+        raise InputError(
+            f"task.memory={before} is more than the {length} tokens of the row before: lower it to "
+            f"{length}, or prepare longer rows"
+        )
+
+
+def _before(ahead: dict[str, np.ndarray] | None, rows: np.ndarray, before: int) -> HostBatch:
+    """The ends of the rows ``ahead`` of these, which are full: only a split's last is not."""
+    if ahead is None:
+        return {}
+    lengths = np.where(rows > 0, before, 0).astype(np.int32)
+    return {"before": ahead["tokens"][:, -before:], "before_lengths": lengths}
 
 
 def _read_ahead(

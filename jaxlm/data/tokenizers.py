@@ -147,7 +147,12 @@ def lower(tokenizer: Tokenizer) -> None:
 
 def save(tokenizer: Tokenizer, path: StoragePath | str) -> None:
     """Write a ``tokenizer.json``."""
-    locate(path).write_text(tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
+    locate(path).write_text(text(tokenizer), encoding="utf-8")
+
+
+def text(tokenizer: Tokenizer) -> str:
+    """What is in a ``tokenizer.json``."""
+    return tokenizer.to_str(pretty=True) + "\n"
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

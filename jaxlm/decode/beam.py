@@ -167,7 +167,7 @@ class BeamSearch:
         self, given: list[str | Sequence[int]], config: BeamConfig, batch_size: int
     ) -> Iterator[Hypothesis]:
         model, prefix = self._model, self._prefix(config)
-        texts = [text if isinstance(text, str) else model.decode(text) for text in given]
+        texts = [model.shown(text) for text in given]
         prompts = [model.prompt(text) for text in given]
         limits = [min(config.max_new_tokens, model.max_length - len(ids)) for ids in prompts]
         if (least := min(limits)) <= len(prefix):

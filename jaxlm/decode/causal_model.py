@@ -50,6 +50,8 @@ class CausalModel:
     read: Read | None = None
     """How a model reads sources that writes targets: texts are then sources, and each target begins
     with ``start`` alone. ``make_state`` is not called."""
+    source_tokenizer: Tokenizer | None = None
+    """That of sources, if they have another than targets."""
     take: Take = decoding.take
     """Picks rows of a state, for beams; of a model that reads sources each has as many, and only
     rows of the same source take each other's places."""
@@ -106,7 +108,7 @@ class CausalModel:
     def source(self, text: str | Sequence[int]) -> list[int]:
         """The tokens of a source, framed as the tokenizer does, or these; as many as fit."""
         if isinstance(text, str):
-            text = self.tokenizer.encode(text).ids
+            text = (self.source_tokenizer or self.tokenizer).encode(text).ids
         if not len(text):
             raise InputError("a source holds no token: give at least one word")
         return list(text)[: self.max_length]
@@ -144,6 +146,13 @@ class CausalModel:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; special ones have none."""
         return self.tokenizer.decode(list(ids))
+
+    def shown(self, text: str | Sequence[int]) -> str:
+        """A text to be continued, or a source; that of its tokens, where these are given."""
+        if isinstance(text, str):
+            return text
+        reads = None if self.read is None else self.source_tokenizer
+        return (reads or self.tokenizer).decode(list(text))
 
     def token(self, name: str) -> int:
         """The id of a token, by its name in the vocabulary or by its text."""

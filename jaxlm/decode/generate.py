@@ -283,7 +283,7 @@ class _Rows:
     ):
         self._model, self._config = model, config
         self._numbers, texts = map(list, zip(*numbered, strict=True))
-        self._texts = [text if isinstance(text, str) else model.decode(text) for text in texts]
+        self._texts = [model.shown(text) for text in texts]
         self._prompts = [model.prompt(text) for text in texts]
         self._sources = None if model.read is None else [model.source(text) for text in texts]
         self._limits = [

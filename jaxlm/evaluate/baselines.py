@@ -1,6 +1,7 @@
 """What is reached without a network, in seconds on a CPU: so that one sees what the network adds.
 
 TF-IDF weighs the words of a text (Salton and Buckley, 1988); a linear model learns from them.
+scikit-learn is imported where it is used: it takes as long to import as JAX.
 """
 
 import warnings
@@ -9,9 +10,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Float32, Int, Shaped
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression, Ridge
 
 MAX_TEXTS, MAX_CHARACTERS, MAX_CELLS = 10_000, 10_000_000, 40_000
 
@@ -34,6 +32,9 @@ def classes(
     num_labels: int,
 ) -> Float[np.ndarray, "texts labels"]:
     """Probabilities by logistic regression on TF-IDF."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     known, new = _tf_idf(train, texts)
     probabilities = np.zeros((len(texts), num_labels))
     seen = np.unique(labels)
@@ -58,6 +59,8 @@ def numbers(
     train: Sequence[str], targets: Float[np.ndarray, "train"], texts: Sequence[str]
 ) -> Float[np.ndarray, "texts"]:
     """By ridge regression on TF-IDF."""
+    from sklearn.linear_model import Ridge
+
     known, new = _tf_idf(train, texts)
     if known is None:
         return np.full(len(texts), targets.mean())
@@ -76,6 +79,8 @@ def _tf_idf(
     train: Sequence[str], texts: Sequence[str], max_features: int = 20_000
 ) -> tuple[Any, Any]:
     """Sparse matrices, or None and None where there are no words."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     words = TfidfVectorizer(
         sublinear_tf=True, max_features=max_features, token_pattern=r"\w+", lowercase=True
     )

@@ -14,8 +14,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
 
 from jaxlm.errors import InputError
 from jaxlm.evaluate.calibration import reliability
@@ -65,6 +63,11 @@ def higher_is_better(name: str) -> bool:
     return HIGHER_IS_BETTER[base]
 
 
+def perplexity(loss: float) -> float:
+    """exp(mean cross-entropy of a token, in nats); none is above e^700."""
+    return math.exp(min(loss, 700.0))
+
+
 def classification_names(
     kind: Literal["class", "labels", "number"], label_names: Sequence[str]
 ) -> tuple[str, ...]:
@@ -88,6 +91,8 @@ def classification(
     over the labels that are given or predicted. ``mcc`` is Matthews' correlation,
     ``calibration_error`` the expected one (Guo et al., 2017).
     """
+    from sklearn.metrics import matthews_corrcoef  # slow to import
+
     _check_lengths("labels", labels, "probabilities", probabilities)
     num_labels = len(label_names)
     if probabilities.shape[1] != num_labels or not 0 <= labels.min() <= labels.max() < num_labels:
@@ -102,9 +107,7 @@ def classification(
     return {
         "accuracy": float(np.mean(labels == predicted)),
         "macro_f1": float(f1[seen].mean()),
-        "mcc": float(sklearn_metrics.matthews_corrcoef(labels, predicted))
-        if seen.size > 1
-        else 0.0,
+        "mcc": float(matthews_corrcoef(labels, predicted)) if seen.size > 1 else 0.0,
         **({f"f1/{label_names[1]}": float(f1[1])} if num_labels == 2 else {}),
         "calibration_error": reliability(labels, probabilities).error,
     }
@@ -314,7 +317,9 @@ def _f1s(
     labels: Sequence[int] | None = None,
 ) -> Float[np.ndarray, "labels"]:
     """One for each label."""
-    counts = sklearn_metrics.multilabel_confusion_matrix(true, predicted, labels=labels)
+    from sklearn.metrics import multilabel_confusion_matrix  # slow to import
+
+    counts = multilabel_confusion_matrix(true, predicted, labels=labels)
     return np.array(
         [
             _precision_recall_f1(right, right + extra, right + missed)["f1"]
@@ -326,6 +331,8 @@ def _f1s(
 def _correlations(
     first: Float[np.ndarray, "examples"], second: Float[np.ndarray, "examples"]
 ) -> dict[str, float]:
+    from scipy import stats  # slow to import
+
     if len(first) < 2:
         return {"pearson": math.nan, "spearman": math.nan}
     with warnings.catch_warnings():

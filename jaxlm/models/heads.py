@@ -22,7 +22,7 @@ from jaxlm.nn.feedforward import gelu
 from jaxlm.nn.linear import Linear
 from jaxlm.nn.masks import NEGATIVE
 from jaxlm.nn.norms import LayerNorm
-from jaxlm.typing import Dtype, Hidden, Mask, Tokens
+from jaxlm.typing import Before, Dtype, Hidden, Mask, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,15 +189,15 @@ class WithLmHead(nn.Module):
         *,
         mask: Mask,
         segment_ids: Int[Array, "batch length"] | None = None,
+        before: Before | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch masked vocab"]:
-        """Float32 logits at the positions ``predicted``, by what ``mask`` shows them alone.
-
-        Of an encoder with a ``predict``, such as :class:`jaxlm.models.xlnet.Xlnet`.
+        """Float32 logits at the positions ``predicted``, by what ``mask`` shows them alone, and by
+        the tokens ``before`` the row. Of an encoder with a ``predict``, such as
+        :class:`jaxlm.models.xlnet.Xlnet`.
         """
-        hidden = self.encoder.predict(
-            tokens, predicted, mask=mask, segment_ids=segment_ids, deterministic=deterministic
-        )
+        options = {"segment_ids": segment_ids, "before": before, "deterministic": deterministic}
+        hidden = self.encoder.predict(tokens, predicted, mask=mask, **options)
         return self.head(hidden, self.encoder.token_embed)
 
     def extend(
@@ -312,6 +312,7 @@ class ClassificationHead(nn.Module):
     Attributes:
         pool: one of ``pooling.POOLS``, or any function of hidden states and segment ids.
         transform: what the vector goes through first.
+        use_bias: adds one in the last layer.
     """
 
     num_labels: int
@@ -319,6 +320,7 @@ class ClassificationHead(nn.Module):
     pool: Pool = bert_pooler
     initializer_std: float = 0.02
     transform: Transform | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(
@@ -332,7 +334,7 @@ class ClassificationHead(nn.Module):
         x = pooled(self.pool, hidden, segment_ids, num_segments)
         x = x if self.transform is None else self.transform(x)
         x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
-        return _classifier(self.num_labels, self.initializer_std)(x)
+        return _classifier(self.num_labels, self.initializer_std, self.use_bias)(x)
 
 
 class TokenHead(nn.Module):
@@ -386,8 +388,8 @@ class EmbeddingHead(nn.Module):
         return self.scale(pooled(self.pool, hidden, segment_ids, num_segments))
 
 
-def _classifier(num_labels: int, initializer_std: float) -> Linear:
+def _classifier(num_labels: int, initializer_std: float, use_bias: bool = True) -> Linear:
     # In float32: it is narrow, and a bfloat16 logit has three digits.
     # As transformers draws it; truncated, it would be an eighth narrower.
     init = nn.initializers.normal(initializer_std)
-    return Linear(num_labels, kernel_init=init, name="classifier")
+    return Linear(num_labels, use_bias=use_bias, kernel_init=init, name="classifier")

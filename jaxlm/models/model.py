@@ -175,17 +175,31 @@ class EncoderDecoderConfig(ModelConfig, Protocol):
 
 
 @runtime_checkable
+class SourceVocabConfig(EncoderDecoderConfig, Protocol):
+    """The configuration of such a model whose sources may have a vocabulary of their own."""
+
+    @property
+    def source_vocab_size(self) -> int | None:
+        """Rows of the encoder's own token table; None: it has none."""
+        ...
+
+
+@runtime_checkable
 class TwoStreamConfig(ModelConfig, Protocol):
     """The configuration of a model that predicts tokens in any order (Yang et al. 2019).
 
     Its module has a second method, ``predict(tokens, predicted, *, mask, token_type_ids,
-    segment_ids, deterministic)``, which gives hidden states ``[batch, masked, hidden_dim]`` of the
-    positions ``predicted`` that have seen what ``mask`` shows them, and nothing of a token that it
-    does not.
+    segment_ids, before, deterministic)``, which gives hidden states ``[batch, masked, hidden_dim]``
+    of the positions ``predicted`` that have seen what ``mask`` shows them, and nothing of a token
+    that it does not; and the tokens ``before`` the row, if there are any.
     """
 
     def query_flops(self, length: int, num_predicted: int) -> float:
         """Operations of ``predict`` for a row, beside those of ``forward_flops``."""
+        ...
+
+    def memory_flops(self, memory: int, length: int) -> float:
+        """Those of reading so many tokens before, and of ``length`` positions that see them."""
         ...
 
 
@@ -202,6 +216,11 @@ def has_transform(config: ModelConfig) -> TypeGuard[TransformConfig]:
 def is_two_sided(config: ModelConfig) -> TypeGuard[EncoderDecoderConfig]:
     """Whether it reads a source with an encoder and writes a target with a decoder."""
     return isinstance(config, EncoderDecoderConfig)
+
+
+def has_source_vocab(config: ModelConfig) -> TypeGuard[SourceVocabConfig]:
+    """Whether its sources may have a vocabulary of their own."""
+    return isinstance(config, SourceVocabConfig)
 
 
 def is_two_stream(config: ModelConfig) -> TypeGuard[TwoStreamConfig]:

@@ -6,12 +6,14 @@ padding, and without segment ids there is none. With a third argument, ``num_seg
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxlm.nn.feedforward import gelu
 from jaxlm.nn.linear import Linear
 from jaxlm.typing import Hidden
 
@@ -33,14 +35,19 @@ def bert_pooler(
     hidden: Hidden,
     segment_ids: Int[Array, "batch length"] | None = None,
     num_segments: int | None = None,
+    *,
+    activation: Callable[[Array], Array] = jnp.tanh,
+    pool: Pool | None = None,
 ) -> Pooled:
-    """``tanh(x W + b)`` of the first token's ``x`` (BERT's published code).
+    """``activation(x W + b)`` of a vector ``x`` (BERT's published code): the first token's.
 
-    Only inside a module's ``nn.compact``, which gets a layer called ``pooler``.
+    Only inside a module's ``nn.compact``, which gets a layer called ``pooler``. ``pool`` gives
+    another ``x``.
     """
     init = nn.initializers.truncated_normal(0.02)
     dense = Linear(hidden.shape[-1], dtype=hidden.dtype, kernel_init=init, name="pooler")
-    return jnp.tanh(dense(_first(hidden, segment_ids, num_segments)))
+    x = (pool or _first)(hidden, segment_ids, num_segments)
+    return activation(dense(x.astype(hidden.dtype)))
 
 
 def mean_pool(
@@ -125,10 +132,14 @@ def _first(
     return jnp.take_along_axis(hidden, first[..., None], axis=1)
 
 
-Pooling = Literal["bert", "cls", "last", "mean", "max"]
-FIRST: tuple[Pooling, ...] = ("bert", "cls")  # those of the first token
+Pooling = Literal["bert", "cls", "last", "mean", "max", "distilbert", "electra", "xlnet"]
+DENSE: tuple[Pooling, ...] = ("bert", "distilbert", "electra", "xlnet")  # those with a layer
+FIRST: tuple[Pooling, ...] = ("bert", "cls", "distilbert", "electra")  # those of the first token
 POOLS: dict[Pooling, Pool] = {
     "bert": bert_pooler,
+    "distilbert": partial(bert_pooler, activation=nn.relu),
+    "electra": partial(bert_pooler, activation=gelu),
+    "xlnet": partial(bert_pooler, pool=last_pool),
     "cls": cls_pool,
     "last": last_pool,
     "mean": mean_pool,

@@ -4,7 +4,8 @@ It is as published, and nothing else: post-norm blocks, sinusoids for positions,
 for the tokens of both sides and for the logits (section 3.4), dropout behind embeddings and
 sub-layers (section 5.4), and attention without biases. Its decoder differs from GPT-2
 (``gpt2.py``) in that each block also attends to what the encoder has read. Kernels are drawn as
-Glorot and Bengio (2010) do, of which the paper does not speak, but its code does.
+Glorot and Bengio (2010) do, of which the paper does not speak, but its code does. Beyond the paper,
+sources may have a vocabulary, and so a table, of their own.
 """
 
 from dataclasses import dataclass, replace
@@ -36,6 +37,9 @@ class TransformerConfig:
     vocab_size: int | None = None
     """Rows of the token table; None: the tokenizer's size, rounded up to a multiple of 64 and of
     the shards into which the mesh splits the table."""
+    source_vocab_size: int | None = None
+    """Rows of a token table of the encoder's own, for sources with a tokenizer of their own, whose
+    size decides where there is one; None: the encoder reads with the decoder's table."""
     num_tokens: int | None = None
     """Tokens that there are, if the table has more rows, which then are never predicted; None: all
     rows are tokens."""
@@ -246,6 +250,8 @@ class Transformer(nn.Module):
         dtype = jnp.dtype(c.dtype or "float32")
         init = nn.initializers.normal(c.hidden_dim**-0.5)
         self.token_embed = Embed(c.vocab_size, c.hidden_dim, dtype, init, axis="vocab")
+        if c.source_vocab_size is not None:
+            self.source_embed = Embed(c.source_vocab_size, c.hidden_dim, dtype, init, axis="vocab")
         self.embed_dropout = Dropout(c.dropout_rate)
         self.encoder_layers = EncoderBlock(c)
         self.decoder_layers = DecoderBlock(c)
@@ -264,7 +270,7 @@ class Transformer(nn.Module):
         """Hidden states of the target, of which none depends on later tokens of it.
 
         Args:
-            tokens: of the source, below ``vocab_size``.
+            tokens: of the source, below ``source_vocab_size``, or ``vocab_size`` without that.
             decoder_tokens: of the target, as the decoder reads it: moved by one, behind a start.
             positions: ``None``, counted from 0 in each row; so with ``decoder_positions``.
             segment_ids: positions of equal id attend to each other, those of the target's to the
@@ -293,8 +299,9 @@ class Transformer(nn.Module):
         deterministic: bool = True,
     ) -> Hidden:
         """Hidden states of the source."""
-        x = self._embed(tokens, positions, deterministic)
         c, mask = self.config, masks.cross(segment_ids, segment_ids)
+        table = self.token_embed if c.source_vocab_size is None else self.source_embed
+        x = self._embed(table, tokens, positions, deterministic)
         options = {"unroll": c.unroll, "remat": c.remat}
         return apply_stack(self.encoder_layers, c.num_layers, x, mask, deterministic, **options)
 
@@ -313,7 +320,7 @@ class Transformer(nn.Module):
         return apply_stack(
             self.decoder_layers,
             c.decoder_layers,
-            self._embed(decoder_tokens, positions, deterministic),
+            self._embed(self.token_embed, decoder_tokens, positions, deterministic),
             encoded,
             masks.causal(decoder_tokens.shape[1], segment_ids),
             masks.cross(segment_ids, encoded_segment_ids),
@@ -351,16 +358,20 @@ class Transformer(nn.Module):
         if segment_ids is None:
             segment_ids = jnp.zeros_like(decoder_tokens)
         cache, *seen = cache.open(segment_ids)
-        x = self._embed(decoder_tokens, positions, True)
+        x = self._embed(self.token_embed, decoder_tokens, positions, True)
         return extend_stack(self.decoder_layers, self.config.decoder_layers, x, cache, *seen)
 
     def _embed(
-        self, tokens: Tokens, positions: Int[Array, "#batch length"] | None, deterministic: bool
+        self,
+        table: Embed,
+        tokens: Tokens,
+        positions: Int[Array, "#batch length"] | None,
+        deterministic: bool,
     ) -> Hidden:
         c = self.config
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None, :]
-        x = self.token_embed(tokens).astype(jnp.float32) * c.hidden_dim**0.5
+        x = table(tokens).astype(jnp.float32) * c.hidden_dim**0.5
         x = (x + sinusoids(positions, c.hidden_dim)).astype(jnp.dtype(c.dtype or "float32"))
         x = self.embed_dropout(x, deterministic=deterministic)
         return constrain(x, ("batch", "length", "embed"))

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead
@@ -33,7 +33,7 @@ from jaxlm.nn.norms import LayerNorm
 from jaxlm.nn.relative import RelativeAttention, View, distance_table
 from jaxlm.nn.stack import Remat, scan_stack
 from jaxlm.sharding import constrain
-from jaxlm.typing import Hidden, Mask, Tokens
+from jaxlm.typing import Before, Hidden, Mask, Tokens
 
 Memory = Float[Array, "layers batch memory embed"]  # what earlier segments gave to each layer
 
@@ -109,6 +109,15 @@ class XlnetConfig:
         h, m = self.hidden_dim, self.mlp_dim
         layer = 2 * (2 * h * h + 2 * h * m) + 8 * length * h
         return float(num_predicted * self.num_layers * layer)
+
+    def memory_flops(self, memory: int, length: int) -> float:
+        """Those of reading a memory and of attending to it.
+
+        The former, of which there is no backward pass, count a third.
+        """
+        h = self.hidden_dim
+        attended = self.num_layers * memory * (6 * length * h + 4 * h * h)
+        return self.forward_flops(memory, 0) / 3 + float(attended)
 
     @property
     def unrolls_layers(self) -> bool:
@@ -272,18 +281,31 @@ class Xlnet(nn.Module):
         mask: Mask,
         token_type_ids: Int[Array, "batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
+        before: Before | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch masked embed"]:
         """The query stream of the positions ``predicted``, which see what ``mask`` shows.
 
         That is of the row's own positions; those of the content stream see themselves as well.
+        ``before`` are tokens in front of each row, of which the first so many are read first, and
+        are a memory that all positions see.
         """
+        memory = remembered = None
+        if before is not None:
+            earlier, lengths = before
+            remembered = jnp.arange(earlier.shape[1])[None, :] < lengths[:, None]
+            ids = jnp.where(remembered, 0, -1)
+            read = self.streams(earlier, segment_ids=ids, deterministic=deterministic)
+            assert read.inputs is not None
+            memory = remember(None, read.inputs, earlier.shape[1])
         query = self.streams(
             tokens,
             predicted,
             token_type_ids=token_type_ids,
             segment_ids=segment_ids,
             mask=mask,
+            memory=memory,
+            remembered=remembered,
             deterministic=deterministic,
         ).query
         assert query is not None
@@ -298,20 +320,24 @@ class Xlnet(nn.Module):
         segment_ids: Int[Array, "batch length"] | None = None,
         mask: Mask | None = None,
         memory: Memory | None = None,
+        remembered: Bool[Array, "batch memory"] | None = None,
         deterministic: bool = True,
     ) -> Streams:
         """Both streams, and what went into each layer, for :func:`remember`.
 
-        ``memory`` is in front of all rows, is of the first text, and is seen from everywhere.
+        ``memory`` is in front of all rows, is of the first text, and is seen from everywhere, or
+        what is ``remembered`` of it.
         """
         c = self.config
         length = tokens.shape[1]
         if c.max_length is not None and length > c.max_length:
             raise InputError(f"rows of {length} tokens do not fit max_length={c.max_length}")
-        remembered = 0 if memory is None else memory.shape[2]
+        size = 0 if memory is None else memory.shape[2]
+        if remembered is None:
+            remembered = jnp.ones((1, size), bool)
         dtype = jnp.dtype(c.dtype or "float32")
         drop = lambda x: self.dropout(x, deterministic=deterministic)
-        distances = distance_table(remembered + length, length, c.hidden_dim, c.clamp_length)
+        distances = distance_table(size + length, length, c.hidden_dim, c.clamp_length)
         table = drop(distances[None].astype(dtype))
         query = None
         if predicted is not None:
@@ -336,7 +362,7 @@ class Xlnet(nn.Module):
         segment_ids: Int[Array, "batch length"] | None,
         mask: Mask | None,
         length: int,
-        remembered: int,
+        remembered: Bool[Array, "#batch memory"],
     ) -> tuple[View, View | None]:
         """What each stream sees."""
         if segment_ids is not None:
@@ -346,11 +372,15 @@ class Xlnet(nn.Module):
             mask = masks.causal(length, mask=mask)
         other = None
         if token_type_ids is not None:
-            of_keys = jnp.pad(token_type_ids, ((0, 0), (remembered, 0)))
+            of_keys = jnp.pad(token_type_ids, ((0, 0), (remembered.shape[1], 0)))
             other = token_type_ids[:, :, None] != of_keys[:, None, :]
-        with_memory = lambda seen: jnp.pad(
-            seen, ((0, 0), (0, 0), (0, 0), (remembered, 0)), constant_values=True
-        )
+
+        def with_memory(seen: Array) -> Array:  # [batch, 1, q_length, memory + length]
+            rows = max(len(remembered), len(seen))
+            shape = (rows, *seen.shape[1:3], remembered.shape[1])
+            front = jnp.broadcast_to(remembered[:, None, None, :], shape)
+            return jnp.concatenate([front, jnp.broadcast_to(seen, (rows, *seen.shape[1:]))], -1)
+
         content = None
         if mask is not None:
             content = with_memory(mask | jnp.eye(length, dtype=bool)[None, None])

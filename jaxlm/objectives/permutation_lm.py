@@ -12,7 +12,7 @@ from jaxlm.nn import masks
 from jaxlm.objectives import packing
 from jaxlm.objectives.masking import ChoiceConfig, Chosen, Vocabulary, choose, score
 from jaxlm.sums import Sums
-from jaxlm.typing import Apply, Batch, Loss, PRNGKey, Scalar, Tokens, Variables
+from jaxlm.typing import Apply, Batch, Before, Loss, PRNGKey, Scalar, Tokens, Variables
 
 
 def make_loss(
@@ -22,7 +22,9 @@ def make_loss(
 
     ``apply(variables, tokens, predicted, *, mask, segment_ids, deterministic, rngs, method)`` with
     the method ``predict`` gives the logits at the positions ``predicted``, which have seen what the
-    mask shows them. The batch is that of :mod:`jaxlm.objectives.masked_lm`.
+    mask shows them. The batch is that of :mod:`jaxlm.objectives.masked_lm`. If it has tokens of the
+    text ``before`` each row [batch, memory], these and ``before_lengths`` [batch], how many of them
+    are real, are given as ``before``.
     """
 
     def loss(
@@ -49,10 +51,18 @@ def make_loss(
             deterministic=deterministic,
             rngs=None if deterministic else {"dropout": dropout_key},
             method="predict",
+            **_before(batch),
         )
         return score(logits, chosen, lengths)
 
     return loss
+
+
+def _before(batch: Batch) -> dict[str, Before]:
+    if "before" not in batch:
+        return {}
+    tokens, lengths = (jnp.asarray(batch[x], jnp.int32) for x in ("before", "before_lengths"))
+    return {"before": (tokens, lengths)}
 
 
 def draw_order(

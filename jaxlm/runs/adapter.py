@@ -107,7 +107,8 @@ def _in_their_unit(params: Ours, task: Task) -> Ours:
     if not isinstance(task, Classification) or task.scale is None:
         return params
     mean, deviation = task.scale
-    kernel, bias = (np.asarray(params["head"]["classifier"][x]) for x in ("kernel", "bias"))
+    kernel = np.asarray(params["head"]["classifier"]["kernel"])
+    bias = np.asarray(params["head"]["classifier"].get("bias", np.zeros(1)))
     new = {"kernel": kernel * deviation, "bias": bias * deviation + mean}
     new = {name: value.astype(np.float32) for name, value in new.items()}
     return params | {"head": params["head"] | {"classifier": new}}

@@ -1,6 +1,7 @@
 """Which checkpoint of a fine-tuning is best, and by what."""
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jaxlm.config import ANY_BASE, FinetuneConfig
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.models.model import example_inputs
-from jaxlm.tasks.task import Generative, Labels
+from jaxlm.tasks.task import Generative, Labels, Task
 from jaxlm.train.restore import Monitor
 
 
@@ -18,9 +19,15 @@ def monitor(config: FinetuneConfig) -> Monitor:
     name = config.monitor or config.task.monitor
     if isinstance(config.task, Generative):  # with the base's head
         return Monitor(name, higher_is_better(name))
-    model = config.task.make_model(ANY_BASE, ("a", "b"), 0.0)  # the config's may not be known yet
+    return Monitor(name, higher_is_better(name), first_step=int(_has_head(config.task)))
+
+
+@cache  # a run asks several times, and tracing takes a tenth of a second
+def _has_head(task: Task) -> bool:
+    """Whether the task's head has parameters, which then are untrained at first."""
+    model = task.make_model(ANY_BASE, ("a", "b"), 0.0)  # the config's may not be known yet
     shapes = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(ANY_BASE))
-    return Monitor(name, higher_is_better(name), first_step=int("head" in shapes["params"]))
+    return "head" in shapes["params"]
 
 
 def check_monitor(config: FinetuneConfig, labels: Labels, examples: Sequence[Any]) -> None:

@@ -156,10 +156,11 @@ def _base(config: RunConfig, given: Mapping[str, list[str]]) -> str | None:
 
 def _check_base(config: RunConfig, draft: Any, given: Mapping[str, list[str]]) -> None:
     """Where one option calls for others, which the config's own check would name one by one."""
-    if not given.keys() & {"base", "model", "tokenizer"}:
+    names = ("model", "tokenizer", "source_tokenizer")
+    if not given.keys() & {"base", *names}:
         return
     base = _base(draft, given)
-    own = [name for name in ("model", "tokenizer") if vars(draft).get(name) is not None]
+    own = [name for name in names if vars(draft).get(name) is not None]
     # In pretraining the model may be the base's with other fields, unless it was made for no base.
     of_base = "model" in given or config.base is not None or draft.model is None
     if isinstance(config, PretrainConfig) and of_base:

@@ -107,9 +107,10 @@ def _of_run(
 ) -> Embedder:
     task = config.task
     if not isinstance(task, Embedding):
+        instead = "" if config.base is None else f", or its base, {config.base}"
         raise InputError(
             f"{name} was trained for {type(task).__name__}, whose head cannot embed: use "
-            f"{task.verb}, or its base, {config.base}"
+            f"{task.verb}{instead}"
         )
     loaded = finetuned.open_finetuned(name, step=step, base=base)
     bare = replace(task, prompt="", pair_prompt=None)  # which is put before texts here

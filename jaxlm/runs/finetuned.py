@@ -30,10 +30,17 @@ from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, steps, thresholds
 from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.base import Base
-from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
+from jaxlm.runs.folder import (
+    CHECKPOINTS,
+    SOURCE_TOKENIZER,
+    check_tokenizer,
+    read_config,
+    read_tokenizer,
+)
 from jaxlm.runs.writing import Responder, make_responder
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sums import Sums, add_all
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.task import Labels, Outputs, Responsive, Task, Thresholded
 from jaxlm.train import restore
 from jaxlm.train.placement import Placement
@@ -191,6 +198,8 @@ class FinetunedRun:
     cursor: Cursor
     averaged: tuple[int, ...]
     """The steps that the parameters are the mean of; a single one is as it was saved."""
+    source_tokenizer: Tokenizer | None = None
+    """That of sources, where they have one of their own."""
     attends: str = ""
     """How it computes attention and why, in a line; "" where it has no choice."""
 
@@ -198,6 +207,11 @@ class FinetunedRun:
     def task(self) -> Task:
         """What it was tuned for."""
         return self.config.task
+
+    @cached_property
+    def framer(self) -> Framer:
+        """What makes rows of texts."""
+        return make_framer(self.config, self.tokenizer, self.source_tokenizer)
 
     @property
     def variables(self) -> Variables:
@@ -237,23 +251,27 @@ class FinetunedRun:
         read in windows, and in how many.
         """
         placement = self.placement if labelled else self.unlabelled
-        framer = make_framer(self.config, self.tokenizer)
+        framer = self.framer
         encoded = self.task.for_evaluation().encode(framer, examples, self.labels)
         longest = self.config.model and self.config.model.max_length
         batching = make_batching(encoded, self.config.data, framer.max_length, longest=longest)
         found = predict(placement, self.state, batching)
-        cut = int((encoded.untruncated > framer.max_length).sum())
+        cut = encoded.longer_than(framer.max_length)
         report(cut, len(examples), framer.max_length, encoded.windowed)
         return found
+
+    def cut(self, examples: Sequence[Any]) -> tuple[int, int, int, tuple[int, int]]:
+        """What :func:`say_long` takes, of examples that are responded to: sources are cut."""
+        task, framer = self.task, self.framer
+        count = task.num_cut(framer, examples) if isinstance(task, Seq2Seq) else 0
+        return count, len(examples), framer.max_length, (0, 0)
 
     @cached_property
     def responder(self) -> Responder:
         """What responds in words; :class:`InputError` where the task is another."""
-        model, framer = (
-            make_model(self.config, self.labels),
-            make_framer(self.config, self.tokenizer),
-        )
-        return make_responder(self.config, model, framer, self.tokenizer)(self.state.variables)
+        model = make_model(self.config, self.labels)
+        make = make_responder(self.config, model, self.framer, self.tokenizer)
+        return make(self.state.variables)
 
     def answer(
         self, given: Iterable[Any], *, chunk: int = 4096, generate: Writing | None = None
@@ -280,8 +298,9 @@ class FinetunedRun:
 
         def answer(examples: list[Any]) -> list[Answer]:
             if isinstance(self.task, Responsive):
-                written = self.responder.respond(examples, generate or GenerateConfig())
-                return self.task.answers(examples, self.labels, {"written": list(written)})
+                written = list(self.responder.respond(examples, generate or GenerateConfig()))
+                seen.append(self.cut(examples))
+                return self.task.answers(examples, self.labels, {"written": written})
             report = lambda *counts: seen.append(counts)
             _, outputs = self.outputs(examples, labelled=False, report=report)
             return self.task.answers(examples, self.labels, outputs)
@@ -297,11 +316,13 @@ class FinetunedRun:
             say_long(sum(cut), sum(total), longest, (documents, several))
 
 
-def make_framer(config: FinetuneConfig, tokenizer: Tokenizer) -> Framer:
+def make_framer(
+    config: FinetuneConfig, tokenizer: Tokenizer, source_tokenizer: Tokenizer | None = None
+) -> Framer:
     """Rows no longer than both data and model allow."""
     assert config.model is not None
     longest = config.model.max_length or config.data.max_length
-    return Framer(tokenizer, min(config.data.max_length, longest))
+    return Framer(tokenizer, min(config.data.max_length, longest), source_tokenizer)
 
 
 def open_finetuned(
@@ -324,6 +345,10 @@ def open_finetuned(
     checkpoints = directory / CHECKPOINTS
     cursor = restore.peek(checkpoints)
     check_tokenizer(directory, cursor, tokenizer)
+    source_tokenizer = None
+    if config.source_tokenizer is not None:
+        source_tokenizer = read_tokenizer(directory, SOURCE_TOKENIZER)
+        check_tokenizer(directory, cursor, source_tokenizer, SOURCE_TOKENIZER)
     try:
         labels = tuple(json.loads((directory / LABELS).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -356,6 +381,5 @@ def open_finetuned(
         placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
     )
     averaged = tuple(chosen or [restored.step])
-    return FinetunedRun(
-        config, tokenizer, labels, state, placement, unlabelled, restored.cursor, averaged, attends
-    )
+    about = restored.cursor, averaged, source_tokenizer, attends
+    return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, *about)

@@ -1,9 +1,10 @@
 """Fine-tuning from a configuration: the whole way from labelled records to a run folder."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batching import Even, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
+from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.packing import would_save
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
 from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
@@ -32,12 +34,13 @@ from jaxlm.peft import tuning
 from jaxlm.runs import attention, best, finetuned, resume, steps, thresholds, writing
 from jaxlm.runs import base as bases
 from jaxlm.runs.base import Base
-from jaxlm.runs.folder import CHECKPOINTS
+from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER
 from jaxlm.runs.train import Job, train
 from jaxlm.runs.writing import Samples
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, write_whole
+from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.task import Labels, Responsive, Scored, Thresholded
 from jaxlm.train import restore
@@ -57,13 +60,14 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     config = finetuned.settled(config, splits.train)
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
-    tokenizer = base.tokenizer if base else make_tokenizer(config.tokenizer, splits)
-    config = resolve(config, base, tokenizer, jax.default_backend())
+    tokenizer = base.tokenizer if base else make_tokenizer(config, splits)
+    source_tokenizer = make_source_tokenizer(config, splits)
+    config = resolve(config, base, tokenizer, jax.default_backend(), source_tokenizer)
     task = config.task
     console.print(_pooled(task, base), soft_wrap=True, end="")
     labels = task.labels(splits.train)
     best.check_monitor(config, labels, splits.validation)
-    framer = finetuned.make_framer(config, tokenizer)
+    framer = finetuned.make_framer(config, tokenizer, source_tokenizer)
     examples = task.encode(framer, splits.train, labels)
     validation = task.for_evaluation().encode(framer, splits.validation, labels)
     lengths = np.concatenate([examples.lengths, validation.lengths])
@@ -80,16 +84,16 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     )
     eval_batching = make_batching(validation, config.data, **options)
     config = replace(config, train=config.train.with_epochs(batching.steps))
+    parts = (
+        ("training", examples, splits.train, splits.duplicates),
+        ("validation", validation, splits.validation, 0),
+    )
     described = {
-        "training": describe(
-            examples,
-            task.classes(splits.train),
-            duplicates=splits.duplicates,
-            number=len(splits.train),
-        ),
-        "validation": describe(
-            validation, task.classes(splits.validation), number=len(splits.validation)
-        ),
+        f"{name} {side}".rstrip(): describe(
+            own, task.classes(found), duplicates=duplicates, number=len(found)
+        )
+        for name, encoded, found, duplicates in parts
+        for side, own in encoded.sides.items()
     }
     console.print(render(described))
     said = [*examples.notes, *windows.describe(*examples.windowed)]
@@ -108,14 +112,19 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
             f"numbers have a deviation of {reference.deviation:,.6g}: the loss is in its squares, "
             "answers and other metrics are in the unit of the data"
         )
-    texts = [example.content for example in splits.train]
-    report(
-        console,
-        tokenizer,
-        tally(examples, texts, framer.special.unk),
-        None if base else config.tokenizer or TokenizerConfig(),
-        longer=longer(examples, longest),
-    )
+    for side, own in examples.sides.items():
+        is_own = side == "sources" and config.source_tokenizer is not None
+        chosen = (config.source_tokenizer if is_own else config.tokenizer) or TokenizerConfig()
+        reader = framer.source if is_own else framer
+        report(
+            console,
+            reader.tokenizer,
+            tally(own, (_text(one, side) for one in splits.train), reader.special.unk),
+            None if base else chosen,
+            longer=longer(own, longest),
+            texts=side,
+            option="--source-tokenizer" if is_own else "--tokenizer",
+        )
     config, attends = attention.settle(config, framer.max_length, jax.devices())
     if attends:
         console.print(Text(attends), soft_wrap=True)
@@ -138,7 +147,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         )
 
     monitor = best.monitor(config)
-    samples = _samples(config, labels, tokenizer, splits.validation, console.width)
+    samples = _samples(config, labels, tokenizer, framer, splits.validation, console.width)
 
     def evaluation(state: TrainState) -> dict[str, float]:
         sums, outputs = finetuned.predict(placement, state, eval_batching)
@@ -157,9 +166,13 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         config,
         data=[splits.fingerprint],
         tokenizer_sha256=tokenizers.fingerprint(tokenizer),
+        source_tokenizer_sha256=source_tokenizer and tokenizers.fingerprint(source_tokenizer),
         base_sha256=base and base.fingerprint,
         monitor=monitor.name,
     )
+    files = {finetuned.LABELS: json.dumps(labels)}
+    if source_tokenizer is not None:
+        files[SOURCE_TOKENIZER] = tokenizers.text(source_tokenizer)
     job = Job(
         config=config,
         tokenizer=tokenizer,
@@ -171,7 +184,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         evaluate=evaluation,
         monitor=monitor,
         reference=reference,
-        files={finetuned.LABELS: json.dumps(labels)},
+        files=files,
     )
     directory = train(job, console)
     chosen = restore.best_step(directory / CHECKPOINTS, monitor)
@@ -197,16 +210,19 @@ def resolve(
     base: Base | None,
     tokenizer: Tokenizer,
     platform: str,
+    source_tokenizer: Tokenizer | None = None,
 ) -> FinetuneConfig:
     """Fill in what the config leaves to the base, the data and the platform."""
     if base is not None:
         model: Any = steps.base_model(base.config, config.mesh)
     else:
         assert config.model is not None
-        given, size = config.model.vocab_size, tokenizers.vocab_size(tokenizer)
-        vocab_size = steps.resolve_vocab_size(given, size, config.mesh)
-        model = replace(config.model, vocab_size=vocab_size)
+        size = tokenizers.vocab_size(tokenizer)
+        source_size = source_tokenizer and tokenizers.vocab_size(source_tokenizer)
+        model = steps.with_vocabulary(config.model, size, config.mesh, source_size)
     task = _with_prompt(_with_pooling(config.task, base, model, tokenizer), base)
+    if isinstance(task, Classification) and task.head_bias is None:
+        task = replace(task, head_bias=not model.is_causal)
     resolved = finetuned.with_encoder(replace(config, task=task), model, platform)
     if base is not None and config.model not in (None, resolved.model):  # it is in a run's config
         raise InputError(f"model is given, and also base={base.name!r}, which has its own")
@@ -257,19 +273,30 @@ def _pooled(task: Any, base: Base | None) -> str:
     return f"pooling: {task.pooling}{source}{prompts}\n"
 
 
-def make_tokenizer(config: TokenizerConfig | None, splits: Splits) -> Tokenizer:
-    """Loaded, or trained on the training texts."""
-    config = config or TokenizerConfig()
+def make_tokenizer(config: FinetuneConfig, splits: Splits) -> Tokenizer:
+    """Loaded, or trained on the training texts; on targets alone where sources have another."""
+    wanted, of_targets = config.tokenizer or TokenizerConfig(), config.source_tokenizer is not None
+    texts = (one.target if of_targets else one.content for one in splits.train)
+    return _tokenizer(wanted, texts)
+
+
+def make_source_tokenizer(config: FinetuneConfig, splits: Splits) -> Tokenizer | None:
+    """That of sources, where they have one of their own: loaded, or trained on them."""
+    wanted = config.source_tokenizer
+    return wanted and _tokenizer(wanted, (one.source for one in splits.train))
+
+
+def _tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if config.path is not None:
         return tokenizers.load(config.path)
-    texts = [example.content for example in splits.train[: config.num_documents]]
-    return config.train(texts)
+    return config.train(list(islice(texts, config.num_documents)))
 
 
 def _samples(
     config: FinetuneConfig,
     labels: Labels,
     tokenizer: Tokenizer,
+    framer: Framer,
     examples: Sequence[Any],
     width: int,
 ) -> Callable[[TrainState], Samples]:
@@ -277,9 +304,18 @@ def _samples(
     if not isinstance(config.task, Responsive):
         return lambda _: Samples(written=[], lines=[])
     model = finetuned.make_model(config, labels)
-    framer = finetuned.make_framer(config, tokenizer)
     make = writing.make_responder(config, model, framer, tokenizer)
     return writing.make_samples(config, make, examples, width)
+
+
+def _text(example: Any, side: str) -> str:
+    """An example's text, or one of the two of a pair."""
+    match side:
+        case "sources":
+            return example.source
+        case "targets":
+            return example.target
+    return example.content
 
 
 def _compared(found: Mapping[str, Mapping[str, float]], *names: str) -> str:

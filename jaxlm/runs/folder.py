@@ -13,6 +13,7 @@ from jaxlm.runtime.storage import StoragePath, whole, write_whole
 from jaxlm.train.restore import Cursor
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+SOURCE_TOKENIZER = "source_tokenizer.json"  # where sources have one of their own
 
 
 def is_run(directory: StoragePath) -> bool:
@@ -49,21 +50,28 @@ def read_config(directory: StoragePath, kind: type[C]) -> C:
     return config
 
 
-def read_tokenizer(directory: StoragePath) -> Tokenizer:
+def read_tokenizer(directory: StoragePath, name: str = TOKENIZER) -> Tokenizer:
     """The run folder's own."""
-    if not (directory / TOKENIZER).is_file():
-        raise InputError(f"{directory} is not a run folder: it has no {TOKENIZER}")
-    return tokenizers.load(directory / TOKENIZER)
+    if not (directory / name).is_file():
+        raise InputError(f"{directory} is not a run folder: it has no {name}")
+    return tokenizers.load(directory / name)
 
 
-def check_tokenizer(directory: StoragePath, saved: Cursor, tokenizer: Tokenizer) -> None:
+def check_tokenizer(
+    directory: StoragePath, saved: Cursor, tokenizer: Tokenizer, name: str = TOKENIZER
+) -> None:
     """The run folder's tokenizer must be the one it was trained with."""
-    found, trained = tokenizers.fingerprint(tokenizer), saved["tokenizer_sha256"]
+    found, trained = tokenizers.fingerprint(tokenizer), saved[cursor_name(name)]
     if found != trained:
         raise InputError(
-            f"{directory / TOKENIZER} (sha256 {found[:12]}) is not the tokenizer that the "
+            f"{directory / name} (sha256 {found[:12]}) is not the tokenizer that the "
             f"checkpoint was trained with ({trained[:12]}): restore it"
         )
+
+
+def cursor_name(name: str) -> str:
+    """Under which a cursor has the fingerprint of a tokenizer."""
+    return f"{name.removesuffix('.json')}_sha256"
 
 
 def write_folder(

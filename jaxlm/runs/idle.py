@@ -60,9 +60,11 @@ def _of_fine_tuning(config: FinetuneConfig, put: Any) -> None:
         put(why, "data", "validation_fraction")
         if config.data.few_shot is None:
             put(f"{why}, and few_shot is None", "data", "split_seed")
-    if config.tokenizer is not None and config.tokenizer.path is not None:
-        why = "tokenizer.path names one that is trained already"
-        put(why, "tokenizer", "kind", "vocab_size", "num_documents")
+    tokenizers = {"tokenizer": config.tokenizer, "source_tokenizer": config.source_tokenizer}
+    for name, tokenizer in tokenizers.items():
+        if tokenizer is not None and tokenizer.path is not None:
+            why = f"{name}.path names one that is trained already"
+            put(why, name, "kind", "vocab_size", "num_documents")
     if config.data.pack:
         put("data.pack gives batches one shape", "data", "num_buckets")
     fields = config.task.fields

@@ -30,6 +30,7 @@ from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
+from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.task import Generative, Given, Laborious, PretrainTask
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train import restore
@@ -51,11 +52,8 @@ def resolve(
     model: Any = config.model
     if base is not None:
         model = phase.next_model(base, model, info.vocab_size, config.task, config.mesh)
-    model = replace(
-        model,
-        vocab_size=steps.resolve_vocab_size(model.vocab_size, info.vocab_size, config.mesh),
-        dtype=model.dtype or steps.default_dtype(platform),
-    )
+    model = steps.with_vocabulary(model, info.vocab_size, config.mesh)
+    model = replace(model, dtype=model.dtype or steps.default_dtype(platform))
     if model.max_length is not None and info.row_length > model.max_length:
         raise InputError(
             f"the data's rows of {info.row_length} tokens are longer than the model's "
@@ -119,9 +117,11 @@ def eval_rows(
     max_rows: int | None = None,
     batch_rows: BatchRows = ALL_ROWS,
     windows: Mapping[str, int] | None = None,
+    before: int = 0,
 ) -> Iterator[HostBatch]:
     """Batches of a split of every data set, from each in proportion to its size.
 
+    ``before``: with so many tokens of the row before each (:mod:`jaxlm.data.loader`).
     ``windows``: not the rows, but windows over them, of a ``length`` and at a ``stride``.
     """
     sizes = [dataset.info.rows.get(split, 0) for dataset in datasets]
@@ -133,7 +133,7 @@ def eval_rows(
             rows = math.ceil(wanted * size / sum(sizes))
             chosen: Any = {"split": split, "max_rows": rows, "batch_rows": batch_rows}
             if windows is None:
-                yield from eval_batches(dataset, batch_size, **chosen)
+                yield from eval_batches(dataset, batch_size, before=before, **chosen)
             else:
                 chosen |= windows
                 yield from window_batches(dataset, batch_size, **chosen)
@@ -149,11 +149,21 @@ def check_rows(name: StoragePath | str, model: ModelConfig, data: Prepared) -> N
         )
 
 
-def unigram_entropy(infos: Sequence[PreparedInfo]) -> float:
-    """The mean of the data sets' own, weighted by the tokens that they are taken of."""
+def tokens_before(task: PretrainTask) -> int:
+    """How many tokens of the row before each a task's batches have."""
+    return task.memory if isinstance(task, PermutationLm) else 0
+
+
+def unlearned(task: PretrainTask, infos: Sequence[PreparedInfo]) -> dict[str, float]:
+    """Losses of what needs no learning, by name; none where the task's is not that of a token.
+
+    The unigram entropy is the mean of the data sets' own, weighted by the tokens that they are
+    taken of.
+    """
     tokens = [info.tokens.get("validation") or info.tokens["train"] for info in infos]
     pairs = zip(tokens, infos, strict=True)
-    return sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
+    entropy = sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
+    return {"unigram entropy": entropy} if "perplexity" in task.metrics(0.0, infos, "train") else {}
 
 
 TEXT = ("text",)  # the fields of a record that are read

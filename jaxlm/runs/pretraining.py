@@ -77,6 +77,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             return state
         return replace(state, opt_state=base_moments(placement, base))
 
+    before = pretrained.tokens_before(config.task)
+
     def batches(examples_seen: int) -> Iterator[HostBatch]:
         return train_batches(
             datasets,
@@ -84,6 +86,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             seed=config.train.seed,
             examples_seen=examples_seen,
             batch_rows=placement.batch_rows,
+            before=before,
         )
 
     def evaluation(state: TrainState) -> dict[str, float]:
@@ -92,9 +95,11 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             config.data.batch_size,
             max_rows=config.train.eval_rows,
             batch_rows=placement.batch_rows,
+            before=before,
         )
-        metrics = evaluate(placement, state, rows)
-        return metrics | config.task.metrics(metrics["loss"], infos, "validation")
+        means = evaluate(placement, state, rows)
+        loss = means.pop("loss")
+        return {"loss": loss, **config.task.metrics(loss, infos, "validation"), **means}
 
     monitor = Monitor()
     job = Job(
@@ -113,7 +118,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         examples_after=lambda seen, steps: config.data.after(seen, steps)[0],
         evaluate=evaluation,
         monitor=monitor,
-        reference=Reference({"unigram entropy": pretrained.unigram_entropy(infos)}),
+        reference=Reference(pretrained.unlearned(config.task, infos)),
         flops_per_token=pretrained.flops_per_token(config, info.row_length),
         files={},
     )

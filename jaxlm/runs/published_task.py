@@ -90,7 +90,15 @@ def open_tuned(
     state = steps.put_state(state, placement)
     cursor: Any = {}
     return FinetunedRun(
-        config, published.tokenizer, labels, state, placement, unlabelled, cursor, (0,), attends
+        config,
+        published.tokenizer,
+        labels,
+        state,
+        placement,
+        unlabelled,
+        cursor=cursor,
+        averaged=(0,),
+        attends=attends,
     )
 
 

@@ -13,6 +13,7 @@ from jaxlm.errors import InputError
 from jaxlm.runs.folder import read_config
 from jaxlm.runtime import distributed
 from jaxlm.runtime.storage import StoragePath
+from jaxlm.tasks.classification import Classification
 from jaxlm.train import restore
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.restore import Cursor
@@ -35,6 +36,7 @@ def make_cursor(
     tokenizer_sha256: str,
     base_sha256: str | None,
     monitor: str,
+    source_tokenizer_sha256: str | None = None,
 ) -> Cursor:
     """Where a run stands at its start, and what it stands on: fingerprints of ``data``."""
     return {
@@ -47,6 +49,7 @@ def make_cursor(
         "monitor": monitor,
         "data": list(data),
         "tokenizer_sha256": tokenizer_sha256,
+        "source_tokenizer_sha256": source_tokenizer_sha256,
         "base_sha256": base_sha256,
     }
 
@@ -73,8 +76,11 @@ def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
     A finished one may be made longer, and one that has trained nothing may get any length.
     """
     began = read_config(directory, type(config))
-    if isinstance(began, FinetuneConfig):  # that of a run before pooling was a field of its task
-        began = replace(began, task=began.task.with_pooling(None))
+    if isinstance(began, FinetuneConfig):  # that of a run before these were fields of its task
+        task = began.task.with_pooling(None)
+        if isinstance(task, Classification) and task.head_bias is None:
+            task = replace(task, head_bias=True)
+        began = replace(began, task=task)
     before, now = configs.flatten(began), configs.flatten(config)
     any_length = saved["share"] >= 1 or saved["examples_seen"] == 0
     free = f"{_FREE}|{_LENGTH}" if any_length else _FREE
@@ -97,7 +103,14 @@ def check_same(
 
     With ``accept_changes`` data and seed may be others.
     """
-    for name in ("tokenizer_sha256", "data", "seed", "labels", "base_sha256"):
+    for name in (
+        "tokenizer_sha256",
+        "source_tokenizer_sha256",
+        "data",
+        "seed",
+        "labels",
+        "base_sha256",
+    ):
         if accept_changes and name in ("data", "seed"):
             continue
         if name == "data" and saved.get(name) == []:  # of an imported adapter, not known

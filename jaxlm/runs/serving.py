@@ -147,7 +147,7 @@ def _finetuned(loaded: FinetunedRun) -> Served:
         "verb": task.verb,
         "params": loaded.merged(),
         "tokenizer": loaded.tokenizer,
-        "max_length": finetuned.make_framer(loaded.config, loaded.tokenizer).max_length,
+        "max_length": loaded.framer.max_length,
     }
     match task:
         case Classification():

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxlm import optim, sharding
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig, is_attentive
+from jaxlm.models.model import ModelConfig, has_source_vocab, is_attentive
 from jaxlm.nn.choose import Wanted
 from jaxlm.runs import attention
 from jaxlm.runtime.storage import StoragePath
@@ -85,12 +85,42 @@ def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:
     return "float32" if platform == "cpu" else "bfloat16"
 
 
-def resolve_vocab_size(given: int | None, tokenizer_size: int, mesh: MeshConfig) -> int:
+def with_vocabulary(
+    model: ModelConfig, tokenizer_size: int, mesh: MeshConfig, source_size: int | None = None
+) -> Any:
+    """A model with rows for all tokens; ``source_size`` of sources is that of their own tokenizer.
+
+    Raises where some token would have no row, or sources no table.
+    """
+    changes: dict[str, Any] = {
+        "vocab_size": resolve_vocab_size(model.vocab_size, tokenizer_size, mesh)
+    }
+    own = model.source_vocab_size if has_source_vocab(model) else None
+    if source_size is None and own is not None:
+        raise InputError(
+            f"model.source_vocab_size={own} is for sources with a tokenizer of their own, and "
+            "there is one tokenizer: leave it out, or, to translate, give source_tokenizer"
+        )
+    if source_size is not None:
+        if not has_source_vocab(model):
+            raise InputError(
+                f"source_tokenizer is given, and a {type(model).__name__} has one vocabulary for "
+                "all it reads and writes: leave it out, or use --model TransformerConfig"
+            )
+        changes["source_vocab_size"] = resolve_vocab_size(
+            own, source_size, mesh, "source_vocab_size"
+        )
+    return dataclasses.replace(model, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def resolve_vocab_size(
+    given: int | None, tokenizer_size: int, mesh: MeshConfig, name: str = "vocab_size"
+) -> int:
     """The model's: as given, else padded. Raises where some token would have no row."""
     vocab_size = given or padded_vocab_size(tokenizer_size, mesh)
     if vocab_size < tokenizer_size:  # lookups would clip ids, without a word
         raise InputError(
-            f"model.vocab_size={vocab_size} is smaller than the tokenizer's vocabulary of "
+            f"model.{name}={vocab_size} is smaller than the tokenizer's vocabulary of "
             f"{tokenizer_size}: leave it None, or set it to that or more"
         )
     return vocab_size
@@ -166,12 +196,14 @@ def for_evaluation(
     changes: dict[str, Any] = {"batch_size": math.ceil(config.data.batch_size / devices) * devices}
     if isinstance(config, PretrainConfig):
         changes |= {"ramp_sizes": (), "ramp_steps": ()}
+    # Of a run that has trained nothing epochs may not be steps yet.
+    train = config.train.with_epochs(lambda epochs: 10**6)
     here = dataclasses.replace(
         config,
         mesh=MeshConfig(),
         placement="jit",
         data=dataclasses.replace(config.data, **changes),
-        train=dataclasses.replace(config.train, num_micro_batches=1),
+        train=dataclasses.replace(train, num_micro_batches=1),
     )
     assert config.model is not None  # resolved
     limits = [longest or config.model.max_length]

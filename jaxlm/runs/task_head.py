@@ -28,6 +28,17 @@ class Published(NamedTuple):
 
 def publish(task: Task, labels: Labels, head: Head, model: ModelConfig) -> Published:
     """What of a run's head other libraries can have."""
+    found = _publish(task, labels, head, model)
+    bias = found.head.get("classifier", {}).get("bias")
+    if found.said is None or bias is None or not np.any(bias):
+        return found
+    if huggingface.keeps_bias(model, found.said):
+        return found
+    why = "; its head, whose last layer has a bias, and there has none, is left out"
+    return Published({}, None, f"{why}: --task.head-bias False trains one without")
+
+
+def _publish(task: Task, labels: Labels, head: Head, model: ModelConfig) -> Published:
     names: dict[type, TaskName] = {
         Classification: "SequenceClassification",
         MultipleChoice: "MultipleChoice",
@@ -74,6 +85,7 @@ def _in_units(task: Classification, head: Head) -> dict[str, Any]:
     if task.fields.target != "number" or task.scale is None:
         return dict(head)
     mean, deviation = task.scale
-    kernel, bias = (np.asarray(head["classifier"][name]) for name in ("kernel", "bias"))
+    kernel = np.asarray(head["classifier"]["kernel"])
+    bias = np.asarray(head["classifier"].get("bias", np.zeros(1)))
     scaled = {"kernel": kernel * deviation, "bias": bias * deviation + mean}
     return {**head, "classifier": {name: x.astype(np.float32) for name, x in scaled.items()}}

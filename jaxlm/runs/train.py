@@ -15,7 +15,14 @@ from jaxlm.config import Config
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.runs import resume
-from jaxlm.runs.folder import CHECKPOINTS, read_tokenizer, write_folder
+from jaxlm.runs.folder import (
+    CHECKPOINTS,
+    SOURCE_TOKENIZER,
+    TOKENIZER,
+    cursor_name,
+    read_tokenizer,
+    write_folder,
+)
 from jaxlm.runtime import distributed
 from jaxlm.runtime.storage import StoragePath, mirrored, on_disk
 from jaxlm.train.checkpoint import Checkpointer
@@ -123,7 +130,11 @@ def _resume(
     """The newest checkpoint's state and cursor, if the run is still the one that was begun."""
     config, placement, directory = job.config, job.placement, job.config.directory
     # Before the checkpoint: with another vocabulary its shapes would not fit either.
-    own = {"tokenizer_sha256": tokenizers.fingerprint(read_tokenizer(directory))}
+    own = {
+        cursor_name(name): tokenizers.fingerprint(read_tokenizer(directory, name))
+        for name in (TOKENIZER, SOURCE_TOKENIZER)
+        if name == TOKENIZER or (directory / name).is_file()
+    }
     resume.check_same(directory, job.cursor | own, job.cursor)
     resume.check_config(directory, config, peek(directory / CHECKPOINTS))
     restored = checkpointer.restore(placement.abstract_state.learned)

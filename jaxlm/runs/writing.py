@@ -106,6 +106,9 @@ def make_responder(
     def responder(variables: Variables) -> Responder:
         params = {"params": merge(variables)}
         generate = task.make_generate(decoder, params, tokenizer)
+        if framer.source is not framer:
+            own = {"source_tokenizer": framer.source.tokenizer}
+            generate = Generate(replace(generate.model, **own))
         compiled[:] = compiled or [generate.of(None)]  # which keeps no parameters alive
         return Responder(task=task, framer=framer, generate=compiled[0].of(generate))
 

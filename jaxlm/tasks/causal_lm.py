@@ -18,6 +18,7 @@ from jaxlm.decode.beam import BeamConfig, BeamSearch, Writing, beyond_text
 from jaxlm.decode.causal_model import CausalModel
 from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
+from jaxlm.evaluate.metrics import perplexity
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import CausalConfig, ModelConfig
 from jaxlm.nn import stack
@@ -76,16 +77,18 @@ class CausalLm:
         return WithLmHead(config.make(), config.make_lm_head())
 
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
-        """Bits for each byte of the text (UTF-8), by which tokenizers compare.
+        """Perplexity, and bits for each byte of the text (UTF-8), by which tokenizers compare.
 
         An isolated document has a token that is not predicted, its first.
         """
         if not all(split in info.bytes for info in infos):
-            return {}
+            return {"perplexity": perplexity(loss)}
         firsts = sum(info.documents[split] for info in infos) if self.isolate_documents else 0
         predicted = sum(info.tokens[split] for info in infos) - firsts
+        bits = loss / math.log(2) * predicted
         return {
-            "bits_per_byte": loss / math.log(2) * predicted / sum(i.bytes[split] for i in infos)
+            "perplexity": perplexity(loss),
+            "bits_per_byte": bits / sum(info.bytes[split] for info in infos),
         }
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:

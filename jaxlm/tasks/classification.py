@@ -68,8 +68,12 @@ class Classification:
     and kept in thresholds.json. Empty: 0.5."""
     pooling: Pooling | None = None
     """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
-    the last, their mean, or their maximum; None: as a sentence encoder's folder says, else bert, or
-    last of a model in which no position sees a later one."""
+    the last, their mean, or their maximum; those of DistilBERT and ELECTRA are dense layers on the
+    first, XLNet's on the last. None: as a sentence encoder's folder says, else bert, or last of a
+    model in which no position sees a later one."""
+    head_bias: bool | None = None
+    """Adds a bias in the last layer; None: unless no position of the model sees a later one, as in
+    transformers' classes of GPT-2 and Llama."""
     scale: tuple[float, float] | None = None
     """Mean and standard deviation of numbers: by them those are brought to about -2 to 2 to be
     learned, and back to be answered and measured. None: those of the training data."""
@@ -217,7 +221,8 @@ class Classification:
         require_one_text(config, "Classification")
         size = 1 if self.fields.target == "number" else len(labels)
         pool = POOLS[self.pooling or "bert"]
-        head = ClassificationHead(size, dropout_rate, pool, **head_options(config))
+        bias = self.head_bias is not False  # runs of before have one
+        head = ClassificationHead(size, dropout_rate, pool, use_bias=bias, **head_options(config))
         return WithHead(config.make(), head)
 
     def make_loss(self, apply: Apply) -> Loss:

@@ -24,7 +24,7 @@ from jaxlm.evaluate.baselines import Baselines
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import EmbeddingHead, WithHead
 from jaxlm.models.model import ModelConfig
-from jaxlm.models.pooling import POOLS, Pooling
+from jaxlm.models.pooling import DENSE, POOLS, Pooling
 from jaxlm.objectives import contrastive
 from jaxlm.objectives.supervised import Predict
 from jaxlm.tasks.task import (
@@ -105,7 +105,7 @@ class Embedding:
         return self
 
     def with_pooling(self, pooling: Pooling | None) -> "Embedding":
-        says = None if pooling == "bert" else pooling  # which has parameters of its own
+        says = None if pooling in DENSE else pooling  # which have parameters of their own
         return replace(self, pooling=self.pooling or says or "mean")
 
     @property

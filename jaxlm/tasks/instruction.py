@@ -1,6 +1,5 @@
 """Instruction tuning: a model that continues texts learns to respond."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from jaxlm.decode.beam import beyond_text
 from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
 from jaxlm.evaluate.baselines import Baselines
+from jaxlm.evaluate.metrics import perplexity
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import CausalConfig, ModelConfig
@@ -143,7 +143,7 @@ class Instruction:
         """Perplexity of a token of a response, and the share that is likeliest of all tokens."""
         weights = np.concatenate(outputs["weights"])
         mean = lambda name: float(np.average(np.concatenate(outputs[name]), weights=weights))
-        return {"perplexity": math.exp(min(mean("losses"), 700.0)), "accuracy": mean("correct")}
+        return {"perplexity": perplexity(mean("losses")), "accuracy": mean("correct")}
 
     def reference(self, train: Sequence[Dialogue], validation: Sequence[Dialogue]) -> Reference:
         return Reference()

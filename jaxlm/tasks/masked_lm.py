@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.decode.beam import Writing
 from jaxlm.errors import InputError
+from jaxlm.evaluate.metrics import perplexity
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import CausalConfig, ModelConfig
 from jaxlm.objectives import masked_lm
@@ -74,8 +75,8 @@ class MaskedLm:
         return WithLmHead(config.make(), config.make_lm_head())
 
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
-        """None: what is not hidden counts nothing."""
-        return {}
+        """Perplexity of a hidden token; of a byte nothing is known, as others count nothing."""
+        return {"perplexity": perplexity(loss)}
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
         """The cross-entropy of what is hidden."""

@@ -48,8 +48,9 @@ class MultipleChoice:
     """Probability that is spread over all choices in training."""
     pooling: Pooling | None = None
     """One vector of a row's hidden states: BERT's dense layer on the first, the first alone (cls),
-    the last, their mean, or their maximum; None: as a sentence encoder's folder says, else bert, or
-    last of a model in which no position sees a later one."""
+    the last, their mean, or their maximum; those of DistilBERT and ELECTRA are dense layers on the
+    first, XLNet's on the last. None: as a sentence encoder's folder says, else bert, or last of a
+    model in which no position sees a later one."""
 
     def __post_init__(self) -> None:
         if self.fields.label is None:

@@ -14,6 +14,7 @@ from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.decode.beam import Writing
 from jaxlm.decode.fill_mask import MASK
 from jaxlm.errors import InputError
+from jaxlm.evaluate.metrics import perplexity
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.model import ModelConfig, is_two_stream
 from jaxlm.objectives import permutation_lm
@@ -36,6 +37,18 @@ class PermutationLm:
     """Which tokens come last in the order and are predicted: by default a sixth, in short spans."""
     isolate_documents: bool = False
     """Documents that share a row do not attend to each other."""
+    memory: int = 0
+    """Tokens of the row before, in the text, that are read first and attended to (section 2.3); no
+    gradient passes. They are read anew, with the parameters of the step, and all at once."""
+
+    def __post_init__(self) -> None:
+        if self.memory < 0:
+            raise InputError(f"task.memory={self.memory} is below 0; 0 is none")
+        if self.memory and self.isolate_documents:
+            raise InputError(
+                f"task.memory={self.memory} is of the row before, whose documents are others, and "
+                "isolate_documents hides others: leave out either"
+            )
 
     @property
     def verb(self) -> str:
@@ -56,9 +69,12 @@ class PermutationLm:
         return self.choice.num_predicted(length)
 
     def more_flops(self, config: ModelConfig, length: int) -> float:
-        """Those of the query stream."""
+        """Those of the query stream, and of reading the memory and attending to it."""
         assert is_two_stream(config)  # make_model has seen to it
-        return config.query_flops(length, self.num_predicted(length))
+        predicted = self.num_predicted(length)
+        return config.query_flops(length, predicted) + config.memory_flops(
+            self.memory, length + predicted
+        )
 
     def warning(self, tokens: Integer[np.ndarray, "rows length"], vocabulary: Vocabulary) -> str:
         """Where whole words are predicted: words that are lines, of text without spaces."""
@@ -82,8 +98,8 @@ class PermutationLm:
         return WithLmHead(config.make(), config.make_lm_head())
 
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
-        """None: what is not predicted counts nothing."""
-        return {}
+        """Perplexity of a predicted token; of a byte nothing is known, as others count nothing."""
+        return {"perplexity": perplexity(loss)}
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
         """The cross-entropy of what comes last."""

@@ -25,6 +25,7 @@ from jaxlm.decode.generate import Generate
 from jaxlm.errors import InputError
 from jaxlm.evaluate import seq2seq as scoring
 from jaxlm.evaluate.baselines import Baselines
+from jaxlm.evaluate.metrics import perplexity
 from jaxlm.evaluate.report import Prediction
 from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.model import ModelConfig, is_two_sided
@@ -165,7 +166,7 @@ class Seq2Seq:
         """
         weights = np.concatenate(outputs["weights"])
         mean = lambda name: float(np.average(np.concatenate(outputs[name]), weights=weights))
-        found = {"perplexity": math.exp(min(mean("losses"), 700.0)), "accuracy": mean("correct")}
+        found = {"perplexity": perplexity(mean("losses")), "accuracy": mean("correct")}
         if "written" not in outputs:
             return found
         written = [one.text for one in outputs["written"]]
@@ -231,6 +232,10 @@ class Seq2Seq:
         """The tokens of a source; what is written has room of its own."""
         (ids,) = data.source_ids(framer, [example.source], self.prefix)
         return ids.tolist()
+
+    def num_cut(self, framer: Framer, examples: Sequence[Pair]) -> int:
+        """Sources that are longer than a row, of which :meth:`prompt_ids` gives the beginning."""
+        return data.num_cut(framer, [example.source for example in examples], self.prefix)
 
     def answers(
         self, examples: Sequence[Pair], labels: Labels, outputs: Outputs

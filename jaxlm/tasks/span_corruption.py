@@ -1,6 +1,5 @@
 """Span corruption: what is hidden, what writes it, and how it is used afterwards."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from jaxlm.decode.beam import BeamConfig, BeamSearch, Hypothesis, Writing
 from jaxlm.decode.fill_mask import MASK
 from jaxlm.decode.generate import Generate, Generation
 from jaxlm.errors import InputError
+from jaxlm.evaluate.metrics import perplexity
 from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.model import ModelConfig, is_two_sided
 from jaxlm.objectives import span_corruption
@@ -82,7 +82,7 @@ class SpanCorruption:
 
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
         """Perplexity of a token of a target, sentinels and ends among them."""
-        return {"perplexity": math.exp(min(loss, 700.0))}
+        return {"perplexity": perplexity(loss)}
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:
         """The cross-entropy of targets."""

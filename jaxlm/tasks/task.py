@@ -87,7 +87,11 @@ class PretrainTask(Protocol):
         ...
 
     def metrics(self, loss: float, infos: Sequence[PreparedInfo], split: str) -> dict[str, float]:
-        """What the mean loss on a split says of the text that it was made of; may be empty."""
+        """What the mean loss on a split says of the text that it was made of.
+
+        ``perplexity`` where it is the cross-entropy of a token, and so comparable with their
+        entropy; may be empty.
+        """
         ...
 
     def make_loss(self, apply: Apply, vocabulary: Vocabulary) -> Loss:

@@ -13,6 +13,7 @@ from jaxlm import tree
 from jaxlm.compile_check.step import Assumed, make_step
 from jaxlm.config import FinetuneConfig
 from jaxlm.convert import bert
+from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bert import TINY
 from jaxlm.models.transformer import TransformerConfig
@@ -102,8 +103,11 @@ def test_pairs_have_as_many_rows_as_their_tokens_allow():
     train = TrainConfig(epochs=2.0)  # of a warm-up in steps it must be known how many that are
     optimizer = replace(config.optimizer, warmup_steps=10)
     config = replace(config, base=None, data=data, train=train, optimizer=optimizer)
+    config = replace(config, source_tokenizer=TokenizerConfig())
     step = make_step(config, SMALL, jax.devices())
     assert step.batch["tokens"].shape == step.batch["targets"].shape == (24, 32)
+    encoder = step.placement.abstract_state.trainable["params"]["encoder"]
+    assert encoder["source_embed"]["embedding"].shape == (128, 16)  # of their own tokenizer
     lowered(step)
 
 

@@ -20,7 +20,11 @@ from jaxlm.convert.architecture import TASKS, TaskHead
 from jaxlm.data import tokenizers
 from jaxlm.data.tokenizer_training import bert, with_specials
 from jaxlm.errors import InputError
+from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.heads import ClassificationHead, TokenHead, WithHead, WithLmHead
+from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.pooling import POOLS
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runs import published_task
 from jaxlm.tree import leaves_with_path
 
@@ -36,14 +40,16 @@ def tokenizer() -> Tokenizer:
     return with_specials(bert(models.WordPiece(vocab, unk_token="[UNK]")))
 
 
-def model_of(config, task, size=3):
-    head = (ClassificationHead if task in POOLED else TokenHead)(SIZES.get(task, size))
+def model_of(config, task, size=3, pooling="bert"):
+    size = SIZES.get(task, size)
+    head = ClassificationHead(size, pool=POOLS[pooling]) if task in POOLED else TokenHead(size)
     return WithHead(config.make(), head)
 
 
-def drawn(task, size=3):
+def drawn(task, size=3, config=BERT, pooling="bert"):
     tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-    shapes = jax.eval_shape(model_of(BERT, task, size).init, jax.random.key(0), tokens)["params"]
+    model = model_of(config, task, size, pooling)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
 
@@ -75,6 +81,56 @@ def test_there_and_back(task, tmp_path):
     assert found.lm_head is None
     if task in POOLED:  # what a base gives to a new head
         jax.tree.map(np.testing.assert_array_equal, found.pooler, params["head"]["pooler"])
+
+
+DECODER = {"vocab_size": 32, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 24}
+OTHERS = {  # model, how heads pool, and the task's classes
+    "electra": (BERT, "electra", POOLED),
+    "distilbert": (BERT, "distilbert", POOLED),
+    "gpt2": (Gpt2Config(**DECODER, max_length=8), "last", TASKS[:3]),
+    "llama": (LlamaConfig(**DECODER, num_kv_heads=1, head_dim=8, max_length=8), "last", TASKS[:2]),
+    "xlnet": (XlnetConfig(**DECODER), "xlnet", TASKS),
+}
+
+
+@pytest.mark.parametrize(("kind", "task"), [(kind, t) for kind in OTHERS for t in OTHERS[kind][2]])
+def test_heads_of_others_there_and_back(kind, task, tmp_path):
+    config, pooling, _ = OTHERS[kind]
+    head = said(task, **({"pooling": pooling} if task in POOLED else {}))
+    params = drawn(task, 3, config, pooling)
+    if kind == "distilbert":  # which has no types of tokens
+        params["encoder"]["token_type_embed"]["embedding"] *= 0
+    if pooling == "last" and task == "SequenceClassification":
+        with pytest.raises(InputError, match="head/classifier/bias has learned something, and has"):
+            huggingface.save(tmp_path / "m", params, config, tokenizer(), task_head=head)
+        params["head"]["classifier"]["bias"] *= 0
+    huggingface.save(tmp_path / "m", params, config, tokenizer(), task_head=head)
+    written = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert written["model_type"] == kind
+    assert written["architectures"][0].removesuffix("Simple").lower() == f"{kind}for{task}".lower()
+    found = huggingface.load(tmp_path / "m")
+    assert (found.config, found.task_head) == (config, head)
+    again = {**found.params, "head": found.head}
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    del params["head"]["classifier"]["bias"]  # a head may have none
+    huggingface.save(tmp_path / "n", params, config, tokenizer(), task_head=head)
+    assert not huggingface.load(tmp_path / "n").head["classifier"]["bias"].any()
+
+
+def test_a_head_with_another_activation_is_written_as_what_has_it(tmp_path):
+    params = drawn("SequenceClassification", 3, BERT, "distilbert")
+    head = said("SequenceClassification", pooling="distilbert")
+    with pytest.raises(
+        InputError, match="encoder/token_type_embed/embedding has learned something"
+    ):
+        huggingface.save(tmp_path / "m", params, BERT, tokenizer(), task_head=head)
+    head_params = jax.tree.map(jnp.asarray, params["head"])
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 16)), jnp.float32)
+    answers = {
+        name: ClassificationHead(3, pool=POOLS[name]).apply({"params": head_params}, x)
+        for name in ("bert", "distilbert", "electra", "xlnet")
+    }
+    assert len({np.asarray(x).tobytes() for x in answers.values()}) == 4
 
 
 @pytest.mark.parametrize(
@@ -223,6 +279,9 @@ KIN = {
     "xlm-roberta": ("XLMRoberta", {"pad_token_id": 1, "max_position_embeddings": 18}),
     "electra": ("Electra", {"embedding_size": 16}),
     "distilbert": ("DistilBert", {}),
+    "gpt2": ("GPT2", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}),
+    "llama": ("Llama", {"pad_token_id": 0}),
+    "xlnet": ("XLNet", {"pad_token_id": 0}),
 }
 FAST = {
     ("bert", "SequenceClassification"),
@@ -230,12 +289,13 @@ FAST = {
     ("xlm-roberta", "MultipleChoice"),
     ("electra", "TokenClassification"),
     ("distilbert", "QuestionAnswering"),
+    ("gpt2", "SequenceClassification"),
+    ("xlnet", "SequenceClassification"),
 }
 ALL = [
     pytest.param(kin, task, marks=() if (kin, task) in FAST else pytest.mark.slow)
     for kin in KIN
-    for task in (*TASKS, "MaskedLM")
-    if not (kin in ("electra", "distilbert") and task in POOLED)
+    for task in (OTHERS[kin][2] if kin in ("gpt2", "llama", "xlnet") else (*TASKS, "MaskedLM"))
 ]
 
 
@@ -248,6 +308,11 @@ def test_equals_transformers_in_and_out(kin, task, tmp_path):
     small = {"vocab_size": 16, "max_position_embeddings": 16, "num_labels": SIZES.get(task, 3)}
     if kin == "distilbert":
         small |= {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}
+    elif kin == "gpt2":
+        small |= {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 24}
+    elif kin == "xlnet":
+        small |= {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
+        del small["max_position_embeddings"]
     else:
         small |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
         small |= {"intermediate_size": 24}
@@ -262,7 +327,8 @@ def test_equals_transformers_in_and_out(kin, task, tmp_path):
     tokenizers.save(tokenizer(), tmp_path / "theirs" / "tokenizer.json")
     ids = torch.randint(5, 16, (2, 9))
     mask = torch.ones(2, 9, dtype=torch.long)
-    mask[1, 5:] = 0
+    mask[1, slice(4) if kin == "xlnet" else slice(5, 9)] = 0
+    ids = ids * mask
     rows = {"input_ids": ids, "attention_mask": mask}
     rows = {n: x[None] for n, x in rows.items()} if task == "MultipleChoice" else rows
 
@@ -279,7 +345,7 @@ def test_equals_transformers_in_and_out(kin, task, tmp_path):
         ours = huggingface_lm(found.config)
     else:
         params, head = {**found.params, "head": found.head}, found.task_head
-        ours = model_of(found.config, task)
+        ours = model_of(found.config, task, pooling=head.pooling or "bert")
     segments = jnp.asarray(mask.numpy() - 1, jnp.int32)
     given = jnp.asarray(ids.numpy(), jnp.int32)
     mine = np.asarray(
@@ -291,6 +357,8 @@ def test_equals_transformers_in_and_out(kin, task, tmp_path):
     model, info = auto.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(info.values()), info
     np.testing.assert_allclose(np.asarray(logits(model))[real], mine[real], rtol=0, atol=1e-5)
+    written = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert head is None or written["architectures"] == [type(model).__name__]
     again = huggingface.load(tmp_path / "ours")
     assert (again.config, again.task_head) == (found.config, found.task_head)
     back = {**again.params, "head": again.head or again.lm_head}
@@ -309,21 +377,20 @@ def test_an_electra_with_narrow_embeddings_is_refused(tmp_path):
 
 
 def test_a_head_that_is_computed_otherwise_is_left_out(tmp_path, capsys):
-    save(tmp_path / "m", "SequenceClassification")
+    config, _, _ = OTHERS["xlnet"]
+    params = drawn("QuestionAnswering", 2, config)
+    huggingface.save(
+        tmp_path / "m", params, config, tokenizer(), task_head=said("QuestionAnswering")
+    )
     path = tmp_path / "m" / "model.safetensors"
-    weights = {n.replace("bert.", "electra."): x for n, x in load_file(path).items()}
-    weights = {n: x for n, x in weights.items() if "pooler" not in n}
+    weights = {n.replace("qa_outputs", "start_logits.dense"): x for n, x in load_file(path).items()}
     save_file(weights, path)
-    change(tmp_path / "m", model_type="electra", architectures=["ElectraForSequenceClassification"])
+    change(tmp_path / "m", architectures=["XLNetForQuestionAnswering"])
     found = huggingface.load(tmp_path / "m")
     assert found.task_head is None
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        found.params["encoder"],
-        drawn("SequenceClassification")["encoder"],
-    )
-    said = "the head of a ElectraForSequenceClassification (2 tensors) is computed in another way"
-    assert said in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, found.params["encoder"], params["encoder"])
+    note = "the head of a XLNetForQuestionAnswering (2 tensors) is computed in another way"
+    assert note in capsys.readouterr().err
     with pytest.raises(InputError, match="is something to fine-tune from, with --base"):
         published_task.read_config_of(str(tmp_path / "m"))
 

@@ -84,6 +84,50 @@ def test_any_number_of_processes_gives_the_same_global_batches(prepared, other, 
     assert same(joined, whole)
 
 
+def test_the_text_before_each_row(prepared, other):
+    """Of its own data set, however many processes read it; in other respects nothing changes."""
+    datasets, places = [prepared, other], {}
+    for dataset in datasets:
+        rows = dataset.source("train")
+        rows = rows.read(np.arange(len(rows)))["tokens"]
+        places |= {row.tobytes(): (rows, number) for number, row in enumerate(rows)}
+    config = dataclasses.replace(CONFIG, batch_size=64)
+    steps = -(-len(places) // 64)
+    whole = take(steps, datasets, config, seed=1)
+    parts = [
+        take(steps, datasets, config, seed=1, before=5, batch_rows=BatchRows((i,), 2))
+        for i in range(2)
+    ]
+    joined = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert same([{name: batch[name] for name in whole[0]} for batch in joined], whole)
+    firsts = 0
+    for batch in joined:
+        found = zip(*(batch[name] for name in ("tokens", "before", "before_lengths")), strict=True)
+        for tokens, before, length in found:
+            rows, number = places[tokens.tobytes()]
+            firsts += number == 0
+            assert length == (5 if number else 0)
+            assert not number or np.array_equal(before, rows[number - 1][-5:])
+    assert firsts
+
+
+def test_the_text_before_each_row_that_is_evaluated(prepared):
+    tokens, before, lengths = (
+        np.concatenate([batch[name] for batch in eval_batches(prepared, 12, before=16)])
+        for name in ("tokens", "before", "before_lengths")
+    )
+    size = len(prepared.source("validation"))
+    np.testing.assert_array_equal(before[1:size], tokens[: size - 1])
+    assert (lengths[0], set(lengths[1:].tolist())) == (0, {16})
+    with pytest.raises(InputError, match=r"task\.memory=17 is more than the 16 tokens of the row"):
+        eval_batches(prepared, 12, before=17)
+    with pytest.raises(InputError, match="lower it to 16, or prepare longer rows"):
+        take(1, [prepared], CONFIG, seed=0, before=17)
+
+
 RAMP = dataclasses.replace(CONFIG, ramp_sizes=(2, 4), ramp_steps=(3, 2))
 SIZES = [2, 2, 2, 4, 4, 8, 8]
 

@@ -32,11 +32,12 @@ def every(text: str, most: int) -> dict[tuple[int, ...], list[float]]:
     """All that may follow a text, of at most so many tokens, with the log-probabilities of each."""
     ids = MODEL.prompt(text)
     tails = np.array(list(itertools.product(range(3), repeat=most)))
-    tokens = np.concatenate([np.tile(ids, (len(tails), 1)), tails], axis=1)
+    tokens = np.zeros((len(tails), 32), int)  # of one shape, and none sees what is behind it
+    tokens[:, : len(ids)], tokens[:, len(ids) : len(ids) + most] = ids, tails
     positions = np.tile(np.arange(tokens.shape[1]), (len(tokens), 1))
     state = MODEL.make_state(*tokens.shape)
     logits, _ = MODEL.step(MODEL.variables, state, tokens, positions, np.zeros_like(tokens))
-    each = np.asarray(jax.nn.log_softmax(logits[:, len(ids) - 1 : -1, : MODEL.vocab_size]))
+    each = np.asarray(jax.nn.log_softmax(logits[..., : MODEL.vocab_size]))[:, len(ids) - 1 :]
     found = {}
     for tail, row in zip(tails.tolist(), each, strict=True):
         taken = row[np.arange(most), tail].tolist()
@@ -79,6 +80,116 @@ def test_scores_equal_brute_force(search, penalty, alpha):
             assert (one.stopped == "stop_token") == (one.tokens[-1] == END)
         bests.add(tuple(got[0].tokens))
     assert len(bests) > 1
+
+
+@pytest.mark.parametrize(
+    ("prefix", "n"), [("", 1), ("", 2), ("ca", None), ("ca", 1), ("ca", 2)], ids=str
+)
+def test_what_is_forced_or_forbidden_equals_brute_force(search, prefix, n):
+    """All texts that may be, and no others: run by run, with the prompt's and the prefix's."""
+    config = dataclasses.replace(
+        FEW, size=128, n_best=128, prefix=prefix, no_repeat_ngram=n, max_new_tokens=4 + len(prefix)
+    )
+    least = 121
+    for text, best in zip(PROMPTS, search(PROMPTS, config), strict=True):
+        before = MODEL.prompt(text + prefix)
+        may_be = {
+            ids: total
+            for ids, each in every(text + prefix, 4).items()
+            if not (n and repeats(before, ids, n)) and (total := sum(each) / len(each))
+        }
+        got = [best, *best.others]
+        ours = {tuple(one.tokens[len(prefix) :]): one.score for one in got}
+        assert ours == pytest.approx(may_be, rel=1e-5, abs=1e-4)
+        assert {one.text[: len(prefix)] for one in got} == {prefix}
+        least = min(least, len(got))
+    assert (least < 121) == (n is not None)
+
+
+def repeats(before: list[int], ids: tuple[int, ...], n: int) -> bool:
+    """Whether one of ``ids`` ends a run of ``n`` that is there before it."""
+    whole = [*before, *ids]
+    ends = range(len(before) + 1, len(whole) + 1)
+    return any(tuple(whole[end - n : end]) in runs(whole[: end - 1], n) for end in ends if end >= n)
+
+
+def by_lists(logits, start: int, config: BeamConfig) -> list[tuple[float, tuple[int, ...]]]:
+    """Beam search over a table of what follows what, in lists; it never ends early.
+
+    Of all continuations of the beams the best ``size`` are taken that go on, and of those that end
+    the ones among the best ``size`` of both.
+    """
+    each = np.asarray(jax.nn.log_softmax(jnp.asarray(logits[:, : END + 1])), np.float64)
+    beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+    found = []
+    for length in range(1, config.max_new_tokens + 1):
+        longer = sorted(
+            (
+                (total + float(each[ids[-1] if ids else start, i]), (*ids, i))
+                for total, ids in beams
+                for i in range(END + 1)
+                if not (
+                    config.no_repeat_ngram and repeats([start], (*ids, i), config.no_repeat_ngram)
+                )
+                and (i != END or length > config.min_new_tokens)
+            ),
+            reverse=True,
+        )
+        goes_on = [one for one in longer if one[1][-1] != END][: config.size]
+        ended = [one for one in longer if one[1][-1] == END][: config.size]
+        for total, ids in sorted([*goes_on, *ended], reverse=True)[: config.size]:
+            if ids[-1] == END or length == config.max_new_tokens:
+                score = by_hand(config.length_penalty, config.alpha, total, length)
+                found.append((score, ids))
+        beams = goes_on
+    return sorted(found, reverse=True)[: config.n_best]
+
+
+SHORT = BeamConfig(size=3, n_best=3, max_new_tokens=12)
+NARROW = {
+    "mean": {},
+    "sum": {"alpha": 0.0},
+    "long": {"alpha": 2.0, "min_new_tokens": 2},
+    "short": {"alpha": -0.5},
+    "gnmt": {"length_penalty": "gnmt", "alpha": 0.6},
+    "gnmt long": {"length_penalty": "gnmt", "alpha": 1.5, "no_repeat_ngram": 2},
+}
+
+
+def test_a_narrow_beam_equals_lists_and_exact_early_stopping_loses_nothing():
+    """Behind some tokens ends are likely and behind others not: rows end early, and late."""
+    rng, steps, missed = np.random.default_rng(3), set(), 0
+    logits = 1.5 * rng.normal(size=(VOCAB, VOCAB))
+    logits[:, END] += rng.choice([-1.0, 0.0, 1.0, 2.0], VOCAB)
+    search, calls = counted(table_model(logits, end=[END]))
+    for changes in NARROW.values():
+        config = dataclasses.replace(SHORT, **changes)
+        first = dataclasses.replace(config, early_stopping="first")
+        for start, text in enumerate(CHARACTERS[:6]):
+            calls.clear()
+            (best,) = search([text], config)
+            jax.effects_barrier()
+            steps.add(len(calls))
+            want = by_lists(logits, start, config)
+            got = [(one.score, tuple(one.tokens)) for one in (best, *best.others)]
+            assert [ids for _, ids in got] == [ids for _, ids in want]
+            np.testing.assert_allclose(*([s for s, _ in x] for x in (got, want)), rtol=1e-4)
+            (worse,) = search([text], first)
+            missed += worse.score < best.score - 1e-6
+    assert min(steps) < 5  # it does end early,
+    assert max(steps) == 12  # and where it must not, it does not;
+    assert missed  # ending earlier does lose
+
+
+def counted(model) -> tuple[BeamSearch, list[int]]:
+    """A search, and a list that gets an entry for each call of its model."""
+    calls: list[int] = []
+
+    def step(*given):
+        jax.debug.callback(lambda: calls.append(1))
+        return model.step(*given)
+
+    return BeamSearch(dataclasses.replace(model, step=step)), calls
 
 
 def test_penalties_are_tables_of_lengths():
@@ -207,13 +318,7 @@ EARLY = [{"$": 0.4, "a": 0.6}, {"$": 0.2, "b": 0.8}, {"$": 0.9, "c": 0.1}, *[{"d
 
 
 def test_exact_early_stopping_finds_what_others_miss():
-    calls, model = [], script([*EARLY, {"$": 1.0}])
-
-    def step(*given):
-        jax.debug.callback(lambda: calls.append(1))
-        return model.step(*given)
-
-    search = BeamSearch(dataclasses.replace(model, step=step))
+    search, calls = counted(script([*EARLY, {"$": 1.0}]))
     found = {}
     for kind in ("exact", "heuristic", "first"):
         calls.clear()

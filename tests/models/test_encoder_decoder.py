@@ -17,7 +17,7 @@ from jaxlm.errors import InputError
 from jaxlm.models import t5, transformer
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import EncoderDecoderLm
-from jaxlm.models.model import CausalConfig, EncoderDecoderConfig
+from jaxlm.models.model import CausalConfig, EncoderDecoderConfig, has_source_vocab
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.nn.dropout import Dropout
@@ -134,6 +134,27 @@ def test_which_models_read_a_source():
     for other in (BertConfig(), ANY_BASE):
         assert not isinstance(other, EncoderDecoderConfig)
     assert isinstance(ANY_BASE, CausalConfig)
+
+
+def test_sources_are_read_by_a_table_of_their_own():
+    shared = replace(CONFIGS["transformer"], num_layers=1)
+    own = replace(shared, source_vocab_size=12)
+    assert has_source_vocab(own)
+    assert not has_source_vocab(CONFIGS["t5"])
+    drawn = random_like(shapes_of(own))["params"]["encoder"]
+    assert shapes_of(own)["params"].keys() == {"encoder"}  # the decoder's table gives the logits
+    assert {name: x["embedding"].shape[0] for name, x in drawn.items() if "_embed" in name} == {
+        "token_embed": 40,
+        "source_embed": 12,
+    }
+    source = jnp.asarray(SOURCE % 12)
+    encoded = own.make().apply({"params": drawn}, source, method="encode")
+    # As with the shared table of those rows; and so it is read, and the other is not.
+    for name, is_same in (("source_embed", True), ("token_embed", False)):
+        params = {"params": drawn | {"token_embed": drawn[name]}}
+        alike = replace(shared, vocab_size=len(drawn[name]["embedding"]))
+        other = alike.make().apply(params, source, method="encode")
+        assert (difference(encoded, other) < 1e-5) is is_same
 
 
 def seen_by(gradient):

@@ -236,6 +236,30 @@ def test_a_memory_is_what_was_read_and_no_gradient_passes():
     assert float(jnp.abs(jax.grad(lambda x: remember(old, x, 3).sum())(inputs)).max()) == 0
 
 
+def test_predictions_see_what_is_read_before():
+    """As by a memory that is made by hand; of a row with nothing before it, nothing."""
+    variables = {"params": VARIABLES["params"]["encoder"]}
+    given = jax.tree.map(lambda x: x[:2], {k: v for k, v in GIVEN.items() if k != "weights"})
+    tokens, call = REPEATED[:2], partial(CONFIG.make().apply, variables)
+    lengths = jnp.array([6, 0])
+
+    @jax.jit
+    def all_ways(earlier):
+        read = partial(call, tokens, **given, method="predict")
+        memory = remember(None, call(earlier, method="streams").inputs, 6)
+        by_hand = call(tokens, **given, memory=memory, method="streams").query
+        return read(before=(earlier, lengths)), by_hand, read()
+
+    earlier = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (2, 6)), jnp.int32)
+    found, by_hand, alone = all_ways(earlier)
+    assert difference(found[0], by_hand[0]) < 1e-5
+    assert difference(found[1], alone[1]) < 1e-5
+    assert difference(found[0], alone[0]) > 1e-2
+    other = all_ways((earlier + 1) % VOCAB)[0]
+    assert difference(found[0], other[0]) > 1e-2
+    assert difference(found[1], other[1]) == 0
+
+
 # The same however it is computed.
 
 

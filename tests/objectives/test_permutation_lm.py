@@ -97,6 +97,16 @@ def test_what_the_model_is_told():
     assert (other["mask"] != mixed["mask"]).any()
 
 
+def test_what_was_before_is_passed_on():
+    assert "before" not in run(even)[2]
+    before = {"before": BATCH["tokens"][:, :4].astype(jnp.uint16)}
+    before["before_lengths"] = jnp.array([4, 4, 0, 4])
+    told = run(even, batch=BATCH | before)[2]
+    for given, expected in zip(told["before"], before.values(), strict=True):
+        assert given.dtype == jnp.int32
+        assert given.shape == expected.shape
+
+
 @partial(jax.jit, static_argnums=0)
 def orders(choice, key, batch):
     given = batch["tokens"], batch["lengths"], batch["index"]

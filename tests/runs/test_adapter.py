@@ -18,6 +18,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
 from jaxlm.errors import InputError
+from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import HeadOnly
 from jaxlm.runs import adapter, finetuned
@@ -77,6 +78,7 @@ def folders(tmp_path_factory):
         base="unused",
         data=LabelledConfig(train=Table(path=str(root / "data.csv")), batch_size=8),
         tuning=HeadOnly(),
+        optimizer=OptimizerConfig(warmup_steps=2),  # of epochs whose steps are not known
         train=TrainConfig(epochs=1.0, num_evals=1),
     )
     return folder, wanted

@@ -10,6 +10,12 @@ from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.runs import pretrained
 from jaxlm.sharding import MeshConfig
+from jaxlm.tasks.causal_lm import CausalLm
+from jaxlm.tasks.masked_lm import MaskedLm
+from jaxlm.tasks.permutation_lm import PermutationLm
+from jaxlm.tasks.replaced_token import ReplacedToken
+from jaxlm.tasks.span_corruption import SpanCorruption
+from jaxlm.tasks.task import PretrainTask
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -44,3 +50,21 @@ def test_the_vocabulary_is_padded_to_what_the_mesh_divides(tensor: int, padded: 
     assert resolved.model.vocab_size == padded
     assert padded % 64 == padded % tensor == 0
     assert padded - 30_522 < 64 * tensor
+
+
+@pytest.mark.parametrize(
+    ("task", "losses"),
+    [
+        (MaskedLm(), {"unigram entropy": 6.0}),
+        (CausalLm(), {"unigram entropy": 6.0}),
+        (PermutationLm(), {"unigram entropy": 6.0}),
+        (SpanCorruption(), {"unigram entropy": 6.0}),
+        (ReplacedToken(), {}),  # fifty times a loss of two classes, and a generator's
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_a_loss_that_is_not_of_a_token_is_not_compared_with_tokens(
+    task: PretrainTask, losses: dict[str, float]
+) -> None:
+    assert pretrained.unlearned(task, [prepared(100)]) == losses
+    assert ("perplexity" in task.metrics(2.0, [prepared(100)], "train")) == bool(losses)

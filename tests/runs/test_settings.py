@@ -234,9 +234,11 @@ def read_of(config: FinetuneConfig) -> str:
     """What fine-tuning reads: examples, rows of tokens, their lengths, and the first batches."""
     splits = read_splits(config.data, config.task.read, config.task.check)
     config = finetuned.settled(config, splits.train)
-    tokenizer = finetuning.make_tokenizer(config.tokenizer, splits)
-    config = finetuning.resolve(config, None, tokenizer, "cpu")
-    labels, framer = config.task.labels(splits.train), finetuned.make_framer(config, tokenizer)
+    made = (finetuning.make_tokenizer, finetuning.make_source_tokenizer)
+    tokenizer, source_tokenizer = (make(config, splits) for make in made)
+    config = finetuning.resolve(config, None, tokenizer, "cpu", source_tokenizer)
+    labels = config.task.labels(splits.train)
+    framer = finetuned.make_framer(config, tokenizer, source_tokenizer)
     examples = config.task.encode(framer, splits.train, labels)
     validation = config.task.encode(framer, splits.validation, labels)
     data, seed, special = config.data, config.train.seed, SpecialTokens.of(tokenizer)
@@ -454,6 +456,7 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "task.scale": (1.0, 2.0),
     "task.doc_stride": 3,
     "task.pooling": "max",
+    "task.head_bias": False,
     "task.prompt": "odd ",
     "task.pair_prompt": "odd ",
     "task.fields.choices": ("text", "other"),
@@ -485,6 +488,7 @@ OTHER: dict[str, Any] = {  # where no other value follows from the type
     "data.augment.mask_rate": 0.6,
     "data.augment.deletion_rate": 0.6,
     "tokenizer.path": Path("other.txt"),
+    "source_tokenizer.path": Path("other.txt"),
     "prepare.tokenizer.path": Path("other.txt"),
     "prepare.extend_vocab": 3,
     "prepare.source.glob": "b.csv",
@@ -619,6 +623,12 @@ def reading(source: Any, task: Any, **changes: Any) -> FinetuneConfig:
     return replace(TUNED, data=data, task=task, model=model, tokenizer=tokenizer)
 
 
+def reading_apart(tokenizer: TokenizerConfig) -> FinetuneConfig:
+    config = reading(ParallelText(source="a.en", target="a.de"), Seq2Seq())
+    model = replace(TRANSFORMER, vocab_size=None)
+    return replace(config, model=model, source_tokenizer=tokenizer)
+
+
 def preparing(source: Any, **changes: Any) -> PretrainConfig:
     tokenizer = TokenizerConfig(**({"path": Path("vocab.txt")} | changes))
     prepare = PrepareConfig(
@@ -673,7 +683,7 @@ PARTS = {
     "modernbert": Part(MODERN, model_of, ("model",), ("model.max_length", "model.pooling")),
     "modernbert rows": Part(MODERN, longest_of, ("model.max_length",)),
     "modernbert pooling": Part(MODERN, written_of, ("model.pooling",)),
-    "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice")),
+    "permutations": Part(PERMUTED, hidden_of, ("task", "task.choice"), ("task.memory",)),
     "detection": Part(DETECTING, hidden_of, ("task", "task.masking", "task.eval_masking"), SMALLER),
     "holes": Part(replace(PRETRAINED, model=T5, task=HOLES), hidden_of, ("task", "task.spans")),
     "generator": Part(DETECTING, step_of, SMALLER),
@@ -734,6 +744,12 @@ PARTS = {
         ("data.few_shot", "data.split_seed"),
     ),
     "trained tokenizer": Part(TRAINED, read_of, ("tokenizer",)),
+    "sources": Part(reading_apart(TokenizerConfig(vocab_size=60)), read_of, ("source_tokenizer",)),
+    "given sources": Part(
+        reading_apart(TokenizerConfig(path=Path("vocab.txt"))),
+        read_of,
+        ("source_tokenizer.kind", "source_tokenizer.vocab_size", "source_tokenizer.num_documents"),
+    ),
     "given tokenizer": Part(TEXTS, read_of, ("tokenizer",)),
     "labels": Part(replace(TEXTS, task=LABELS), read_of, ("task.fields",)),
     "numbers": Part(replace(TEXTS, task=NUMBERS), read_of, ("task.fields", "task.scale")),
@@ -887,6 +903,10 @@ ELSEWHERE = {
     ),
     "Instruction.sample_tokens": (
         "tasks/test_instruction.py::test_a_model_learns_to_respond_and_to_stop"
+    ),
+    "PermutationLm.memory": (
+        "tasks/test_permutation_lm.py"
+        "::test_a_run_with_a_memory_is_the_same_on_a_mesh_and_when_it_is_resumed"
     ),
     "TrainConfig.average": "train/test_checkpoint.py::test_keeps_those_whose_mean_is_a_model",
     "Seq2Seq.num_samples": "tasks/test_seq2seq.py::test_what_is_written_at_an_evaluation",

@@ -11,6 +11,7 @@ from tiny_models import BERT
 from tokenizers import Tokenizer, models
 
 from jaxlm.config import FinetuneConfig
+from jaxlm.convert import bert
 from jaxlm.convert.architecture import TaskHead
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
@@ -82,6 +83,20 @@ def test_a_head_begins_with_what_was_pretrained(task, base):
         assert np.abs(kernel - known["transform/kernel"]).min() > 0.1
 
 
+def test_heads_of_models_that_read_one_way_have_no_bias(base):
+    llama = replace(base, config=LlamaConfig(**SIZES, num_kv_heads=1, max_length=8))
+    for given, on, expected in (
+        (Classification(), llama, False),
+        (Classification(head_bias=True), llama, True),
+        (Classification(), base, True),
+    ):
+        config = resolved(given, on)
+        assert vars(config.task)["head_bias"] == expected
+        model = finetuned.make_model(config, ("a", "b"))
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+        assert ("bias" in shapes["params"]["head"]["classifier"]) == expected
+
+
 def test_heads_pool_as_the_config_says(base):
     for task in (Classification(), MultipleChoice()):
         assert vars(resolved(task, base).task)["pooling"] == "mean"
@@ -125,7 +140,7 @@ def test_numbers_come_out_in_their_unit():
     task = Classification(fields=NUMBER, pooling="cls", scale=(10.0, 2.0))
     published = publish(task, (), HEAD, MODERN)
     assert published.said is not None
-    assert published.said.write_config("M")["id2label"] == {"0": "LABEL_0"}
+    assert published.said.write_config(bert.BERT)["id2label"] == {"0": "LABEL_0"}
     hidden = np.arange(8.0)
     learned = hidden @ HEAD["classifier"]["kernel"] + HEAD["classifier"]["bias"]
     last = published.head["classifier"]
@@ -142,10 +157,16 @@ def test_what_has_no_place_stays_behind():
     pooler = {"pooler": {"kernel": np.ones((8, 8))}}
     llama = LlamaConfig(**SIZES, num_kv_heads=1, max_length=8)
     why = "; its pooler, which has no place there, is left out with the head"
+    assert publish(MultipleChoice(), (), HEAD | pooler, llama) == ({}, None, why)
+    why = "; its head, which pools by bert and not by last, is left out"
     assert publish(Classification(), ("a",), HEAD | pooler, llama) == ({}, None, why)
+    last = publish(Classification(pooling="last"), ("a",), HEAD, llama)
+    assert "whose last layer has a bias, and there has none, is left out" in last.left_out
+    head = {"classifier": {"kernel": HEAD["classifier"]["kernel"]}}  # as it is trained
+    assert publish(Classification(pooling="last"), ("a",), head, llama).head == head
     whole = publish(Classification(), ("a",), HEAD | pooler, BERT)
     assert whole.head == HEAD | pooler
     assert whole.said is not None
     assert (whole.said.task, whole.said.pooling) == ("SequenceClassification", "bert")
-    why = "; its head, which pools by mean and not by bert, is left out"
+    why = "; its head, which pools by mean and not by bert or distilbert or electra, is left out"
     assert publish(Classification(pooling="mean"), ("a",), HEAD, BERT) == ({}, None, why)

@@ -1,10 +1,18 @@
 """Permutation language modelling: which models it takes, and how its blanks are filled in."""
 
+import importlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_xlnet
+from rich.console import Console
+from tiny_runs import make_config
 
 from jaxlm.data import tokenizers
 from jaxlm.decode.generate import GenerateConfig
@@ -14,11 +22,17 @@ from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.objectives.masking import ChoiceConfig
+from jaxlm.optim import OptimizerConfig
+from jaxlm.runs.folder import CHECKPOINTS
+from jaxlm.runs.pretraining import pretrain
+from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.task import Given
+from jaxlm.train.metrics import read_jsonl
+from jaxlm.train.restore import list_steps
 
 SIZES = {"vocab_size": 64, "num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 32}
 CONFIG = XlnetConfig(**SIZES)
@@ -108,6 +122,60 @@ def test_a_tokenizer_without_a_mask_has_no_blanks():
         ask(CONFIG, {}, tokenizer.from_str(state), "a[MASK]")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory": -1}, "task.memory=-1 is below 0; 0 is none"),
+        ({"memory": 4, "isolate_documents": True}, "isolate_documents hides others: leave out"),
+    ],
+)
+def test_impossible_memories(changes, message):
+    with pytest.raises(InputError, match=message):
+        PermutationLm(**changes)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_memory_is_the_same_on_a_mesh_and_when_it_is_resumed(tmp_path, monkeypatch):
+    base = make_config(tmp_path, steps=6)
+    model = replace(CONFIG, vocab_size=None, dtype="float32").with_dropout(0.0)
+    optimizer = OptimizerConfig(peak_lr=1e-2)
+    config = replace(base, model=model, task=PermutationLm(memory=8), optimizer=optimizer)
+    config = replace(config, train=replace(config.train, num_evals=2, save_every=3, keep=9))
+    runs = {
+        "whole": config,
+        "resumed": config,
+        "mesh": replace(config, mesh=MeshConfig(fsdp=2, tensor=2)),
+        "pmap": replace(config, placement="pmap"),
+        "none": replace(config, task=PermutationLm()),
+    }
+    quiet = Console(quiet=True)
+    for name, one in runs.items():
+        folder = config.runs / name
+        if name == "resumed":
+            shutil.copytree(config.runs / "whole", folder)
+            for step in list_steps(folder / CHECKPOINTS):
+                if step > 3:
+                    shutil.rmtree(folder / CHECKPOINTS / str(step))
+        pretrain(replace(one, name=name), console=quiet)
+    losses = {
+        name: [
+            x["eval/loss"]
+            for x in read_jsonl(config.runs / name / "metrics.jsonl")
+            if "eval/loss" in x
+        ]
+        for name in runs
+    }
+    for name in ("resumed", "mesh", "pmap"):
+        assert losses[name] == pytest.approx(losses["whole"], rel=1e-5)
+    assert losses["none"] != pytest.approx(losses["whole"], rel=1e-5)
+    # What evaluates a run reads what is before each row, too.
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    importlib.import_module("evaluate").main(config.runs / "whole")
+    found = json.loads((config.runs / "whole" / "eval.json").read_text())
+    assert found["loss"] == pytest.approx(losses["whole"][-1], rel=1e-5)
+
+
 def test_evaluation_has_one_rate():
     task = PermutationLm(choice=ChoiceConfig(rate=0.2, final_rate=0.4))
     assert task.for_evaluation().choice == ChoiceConfig(rate=0.2)
@@ -117,3 +185,5 @@ def test_evaluation_has_one_rate():
 def test_the_query_stream_counts():
     task = PermutationLm(choice=ChoiceConfig(rate=0.25))
     assert task.more_flops(CONFIG, 32) == CONFIG.query_flops(32, 8) > 0
+    remembering = replace(task, memory=16)
+    assert remembering.more_flops(CONFIG, 32) > task.more_flops(CONFIG, 32)

@@ -27,11 +27,12 @@ from jaxlm.decode.generate import GenerateConfig, Generation
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
+from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
-from jaxlm.runs import finetuned, writing
+from jaxlm.runs import finetuned, steps, writing
 from jaxlm.runs.finetuning import finetune
-from jaxlm.runs.folder import CHECKPOINTS
+from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER, TOKENIZER
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.seq2seq import TRANSLATIONS, Seq2Seq
@@ -69,7 +70,10 @@ def make_config(folder: Path) -> FinetuneConfig:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
-    return make_config(tmp_path_factory.mktemp("translate"))
+    """Sources have a tokenizer of their own, which those of the slow runs share with targets."""
+    sources = TokenizerConfig(vocab_size=60)
+    config = make_config(tmp_path_factory.mktemp("translate"))
+    return replace(config, source_tokenizer=sources)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,8 @@ def test_a_run_says_what_it_reads_and_writes(config, printed) -> None:
     shown = said.index(f"  {samples[-1]['prompt']} → {samples[-1]['response'] or '(nothing)'}")
     assert said[shown + 1] == f"    wanted: {samples[-1]['wanted']}"
     assert "the source copied" in printed
+    for side in ("sources", "targets"):
+        assert f"{side}: 0.00% of the tokens are unknown, 0.00% are cut" in printed
     batch_sizes = {8, 16, 32, 64}  # as many rows as 256 tokens allow
     assert any(f"batches of {rows} x " in shapes for rows in batch_sizes)
 
@@ -147,6 +153,53 @@ def test_it_is_evaluated_and_asked(config, printed, scripts, capsys) -> None:
     assert [one["line"] for one in answers] == [1, 2, 3, 4]
     assert "'source' is empty" in answers[2]["error"]
     assert " ".join(answers[3]["translation"].split()) == written["blue"]
+
+
+def test_a_run_has_both_tokenizers(config, printed, capsys) -> None:
+    loaded = finetuned.open_finetuned(config.directory)
+    source, target = loaded.source_tokenizer, loaded.tokenizer
+    assert source is not None
+    assert source.encode("white red").tokens == ["[CLS]", "white", "red", "[SEP]"]
+    assert len(target.encode("rot").ids) < len(target.encode("red").ids)  # it learned targets
+    model = loaded.config.model
+    assert (model.source_vocab_size, model.vocab_size) == (64, 320)
+    examples = [replace(PAIRS[0], source=text) for text in (126 * "red ", 127 * "red ", "blue")]
+    finetuned.say_long(*loaded.cut(examples))
+    assert capsys.readouterr().err == "note: 1 of 3 texts are cut at 128 tokens, as in training\n"
+    ids = loaded.responder.prompt(replace(PAIRS[0], source="red white"))
+    assert loaded.responder.generate.model.shown(ids) == "red white"
+
+
+def test_another_tokenizer_of_sources_is_refused(config, printed, tmp_path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(config.directory, moved)
+    shutil.copy(moved / TOKENIZER, moved / SOURCE_TOKENIZER)
+    with pytest.raises(InputError, match=r"source_tokenizer\.json .* is not the tokenizer that"):
+        finetuned.open_finetuned(moved)
+    (moved / SOURCE_TOKENIZER).unlink()
+    with pytest.raises(InputError, match=r"it has no source_tokenizer\.json"):
+        finetuned.open_finetuned(moved)
+    other = replace(config, source_tokenizer=TokenizerConfig(vocab_size=40))
+    with pytest.raises(InputError, match="was trained with source_tokenizer_sha256 "):
+        finetune(other, console=quiet())
+
+
+@pytest.mark.slow
+def test_sources_that_are_cut_are_said(config, printed, scripts, capsys) -> None:
+    """In an evaluation, in predictions for a file, and for one text."""
+    evaluate, predict = scripts
+    folder, run = config.runs, config.directory
+    (folder / "long.en").write_text("red\n" + 200 * "red " + "\nblue\n")
+    (folder / "long.de").write_text("rot\nrot\n" + 200 * "blau " + "\n")
+    few = GenerateConfig(max_new_tokens=12)
+    predict.main(run, "translate", file=folder / "long.en", out=folder / "out.de", generate=few)
+    said = "texts are cut at 128 tokens, as in training"
+    assert f"1 of 3 {said}" in capsys.readouterr().err
+    predict.main(run, "translate", 200 * "red ", generate=few)
+    assert f"1 of 1 {said}" in capsys.readouterr().err
+    sides = {"data": folder / "long.en", "target": folder / "long.de"}
+    evaluate.main(run, **sides, generate=few)
+    assert f"2 of 3 {said}" in capsys.readouterr().err
 
 
 def test_beams_are_evaluated_and_shown(config, printed, scripts, capsys) -> None:
@@ -333,6 +386,35 @@ def test_sources_that_are_their_targets_are_said() -> None:
 def test_impossible_tasks(change, message) -> None:
     with pytest.raises(InputError, match=message):
         Seq2Seq(**change)
+
+
+SOURCES = TokenizerConfig(vocab_size=60)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": "b", "model": None, "tokenizer": None}, "source_tokenizer is given, and also ba"),
+        ({"task": Instruction()}, "task=Instruction reads all with tokenizer: leave it out"),
+    ],
+)
+def test_where_there_is_no_tokenizer_of_sources(tmp_path, changes, message) -> None:
+    config = replace(make_config(tmp_path), source_tokenizer=SOURCES)
+    with pytest.raises(InputError, match=message):
+        replace(config, **changes)
+
+
+@pytest.mark.parametrize(
+    ("model", "source_size", "message"),
+    [
+        (T5Config(), 9, "a T5Config has one vocabulary for all it reads and writes: leave it out"),
+        (replace(MODEL, source_vocab_size=8), None, "source_vocab_size=8 is for sources with a to"),
+        (replace(MODEL, source_vocab_size=8), 9, "model.source_vocab_size=8 is smaller than the"),
+    ],
+)
+def test_models_and_vocabularies_that_do_not_fit(model, source_size, message) -> None:
+    with pytest.raises(InputError, match=message):
+        steps.with_vocabulary(model, 20, MeshConfig(), source_size)
 
 
 def test_flops_are_of_both_sides_and_of_the_vocabulary() -> None:

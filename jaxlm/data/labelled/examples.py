@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 
 Row = dict[str, np.ndarray]
+NO_TOKEN = -1  # where no row is padded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Examples:
     """Tokens of each example if there were no maximal length."""
     along_target: frozenset[str] = frozenset()
     """Those arrays whose last axis is positions of a second row, as that of ``targets`` is."""
+    untruncated_targets: Int32[np.ndarray, " examples"] | None = None
+    """Tokens of each second row if there were no maximal length."""
     notes: tuple[str, ...] = ()
     """What a user should know of how they were encoded, a line each."""
     windowed: tuple[int, int] = (0, 0)
@@ -41,6 +44,27 @@ class Examples:
         """The same for each side: one, or two where there are ``targets``."""
         names = ["tokens", *(["targets"] if self.along_target else [])]
         return np.array([[row[name].shape[-1] for name in names] for row in self.rows], np.int32)
+
+    @property
+    def sides(self) -> dict[str, "Examples"]:
+        """These; or of pairs ``sources`` and ``targets``, each as the only side."""
+        if self.untruncated_targets is None:
+            return {"": self}
+        one = {"along_length": frozenset({"tokens"}), "pad": NO_TOKEN}
+        return {
+            name: Examples(
+                rows=[{"tokens": row[key]} for row in self.rows], untruncated=size, **one
+            )
+            for name, key, size in (
+                ("sources", "tokens", self.untruncated),
+                ("targets", "targets", self.untruncated_targets),
+            )
+        }
+
+    def longer_than(self, max_length: int) -> int:
+        """Examples with a side that would have more tokens if there were no maximal length."""
+        sizes = [side.untruncated for side in self.sides.values()]
+        return int((np.max(sizes, axis=0) > max_length).sum())
 
 
 def pad_rows(

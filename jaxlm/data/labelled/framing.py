@@ -31,16 +31,19 @@ class Framer:
     """Tokenises texts, and frames one or two of them, such as [CLS] first [SEP] second [SEP].
 
     The frame is read off the tokenizer's post-processor once, so that texts can be cut to fit
-    before they are framed. Names of special tokens in a text are text like any other.
+    before they are framed. Names of special tokens in a text are text like any other. ``source`` is
+    the tokenizer of sources, where these have another than their targets.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int):
+    def __init__(self, tokenizer: Tokenizer, max_length: int, source: Tokenizer | None = None):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at forks
         copy = Tokenizer.from_str(tokenizer.to_str())
         copy.no_truncation()
         copy.no_padding()
         self._frames: dict[int, _Frame] = {count: _Frame.of(copy, count) for count in (1, 2)}
         copy.encode_special_tokens = True
+        self.tokenizer = tokenizer
+        self.source: Framer = self if source is None else Framer(source, max_length)
         self.special = SpecialTokens.of(tokenizer)
         self.max_length = max_length
         self._tokenizer = copy

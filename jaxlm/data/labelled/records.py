@@ -38,13 +38,14 @@ class Record:
         hint = "check the column's name, the header and the delimiter"
         if len(self.fields) == 1:
             (only,) = self.fields
-            found = [mark for mark in ";\t|," if mark in only]
-            hint = f"set the delimiter to {found[0]!r}" if found else hint
+            if found := [mark for mark in ";\t|," if mark in only]:
+                hint = f"set the delimiter to {found[0]!r}"
             raise InputError(
                 f"{self.origin}: no field {name!r}, but a single one, {only!r:.60}; {hint}"
             )
-        near = [field for field in self.fields if field.casefold() == name.casefold()]
-        hint = f"did you mean {near[0]!r}?" if near else hint
+        alike = name.replace(".", "/").casefold()  # of objects inside of others, json_record
+        if near := [x for x in self.fields if f"/{x.casefold()}".endswith(f"/{alike}")]:
+            hint = f"did you mean {near[0]!r}?"
         names = ", ".join(f"{field!r:.40}" for field in self.fields)
         raise InputError(f"{self.origin}: no field {name!r} among {names or 'none'}; {hint}")
 
@@ -392,8 +393,6 @@ def _cells(line: str) -> list[str]:
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in fields.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}/{inner}": item for inner, item in _flat(value).items()}
-        else:
-            flat[name] = value
+        nested = isinstance(value, Mapping)
+        flat |= {f"{name}/{k}": x for k, x in _flat(value).items()} if nested else {name: value}
     return flat

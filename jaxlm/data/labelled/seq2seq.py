@@ -67,7 +67,15 @@ def read(records: Iterable[Record], fields: PairFields) -> list[Pair]:
 
 def source_ids(framer: Framer, texts: Sequence[str], prefix: str = "") -> list[Ids]:
     """The tokens of sources with what stands before each, framed, and cut to the longest row."""
+    framer = framer.source
     return [framer.frame(ids).tokens for ids in framer.ids([prefix + text for text in texts])]
+
+
+def num_cut(framer: Framer, texts: Sequence[str], prefix: str = "") -> int:
+    """Sources of which :func:`source_ids` cuts something."""
+    framer = framer.source
+    ids = framer.ids([prefix + text for text in texts])
+    return sum(framer.size(one) > framer.max_length for one in ids)
 
 
 def encode(framer: Framer, pairs: Sequence[Pair], *, prefix: str = "", long: Long) -> Examples:
@@ -81,11 +89,11 @@ def encode(framer: Framer, pairs: Sequence[Pair], *, prefix: str = "", long: Lon
     start, end = (np.array([i], np.int32) for i in (framer.special.cls, framer.special.sep))
     rows: list[Row] = []
     sizes, too_long = [], []
-    sources = framer.ids([prefix + pair.source for pair in pairs])
+    sources = framer.source.ids([prefix + pair.source for pair in pairs])
     targets = framer.ids([pair.target or "" for pair in pairs])
     for pair, source, target in zip(pairs, sources, targets, strict=True):
         target = np.concatenate([target, end])
-        both = framer.size(source), len(target)
+        both = framer.source.size(source), len(target)
         if max(both) > framer.max_length:
             too_long.append((max(both), pair.origin))
             if long == "skip":
@@ -93,7 +101,7 @@ def encode(framer: Framer, pairs: Sequence[Pair], *, prefix: str = "", long: Lon
         target = target[: framer.max_length]  # without its end there is no end to be learned
         rows.append(
             {
-                "tokens": framer.frame(source).tokens,
+                "tokens": framer.source.frame(source).tokens,
                 "lengths": np.array(min(both[0], framer.max_length), np.int32),
                 "targets": target,
                 "decoder_tokens": np.concatenate([start, target[:-1]]),
@@ -118,7 +126,8 @@ def encode(framer: Framer, pairs: Sequence[Pair], *, prefix: str = "", long: Lon
         rows=rows,
         along_length=frozenset({"tokens"}),
         along_target=frozenset({"targets", "decoder_tokens"}),
-        pad=framer.special.pad,
+        pad=framer.source.special.pad,
         untruncated=np.array([size for size, _ in sizes], np.int32),
+        untruncated_targets=np.array([size for _, size in sizes], np.int32),
         notes=tuple(notes),
     )

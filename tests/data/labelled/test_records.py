@@ -83,6 +83,10 @@ def test_fields_that_are_missing_or_wrong(write):
     )
     (record,) = read(Table(path=write("b.csv", "text,label\n ,1\n")))
     fails(lambda: record.value("body"), r"b\.csv:2: no field 'body' among 'text', 'label'.*header")
+    (nested,) = read(JsonLines(path=write("n.jsonl", '{"id": 1, "translation": {"en": "a"}}')))
+    for name in ("en", "EN", "translation.en"):
+        fails(lambda name=name: nested.value(name), r"; did you mean 'translation/en'\?$")
+    fails(lambda: nested.value("n"), "; check the column's name")
     fails(lambda: record.text("text"), r"b\.csv:2: field 'text' is empty")
     (record,) = read(JsonLines(path=write("a.jsonl", '{"text": 7, "words": ["x", 1]}')))
     fails(lambda: record.text("text"), r"a\.jsonl:1: field 'text' is 7, which is not text")

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
+from jaxlm.data import tokenizers
+from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
-from jaxlm.data.labelled.seq2seq import Pair, PairFields, encode, read, source_ids
+from jaxlm.data.labelled.seq2seq import Pair, PairFields, encode, num_cut, read, source_ids
+from jaxlm.data.labelled.statistics import describe, tally
 from jaxlm.errors import InputError
 
 
@@ -53,6 +56,37 @@ def test_pairs_that_are_left_out_are_counted_and_shown(framer):
 def test_pairs_that_are_too_long_are_refused(framer, long, pairs):
     with pytest.raises(InputError, match=r"the longest 17 \(x:2\): --data.max-length 17 takes"):
         encode(framer, pairs, long=long)
+
+
+def test_sources_with_a_tokenizer_of_their_own(tokenizer, words):
+    own = tokenizers.train("characters", ["xyz"], 20)
+    framer = Framer(tokenizer, 12, own)
+    pairs = [pair("zx", "d zebra"), pair("x" * 15, "e", 2), pair("y", " ".join("f" * 12), 3)]
+    examples = encode(framer, pairs, long="cut")
+    row = examples.rows[0]
+    assert [own.id_to_token(i) for i in row["tokens"]] == ["[CLS]", "z", "x", "[SEP]"]
+    assert words(row["targets"]) == "d [UNK] [SEP]"
+    assert words(row["decoder_tokens"]) == "[CLS] d [UNK]"
+    assert examples.pad == own.token_to_id("[PAD]")
+    np.testing.assert_array_equal(source_ids(framer, ["zx"])[0], row["tokens"])
+    assert num_cut(framer, [one.source for one in pairs]) == 1
+
+
+def test_what_is_lost_is_counted_of_each_side(framer):
+    pairs = [*PAIRS, pair("a", "zebra b", 4)]
+    examples = encode(framer, pairs, long="cut")
+    sides = examples.sides
+    counts = {name: tally(side, [], framer.special.unk) for name, side in sides.items()}
+    assert {name: (one.unknown, one.cut) for name, one in counts.items()} == {
+        "sources": (0, 5),
+        "targets": (1, 1),
+    }
+    assert {name: describe(side, []).longest for name, side in sides.items()} == {
+        "sources": 17,
+        "targets": 13,
+    }
+    assert (examples.longer_than(12), examples.longer_than(13)) == (2, 1)
+    assert num_cut(framer, [one.source for one in pairs]) == 1
 
 
 def test_records():
