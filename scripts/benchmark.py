@@ -270,7 +270,7 @@ def make_variants(
         return [*variants, jaxlm({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".40"}, "jax")]
     variants.append(jaxlm(*best))
     if task in ("full", "lora") and best[1] == "tcmalloc":
-        # Memory matters here, and tcmalloc may hold the temporary buffer twice.
+        # Which of them is faster differs between processors.
         variants.append(jaxlm(*HUGE_PAGES))
     return variants
 

@@ -180,6 +180,9 @@ def evaluate_pretrained(
         datasets = [prepared.open_prepared(path) for path in paths]
         length = datasets[0].info.row_length if stride is None else None
         loaded = pretrained.open_pretrained(directory, step, attention=attention, row_length=length)
+        for dataset in datasets if stride is None else ():
+            assert loaded.config.model is not None  # resolved
+            pretrained.check_rows(directory, loaded.config.model, dataset)
         if data is not None and has_new_tokens(loaded, datasets[0]):
             task, averaged = loaded.config.task, loaded.averaged
             options: dict[str, Any] = {"attention": attention, "task": task, "step": step}

@@ -17,7 +17,7 @@ from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import JsonLines, Table
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.errors import InputError
-from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.bert import BertConfig
 from jaxlm.runs.finetuning import finetune
 from jaxlm.runs.folder import read_config
 from jaxlm.tasks.classification import Classification
@@ -55,7 +55,7 @@ def make_run(folder: Path, task: LabelledTask) -> Path:
         data=LabelledConfig(
             train=Table(path=str(folder / "train.csv")), batch_size=8, num_buckets=1
         ),
-        model=BilstmConfig(embed_dim=8, hidden_dim=8),
+        model=BertConfig(num_layers=1, hidden_dim=8, num_heads=1, mlp_dim=8, max_length=16),
         tokenizer=TokenizerConfig(vocab_size=60),
         train=TrainConfig(steps=1, num_evals=1),
     )

@@ -103,6 +103,8 @@ def test_from_text_to_predictions(folder: Path) -> None:
     code, out, err = finish(start("evaluate.py", run_folder))
     assert code == 0, err
     assert "perplexity" in out
+    attends = "attention: plain, rows of up to 16 tokens have small squares of scores\n"
+    assert attends in out
     assert json.loads((folder / "run" / "eval.json").read_text())["loss"] < 6
     (folder / "in.txt").write_text('red [MASK] blue\n\n{"text": "the [MASK] [MASK]"}\n')
     code, out, err = finish(
@@ -113,6 +115,7 @@ def test_from_text_to_predictions(folder: Path) -> None:
     assert [answer["line"] for answer in answers] == [1, 2, 3]
     assert answers.pop(1)["error"].endswith("in.txt:2: field 'text' is empty; remove the record")
     assert "1 of 3 have no answer" in err
+    assert attends in err
     assert [answer["text"] for answer in answers] == ["red [MASK] blue", "the [MASK] [MASK]"]
     assert [len(answer["blanks"]) for answer in answers] == [1, 2]
     assert len(answers[0]["blanks"][0]) == 5

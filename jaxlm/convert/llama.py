@@ -136,7 +136,7 @@ def _rope(fields: Fields) -> tuple[float, Scaling | None]:
         case other:
             raise InputError(
                 f"{inner.source}: rope_type={other!r} is not supported; default, linear and "
-                "llama3 are"
+                "llama3 are: write default if the model was trained without, or take another"
             )
     return float(base), scaling
 

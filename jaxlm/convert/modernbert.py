@@ -100,7 +100,7 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Mode
     if seen % 2:
         raise InputError(
             f"{source}: local_attention={seen} is odd, and half of it is seen on each side: "
-            f"{seen - 1} is what transformers makes of it"
+            f"write {seen - 1}, which is what transformers makes of it"
         )
     values: dict[str, Any] = {
         "vocab_size": fields.get("vocab_size", int),
@@ -161,7 +161,10 @@ def _rope_base(fields: Fields, kind: str, old: str, default: float) -> float:
     for one in (said, scaling):
         type = one.maybe("rope_type", str) or one.get("type", str, "default")
         if type != "default":
-            raise InputError(f"{one.source}: rope_type={type!r} is not supported; default is")
+            raise InputError(
+                f"{one.source}: rope_type={type!r} is not supported, default is: write that if the "
+                "model was trained without, or take another"
+            )
     return float(said.maybe("rope_theta", NUMBER) or fields.get(old, NUMBER, default))
 
 

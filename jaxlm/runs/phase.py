@@ -51,7 +51,7 @@ def next_model(
     if given.vocab_size not in (None, base.vocab_size, model.vocab_size):
         raise InputError(
             f"model.vocab_size={given.vocab_size} is not the base's {base.vocab_size}: leave it "
-            "out; new tokens come with --prepare.tokenizer.extend"
+            "out; new tokens come with --prepare.extend-vocab"
         )
     known = {name: vars(model)[name] for name in _VOCABULARY if name in vars(model)}
     wanted: Any = replace(given, **known)  # pyright: ignore[reportArgumentType]

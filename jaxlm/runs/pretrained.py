@@ -139,6 +139,16 @@ def eval_rows(
                 yield from window_batches(dataset, batch_size, **chosen)
 
 
+def check_rows(name: StoragePath | str, model: ModelConfig, data: Prepared) -> None:
+    """Raise where rows are longer than what a trained model reads."""
+    longest, length = model.max_length, data.info.row_length
+    if longest is not None and length > longest:
+        raise InputError(
+            f"{data.directory} has rows of {length} tokens, and {name} reads {longest} at most: "
+            f"prepare it again, into another folder, with --row-length {longest}"
+        )
+
+
 def tokens_before(task: PretrainTask) -> int:
     """How many tokens of the row before each a task's batches have."""
     return task.memory if isinstance(task, PermutationLm) else 0

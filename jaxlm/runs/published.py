@@ -44,6 +44,7 @@ def open_published(
             f"{data.directory} was prepared with another tokenizer than that of {name}: prepare it "
             f"again, into another folder, with --tokenizer.path {base.tokenizer_path}"
         )
+    pretrained.check_rows(name, base.config, data)
     config = PretrainConfig(
         name="published",
         base=name,

@@ -5,7 +5,7 @@ import sys
 from ctypes.util import find_library
 
 TUNABLES, PRELOAD = "GLIBC_TUNABLES", "LD_PRELOAD"
-CACHE = "JAX_COMPILATION_CACHE_DIR"
+CACHE, NUM_DEVICES = "JAX_COMPILATION_CACHE_DIR", "JAX_NUM_CPU_DEVICES"
 
 
 def tune_process() -> None:
@@ -48,8 +48,8 @@ def one_step_at_a_time() -> None:
     """
     import jax  # only here: the allocator is settled before JAX is imported
 
-    several = "--xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not several and jax.config.values["jax_num_cpu_devices"] <= 1:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_force_host_platform_device_count" not in flags and NUM_DEVICES not in os.environ:
         jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 

@@ -180,9 +180,12 @@ def rope(**changes):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"local_attention": 7}, "local_attention=7 is odd, .*: 6 is what transformers makes of"),
+        ({"local_attention": 7}, "local_attention=7 is odd, .*: write 6, which is what transform"),
         ({"local_attention": 0}, "config.json: window=0 is not above 0"),
-        (rope(rope_type="yarn"), "rope_parameters: sliding_attention: rope_type='yarn' is not su"),
+        (
+            rope(rope_type="yarn"),
+            "rope_parameters: sliding_attention: rope_type='yarn' is .*: write",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: rope_type='linear' is not supported"),
         ({"layer_types": ["sliding_attention"] * 4}, "of 4 layers, the first and every n-th"),
         ({"layer_types": ["full_attention"] * 3}, "of 4 layers, the first and every n-th"),

@@ -7,18 +7,20 @@ from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from tiny_models import BERT
 from tiny_runs import make_config
 
 from jaxlm import tree
 from jaxlm.config import PretrainConfig
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
-from jaxlm.data.prepared import open_prepared
+from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.decode.fill_mask import FillMask
 from jaxlm.errors import InputError
 from jaxlm.optim import OptimizerConfig
@@ -258,3 +260,11 @@ def test_not_finite_gradients_stop_with_the_step_named(config: PretrainConfig) -
 
 def test_jax_sees_eight_devices() -> None:
     assert jax.device_count() == 8
+
+
+def test_rows_that_a_trained_model_cannot_read() -> None:
+    """Which has as many positions as it was trained with: unlike one to be trained, no other."""
+    data = Mock(spec=Prepared, directory="prepared/x", info=Mock(row_length=65))
+    pretrained.check_rows("runs/x", replace(BERT, max_length=65), data)
+    with pytest.raises(InputError, match=r"x reads 64 at most: .* with --row-length 64"):
+        pretrained.check_rows("runs/x", replace(BERT, max_length=64), data)

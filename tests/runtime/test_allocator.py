@@ -47,7 +47,6 @@ def test_a_cpu_starts_again_with_an_allocator(environment, monkeypatch, capsys):
     assert held
 
 
-SEVERAL = "--xla_force_host_platform_device_count=2"
 STEP = """
 from jaxlm.runtime.allocator import tune_process
 tune_process()
@@ -68,9 +67,17 @@ def test_a_step_on_a_cpu_has_ended_when_its_call_returns():
     assert ended.stdout == "True\n"
 
 
-@pytest.mark.parametrize(("flags", "expected"), [("", [False]), (SEVERAL, [])])
-def test_devices_that_are_simulated_keep_their_queues(environment, monkeypatch, flags, expected):
-    environment["XLA_FLAGS"] = flags
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, [False]),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, []),
+        ({allocator.NUM_DEVICES: "2"}, []),
+    ],
+)
+def test_devices_that_are_simulated_keep_their_queues(environment, monkeypatch, given, expected):
+    environment["XLA_FLAGS"] = ""
+    environment |= given
     set_to = []
     monkeypatch.setattr(jax.config, "update", lambda name, value: set_to.append(value))
     allocator.one_step_at_a_time()
