@@ -25,7 +25,7 @@ def checksums(state: PyTree) -> dict[str, int]:
 
 
 def host_checksums(state: PyTree[Shaped[np.ndarray, "..."]]) -> dict[str, int]:
-    """The same numbers, computed by numpy: without a copy of an array, or a program for its shape."""
+    """The same numbers by numpy: without a copy of an array, or a program for its shape."""
     return {path: _host_checksum(leaf) for path, leaf in tree.leaves_with_path(state)}
 
 
