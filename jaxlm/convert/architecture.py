@@ -55,6 +55,10 @@ class Architecture:
     """What to say where a copy differs."""
 
 
+# Or its cross-encoders would give the sigmoid of a number.
+_NUMBER = {"activation_fn": "torch.nn.modules.linear.Identity"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskHead:
     """What a task's head is, for a ``config.json``."""
@@ -110,6 +114,7 @@ class TaskHead:
             "id2label": {str(i): name for i, name in names.items()},
             "label2id": {name: i for i, name in names.items()},
             "problem_type": self.problem_type,
+            "sentence_transformers": _NUMBER if self.problem_type == "regression" else None,
             "classifier_pooling": self.pooling if self.pooling in ("cls", "mean") else None,
         }
         kept = {key: value for key, value in said.items() if value}

@@ -65,11 +65,11 @@ class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
     def __init__(self, folder: Path, name: str | None = None) -> None:
         """Those of the model; with a ``name`` of that file alone."""
         self._folder = folder
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Path] = {}
         for path in _shards(folder) if name is None else [folder / name]:
             try:
-                file = safe_open(path, framework="np")
-                self._files |= dict.fromkeys(file.keys(), file)
+                with safe_open(path, framework="np") as file:
+                    self._files |= dict.fromkeys(file.keys(), path)
             except OSError as error:
                 raise InputError(f"{path} cannot be read: {error}") from error
             except SafetensorError as error:
@@ -78,8 +78,10 @@ class Tensors(Mapping[str, Shaped[np.ndarray, "..."]]):
                 ) from error
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
+        # Opened anew: pages of an open file count as memory until it is closed.
         try:
-            return self._files[name].get_tensor(name)
+            with safe_open(self._files[name], framework="np") as file:
+                return file.get_tensor(name)
         except (AttributeError, TypeError) as error:  # numpy has no such dtype
             raise InputError(
                 f"{self._folder} holds numbers of a kind that is not supported ({error}), such as "

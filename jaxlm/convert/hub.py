@@ -1,6 +1,9 @@
 """From the name of a model to a folder: one that exists, or a download from the hub."""
 
+import hashlib
+import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ FILES = (
     "adapter_model.safetensors",
 )
 _TIMEOUT = 5.0  # seconds
+_CLOCKS = 60.0  # seconds that those of a file system may be behind
 
 
 def find(name_or_path: str | Path, cache: str | Path | None = None) -> Path:
@@ -49,7 +53,7 @@ def _download(name: str, cache: str | Path | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    failure: Exception | None = None
+    failure, start = None, time.time()
     patterns: list[str] = list(FILES)
     try:
         # Asked first, because the download waits for an answer without a limit.
@@ -79,7 +83,28 @@ def _download(name: str, cache: str | Path | None) -> Path:
             f"fetch it on a machine with a network, with 'hf download {name}', and give the "
             "folder; a run of your own must be trained first, or --base must give its path"
         ) from error
+    _check(Path(folder), start - _CLOCKS)
     return Path(folder)
+
+
+def _check(folder: Path, since: float) -> None:
+    """Raise where a file that has come since then is not what its name in the cache says.
+
+    That is the sha256 of large ones; ``huggingface_hub`` compares sizes alone.
+    """
+    for path in sorted(folder.rglob("*")):
+        blob = path.resolve()
+        if not re.fullmatch("[0-9a-f]{64}", blob.name) or blob.stat().st_mtime < since:
+            continue
+        with blob.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != blob.name:
+            blob.unlink()
+            path.unlink(missing_ok=True)
+            raise InputError(
+                f"{path.name} was damaged on its way from the hub and is removed (its sha256 is "
+                f"{digest[:12]}…, not {blob.name[:12]}…): run this again"
+            )
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:

@@ -188,7 +188,7 @@ def poolings(config: ModelConfig, task: TaskName) -> tuple[Pooling, ...] | None:
         return None
     found: dict[Pooling, None] = dict.fromkeys(layout.architecture_of(config).poolings)
     for pool in DENSE:
-        found |= dict.fromkeys(one for one in layout.architecture_of(config, pool).poolings)
+        found |= dict.fromkeys(layout.architecture_of(config, pool).poolings)
     return tuple(found)
 
 

@@ -96,12 +96,11 @@ class Row:
         index = index or (slice(None),) * len(shape)
         if not names:
             return np.zeros(shape, np.float32)[index]
+        ours = _empty(tuple(len(range(n)[i]) for n, i in zip(shape, index, strict=True)))
         if not self._stacked:
-            return np.ascontiguousarray(self._one(0, names[0], tensors, sizes, source)[index])
-        layers = range(len(names))[index[0]]
-        size = [len(range(n)[i]) for n, i in zip(shape[1:], index[1:], strict=True)]
-        ours = np.empty((len(layers), *size), np.float32)
-        for place, layer in enumerate(layers):
+            ours[...] = self._one(0, names[0], tensors, sizes, source)[index]
+            return ours
+        for place, layer in enumerate(range(len(names))[index[0]]):
             ours[place] = self._one(layer, names[layer], tensors, sizes, source)[index[1:]]
         return ours
 
@@ -151,7 +150,9 @@ class Row:
         if self.parts > 1:
             tensor = np.split(tensor, self.parts, self.axis)[self.part]
         ours = rearrange(
-            tensor[self.unused :].astype(np.float32), self.layout, **_axes(self.layout, sizes)
+            tensor[self.unused :].astype(np.float32, copy=False),
+            self.layout,
+            **_axes(self.layout, sizes),
         )
         return ours if self.factors is None else ours * np.float32(self.factors[layer])
 
@@ -215,6 +216,14 @@ def write(
     if parts:
         raise InputError(f"the parameters hold a part of {min(parts)}, and not all of it")
     return tensors
+
+
+def _empty(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+    """Not yet filled, and aligned so that XLA's CPU devices take it without a copy."""
+    size = 4 * math.prod(shape)
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(np.float32).reshape(shape)
 
 
 def _groups(side: str) -> list[list[str]]:

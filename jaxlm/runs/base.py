@@ -16,7 +16,7 @@ from jaxlm.models.model import ModelConfig
 from jaxlm.runs import folder, pretrained
 from jaxlm.runs.folder import TOKENIZER, is_run
 from jaxlm.runtime.storage import StoragePath, locate
-from jaxlm.train.checksum import checksums
+from jaxlm.train.checksum import host_checksums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def load(name: str, *, step: int | None = None) -> Base:
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler
         tokenizer_path, sentence_encoder = published.path, published.sentence_encoder
         encoder, head, step = published.params["encoder"], published.lm_head, None
-    digest = hashlib.sha256(repr(sorted(checksums(encoder).items())).encode())
+    digest = hashlib.sha256(repr(sorted(host_checksums(encoder).items())).encode())
     return Base(
         name=name,
         config=config,

@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jaxlm.config import FinetuneConfig
 from jaxlm.errors import InputError
@@ -35,7 +34,7 @@ def make_params(config: FinetuneConfig, model: nn.Module, base: Base | None) -> 
         if "head" in params:
             known = _known(base)
             params["head"] = {name: known.get(name, new) for name, new in params["head"].items()}
-    return jax.tree.map(jnp.asarray, params)
+    return jax.device_put(params)
 
 
 def _known(base: Base) -> dict[str, Any]:

@@ -1,6 +1,11 @@
+import hashlib
+import http.server
+import json
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import huggingface_hub
 import pytest
@@ -133,3 +138,100 @@ def test_a_download_that_breaks_off(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(InputError, match=r"cannot be downloaded \(TimeoutError\)"):
         hub.find("org/name", tmp_path)
+
+
+COMMIT = "1" * 40
+WEIGHTS = bytes(range(256)) * 4096
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """A hub with one model, which breaks off in the middle of its weights."""
+
+    protocol_version = "HTTP/1.1"
+    sent = WEIGHTS
+    ranges: ClassVar[list[str | None]]
+
+    def log_message(self, format, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2].partition("?")[0]
+        content = {"config.json": b"{}", "model.safetensors": self.sent}.get(name)
+        if self.path.startswith("/api/"):
+            files = [{"rfilename": name} for name in ("config.json", "model.safetensors")]
+            content = json.dumps({"id": "org/name", "sha": COMMIT, "siblings": files}).encode()
+            if "/tree/" in self.path:
+                listed = [{"type": "file", "path": f["rfilename"], "oid": "0" * 40} for f in files]
+                content = json.dumps([x | {"size": 2} for x in listed]).encode()
+        if content is None:
+            self.send_error(404)
+            return
+        asked = self.headers["Range"]
+        begin = int(asked.removeprefix("bytes=").partition("-")[0]) if asked else 0
+        self.send_response(206 if asked else 200)
+        large = name == "model.safetensors"
+        digest = hashlib.sha256(WEIGHTS).hexdigest() if large else "2" * 40
+        for key, value in {
+            "Content-Length": len(content) - begin,
+            "Content-Type": "application/json",
+            "ETag": f'"{digest}"',
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Size": len(content),
+            "Accept-Ranges": "bytes",
+            **(
+                {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
+                if asked
+                else {}
+            ),
+        }.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        breaks = large and not self.ranges
+        if large:
+            self.ranges.append(asked)
+        self.wfile.write(content[begin : len(content) // 2 if breaks else None])
+        self.close_connection = True
+
+
+@pytest.fixture
+def served(monkeypatch) -> Iterator[type[FakeHub]]:
+    handler = type("Handler", (FakeHub,), {"ranges": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 2**16)
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_is_resumed_and_kept(served, tmp_path, monkeypatch):
+    folder = hub.find("org/name", tmp_path)
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    whole, rest = served.ranges
+    assert whole is None
+    assert int(rest.removeprefix("bytes=").rstrip("-")) > 0  # what had come was not sent again
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert hub.find("org/name", tmp_path) == folder  # of the cache
+    assert len(served.ranges) == 2
+
+
+def test_what_was_damaged_on_its_way_is_removed(served, tmp_path):
+    served.sent = WEIGHTS[:-1] + b"?"
+    served.ranges.append(None)  # does not break off
+    with pytest.raises(InputError, match=r"model.safetensors was damaged on its way from the hub"):
+        hub.find("org/name", tmp_path)
+    served.sent = WEIGHTS
+    assert (hub.find("org/name", tmp_path) / "model.safetensors").read_bytes() == WEIGHTS

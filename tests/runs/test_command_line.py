@@ -90,6 +90,8 @@ def samples(hint: Any, name: str) -> list[tuple[list[str], Any]]:
                 continue
             found += [([flag], ())]
             found += [] if str in kinds else [(one[0], (one[1],))]  # one word is no tuple there
+        elif kind is bool and types.NoneType in kinds:  # None is a third value
+            found += [([flag, "True"], True), ([flag, "False"], False)]
         elif not dataclasses.is_dataclass(kind):
             found += {
                 types.NoneType: [([flag, "None"], None)],

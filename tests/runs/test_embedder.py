@@ -178,7 +178,7 @@ def test_what_is_not_supported_is_refused(pooled):
     loaded = base.load(str(folder))
     with pytest.raises(InputError, match=r"choose how, such as --task\.pooling mean"):
         resolve(tuned(folder, Classification()), loaded, loaded.tokenizer, "cpu")
-    for task in (Classification(pooling="mean"), Tagging()):
+    for task in (Classification(pooling="mean", head_bias=True), Tagging()):
         config = resolve(tuned(folder, task), loaded, loaded.tokenizer, "cpu")
         assert config.task == task
     for wrong in ({"step": 3}, {"base": "x"}):
@@ -254,7 +254,7 @@ def test_a_run_follows_its_base_and_says_so(pooled, monkeypatch):
         finetuning.finetune(tuned(folder, Classification()), console=console)
     assert f"pooling: mean (the folder of {folder} says mean)\n" in console.file.getvalue()
     (job,) = jobs
-    assert job.config.task == Classification(pooling="mean")  # what is written
+    assert job.config.task == Classification(pooling="mean", head_bias=True)  # what is written
     head = job.placement.abstract_state.trainable["params"]["head"]
     assert head.keys() == {"classifier"}
 

@@ -1,19 +1,18 @@
 """Runs of several real processes, each with fake devices: joined, stopped, killed, resumed."""
 
-import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from addresses import free_address
 from tiny_runs import make_config
 from xla_flags import xla_flags
 
@@ -43,15 +42,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
     made = make_config(folder, steps=STEPS, num_layers=1)
     prepare(made.prepare, folder / "prepared")
     return made
-
-
-@contextlib.contextmanager
-def free_address() -> Iterator[str]:
-    """Process 0 may listen there, and no other program gets the port meanwhile."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(("localhost", 0))
-        yield f"localhost:{held.getsockname()[1]}"
 
 
 def start_all(

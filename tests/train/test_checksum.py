@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.train.checksum import _checksums, checksums
+from jaxlm.train.checksum import _checksums, checksums, host_checksums
 
 
 def only(x):
@@ -34,6 +34,13 @@ def random_bits(dtype, shape):
 def test_is_what_the_definition_says(dtype, shape):
     x = random_bits(jnp.dtype(dtype), shape)
     assert only(x) == by_hand(x)
+    assert host_checksums({"x": np.asarray(x)})["x"] == by_hand(x)
+
+
+def test_is_the_same_on_the_host_whatever_fits_into_a_chunk(monkeypatch):
+    x = np.random.default_rng(0).normal(size=(7, 5, 3)).astype(np.float32)
+    monkeypatch.setattr("jaxlm.train.checksum._CHUNK", 8)
+    assert host_checksums({"x": x}) == {"x": by_hand(x)}
 
 
 def test_is_the_same_on_every_sharding_and_mesh():
