@@ -281,6 +281,19 @@ def test_runs_from_before_pool_as_they_did(pooled):
     assert models[0] == models[1]
 
 
+def test_runs_from_before_have_a_bias_in_their_last_layer(pooled):
+    config = tuned(pooled("mean"), Classification(pooling="last"))
+    config.directory.mkdir()
+    written = json.loads(configs.to_json(config))
+    del written["task"]["head_bias"]
+    (config.directory / "config.json").write_text(json.dumps(written))
+    cursor = {"share": 0.5, "examples_seen": 4}
+    now = lambda bias: replace(config, task=replace(config.task, head_bias=bias))
+    resume.check_config(config.directory, now(True), cursor)
+    with pytest.raises(InputError, match=r"task\.head_bias=True there and False here"):
+        resume.check_config(config.directory, now(False), cursor)
+
+
 # The script.
 
 
