@@ -30,11 +30,15 @@ from jaxlm.train.compile import compile_ahead
 from jaxlm.train.placement import Init, jit_placement
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import make_eval_step, make_train_step
-from jaxlm.typing import HostBatch, Loss, PRNGKey
+from jaxlm.typing import HostBatch, Loss, PRNGKey, Tokens
 
-DUMMY = np.zeros((1, 8), np.int32)  # tokens to initialise with; of numpy, for JAX starts in main
 NUM_SPECIAL, START_ID, END_ID, MASK_ID = 1000, 101, 102, 103
 """Ids of BERT's vocabulary: those below 1000 are special and unused tokens."""
+
+
+def dummy() -> Tokens:
+    """What to initialise with. No constant, which would start JAX before main does."""
+    return jnp.zeros((1, 8), jnp.int32)
 
 
 def make_batch(work: Work) -> HostBatch:
@@ -100,7 +104,7 @@ def pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Lo
     masking = MaskingConfig(rate=work.mask_rate, budget=work.num_masked)
 
     def init(key: PRNGKey) -> TrainState:
-        return TrainState.create(model.init(key, DUMMY), {}, optimizer)
+        return TrainState.create(model.init(key, dummy()), {}, optimizer)
 
     return masked_lm.make_loss(model.apply, make_vocabulary(work), masking), init
 
@@ -119,7 +123,7 @@ def causal_pretraining(work: Work, optimizer: optax.GradientTransformation) -> t
     model = WithLmHead(config.make(), config.make_lm_head())
 
     def init(key: PRNGKey) -> TrainState:
-        return TrainState.create(model.init(key, DUMMY), {}, optimizer)
+        return TrainState.create(model.init(key, dummy()), {}, optimizer)
 
     return causal_lm.make_loss(model.apply, make_vocabulary(work)), init
 
@@ -132,8 +136,8 @@ def fine_tuning(work: Work, optimizer: optax.GradientTransformation) -> tuple[Lo
     chosen = lora if work.task == "lora" else tuning.Full()
 
     def init(key: PRNGKey) -> TrainState:
-        params = model.init(key, DUMMY)["params"]
-        call = lambda variables: model.apply(variables, DUMMY)
+        params = model.init(key, dummy())["params"]
+        call = lambda variables: model.apply(variables, dummy())
         trainable, frozen = tuning.prepare(chosen, key, params, call, work.dtype, split_layers=True)
         return TrainState.create(trainable, frozen, optimizer)
 

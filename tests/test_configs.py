@@ -108,16 +108,7 @@ def test_a_model_of_its_own_shards_at_full_size(path: Path, mesh: MeshConfig) ->
     assert shard == (30_528 // mesh.tensor, table.shape[1] // mesh.fsdp)
 
 
-# One of each architecture and task; the others differ in settings alone.
-QUICK = {"quickstart", "bert_base", "sotu_electra", "sotu_gpt", "sotu_modernbert", "sotu_t5"}
-QUICK |= {"sotu_xlnet", "llama_1b"}
-STEPS = [
-    pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem)
-    for path in PRETRAIN
-]
-
-
-@pytest.mark.parametrize("path", STEPS)
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
 def test_takes_a_step(path: Path) -> None:
     config = tiny(configs.read_file(path))
     placement = pretrained.make_placement(config, vocabulary())

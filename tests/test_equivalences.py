@@ -191,7 +191,7 @@ def test_any_mesh_equals_one_device(mesh, config):
     assert_equal_runs(train(placement), config)
 
 
-@pytest.mark.parametrize(("mesh", "config"), RUNS[:2], ids=IDS[:2])
+@pytest.mark.parametrize(("mesh", "config"), RUNS[:4], ids=IDS[:4])
 def test_a_sum_that_leaves_devices_out_differs(mesh, config):
     # The control of the test above.
     found = train(on_mesh(config, MESHES[mesh], lost=LOST[mesh]))

@@ -94,7 +94,6 @@ def measure(folder: Path) -> dict[str, list[dict[str, float]]]:
     return {name: measured(run) for name, run in runs.items()}
 
 
-@pytest.mark.slow
 def test_first_steps(tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text())
     for name, lines in measure(tmp_path).items():

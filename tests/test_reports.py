@@ -180,7 +180,7 @@ def test_texts_that_are_cut_are_counted(
     """huggingface/sentence-transformers #4060: texts were cut, and nobody was told."""
     given = ["good 1 " * 200, "bad 2", "good 3 " * 200]
     assert len(list(run.stream(as_records(given, ["text"]), chunk=1))) == 3
-    longest = run.config.data.max_length
+    longest = run.framer.max_length
     said = f"note: 2 of 3 texts are cut at {longest} tokens, as in training\n"
     assert capsys.readouterr().err == said
     run.answer(["bad 2"])

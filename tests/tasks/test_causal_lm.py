@@ -56,10 +56,14 @@ def test_bits_per_byte():
     )
     counted = replace(info, bytes={"train": 400, "validation": 160})
     found = CausalLm().metrics(2 * math.log(2), [counted, counted], "validation")
-    assert found == {"bits_per_byte": pytest.approx(2 * 40 / 160)}
+    assert found == {
+        "perplexity": pytest.approx(4.0),
+        "bits_per_byte": pytest.approx(2 * 40 / 160),
+    }
     joined = CausalLm(isolate_documents=False).metrics(math.log(2), [counted], "validation")
-    assert joined == {"bits_per_byte": pytest.approx(50 / 160)}
-    assert CausalLm().metrics(1.0, [counted, info], "validation") == {}  # of before
+    assert joined["bits_per_byte"] == pytest.approx(50 / 160)
+    before = CausalLm().metrics(1.0, [counted, info], "validation")  # bytes were not counted
+    assert before == {"perplexity": pytest.approx(math.e)}
 
 
 def test_a_text_is_continued_as_a_document_begins(tokenizer, variables):

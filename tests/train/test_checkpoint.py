@@ -291,9 +291,7 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize(
-    "damage", [DAMAGES[0], *(pytest.param(one, marks=pytest.mark.slow) for one in DAMAGES[1:])]
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_step_gives_way_to_the_one_before(tmp_path, damage, capfd):
     save_all(tmp_path, {10: 2.0, 20: 1.0})
     damage(tmp_path / "20")
