@@ -40,7 +40,6 @@ from jaxlm.runs.writing import GREEDY_BEAM, chosen_way
 from jaxlm.runtime.storage import StoragePath, absolute, locate, upload
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.task import Generative, Scored
-from jaxlm.train import loop
 
 EVAL = "eval.json"
 GREEDY = GenerateConfig()
@@ -222,9 +221,7 @@ def evaluate_pretrained(
     loaded = loaded.quantized() if int8 else loaded
     if loaded.attends:
         print(loaded.attends)
-    means = loop.evaluate(loaded.placement, loaded.state, batches)
-    loss = means.pop("loss")
-    metrics = {"loss": loss, **loaded.task.metrics(loss, infos, split), **means}
+    metrics = pretrained.measure(loaded.placement, loaded.state, batches, loaded.task, infos, split)
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
     for name, unlearned in pretrained.unlearned(loaded.task, infos).items():

@@ -34,6 +34,7 @@ from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.task import Generative, Given, Laborious, PretrainTask
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train import restore
+from jaxlm.train.loop import evaluate
 from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor, Monitor
 from jaxlm.train.state import TrainState
@@ -152,6 +153,20 @@ def check_rows(name: StoragePath | str, model: ModelConfig, data: Prepared) -> N
 def tokens_before(task: PretrainTask) -> int:
     """How many tokens of the row before each a task's batches have."""
     return task.memory if isinstance(task, PermutationLm) else 0
+
+
+def measure(
+    placement: Placement,
+    state: TrainState,
+    batches: Iterable[HostBatch],
+    task: PretrainTask,
+    infos: Sequence[PreparedInfo],
+    split: str,
+) -> dict[str, float]:
+    """Means over batches of a split, the loss first, and what the task makes of the loss."""
+    means = evaluate(placement, state, batches)
+    loss = means.pop("loss")
+    return {"loss": loss, **task.metrics(loss, infos, split), **means}
 
 
 def unlearned(task: PretrainTask, infos: Sequence[PreparedInfo]) -> dict[str, float]:

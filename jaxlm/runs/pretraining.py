@@ -27,7 +27,6 @@ from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train import restore
-from jaxlm.train.loop import evaluate
 from jaxlm.train.placement import Placement
 from jaxlm.train.plots import Reference
 from jaxlm.train.restore import Monitor
@@ -97,9 +96,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             batch_rows=placement.batch_rows,
             before=before,
         )
-        means = evaluate(placement, state, rows)
-        loss = means.pop("loss")
-        return {"loss": loss, **config.task.metrics(loss, infos, "validation"), **means}
+        return pretrained.measure(placement, state, rows, config.task, infos, "validation")
 
     monitor = Monitor()
     job = Job(
