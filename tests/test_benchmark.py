@@ -1,6 +1,7 @@
 import importlib
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -329,3 +330,17 @@ def test_bad_options(tmp_path):
         benchmark.run(benchmark.Mlm(rounds=0))
     with pytest.raises(InputError, match="missing"):
         benchmark.run(benchmark.Mlm(output=tmp_path / "missing" / "b.json"))
+
+
+@pytest.mark.slow
+def test_encoding_gives_the_vectors_of_transformers(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    encode = load("benchmark_encode")
+    texts = tmp_path / "texts.txt"
+    lines = [" ".join(["a short text of words"] * (1 + i % 7)) for i in range(40)]
+    texts.write_text("\n".join(lines))
+    encode.main(encode.Options(texts=texts, rounds=1, batch_size=16))
+    shown = capsys.readouterr().out
+    assert shown.index("HF as shipped") < shown.index("jaxlm")
+    lowest = float(re.search(r"40 texts of \d+ words .*lowest cosine ([\d.]+)", shown)[1])
+    assert lowest > 0.99999

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from jaxlm import optim, tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled import windows
+from jaxlm.data.labelled.batches import MANY, buckets_of_many
 from jaxlm.data.labelled.batching import Batching, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.framing import Framer
@@ -254,7 +255,12 @@ class FinetunedRun:
         framer = self.framer
         encoded = self.task.for_evaluation().encode(framer, examples, self.labels)
         longest = self.config.model and self.config.model.max_length
-        batching = make_batching(encoded, self.config.data, framer.max_length, longest=longest)
+        data, lengths = self.config.data, None
+        if not labelled and len(examples) >= MANY:
+            lengths = np.asarray(buckets_of_many(framer.max_length))
+            data = replace(data, num_buckets=len(lengths))
+        options: Any = {"lengths": lengths, "longest": longest}
+        batching = make_batching(encoded, data, framer.max_length, **options)
         found = predict(placement, self.state, batching)
         cut = encoded.longer_than(framer.max_length)
         report(cut, len(examples), framer.max_length, encoded.windowed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxlm.data.loader import check_before, train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
-from jaxlm.runs import attention, phase, pretrained, resume, steps
+from jaxlm.runs import attention, folder, phase, pretrained, resume, steps
 from jaxlm.runs import base as bases
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
@@ -27,10 +28,12 @@ from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.vocabulary import make_vocabulary
 from jaxlm.train import restore
+from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.placement import Placement
 from jaxlm.train.plots import Reference
 from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
+from jaxlm.train.view import METRICS
 from jaxlm.typing import HostBatch
 
 _SAMPLE = 256  # rows that are looked at before training
@@ -98,6 +101,9 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         )
         return pretrained.measure(placement, state, rows, config.task, infos, "validation")
 
+    known = pretrained.unlearned(config.task, infos)
+    if base is not None:
+        known |= loss_of_base(config, base, tokenizer)
     monitor = Monitor()
     job = Job(
         config=config,
@@ -115,7 +121,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         examples_after=lambda seen, steps: config.data.after(seen, steps)[0],
         evaluate=evaluation,
         monitor=monitor,
-        reference=Reference(pretrained.unlearned(config.task, infos)),
+        reference=Reference(known),
         flops_per_token=pretrained.flops_per_token(config, info.row_length),
         files={},
     )
@@ -187,6 +193,24 @@ def base_params(
         what += f"; other than there: model.{', model.'.join(changed)}"
     console.print(f"from {base.name}: {what}", soft_wrap=True)
     return given
+
+
+def loss_of_base(config: PretrainConfig, base: Base, tokenizer: Tokenizer) -> dict[str, float]:
+    """By name, what a base that is a run has reached on the same text with the same task."""
+    if base.step is None or phase.new_tokens(base.tokenizer, tokenizer):
+        return {}
+    directory = locate(base.name)
+    if not isinstance(directory, Path):
+        return {}
+    before = folder.read_config(directory, PretrainConfig)
+    texts = [one.prepare and one.prepare.source for one in (before, config)]
+    if None in texts or texts[0] != texts[1] or before.task != config.task:
+        return {}
+    lines = read_jsonl(directory / METRICS)
+    losses = [
+        line["eval/loss"] for line in lines if line["step"] == base.step and "eval/loss" in line
+    ]
+    return {f"{before.name} at step {base.step:,}": loss for loss in losses[-1:]}
 
 
 def base_moments(placement: Placement, base: Base) -> PyTree:

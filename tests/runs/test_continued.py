@@ -26,11 +26,13 @@ from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import command_line, pretrained, pretraining, resume
 from jaxlm.runs.folder import read_config
 from jaxlm.runs.pretraining import pretrain
+from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.train import restore
 from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl
@@ -234,6 +236,18 @@ def test_a_longer_phase_with_other_fields_goes_on_where_the_base_was(
     )
     pretrain(resolved)
     assert "complete" in capsys.readouterr().out
+
+
+def test_the_plot_shows_what_the_base_reached_on_the_same_text(
+    config: PretrainConfig, other: PretrainConfig, whole: Path
+) -> None:
+    base = bases.load(str(whole))
+    found = pretraining.loss_of_base(replace(config, name="next"), base, base.tokenizer)
+    assert found == {f"{config.name} at step {STEPS}": losses(whole)[STEPS]}
+    harder = replace(config, task=MaskedLm(masking=MaskingConfig(rate=0.4)))
+    published = replace(base, step=None)
+    for changed, from_what in ((other, base), (harder, base), (config, published)):
+        assert pretraining.loss_of_base(changed, from_what, base.tokenizer) == {}
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import BERT
 
+from jaxlm.data.labelled.batches import eval_batches
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
@@ -17,6 +18,7 @@ from jaxlm.peft.tuning import HeadOnly
 from jaxlm.runs import finetuned
 from jaxlm.runs.base import Base
 from jaxlm.runs.embedder import DOCUMENTS, open_embedder
+from jaxlm.tasks import embedding
 from jaxlm.tasks.embedding import Embedding, make_embed
 
 SCORED = Embedding(
@@ -93,7 +95,7 @@ def test_retrieval_counts_equal_partners_as_right_and_collapse_as_chance(records
     assert found == pytest.approx(perfect | {"recall@1": 1 / 3, "mrr": (1 + 1 / 2 + 1 / 3) / 3})
 
 
-def test_an_encoder_embeds_as_it_is(tokenizer):
+def test_an_encoder_embeds_as_it_is(tokenizer, monkeypatch):
     config = replace(BERT, vocab_size=64, num_layers=1, mlp_dim=16, max_length=32)
     encoder = config.make()
     params = encoder.init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
@@ -110,6 +112,15 @@ def test_an_encoder_embeds_as_it_is(tokenizer):
     assert abs(vectors[0] - vectors[1]).max() > 1e-2
     with pytest.raises(InputError, match="there are no texts to embed"):
         embed([])
+    # Parts of a file of many texts have the same shapes, however long their own are.
+    buckets = []
+    monkeypatch.setattr(embedding, "MANY", 4)
+    monkeypatch.setattr(
+        embedding, "eval_batches", lambda *a: buckets.append(a[-1]) or eval_batches(*a)
+    )
+    np.testing.assert_allclose(embed(texts), vectors, atol=1e-5)
+    embed(["a"] * 4)
+    assert buckets == [(8, 16, 24, 32)] * 2
 
 
 def test_a_published_pooler_is_left_out(tiny, write, tokenizer):

@@ -18,6 +18,10 @@ _CHUNK = 64  # batches that are sorted by length together
 _EPOCH, _ORDER = 2, 3  # set apart the random numbers of epochs and of chunks
 
 
+MANY = 2048
+"""Examples from which on :func:`buckets_of_many` are used for what is read once."""
+
+
 def make_buckets(
     lengths: Int[np.ndarray, " examples"],
     num_buckets: int = 4,
@@ -93,6 +97,20 @@ def train_batches(
             step += 1
 
     return batches()
+
+
+def buckets_of_many(max_length: int) -> tuple[int, ...]:
+    """Lengths an eighth to a quarter apart, whatever the examples.
+
+    They are more programs to compile than of :func:`make_buckets`, which pay off for thousands of
+    examples, and they serve every part of a file that is read in parts.
+    """
+    sizes = []
+    while not sizes or sizes[-1] < max_length:
+        longest = sizes[-1] if sizes else 0
+        step = max(8, 1 << max(0, longest.bit_length() - 3))
+        sizes.append(min(longest + step, max_length))
+    return tuple(sizes)
 
 
 def eval_batches(

@@ -4,7 +4,12 @@ from itertools import combinations, islice
 import numpy as np
 import pytest
 
-from jaxlm.data.labelled.batches import eval_batches, make_buckets, train_batches
+from jaxlm.data.labelled.batches import (
+    buckets_of_many,
+    eval_batches,
+    make_buckets,
+    train_batches,
+)
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import BatchRows
@@ -193,3 +198,13 @@ def test_bad_batches():
         eval_batches(EXAMPLES, 4, (8, 16))
     with pytest.raises(InputError, match="no examples"):
         eval_batches(make_examples(0), 4, BUCKETS)
+
+
+@pytest.mark.parametrize("longest", [5, 8, 100, 512, 8192])
+def test_buckets_of_many_are_close_to_any_length(longest):
+    buckets = np.array(buckets_of_many(longest))
+    assert buckets[-1] == longest
+    assert (np.diff(buckets) > 0).all()
+    lengths = np.arange(33, longest + 1)
+    assert all(buckets[np.searchsorted(buckets, lengths)] <= 1.25 * lengths)
+    assert len(buckets) <= 40
