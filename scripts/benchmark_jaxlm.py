@@ -6,6 +6,8 @@ the adapters and the whole head.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import flax
 import jax
@@ -23,6 +25,7 @@ from jaxlm.objectives.masking import MaskingConfig, Vocabulary
 from jaxlm.optim import OptimizerConfig, make_optimizer, make_schedule
 from jaxlm.peft import tuning
 from jaxlm.peft.lora import LoraConfig
+from jaxlm.runs import attention
 from jaxlm.runtime.allocator import one_step_at_a_time
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.sums import Sums
@@ -72,8 +75,28 @@ def make_vocabulary(work: Work) -> Vocabulary:
     )
 
 
-def make_encoder(work: Work) -> BertConfig | ModernBertConfig:
-    """BERT or ModernBERT of the sizes asked for."""
+Model = BertConfig | ModernBertConfig | Gpt2Config
+
+
+def make_config(work: Work) -> Model:
+    """The model of the sizes asked for, which attends as a run on this device would."""
+    config = sizes(work)
+    choice = attention.chosen(config, work.row_length, jax.devices()[0])
+    return replace(config, attention=choice.name)
+
+
+def sizes(work: Work) -> Model:
+    """GPT-2 for causal pretraining, a ModernBERT where that is asked for, and else a BERT."""
+    if work.task == "clm":
+        return Gpt2Config(
+            vocab_size=work.vocab_size,
+            num_layers=work.num_layers,
+            hidden_dim=work.hidden_dim,
+            num_heads=work.num_heads,
+            mlp_dim=work.mlp_dim,
+            max_length=max(1024, work.row_length),
+            dtype=work.dtype,
+        ).with_dropout(work.dropout_rate)
     if work.task == "modern":
         return ModernBertConfig(
             vocab_size=work.vocab_size,
@@ -99,7 +122,7 @@ def make_encoder(work: Work) -> BertConfig | ModernBertConfig:
 
 def pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
     """BERT or ModernBERT with its masked-language-model head."""
-    config = make_encoder(work)
+    config: Any = make_config(work)
     model = WithLmHead(config.make(), config.make_lm_head())
     masking = MaskingConfig(rate=work.mask_rate, budget=work.num_masked)
 
@@ -110,16 +133,8 @@ def pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Lo
 
 
 def causal_pretraining(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
-    """GPT-2 of the sizes asked for."""
-    config = Gpt2Config(
-        vocab_size=work.vocab_size,
-        num_layers=work.num_layers,
-        hidden_dim=work.hidden_dim,
-        num_heads=work.num_heads,
-        mlp_dim=work.mlp_dim,
-        max_length=max(1024, work.row_length),
-        dtype=work.dtype,
-    ).with_dropout(work.dropout_rate)
+    """GPT-2."""
+    config: Any = make_config(work)
     model = WithLmHead(config.make(), config.make_lm_head())
 
     def init(key: PRNGKey) -> TrainState:
@@ -131,7 +146,7 @@ def causal_pretraining(work: Work, optimizer: optax.GradientTransformation) -> t
 def fine_tuning(work: Work, optimizer: optax.GradientTransformation) -> tuple[Loss, Init]:
     """BERT with a classifier, whose parameters all learn, or only adapters and the head."""
     head = ClassificationHead(work.num_labels, work.dropout_rate)
-    model = WithHead(make_encoder(work).make(), head)
+    model = WithHead(make_config(work).make(), head)
     lora = LoraConfig(rank=work.rank, alpha=work.alpha)
     chosen = lora if work.task == "lora" else tuning.Full()
 
@@ -191,6 +206,7 @@ def main() -> None:
     """Build the step and serve it."""
     work = read_work()
     one_step_at_a_time()  # as the scripts do
+    attends = make_config(work).attention
 
     def finish(handle: tuple[TrainState, Sums]) -> float:
         _, sums = jax.block_until_ready(handle)
@@ -198,7 +214,7 @@ def main() -> None:
 
     serve(
         work,
-        versions=f"jax {jax.__version__}, flax {flax.__version__}",
+        versions=f"jax {jax.__version__}, flax {flax.__version__}, attention {attends}",
         device_name=jax.devices()[0].device_kind if work.device == "cuda" else "",
         compiles=True,
         step=make_step(work),

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import is_attentive
-from jaxlm.nn.choose import Setting, Wanted, choose
+from jaxlm.models.model import Attentive, is_attentive
+from jaxlm.nn.choose import Choice, Setting, Wanted, choose
 
 
 class Settled(NamedTuple):
@@ -38,7 +38,33 @@ def settle(
                 "none: leave it out"
             )
         return Settled(config, "")
-    device, mesh = devices[0], config.mesh
+    choice = chosen(
+        model,
+        length,
+        devices[0],
+        wanted,
+        present=present,
+        trains=trains,
+        packs_rows=_packs_rows(config),
+        splits_rows=config.mesh.sequence > 1,
+    )
+    changed: Any = model
+    changed = replace(changed, attention=choice.name)
+    return Settled(replace(config, model=changed), f"attention: {choice.name}, {choice.why}")
+
+
+def chosen(
+    model: Attentive,
+    length: int | None,
+    device: Any,
+    wanted: Wanted = "auto",
+    *,
+    present: bool = True,
+    trains: bool = True,
+    packs_rows: bool = False,
+    splits_rows: bool = False,
+) -> Choice:
+    """How such a model attends on a device; as :func:`settle` without a config of a run."""
     capability = getattr(device, "compute_capability", None)
     setting = Setting(
         platform="gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform,
@@ -48,13 +74,10 @@ def settle(
         length=length or 2**30,
         dtype=str(model.dtype or "float32"),
         attends=model.attends if trains else model.attends._replace(dropout_rate=0.0),
-        packs_rows=_packs_rows(config),
-        splits_rows=mesh.sequence > 1,
+        packs_rows=packs_rows,
+        splits_rows=splits_rows,
     )
-    choice = choose(setting, wanted)
-    changed: Any = model
-    changed = replace(changed, attention=choice.name)
-    return Settled(replace(config, model=changed), f"attention: {choice.name}, {choice.why}")
+    return choose(setting, wanted)
 
 
 def _packs_rows(config: Config) -> bool:
