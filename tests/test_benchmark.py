@@ -1,7 +1,9 @@
 import importlib
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -344,3 +346,39 @@ def test_encoding_gives_the_vectors_of_transformers(tmp_path, capsys):
     assert shown.index("HF as shipped") < shown.index("jaxlm")
     lowest = float(re.search(r"40 texts of \d+ words .*lowest cosine ([\d.]+)", shown)[1])
     assert lowest > 0.99999
+
+
+def test_tables_of_a_gpu_come_one_after_the_other_whatever_fails(tmp_path):
+    """With a stand-in for Python that prints what it is told, and fails or takes too long."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in\n*lora*) echo "no memory" >&2; exit 3 ;;\n'
+        "*modern*) exec sleep 9 ;;\nesac\n"
+        'echo "| $* |"\n'
+    )
+    fake.chmod(0o755)
+    script = tmp_path / "scripts" / "benchmark_gpu.sh"
+    script.parent.mkdir()
+    script.write_text(
+        (SCRIPTS / "benchmark_gpu.sh").read_text().replace("modernbert 180", "modernbert 1")
+    )
+    environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"}
+    run = subprocess.run(
+        ["bash", str(script), "tables"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    first, second, third, said = run.stdout.splitlines()
+    assert "benchmark.py mlm --sizes base --row-length 512 --batch-size.base 64" in first
+    assert first.endswith(f"--output {tmp_path}/tables/bert.json |")
+    assert second.startswith("modernbert: not done in 1 s")
+    assert third.startswith("lora: ended with 3")
+    assert said == "no memory"
+    limits = re.findall(r"^table \w+ (\d+)", (SCRIPTS / "benchmark_gpu.sh").read_text(), re.M)
+    assert len(limits) == 3
+    assert sum(map(int, limits)) <= 480

@@ -101,9 +101,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         )
         return pretrained.measure(placement, state, rows, config.task, infos, "validation")
 
-    known = pretrained.unlearned(config.task, infos)
-    if base is not None:
-        known |= loss_of_base(config, base, tokenizer)
+    known = {} if base is None else loss_of_base(config, base, tokenizer)
     monitor = Monitor()
     job = Job(
         config=config,
@@ -121,7 +119,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         examples_after=lambda seen, steps: config.data.after(seen, steps)[0],
         evaluate=evaluation,
         monitor=monitor,
-        reference=Reference(known),
+        reference=Reference(known or pretrained.unlearned(config.task, infos)),
         flops_per_token=pretrained.flops_per_token(config, info.row_length),
         files={},
     )
