@@ -115,6 +115,7 @@ def find(path: Path, architecture: Architecture, config: Known) -> Found:
     """
     raw, source = folder.open_tensors(path), str(path)
     fields = Fields(folder.read_config(path), str(path / folder.CONFIG))
+    architecture = architecture.of(names_task(fields))
     task_head = TaskHead.read(fields, architecture)
     sizes, names = sizes_of(config, task_head), names_of(raw, architecture, task_head)
     for copy, original in architecture.copies.items():

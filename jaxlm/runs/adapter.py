@@ -78,6 +78,7 @@ def export(run: FinetunedRun, out: Path, *, base: str | None = None) -> str:
         path = hub.find(given)
     variables = jax.device_get(run.variables)
     model = _task_model(path, run.task, len(run.labels) or None, variables["params"])
+    task_model.check_base(path, model)
     start = None
     if isinstance(tuning, LoraConfig) and tuning.init == "pissa":
         start = _taken_out(run, loaded, variables["params"])

@@ -55,7 +55,7 @@ OTHERS = {  # model, how heads pool, and the task's classes
     "electra": (BERT, "electra", POOLED),
     "distilbert": (BERT, "distilbert", POOLED),
     "gpt2": (Gpt2Config(**DECODER, max_length=8), "last", TASKS[:3]),
-    "llama": (LlamaConfig(**DECODER, num_kv_heads=1, head_dim=8, max_length=8), "last", TASKS[:2]),
+    "llama": (LlamaConfig(**DECODER, num_kv_heads=1, head_dim=8, max_length=8), "last", TASKS[:3]),
     "xlnet": (XlnetConfig(**DECODER), "xlnet", TASKS),
 }
 
@@ -257,6 +257,7 @@ FAST = {
     ("electra", "TokenClassification"),
     ("distilbert", "QuestionAnswering"),
     ("gpt2", "SequenceClassification"),
+    ("llama", "QuestionAnswering"),
     ("xlnet", "SequenceClassification"),
 }
 ALL = [
