@@ -49,8 +49,8 @@ class Architecture:
     """How such a head makes one vector of a row: the first, unless ``config.json`` says how."""
     question_answering: str = "QuestionAnswering"
     """How the name of the class ends that marks the answer's first and last token."""
-    question_prefix: str | None = None
-    """The prefix in that class, where it is another."""
+    prefixes: Mapping[TaskName, str] = field(default_factory=dict)
+    """The prefix in the class of a task, where it is another."""
     unused_positions: int = 0
     """Leading rows of the position table."""
     untied: str = "untied weights are not supported"
@@ -58,7 +58,7 @@ class Architecture:
 
     def of(self, kind: str | None) -> "Architecture":
         """The same, as the class of that kind, such as ``QuestionAnswering``, names it."""
-        new = self.question_prefix if kind == "QuestionAnswering" else None
+        new = {str(task): prefix for task, prefix in self.prefixes.items()}.get(str(kind))
         return self if new is None else self.with_prefix(new)
 
     def with_prefix(self, prefix: str) -> "Architecture":

@@ -65,7 +65,7 @@ def architecture(config: LlamaConfig) -> Architecture:
             "QuestionAnswering": linear("qa_outputs", *LAST),
         },
         poolings=("last",),
-        question_prefix="transformer.",
+        prefixes={"QuestionAnswering": "transformer."},
     )
 
 

@@ -45,7 +45,12 @@ def read(path: Path) -> Report:
     rows = layout.rows_of(names, architecture, task_head, sizes)
     tensors = folder.Renamed(raw, names)
     known = {name for row in rows for name in row.names(sizes)}
-    differences += [f"{names[name]} has no place" for name in sorted(names.keys() - known)]
+    unknown = names.keys() - known
+    other = layout.of_other_head(unknown, architecture, fields)
+    others += [
+        f"{names[name]}: of a head that is computed otherwise, left out" for name in sorted(other)
+    ]
+    differences += [f"{names[name]} has no place" for name in sorted(unknown - other)]
     for row in rows:
         try:
             row.read(tensors, sizes, str(path))
