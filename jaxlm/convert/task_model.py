@@ -87,14 +87,17 @@ def read(
     )
 
 
-def check_base(path: Path, model: TaskModel) -> None:
-    """Raise if that class would find no encoder in a base's folder, and draw one at random."""
+def check_base(path: Path, model: TaskModel, name: str) -> None:
+    """Raise if that class would find no encoder in a base's folder, and draw one at random.
+
+    ``name`` is what errors call the base.
+    """
     architecture, _ = layout.describe(path)
     fields = Fields(folder.read_config(path), str(path / folder.CONFIG))
     has, wants = architecture.of(names_task(fields)).prefix, architecture.of(model.kind).prefix
     if has != wants and any(name.startswith(has) for name in folder.open_tensors(path)):
         raise InputError(
-            f"{model.auto} finds no encoder in {path}, where its name is {has[:-1]} and not "
+            f"{model.auto} finds no encoder in {name}, where its name is {has[:-1]} and not "
             f"{wants[:-1]}: merge_lora.py writes the whole model, which it opens"
         )
 

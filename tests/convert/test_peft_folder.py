@@ -298,7 +298,9 @@ def test_llamas_class_for_questions_has_another_name_for_it(saved, tensor, kind,
     begins = "transformer." if kind == "QuestionAnswering" else "model."
     assert all(row.theirs.startswith((begins, "lm_head.")) for row in model.encoder)
     if is_read:
-        task_model.check_base(tmp_path, model)
+        task_model.check_base(tmp_path, model, "it")
         return
-    with pytest.raises(InputError, match=rf"AutoModelFor{kind} finds no encoder in .*merge_lora"):
-        task_model.check_base(tmp_path, model)
+    with pytest.raises(
+        InputError, match=rf"AutoModelFor{kind} finds no encoder in it, .*merge_lora"
+    ):
+        task_model.check_base(tmp_path, model, "it")
