@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +15,7 @@ import jaxtyping
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from golden import make_served_golden
 from tiny_heads import drawn, said, tokenizer
 from tiny_models import BERT
 from tokenizers import pre_tokenizers
@@ -65,6 +67,7 @@ for job in json.load(open(sys.argv[1])):
         exec(lines, {{}})
 """
 ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 OTHER = "JAXLM_OTHER_PYTHON"
 ONE = TrainConfig(steps=1)
 CONFIG = replace(BERT, num_layers=1, vocab_size=16, max_length=24)
@@ -234,6 +237,22 @@ def test_five_lines_answer_as_the_run(name, answers, base):
     assert len({json.dumps(one) for one in wanted}) > 1  # it looks at the text
 
 
+@pytest.mark.parametrize("archive", sorted(GOLDEN.glob("served_jax_*.zip")), ids=str)
+def test_what_another_jax_has_written_is_read(archive, tmp_path):
+    pytest.importorskip("flatbuffers")
+    shutil.unpack_archive(archive, tmp_path)
+    function, weights = make_served_golden.make_function()
+    written = (tmp_path / stablehlo.MODEL).read_bytes()
+    call = jax.jit(jax.export.deserialize(bytearray(written)).call)
+    rng = np.random.default_rng(1)
+    for rows, length in ((1, 24), (3, 5)):
+        ids = rng.integers(0, 32, (rows, length)).astype(np.int32)
+        mask = np.int32(np.arange(length) < rng.integers(1, length, (rows, 1)))
+        found, expected = (f(weights, ids, mask) for f in (call, jax.jit(function)))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert np.ptp(expected) > 0.01
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(OTHER not in os.environ, reason=f"{OTHER} names no Python with another JAX")
 def test_it_is_written_and_read_under_either_jax(base, tmp_path):
@@ -311,6 +330,8 @@ def test_an_xlnet_is_exported_for_all_lengths(base, tmp_path):
         written = stablehlo.serialize(call, weights, one.shapes, one.max_length)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
+    assert f"StableHLO_v{stablehlo.STABLEHLO}".encode() in written  # whatever JAX would write
+    assert b"composite" not in written
     function = jax.export.deserialize(bytearray(written)).call
     wanted = open_embedder(str(tmp_path / "xlnet"))(list(PAIRS[2]))
     for row, vector in zip(rows, wanted, strict=True):
