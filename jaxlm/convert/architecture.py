@@ -1,7 +1,7 @@
 """How a kind of model is written in Hugging Face's layout, and reading its ``config.json``."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jaxlm.convert.table import Row
@@ -49,10 +49,36 @@ class Architecture:
     """How such a head makes one vector of a row: the first, unless ``config.json`` says how."""
     question_answering: str = "QuestionAnswering"
     """How the name of the class ends that marks the answer's first and last token."""
+    prefixes: Mapping[TaskName, str] = field(default_factory=dict)
+    """The prefix in the class of a task, where it is another."""
     unused_positions: int = 0
     """Leading rows of the position table."""
     untied: str = "untied weights are not supported"
     """What to say where a copy differs."""
+
+    def of(self, kind: str | None) -> "Architecture":
+        """The same, as the class of that kind, such as ``QuestionAnswering``, names it."""
+        new = {str(task): prefix for task, prefix in self.prefixes.items()}.get(str(kind))
+        return self if new is None else self.with_prefix(new)
+
+    def with_prefix(self, prefix: str) -> "Architecture":
+        """The same with that prefix."""
+
+        def named(name: str) -> str:
+            begins = name.startswith(self.prefix)
+            return f"{prefix}{name.removeprefix(self.prefix)}" if begins else name
+
+        def renamed(rows: Iterable[Row]) -> tuple[Row, ...]:
+            return tuple(replace(row, theirs=named(row.theirs)) for row in rows)
+
+        return replace(
+            self,
+            prefix=prefix,
+            encoder=renamed(self.encoder),
+            heads=tuple(renamed(rows) for rows in self.heads),
+            copies={named(copy): named(original) for copy, original in self.copies.items()},
+            task_heads={task: renamed(rows) for task, rows in self.task_heads.items()},
+        )
 
 
 # Or its cross-encoders would give the sigmoid of a number.

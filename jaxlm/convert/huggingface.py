@@ -173,7 +173,7 @@ def to_huggingface(
         params = unflatten_dict(flat, sep="/")
     if task_head is None:
         return table.write(layout.all_rows(layout.architecture_of(config)), params, sizes)
-    architecture = layout.architecture_of(config, task_head.pooling)
+    architecture = layout.architecture_of(config, task_head.pooling).of(task_head.task)
     head = architecture.task_heads[task_head.task]
     zeros = {"bias": np.zeros(task_head.size, np.float32)}  # where a head has none
     last = {"classifier": zeros | params["head"]["classifier"]}

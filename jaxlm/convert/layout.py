@@ -115,6 +115,7 @@ def find(path: Path, architecture: Architecture, config: Known) -> Found:
     """
     raw, source = folder.open_tensors(path), str(path)
     fields = Fields(folder.read_config(path), str(path / folder.CONFIG))
+    architecture = architecture.of(names_task(fields))
     task_head = TaskHead.read(fields, architecture)
     sizes, names = sizes_of(config, task_head), names_of(raw, architecture, task_head)
     for copy, original in architecture.copies.items():
@@ -125,19 +126,34 @@ def find(path: Path, architecture: Architecture, config: Known) -> Found:
                 raise InputError(f"{source}: {old} differs from {first}; {architecture.untied}")
     rows = rows_of(names, architecture, task_head, sizes)
     unknown = names.keys() - {name for row in rows for name in row.names(sizes)}
-    strange = {name for name in unknown if not name.startswith(architecture.prefix)}
-    if strange and task_head is None and names_task(fields):
+    other = of_other_head(unknown, architecture, fields)
+    if other:
         note(
-            f"{source}: the head of a {fields.raw['architectures'][0]} ({len(strange)} tensors) is "
-            "computed in another way than any here: it is left out"
+            f"{source}: the head of a {fields.raw['architectures'][0]} ({len(other)} tensors) is "
+            "computed in another way than any here: it is left out, and the rest is read"
         )
-        unknown -= strange
+        unknown -= other
     if unknown:
         raise InputError(
             f"{source}: the tensor {names[min(unknown)]} does not belong to this architecture of "
             f"{config.num_layers} layers, or to the head of a task that {folder.CONFIG} names"
         )
     return Found(rows, folder.Renamed(raw, names), sizes, task_head)
+
+
+def other_head(path: Path) -> str | None:
+    """The class that a folder names, where it is that of a task, and its head not known here."""
+    fields = Fields(folder.read_config(path), str(path / folder.CONFIG))
+    is_other = names_task(fields) is not None and read_task_head(path) is None
+    return str(fields.raw["architectures"][0]) if is_other else None
+
+
+def of_other_head(unknown: Iterable[str], architecture: Architecture, fields: Fields) -> set[str]:
+    """Those of tensors without a place that make up the head of a task which is not known here."""
+    if names_task(fields) is None or TaskHead.read(fields, architecture) is not None:
+        return set()
+    inside = {row.theirs.partition(".")[0] for row in architecture.encoder}
+    return {name for name in unknown if name.partition(".")[0] not in inside}
 
 
 def names_of(

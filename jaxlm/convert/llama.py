@@ -57,13 +57,15 @@ def architecture(config: LlamaConfig) -> Architecture:
         ),
         heads=() if config.tied else ((unembed,),),
         copies={"lm_head.weight": table} if config.tied else {},
-        ignored=r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",
+        ignored=r"(model|transformer)\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq$",
         untied="set tie_word_embeddings to false in config.json if that head is meant",
-        task_heads={  # that of questions does not read the base's names
+        task_heads={
             "SequenceClassification": without_bias("score"),
             "TokenClassification": linear("score", *LAST),
+            "QuestionAnswering": linear("qa_outputs", *LAST),
         },
         poolings=("last",),
+        prefixes={"QuestionAnswering": "transformer."},
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.convert import folder, layout
-from jaxlm.convert.architecture import Fields, TaskHead
+from jaxlm.convert.architecture import Fields, TaskHead, names_task
 from jaxlm.convert.table import Row, Sizes
 from jaxlm.errors import InputError
 
@@ -27,6 +27,7 @@ def read(path: Path) -> Report:
     """That of the model in a folder."""
     architecture, config = layout.describe(path)
     raw, fields = folder.open_tensors(path), Fields(folder.read_config(path), folder.CONFIG)
+    architecture = architecture.of(names_task(fields))
     task_head = TaskHead.read(fields, architecture)
     sizes, names = layout.sizes_of(config, task_head), layout.names_of(raw, architecture, task_head)
     others = [f"{name}: nothing to read" for name in sorted(set(raw) - set(names.values()))]
@@ -44,7 +45,12 @@ def read(path: Path) -> Report:
     rows = layout.rows_of(names, architecture, task_head, sizes)
     tensors = folder.Renamed(raw, names)
     known = {name for row in rows for name in row.names(sizes)}
-    differences += [f"{names[name]} has no place" for name in sorted(names.keys() - known)]
+    unknown = names.keys() - known
+    other = layout.of_other_head(unknown, architecture, fields)
+    others += [
+        f"{names[name]}: of a head that is computed otherwise, left out" for name in sorted(other)
+    ]
+    differences += [f"{names[name]} has no place" for name in sorted(unknown - other)]
     for row in rows:
         try:
             row.read(tensors, sizes, str(path))

@@ -7,12 +7,15 @@ symbolic shapes), on CPUs, GPUs and TPUs.
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.extend.mlir import ir, passmanager
+from jax.extend.mlir.dialects import stablehlo
 from jaxtyping import Array, PyTree, Shaped
 from tokenizers import Tokenizer
 
@@ -22,6 +25,9 @@ from jaxlm.runtime.storage import on_disk
 
 MODEL, WEIGHTS, ABOUT = "model.stablehlo", "weights.npz", "model.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
+STABLEHLO = "1.13.0"  # an earlier version than JAX 0.10.0's, so that all from there on read it
+# What a newer JAX calls by a name, such as erfc, is written as what it consists of.
+_DECOMPOSE = "builtin.module(func.func(stablehlo-legalize-composite-to-call))"
 
 
 def serialize(
@@ -49,7 +55,21 @@ def serialize(
     ]
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(abstract, *arrays)
-    return bytes(exported.serialize())
+    return bytes(_for_older_versions(exported).serialize())
+
+
+def _for_older_versions(exported: jax.export.Exported) -> jax.export.Exported:
+    """The same function, as JAX from 0.10 on reads it.
+
+    JAX writes what versions of the month before read.
+    """
+    stablehlo.register_stablehlo_passes()
+    with ir.Context() as context:
+        read = stablehlo.deserialize_portable_artifact
+        module = read(context, exported.mlir_module_serialized)
+        passmanager.PassManager.parse(_DECOMPOSE).run(module.operation)
+        written = stablehlo.serialize_portable_artifact(module, STABLEHLO)
+    return replace(exported, mlir_module_serialized=written)
 
 
 def write(

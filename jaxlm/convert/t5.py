@@ -22,6 +22,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.t5 import T5Config
 
 TABLE, HEAD = "shared.weight", "lm_head.weight"
+_INSIDE = "transformer."  # the prefix in classes that have the model as a part
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
@@ -81,8 +82,9 @@ def architecture(config: T5Config) -> Architecture:
         heads=() if config.tied else ((unembed,),),
         copies=dict.fromkeys((*_COPIES, *((HEAD,) if config.tied else ())), TABLE),
         # A table that the oldest files have, and no code reads.
-        ignored=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
+        ignored=r"(transformer\.)?decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$",
         untied="one table for the source, the target and the head is supported",
+        prefixes={"SequenceClassification": _INSIDE, "TokenClassification": _INSIDE},
     )
 
 
@@ -106,6 +108,12 @@ def read_config(
 ) -> tuple[Architecture, T5Config]:
     """What a ``config.json`` describes, which errors call ``source``, and the file beside it."""
     fields = Fields(raw, source)
+    if tensors and not any(name.startswith(("decoder.", f"{_INSIDE}decoder.")) for name in tensors):
+        raise InputError(
+            f"{source}: the weights beside it are a T5's encoder without its decoder, and a T5 "
+            "here reads a source and writes a target: take the folder of a whole one "
+            "(T5ForConditionalGeneration), or of another encoder, such as a BERT"
+        )
     gated, activation = _feed_forward(fields)
     scaled = fields.get("tie_word_embeddings", bool, True)
     values: dict[str, Any] = {

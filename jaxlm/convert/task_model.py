@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from jaxlm.convert import folder, layout
-from jaxlm.convert.architecture import POOLED, Architecture
+from jaxlm.convert.architecture import POOLED, Architecture, Fields, names_task
 from jaxlm.convert.table import Row, Sizes
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig, has_transform
@@ -57,12 +57,10 @@ def read(
     architecture, config = layout.describe(path)
     sizes = layout.sizes_of(config)
     name = str(folder.read_config(path)["model_type"])
-    prefix = "" if kind == "FeatureExtraction" else architecture.prefix
-
-    def renamed(row: Row) -> Row:
-        return replace(row, theirs=f"{prefix}{row.theirs.removeprefix(architecture.prefix)}")
-
-    encoder = tuple(renamed(row) for row in architecture.encoder)
+    architecture = architecture.of(kind)
+    if kind == "FeatureExtraction":
+        architecture = architecture.with_prefix("")
+    encoder = architecture.encoder
     scoring: frozenset[str] = frozenset()
     if kind in ("CausalLM", "Seq2SeqLM"):
         rows = [row for head in architecture.heads for row in head]
@@ -84,9 +82,24 @@ def read(
         encoder=encoder,
         head=head,
         sizes={**sizes, **labels},
-        prefix=prefix,
+        prefix=architecture.prefix,
         scoring=scoring,
     )
+
+
+def check_base(path: Path, model: TaskModel, name: str) -> None:
+    """Raise if that class would find no encoder in a base's folder, and draw one at random.
+
+    ``name`` is what errors call the base.
+    """
+    architecture, _ = layout.describe(path)
+    fields = Fields(folder.read_config(path), str(path / folder.CONFIG))
+    has, wants = architecture.of(names_task(fields)).prefix, architecture.of(model.kind).prefix
+    if has != wants and any(name.startswith(has) for name in folder.open_tensors(path)):
+        raise InputError(
+            f"{model.auto} finds no encoder in {name}, where its name is {has[:-1]} and not "
+            f"{wants[:-1]}: merge_lora.py writes the whole model, which it opens"
+        )
 
 
 def _head(

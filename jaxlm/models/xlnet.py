@@ -376,10 +376,10 @@ class Xlnet(nn.Module):
             other = token_type_ids[:, :, None] != of_keys[:, None, :]
 
         def with_memory(seen: Array) -> Array:  # [batch, 1, q_length, memory + length]
-            rows = max(len(remembered), len(seen))
-            shape = (rows, *seen.shape[1:3], remembered.shape[1])
+            rows = jnp.broadcast_shapes(remembered.shape[:1], seen.shape[:1])
+            shape = (*rows, *seen.shape[1:3], remembered.shape[1])
             front = jnp.broadcast_to(remembered[:, None, None, :], shape)
-            return jnp.concatenate([front, jnp.broadcast_to(seen, (rows, *seen.shape[1:]))], -1)
+            return jnp.concatenate([front, jnp.broadcast_to(seen, (*rows, *seen.shape[1:]))], -1)
 
         content = None
         if mask is not None:

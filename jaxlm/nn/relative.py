@@ -31,11 +31,15 @@ def distance_table(
     Dai et al. (2019, arXiv:1901.02860, section 3.3); float32. With ``clamp_length`` distances
     beyond it, either way, count as it.
     """
-    distances = np.arange(before, -after, -1)
+    distances = (before - jnp.arange(before + after)).astype(jnp.float32)
     if clamp_length is not None:
-        distances = np.clip(distances, -clamp_length, clamp_length)
+        distances = jnp.clip(distances, -clamp_length, clamp_length)
     frequencies = 10_000 ** -(np.arange(0, features, 2) / features)
-    angles = jnp.asarray(np.outer(distances, frequencies), jnp.float32)
+    # Rounding a frequency would turn an angle of 512 by 3e-5: what is left of it after 12 bits, of
+    # which products with distances are exact, is added.
+    first = np.round(frequencies * 4096) / 4096
+    first, rest = (jnp.asarray(part, jnp.float32) for part in (first, frequencies - first))
+    angles = jnp.outer(distances, first) + jnp.outer(distances, rest)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 

@@ -1,6 +1,7 @@
 """A run's adapter as a folder in PEFT's format, and such a folder as a run."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,15 @@ def export(run: FinetunedRun, out: Path, *, base: str | None = None) -> str:
         raise InputError(f"{out} exists: name a new folder")
     given = base or config.base
     assert given is not None  # adapters have one
-    loaded = bases.load(given)
+    try:
+        return _write(run, tuning, given, out)
+    except InputError:
+        shutil.rmtree(out, ignore_errors=True)  # a base may be there by then
+        raise
+
+
+def _write(run: FinetunedRun, tuning: LoraConfig | Ia3Config, given: str, out: Path) -> str:
+    name, loaded = given, bases.load(given)
     if is_run(locate(given)):
         parts: dict[str, Any] = {"encoder": loaded.encoder}
         if loaded.lm_head:
@@ -78,6 +87,7 @@ def export(run: FinetunedRun, out: Path, *, base: str | None = None) -> str:
         path = hub.find(given)
     variables = jax.device_get(run.variables)
     model = _task_model(path, run.task, len(run.labels) or None, variables["params"])
+    task_model.check_base(path, model, name)
     start = None
     if isinstance(tuning, LoraConfig) and tuning.init == "pissa":
         start = _taken_out(run, loaded, variables["params"])

@@ -46,7 +46,7 @@ def read_config_of(name: str, *, pairs: bool = False) -> Config:
 
     ``pairs``: it reads two texts.
     """
-    path = find_task_model(name)
+    path = _task_model(name)
     if path is None:
         return read_any_config(locate(name))
     return _config(path, pairs)
@@ -57,7 +57,7 @@ def is_tuned(name: str) -> bool:
     directory = locate(name)
     if is_run(directory):
         return isinstance(read_any_config(directory), FinetuneConfig)
-    return find_task_model(name) is not None
+    return _task_model(name) is not None
 
 
 def open_tuned(
@@ -69,7 +69,7 @@ def open_tuned(
     attention: Wanted = "auto",
 ) -> FinetunedRun:
     """A fine-tuned run, or a published model with the head of a task, as one."""
-    path = find_task_model(name)
+    path = _task_model(name)
     if path is None:
         return finetuned.open_finetuned(name, base=base, step=step, attention=attention)
     for option, given in (("step", step), ("base", base)):
@@ -104,14 +104,30 @@ def open_tuned(
 
 def find_task_model(name: str) -> Path | None:
     """The folder of a model with the head of a task; None where it is none, or a run's."""
+    path = _published(name)
+    return None if path is None or layout.read_task_head(path) is None else path
+
+
+def _task_model(name: str) -> Path | None:
+    """The same; raises where the head is not known here."""
+    path = _published(name)
+    if path is not None and (other := layout.other_head(path)) is not None:
+        raise InputError(
+            f"{path} is a {other}, whose head is computed in another way than any here: without "
+            "it, it is something to fine-tune from, with --base"
+        )
+    return find_task_model(name)
+
+
+def _published(name: str) -> Path | None:
+    """The folder of a model in Hugging Face's layout; None where it is none, or a run's."""
     directory = locate(name)
     if is_run(directory) or not isinstance(directory, Path):
         return None
     is_name = not directory.exists() and not name.startswith((".", "/", "~")) and "/" in name
     if not (directory / folder.CONFIG).is_file() and not is_name:
         return None
-    path = hub.find(name)
-    return path if layout.read_task_head(path) is not None else None
+    return hub.find(name)
 
 
 def _config(path: Path, pairs: bool) -> FinetuneConfig:

@@ -22,7 +22,7 @@ from jaxlm.data.labelled import framing
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithHead
-from jaxlm.models.model import ModelConfig, is_attentive, is_two_stream
+from jaxlm.models.model import is_attentive
 from jaxlm.objectives import supervised
 from jaxlm.objectives.question_answering import FORBIDDEN
 from jaxlm.runs import base as bases
@@ -115,14 +115,6 @@ def served(run: FinetunedRun | Pretrained) -> Served:
     return _finetuned(run) if isinstance(run, FinetunedRun) else _pretrained(run)
 
 
-def _check(name: str, config: ModelConfig | None) -> None:
-    if config is not None and is_two_stream(config):
-        raise InputError(
-            f"{name} is an XLNet, whose table of distances is made for one length: others, such as "
-            "a BERT, can be exported for all lengths"
-        )
-
-
 def _portable(config: Any) -> Any:
     """With attention as every device computes it, for any length."""
     return replace(config, attention=None) if is_attentive(config) else config  # pyright: ignore[reportArgumentType]
@@ -140,7 +132,6 @@ def _rows(apply: Apply) -> Callable[..., Array]:
 
 def _finetuned(loaded: FinetunedRun) -> Served:
     task, labels = loaded.task, loaded.labels
-    _check(loaded.config.name, loaded.config.model)
     config = replace(loaded.config, model=_portable(loaded.config.model))
     call = _rows(finetuned.make_model(config, labels).apply)
     common: dict[str, Any] = {
@@ -244,7 +235,6 @@ def _embedder(
 
 
 def _encoder(base: bases.Base) -> Served:
-    _check(base.name, base.config)
     said = embedder.settings(base)
     call = _rows(WithHead(_portable(base.config).make(), said.head).apply)
     common = {
@@ -345,5 +335,6 @@ prints {one.returns}.
   tokenizer cuts; it pads on the right. To compile each pair of batch size and length once, keep
   `call = jax.jit(export.deserialize(...).call)`, and the weights as `jax.device_put(weights)`.
 - `[SEP]` and the like in a text are text after `tokenizer.encode_special_tokens = True`.
-- It runs on {", ".join(stablehlo.PLATFORMS)}. Newer versions of JAX read it, older ones may not.
+- It runs on {", ".join(stablehlo.PLATFORMS)}, with JAX from 0.10 on, which promises to read it
+  for half a year at least; JAX {jax.__version__} wrote it.
 {notes}"""

@@ -58,6 +58,9 @@ BASES = {
             **SIZES, **MORE, num_key_value_heads=1, pad_token_id=0, tie_word_embeddings=False
         )
     ),
+    "llama encoder": lambda: transformers.LlamaModel(
+        transformers.LlamaConfig(**SIZES, **MORE, num_key_value_heads=1, pad_token_id=0)
+    ),
     "modernbert": lambda: transformers.ModernBertForMaskedLM(
         transformers.ModernBertConfig(
             **SIZES, **MORE, local_attention=4, classifier_pooling="mean", pad_token_id=0
@@ -100,6 +103,7 @@ CASES = {
     "llama dora": ("llama", "TokenClassification", LoraConfig(rank=2, kind="dora")),
     "llama tags": ("llama", "TokenClassification", Ia3Config()),
     "llama classes": ("llama", "SequenceClassification", LoraConfig(rank=2)),
+    "llama answers": ("llama encoder", "QuestionAnswering", LoraConfig(rank=2)),
     "modernbert": (
         "modernbert",
         "SequenceClassification",
@@ -344,6 +348,7 @@ MADE = {
         dict(target_modules=["c_attn"], r=2, fan_in_fan_out=True, bias="lora_only"),
     ),
     "llama": ("llama", "SequenceClassification", dict(target_modules="all-linear", r=2)),
+    "llama answers": ("llama encoder", "QuestionAnswering", dict(target_modules=["v_proj"], r=2)),
     "t5": ("t5", "Seq2SeqLM", dict(target_modules=["q", "v", "wi", "wo"], r=2)),
     "ia3": (
         "bert",

@@ -278,3 +278,29 @@ def test_what_peft_has_not(make, tmp_path):
         task_model.read(make("bert").folder, "SequenceClassification", "mean")
     with pytest.raises(InputError, match="no AutoModelForMultipleChoice of a gpt2"):
         task_model.read(made.folder, "MultipleChoice")
+
+
+@pytest.mark.parametrize(
+    ("saved", "tensor", "kind", "is_read"),
+    [
+        ("LlamaForCausalLM", "model.norm.weight", "QuestionAnswering", False),
+        ("LlamaForCausalLM", "model.norm.weight", "TokenClassification", True),
+        ("LlamaModel", "norm.weight", "QuestionAnswering", True),
+        ("LlamaForQuestionAnswering", "transformer.norm.weight", "QuestionAnswering", True),
+        ("LlamaForQuestionAnswering", "transformer.norm.weight", "CausalLM", False),
+    ],
+)
+def test_llamas_class_for_questions_has_another_name_for_it(saved, tensor, kind, is_read, tmp_path):
+    written = llama.write_config(MODELS["llama"][0]) | {"architectures": [saved]}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    save_file({tensor: np.ones(16, np.float32)}, tmp_path / "model.safetensors")
+    model = task_model.read(tmp_path, kind)
+    begins = "transformer." if kind == "QuestionAnswering" else "model."
+    assert all(row.theirs.startswith((begins, "lm_head.")) for row in model.encoder)
+    if is_read:
+        task_model.check_base(tmp_path, model, "it")
+        return
+    with pytest.raises(
+        InputError, match=rf"AutoModelFor{kind} finds no encoder in it, .*merge_lora"
+    ):
+        task_model.check_base(tmp_path, model, "it")

@@ -13,11 +13,12 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from jaxlm import sharding
-from jaxlm.convert import huggingface
+from jaxlm.convert import huggingface, report
 from jaxlm.errors import InputError
 from jaxlm.models.heads import EncoderDecoderLm
 from jaxlm.models.t5 import T5Config
 from jaxlm.runs.embedder import open_embedder
+from jaxlm.runs.published_task import read_config_of
 from jaxlm.tree import leaves_with_path
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -223,6 +224,68 @@ def test_models_that_do_not_fit(config, weights, message, tmp_path):
     with pytest.raises(InputError, match=message) as raised:
         load(tmp_path, "t5", config, weights)
     assert "\n" not in str(raised.value)
+
+
+HEADS = {  # of classes of transformers, and their shapes; the other classes have none
+    "T5ForSequenceClassification": {
+        "classification_head.dense.weight": (8, 8),
+        "classification_head.dense.bias": (8,),
+        "classification_head.out_proj.weight": (2, 8),
+        "classification_head.out_proj.bias": (2,),
+    },
+    "T5ForTokenClassification": {"classifier.weight": (2, 8), "classifier.bias": (2,)},
+    "T5ForQuestionAnswering": {"qa_outputs.weight": (2, 8), "qa_outputs.bias": (2,)},
+    "T5EncoderModel": {},
+}
+
+
+def tensors_of(name):
+    """Those of a class that is not a whole T5 with its own head."""
+    own = golden("t5")[1]
+    if name in ("T5ForTokenClassification", "T5EncoderModel"):
+        own = {n: x for n, x in own.items() if not n.startswith("decoder.")}
+    if name in ("T5ForSequenceClassification", "T5ForTokenClassification"):
+        own = {f"transformer.{n}": x for n, x in own.items()}
+    return own | {n: np.ones(shape, np.float32) for n, shape in HEADS[name].items()}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_classes_with_another_head_or_without_a_decoder(name, tmp_path, capsys):
+    raw = golden("t5")[0] | {"architectures": [name]}
+    folder = write(tmp_path / "m", raw, tensors_of(name))
+    if not any("decoder." in n for n in tensors_of(name)):
+        for read in (huggingface.load, report.read, read_config_of, open_embedder):
+            with pytest.raises(InputError, match=r"encoder without its decoder.*: take the folder"):
+                read(folder if read in (huggingface.load, report.read) else str(folder))
+        return
+    published, whole = huggingface.load(folder), load(tmp_path, "t5")
+    jax.tree.map(np.testing.assert_array_equal, published.params, whole.params)
+    said = f"the head of a {name} ({len(HEADS[name])} tensors) is computed in another way than any"
+    assert said in capsys.readouterr().err
+    found = report.read(folder)
+    assert (found.differences, len(found.others)) == ((), len(HEADS[name]))
+    with pytest.raises(InputError, match=f"is a {name}, whose head is computed .* with --base"):
+        read_config_of(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["mt5", "umt5"])
+def test_kin_that_is_not_read(kind, tmp_path):
+    raw = golden("t5")[0] | {"model_type": kind}
+    folder = write(tmp_path / "m", raw, tensors_of("T5ForQuestionAnswering"))
+    for read in (huggingface.load, read_config_of, open_embedder):
+        with pytest.raises(InputError, match=f"model_type='{kind}' is not supported; .* t5 and"):
+            read(str(folder))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", HEADS)
+def test_transformers_names_them_so(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    raw = golden("t5")[0] | {"num_labels": 2}
+    model = getattr(transformers, name)(transformers.T5Config(**raw))
+    model.save_pretrained(tmp_path)
+    shapes = lambda tensors: {n: x.shape for n, x in tensors.items()}
+    assert shapes(load_file(tmp_path / "model.safetensors")) == shapes(tensors_of(name))
 
 
 def test_an_activation_that_other_libraries_would_take_for_another(tmp_path):

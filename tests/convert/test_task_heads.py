@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_heads import LABELS, POOLED, SIZES, drawn, model_of, said, tokenizer
 from tiny_models import BERT
 
-from jaxlm.convert import huggingface
+from jaxlm.convert import huggingface, report
 from jaxlm.convert.architecture import TASKS
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
@@ -55,7 +55,7 @@ OTHERS = {  # model, how heads pool, and the task's classes
     "electra": (BERT, "electra", POOLED),
     "distilbert": (BERT, "distilbert", POOLED),
     "gpt2": (Gpt2Config(**DECODER, max_length=8), "last", TASKS[:3]),
-    "llama": (LlamaConfig(**DECODER, num_kv_heads=1, head_dim=8, max_length=8), "last", TASKS[:2]),
+    "llama": (LlamaConfig(**DECODER, num_kv_heads=1, head_dim=8, max_length=8), "last", TASKS[:3]),
     "xlnet": (XlnetConfig(**DECODER), "xlnet", TASKS),
 }
 
@@ -257,6 +257,7 @@ FAST = {
     ("electra", "TokenClassification"),
     ("distilbert", "QuestionAnswering"),
     ("gpt2", "SequenceClassification"),
+    ("llama", "QuestionAnswering"),
     ("xlnet", "SequenceClassification"),
 }
 ALL = [
@@ -350,16 +351,24 @@ def test_a_head_that_is_computed_otherwise_is_left_out(tmp_path, capsys):
         tmp_path / "m", params, config, tokenizer(), task_head=said("QuestionAnswering")
     )
     path = tmp_path / "m" / "model.safetensors"
-    weights = {n.replace("qa_outputs", "start_logits.dense"): x for n, x in load_file(path).items()}
+    parts = ("start_logits.dense", "end_logits.dense_0", "answer_class.dense_0")
+    weights = load_file(path)
+    for end in ("weight", "bias"):
+        x = weights.pop(f"qa_outputs.{end}")
+        weights |= {f"{part}.{end}": x.copy() for part in parts}
     save_file(weights, path)
     change(tmp_path / "m", architectures=["XLNetForQuestionAnswering"])
     found = huggingface.load(tmp_path / "m")
     assert found.task_head is None
     jax.tree.map(np.testing.assert_array_equal, found.params["encoder"], params["encoder"])
-    note = "the head of a XLNetForQuestionAnswering (2 tensors) is computed in another way"
+    note = "the head of a XLNetForQuestionAnswering (6 tensors) is computed in another way"
     assert note in capsys.readouterr().err
-    with pytest.raises(InputError, match="is something to fine-tune from, with --base"):
-        published_task.read_config_of(str(tmp_path / "m"))
+    for read in (published_task.read_config_of, published_task.open_tuned, published_task.is_tuned):
+        with pytest.raises(InputError, match=r"XLNetForQuestionAnswering, whose head.*with --base"):
+            read(str(tmp_path / "m"))
+    shown = report.read(tmp_path / "m")
+    assert (len(shown.others), shown.differences) == (6, ())
+    assert "answer_class.dense_0.bias: of a head that is computed otherwise" in shown.others[0]
 
 
 # The script.

@@ -147,6 +147,13 @@ def test_distances_by_hand():
     np.testing.assert_allclose(table, expected, atol=1e-6)
 
 
+def test_angles_of_long_rows_are_rounded_once():
+    angles = np.outer(np.arange(512, -512, -1), 10_000 ** -(np.arange(0, 64, 2) / 64))
+    rounded = angles.astype(np.float32).astype(float)
+    expected = np.concatenate([np.sin(rounded), np.cos(rounded)], axis=-1)
+    np.testing.assert_allclose(distance_table(512, 512, 64), expected, atol=1e-5)
+
+
 # The content stream alone.
 
 

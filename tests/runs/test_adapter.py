@@ -117,6 +117,22 @@ def test_an_adapter_is_a_run(folders, run, tmp_path):
         adapter.export(loaded, tmp_path / "again")
 
 
+def test_what_is_refused_leaves_nothing(run, tmp_path, monkeypatch):
+    """Nor a base, which is written first where it is a run."""
+    loaded, written = finetuned.open_finetuned(run), []
+
+    def refuse(path, model, name):
+        written.append(path.is_dir())
+        raise InputError("no")
+
+    monkeypatch.setattr(adapter, "is_run", lambda directory: True)
+    monkeypatch.setattr(adapter.task_model, "check_base", refuse)
+    with pytest.raises(InputError, match="no"):
+        adapter.export(loaded, tmp_path / "out")
+    assert written == [True]
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_of_labels_stand_beside_it(folders, tmp_path):
     folder, wanted = folders
     named = copied(folder, tmp_path / "named")

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,9 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+from golden import make_served_golden
+from tiny_heads import drawn, said, tokenizer
 from tiny_models import BERT
 from tokenizers import pre_tokenizers
 
@@ -62,6 +66,9 @@ for job in json.load(open(sys.argv[1])):
     for lines in job["scripts"]:
         exec(lines, {{}})
 """
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+OTHER = "JAXLM_OTHER_PYTHON"
 ONE = TrainConfig(steps=1)
 CONFIG = replace(BERT, num_layers=1, vocab_size=16, max_length=24)
 
@@ -151,31 +158,50 @@ def answers(base: Path, tmp_path_factory: pytest.TempPathFactory):
             serving.write(name, folder / name, one)
         finally:
             jaxtyping.config.update("jaxtyping_disable", False)
-        readme = (folder / name / "README.md").read_text()
-        (lines,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
         given = [text.split() if name == "tag" else text for text in texts]
+        jobs.append((folder / name, batches(given)))
+    return dict(zip(served, alone(sys.executable, folder, jobs), strict=True)), runs
+
+
+def batches(texts):
+    """All of them, one alone, and the others: of unequal sizes and lengths."""
+    return texts, texts[:1], texts[1:]
+
+
+def alone(python, place, jobs):
+    """What artefacts make of batches, each by the lines of its README, under a Python."""
+    written = []
+    for folder, given in jobs:
+        readme = (folder / "README.md").read_text()
+        (lines,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
         scripts, (*head, last) = [lines], lines.splitlines()
         last = last.removeprefix("print(").removesuffix(")")
-        for batch in (given, given[:1], given[1:]):
+        for batch in given:
             own = [f"texts = {batch!r}" if line.startswith("texts =") else line for line in head]
             scripts.append(
                 "\n".join([*own, f"print('=', json.dumps({last}, default=np.ndarray.tolist))"])
             )
-        jobs.append({"folder": str(folder / name), "scripts": scripts})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    (folder / "alone.py").write_text(ALONE)
+        written.append({"folder": str(folder), "scripts": scripts})
+    (place / "jobs.json").write_text(json.dumps(written))
+    (place / "alone.py").write_text(ALONE)
+    printed = started(python, "-W", "error", place / "alone.py", place / "jobs.json").splitlines()
+    own = iter([json.loads(line.removeprefix("=")) for line in printed if line.startswith("=")])
+    return [[next(own) for _ in given] for _, given in jobs]
+
+
+def started(python, *arguments):
+    """What a program prints; it must succeed."""
     kept = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, "-W", "error", folder / "alone.py", folder / "jobs.json"],
-        env=kept | {"JAX_PLATFORMS": "cpu"},
+        [python, *arguments],
+        env=kept | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    printed = done.stdout.splitlines()
-    own = [json.loads(line.removeprefix("=")) for line in printed if line.startswith("=")]
-    return {name: own[3 * i : 3 * i + 3] for i, name in enumerate(served)}, runs
+    return done.stdout
 
 
 def expected(name, run, texts, base):
@@ -211,6 +237,56 @@ def test_five_lines_answer_as_the_run(name, answers, base):
     assert len({json.dumps(one) for one in wanted}) > 1  # it looks at the text
 
 
+@pytest.mark.parametrize("archive", sorted(GOLDEN.glob("served_jax_*.zip")), ids=str)
+def test_what_another_jax_has_written_is_read(archive, tmp_path):
+    pytest.importorskip("flatbuffers")
+    shutil.unpack_archive(archive, tmp_path)
+    function, weights = make_served_golden.make_function()
+    written = (tmp_path / stablehlo.MODEL).read_bytes()
+    call = jax.jit(jax.export.deserialize(bytearray(written)).call)
+    rng = np.random.default_rng(1)
+    for rows, length in ((1, 24), (3, 5)):
+        ids = rng.integers(0, 32, (rows, length)).astype(np.int32)
+        mask = np.int32(np.arange(length) < rng.integers(1, length, (rows, 1)))
+        found, expected = (f(weights, ids, mask) for f in (call, jax.jit(function)))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        assert np.ptp(expected) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(OTHER not in os.environ, reason=f"{OTHER} names no Python with another JAX")
+def test_it_is_written_and_read_under_either_jax(base, tmp_path):
+    """By the scripts of each, for the plain packages of each."""
+    task_head = said("SequenceClassification")
+    params = drawn("SequenceClassification", 3, CONFIG)
+    classifier, texts = tmp_path / "classifier", tmp_path / "texts.txt"
+    huggingface.save(classifier, params, CONFIG, tokenizer(), task_head=task_head)
+    long = [*WORDS, "h g f " * 9]  # the last is cut
+    texts.write_text("\n".join(long))
+    pythons = sys.executable, os.environ[OTHER]
+    versions = [started(one, "-c", "import jax; print(jax.__version__)") for one in pythons]
+    assert len(set(versions)) == 2
+    models, jobs, predicted = {"classify": classifier, "embed": base}, [], {}
+    for i, python in enumerate(pythons):
+        for task, model in models.items():
+            answers = started(python, ROOT / "scripts" / "predict.py", model, task, "--file", texts)
+            predicted[task, i] = [values(json.loads(line)) for line in answers.splitlines()]
+            folder = tmp_path / f"to {task} by {i}"
+            started(python, ROOT / "scripts" / "export.py", model, folder)
+            jobs.append((folder, batches(long)))
+    wanted = [batches(answers) for answers in predicted.values()]
+    for python in pythons:
+        for found, own in zip(alone(python, tmp_path, jobs), wanted, strict=True):
+            for batch, expected in zip(found, own, strict=True):
+                rows = [list(row.values()) if isinstance(row, dict) else row for row in batch]
+                np.testing.assert_allclose(rows, expected, atol=1e-5)
+
+
+def values(answer):
+    """The numbers of an answer of scripts/predict.py."""
+    return answer["embedding"] if "embedding" in answer else list(answer["probabilities"].values())
+
+
 @pytest.mark.parametrize("target", ["labels", "number"])
 def test_what_is_made_of_logits_is_inside(target, base):
     label = TextFields(target=target)
@@ -236,19 +312,42 @@ def test_what_is_made_of_logits_is_inside(target, base):
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
-def test_what_cannot_be_exported_says_so(base, tmp_path, monkeypatch):
+def test_an_xlnet_is_exported_for_all_lengths(base, tmp_path):
+    """Whose attention makes a table of all distances in a row."""
+    config = XlnetConfig(vocab_size=16, num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=16)
+    shapes = jax.eval_shape(config.make().init, jax.random.key(0), jnp.ones((1, 8), jnp.int32))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(0, 0.5, x.shape).astype(np.float32), shapes)
+    tokens = tokenizers.load(base)
+    encoder = {"encoder": params["params"]}
+    huggingface.save(tmp_path / "xlnet", encoder, config, tokens, pooling="mean")
+    one = serving.open_served(str(tmp_path / "xlnet"))
+    rows = [one.tokenizer.encode(text) for text in PAIRS[2]]
+    weights = {"/".join(path): x for path, x in flatten_dict(one.params).items()}
+    call = lambda weights, *arrays: one.apply(unflatten_dict(weights, sep="/"), *arrays)
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        written = stablehlo.serialize(call, weights, one.shapes, one.max_length)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert f"StableHLO_v{stablehlo.STABLEHLO}".encode() in written  # whatever JAX would write
+    assert b"composite" not in written
+    function = jax.export.deserialize(bytearray(written)).call
+    wanted = open_embedder(str(tmp_path / "xlnet"))(list(PAIRS[2]))
+    for row, vector in zip(rows, wanted, strict=True):
+        arrays = (np.int32([x]) for x in (row.ids, row.type_ids, row.attention_mask))
+        np.testing.assert_allclose(function(weights, *arrays)[0], vector, atol=1e-5)
+
+
+def test_what_cannot_be_exported_says_so(base, tmp_path):
     (tmp_path / "there").mkdir()
     one = serving.open_served(str(base))
     with pytest.raises(InputError, match=r"there exists: name a new folder"):
         serving.write("x", tmp_path / "there", one)
-    for wrong, said in (({"step": 3}, "names a checkpoint"), ({"base": "x"}, "is for adapters")):
-        with pytest.raises(InputError, match=said):
+    for wrong, why in (({"step": 3}, "names a checkpoint"), ({"base": "x"}, "is for adapters")):
+        with pytest.raises(InputError, match=why):
             serving.open_served(str(base), **wrong)
     run = blanks(base)
-    xlnet = replace(finetuned.bases.load(str(base)), config=XlnetConfig(vocab_size=16))
-    monkeypatch.setattr(serving.bases, "load", lambda name: xlnet)
-    with pytest.raises(InputError, match="is an XLNet, whose table of distances is made for one"):
-        serving.open_served(str(base))
     config = PretrainConfig(
         name="mine", data=run.config.data, model=CONFIG, task=CausalLm(), train=ONE
     )
