@@ -137,6 +137,7 @@ def _reason(code: int, stderr: str, target: Topology) -> str:
     if code < 0:
         how = signal.Signals(-code).name
     last = f": {lines[-1].strip()[:200]}" if lines and code > 0 else ""
+    last += target.mismatch()
     return (
         f"the {target.compiler} ended with {how} on {target.name}, "
         f"which says nothing of memory{last}"

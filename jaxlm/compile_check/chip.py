@@ -41,6 +41,10 @@ class Topology(abc.ABC):
     compiler_refuses: ClassVar[bool]
     """Whether it fails if the memory does not suffice."""
 
+    def mismatch(self) -> str:
+        """What to do where it is not the compiler of this JAX, after a colon; "" where it is."""
+        return ""
+
     @property
     def name(self) -> str:
         """Name of one slice as given on the command line, such as ``v5e:4x4``."""

@@ -5,11 +5,15 @@ How to Scale Your Model, chapter 2 (links, one on each side of a chip along each
 and the network between slices). Memory is what the compiler of libtpu 0.0.42 says it may use.
 """
 
+import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from typing import Any, ClassVar
+
+import jax
 
 from jaxlm.compile_check.chip import GIB, Chip, Coordinates, Topology
 from jaxlm.compile_check.hlo import Kind
@@ -102,6 +106,18 @@ class TpuSlices(Topology):
             raise InputError(
                 'the TPU compiler is not installed: pip install "jaxlm[tpu]" (no TPU is needed)'
             )
+
+    def mismatch(self) -> str:
+        """Another libtpu than JAX asks for may write programs that JAX cannot read."""
+        installed = {one.version for one in importlib.metadata.distributions(name="libtpu")}
+        required = " ".join(importlib.metadata.requires("jax") or ())
+        wanted = re.search(r"libtpu==([\d.*]+)", required)
+        if wanted is None or not installed or any(fnmatch(it, wanted[1]) for it in installed):
+            return ""
+        return (
+            f"; libtpu {', '.join(installed)} is not the one of JAX {jax.__version__}: pip install "
+            f"'libtpu=={wanted[1]}', or a newer JAX"
+        )
 
     def devices(self) -> Sequence[Any]:
         """To compile for."""

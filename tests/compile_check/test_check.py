@@ -1,6 +1,9 @@
 import json
+import re
 import subprocess
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +72,18 @@ def test_a_process_without_a_report(config, monkeypatch, with_compiler, code, st
     ends(monkeypatch, code, stderr)
     with pytest.raises(InputError, match=message):
         check.check(config, Assumed(), PLACE)
+
+
+def test_a_compiler_of_another_jax_is_named(config, monkeypatch, with_compiler):
+    ends(monkeypatch, 1, "XlaRuntimeError: INTERNAL: bad\n")
+    wanted = next(line for line in metadata.requires("jax") if line.startswith("libtpu"))
+    own = wanted.split(";")[0].removeprefix("libtpu==")
+    named = rf"bad; libtpu 0\.0\.1 is not .*'libtpu=={re.escape(own)}'"
+    for version, said in (("0.0.1", named), (own.replace("*", "1"), "bad$")):
+        found = SimpleNamespace(version=version)
+        monkeypatch.setattr(metadata, "distributions", lambda name, found=found: [found])
+        with pytest.raises(InputError, match=said):
+            check.check(config, Assumed(), PLACE)
 
 
 def test_a_process_with_a_report(config, report, monkeypatch, with_compiler):
