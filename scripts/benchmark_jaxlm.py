@@ -6,7 +6,6 @@ the adapters and the whole head.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import flax
@@ -80,9 +79,7 @@ Model = BertConfig | ModernBertConfig | Gpt2Config
 
 def make_config(work: Work) -> Model:
     """The model of the sizes asked for, which attends as a run on this device would."""
-    config = sizes(work)
-    choice = attention.chosen(config, work.row_length, jax.devices()[0])
-    return replace(config, attention=choice.name)
+    return attention.settle_model(sizes(work), work.row_length, jax.devices()[0]).config
 
 
 def sizes(work: Work) -> Model:

@@ -141,13 +141,9 @@ def main(
     if int8 and (task != "generate" or published_task.is_tuned(source)):
         raise InputError(f"--int8 is for generate with a pretrained run, not for {task} with {run}")
     if task in ("embed", "search"):
-        if attention != "auto":
-            raise InputError(
-                f"{task} computes attention as suits: leave out --attention {attention}"
-            )
         if pair is not None:
             raise InputError(f"{task} takes one text, no --pair")
-        opened = open_embedder(str(run), step=step, base=base)
+        opened = open_embedder(str(run), step=step, base=base, attention=attention)
         column = column or opened.column
         opened = replace(opened, column=column)
         if not is_search and file_prompt is not None:

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import Attentive, is_attentive
-from jaxlm.nn.choose import Choice, Setting, Wanted, choose
+from jaxlm.models.model import ModelConfig, is_attentive
+from jaxlm.nn.choose import Setting, Wanted, choose
 
 
 class Settled(NamedTuple):
@@ -30,31 +30,23 @@ def settle(
 
     Where nothing ``trains``, no attention weights are dropped.
     """
-    model, wanted = config.model, wanted or config.attention
-    if model is None or not is_attentive(model):
-        if wanted not in ("auto", "plain"):
-            raise InputError(
-                f"attention={wanted}, but {type(model).__name__} has an attention of its own or "
-                "none: leave it out"
-            )
+    if config.model is None:
         return Settled(config, "")
-    choice = chosen(
-        model,
+    model, line = settle_model(
+        config.model,
         length,
         devices[0],
-        wanted,
+        wanted or config.attention,
         present=present,
         trains=trains,
         packs_rows=_packs_rows(config),
         splits_rows=config.mesh.sequence > 1,
     )
-    changed: Any = model
-    changed = replace(changed, attention=choice.name)
-    return Settled(replace(config, model=changed), f"attention: {choice.name}, {choice.why}")
+    return Settled(replace(config, model=model), line)
 
 
-def chosen(
-    model: Attentive,
+def settle_model(
+    model: ModelConfig,
     length: int | None,
     device: Any,
     wanted: Wanted = "auto",
@@ -63,8 +55,15 @@ def chosen(
     trains: bool = True,
     packs_rows: bool = False,
     splits_rows: bool = False,
-) -> Choice:
-    """How such a model attends on a device; as :func:`settle` without a config of a run."""
+) -> Settled:
+    """The same for a model by itself; raises where what is ``wanted`` cannot run."""
+    if not is_attentive(model):
+        if wanted not in ("auto", "plain"):
+            raise InputError(
+                f"attention={wanted}, but {type(model).__name__} has an attention of its own or "
+                "none: leave it out"
+            )
+        return Settled(model, "")
     capability = getattr(device, "compute_capability", None)
     setting = Setting(
         platform="gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform,
@@ -77,7 +76,9 @@ def chosen(
         packs_rows=packs_rows,
         splits_rows=splits_rows,
     )
-    return choose(setting, wanted)
+    choice, changed = choose(setting, wanted), cast(Any, model)
+    changed = replace(changed, attention=choice.name)
+    return Settled(changed, f"attention: {choice.name}, {choice.why}")
 
 
 def _packs_rows(config: Config) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
@@ -13,9 +14,11 @@ from jaxlm.data.labelled.records import Record, Table
 from jaxlm.errors import InputError
 from jaxlm.models.heads import EmbeddingHead, as_it_is, unit_length
 from jaxlm.models.pooling import POOLS
+from jaxlm.nn.choose import Wanted
 from jaxlm.runs import base as bases
 from jaxlm.runs import finetuned
 from jaxlm.runs.answers import Answer, Answered, answered
+from jaxlm.runs.attention import settle_model
 from jaxlm.runs.base import Base
 from jaxlm.runs.folder import is_run, read_any_config
 from jaxlm.runtime.storage import locate
@@ -80,6 +83,7 @@ def open_embedder(
     step: int | None = None,
     base: Base | str | None = None,
     batch_size: int = 32,
+    attention: Wanted = "auto",
     report: Callable[[str], None] = restore.warn,
 ) -> Embedder:
     """That of a fine-tuned run, of a pretraining run, of a folder in Hugging Face's layout, or of
@@ -92,18 +96,22 @@ def open_embedder(
     if is_run(directory):
         config = read_any_config(directory)
         if isinstance(config, FinetuneConfig):
-            return _of_run(name, config, step, base)
+            return _of_run(name, config, step, base, attention)
     elif step is not None:
         raise InputError(
             f"step={step} names a checkpoint of a run, and {name} is none: leave it out"
         )
     if base is not None:
         raise InputError(f"base={base!r} is for adapters, and {name} has none: leave it out")
-    return _of_base(bases.load(name, step=step), batch_size, report)
+    return _of_base(bases.load(name, step=step), batch_size, report, attention)
 
 
 def _of_run(
-    name: str, config: FinetuneConfig, step: int | None, base: Base | str | None
+    name: str,
+    config: FinetuneConfig,
+    step: int | None,
+    base: Base | str | None,
+    attention: Wanted,
 ) -> Embedder:
     task = config.task
     if not isinstance(task, Embedding):
@@ -112,7 +120,7 @@ def _of_run(
             f"{name} was trained for {type(task).__name__}, whose head cannot embed: use "
             f"{task.verb}{instead}"
         )
-    loaded = finetuned.open_finetuned(name, step=step, base=base)
+    loaded = finetuned.open_finetuned(name, step=step, base=base, attention=attention)
     bare = replace(task, prompt="", pair_prompt=None)  # which is put before texts here
     loaded = replace(loaded, config=replace(loaded.config, task=bare))
     (column,) = task.text_fields
@@ -123,6 +131,7 @@ def _of_run(
         return outputs["embeddings"]
 
     about = f"pooling: {task.pooling or 'mean'}, as it was tuned; vectors of length 1"
+    about += loaded.attends and f"; {loaded.attends}"
     source, prompts = loaded.config.data.train, task.prompts
     return Embedder(embed, about, column, source, prompts, prompts.get("query", ""))
 
@@ -180,10 +189,14 @@ def _through(
     return vectors
 
 
-def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embedder:
-    found = settings(base)
+def _of_base(
+    base: Base, batch_size: int, report: Callable[[str], None], wanted: Wanted
+) -> Embedder:
+    found, device = settings(base), jax.devices()[0]
+    config, line = settle_model(base.config, found.max_length, device, wanted, trains=False)
+    about = found.about + (line and f"; {line}")
     embed = make_embed(
-        base.config.make(),
+        config.make(),
         base.encoder,
         base.tokenizer,
         max_length=found.max_length,
@@ -191,4 +204,4 @@ def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embe
         head=found.head,
         report=report,
     )
-    return Embedder(embed, found.about, "text", prompts=found.prompts, prompt=found.prompt)
+    return Embedder(embed, about, "text", prompts=found.prompts, prompt=found.prompt)

@@ -163,9 +163,21 @@ def test_prompts_stand_before_texts(pooled):
     ]
 
 
+def test_long_texts_do_not_need_the_square_of_their_length(folder, tmp_path):
+    published = huggingface.load(folder)
+    table = np.tile(published.params["encoder"]["position_embed"]["embedding"], (32, 1))
+    encoder = published.params["encoder"] | {"position_embed": {"embedding": table}}
+    config = replace(published.config, max_length=1024)
+    huggingface.save(tmp_path / "long", {"encoder": encoder}, config, published.tokenizer)
+    embedder = open_embedder(str(tmp_path / "long"))
+    assert "; attention: blockwise, faster than plain on a CPU" in embedder.about
+    np.testing.assert_allclose(embedder(TEXTS), open_embedder(str(folder))(TEXTS), atol=1e-5)
+
+
 def test_an_encoder_that_says_nothing_gives_means(folder):
     embedder, said = open_embedder(str(folder)), "pooling: mean, scaled to length 1 (nothing says"
     assert embedder.about.startswith(said)
+    assert "; attention: plain, rows of up to 32 tokens" in embedder.about
     mean = hidden(folder, TEXTS[2], 32).mean(0)
     np.testing.assert_allclose(embedder(TEXTS)[2], mean / np.linalg.norm(mean), atol=1e-5)
 
