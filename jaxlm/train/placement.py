@@ -1,6 +1,8 @@
 """Where a step runs: under jit over a mesh, or under pmap. Both give the same few functions."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,20 +12,24 @@ from jaxtyping import PyTree
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
+from jaxlm.nn import stack
+from jaxlm.nn.stack import Layers
 from jaxlm.runtime.batch_rows import BatchRows
 from jaxlm.sharding import AXES, RULES, AxisTable, Rules
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
-from jaxlm.typing import Batch, HostBatch
+from jaxlm.train.stored import lay_out
+from jaxlm.typing import Batch, HostBatch, PRNGKey
 
-Init = Callable[..., TrainState]  # (key, …) -> the state at step 0
+Init = Callable[..., TrainState]  # (key[, given parameters]) -> the state at step 0
 AbstractBatch = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Placement(NamedTuple):
     """A run's functions on its devices; ``train_step`` and ``eval_step`` can be lowered."""
 
-    init: Init
+    init: Init  # donates what is given, as ``put_params`` laid it out
+    put_params: Callable[[PyTree], PyTree]  # arrays, or what is stored, on the devices
     train_step: Callable[..., Any]  # (state, batch, progress) -> (state, Sums); donates the state
     eval_step: Callable[..., Any]  # (state, batch) -> Sums
     put_batch: Callable[[HostBatch], Batch]
@@ -79,7 +85,8 @@ def jit_placement(
         return _abstract(batch, jax.tree.map(lambda x: sharding_of(x.shape, length), batch))
 
     return Placement(
-        jax.jit(init, out_shardings=shardings),
+        _making(init, shardings),
+        partial(_put, shapes, lambda params: sharding.tree_shardings(params, mesh, axes, rules)),
         jax.jit(on_mesh(train_step), donate_argnums=0, out_shardings=(shardings, everywhere)),
         jax.jit(on_mesh(eval_step), out_shardings=everywhere),
         put_batch,
@@ -104,7 +111,8 @@ def pmap_placement(
     """
     mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (axis_name,))
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    everywhere = lambda params: jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
+    shardings = everywhere(shapes)
     num_local = len(mesh.local_devices)
 
     def put_batch(batch: HostBatch) -> Batch:
@@ -132,7 +140,8 @@ def pmap_placement(
         return jax.tree.map(_as_one, state, shardings), sums
 
     return Placement(
-        jax.jit(init, out_shardings=shardings),
+        _making(init, shardings),
+        partial(_put, shapes, everywhere),
         pmapped if jax.process_count() == 1 else joined,
         jax.pmap(
             eval_step,
@@ -146,6 +155,32 @@ def pmap_placement(
         BatchRows((jax.process_index(),), jax.process_count()),
         abstract_batch,
     )
+
+
+def _making(init: Init, shardings: TrainState) -> Init:
+    made = jax.jit(lambda key, *given: init(key, *given), donate_argnums=1, out_shardings=shardings)
+
+    def make(key: PRNGKey, *given: PyTree) -> TrainState:
+        with warnings.catch_warnings():  # what becomes smaller, such as bytes, cannot be reused
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            return made(key, *given)
+
+    return make
+
+
+def _put(shapes: TrainState, shardings_of: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
+    """Parameters as the state is to hold them: those that are frozen layer by layer, in layers."""
+    is_layers = lambda leaf: isinstance(leaf, Layers)
+    frozen = jax.tree.leaves_with_path(shapes.frozen.get("params", {}), is_leaf=is_layers)
+    apart = {tree.path_name(path) for path, leaf in frozen if is_layers(leaf)}
+    return lay_out(
+        params,
+        shardings_of(params),
+        lambda path, x: _split(x) if path in apart else x,
+    )
+
+
+_split = jax.jit(stack.split)
 
 
 def _as_one(x: jax.Array, sharding: NamedSharding) -> jax.Array:

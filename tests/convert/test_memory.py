@@ -31,6 +31,8 @@ from jaxlm.config import FinetuneConfig
 from jaxlm.convert import huggingface
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
+from jaxlm.peft.lora import LoraConfig
+from jaxlm.peft.tuning import Full
 from jaxlm.runs import base, finetuned, finetuning
 from jaxlm.sharding import MeshConfig, make_mesh
 from jaxlm.train.loop import TrainConfig
@@ -43,15 +45,18 @@ peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read
 jnp.zeros(3).block_until_ready()
 before = peak()
 
-def tune():
+def tune(tuning):
+    labels, mesh = ("a", "b"), MeshConfig(fsdp=jax.device_count())
     data, train = LabelledConfig(train=Table(path="none.csv")), TrainConfig(steps=1)
-    config = FinetuneConfig(name="m", base=folder, data=data, train=train)
+    config = FinetuneConfig(name="m", base=folder, data=data, train=train, tuning=tuning, mesh=mesh)
     loaded = base.load(folder)
     config = finetuning.resolve(config, loaded, loaded.tokenizer, "cpu")
-    return finetuned.make_state(config, ("a", "b"), loaded)
+    placement = finetuned.make_placement(config, labels, finetuned.make_init(config, labels))
+    return finetuned.make_state(config, labels, loaded, placement)
 
 calls = {
-    "tune": tune,
+    "full": lambda: tune(Full()),
+    "lora": lambda: tune(LoraConfig()),
     "load": lambda: huggingface.load(folder),
     "base": lambda: base.load(folder),
     "place": lambda: huggingface.place(folder, mesh),
