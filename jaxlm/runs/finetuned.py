@@ -24,9 +24,9 @@ from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError, note
 from jaxlm.models.model import example_inputs, is_two_sided
-from jaxlm.nn import stack
 from jaxlm.nn.choose import Wanted
 from jaxlm.peft import tuning
+from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, steps, thresholds
 from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
@@ -43,7 +43,7 @@ from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.task import Labels, Outputs, Responsive, Task, Thresholded
-from jaxlm.train import restore
+from jaxlm.train import restore, stored
 from jaxlm.train.placement import Init, Placement
 from jaxlm.train.restore import Cursor
 from jaxlm.train.state import TrainState
@@ -90,7 +90,7 @@ def make_init(config: FinetuneConfig, labels: Labels) -> Init:
         trainable, frozen = tuning.prepare(
             config.tuning,
             jax.random.split(key)[1],
-            beginning.make_params(config, model, key, stack.join(given or {})),
+            beginning.make_params(config, model, key, given or {}),
             lambda variables: model.apply(variables, *inputs),
             config.frozen_dtype,
             split_layers=config.model.unrolls_layers,
@@ -111,7 +111,11 @@ def make_state(
     """Step 0 on the devices of its placement."""
     given = beginning.given(config, make_model(config, labels), base)
     key = jax.random.key(config.train.seed)
-    return placement.init(key, placement.put_params(given))
+    if isinstance(config.tuning, LoraConfig) and config.tuning.init == "pissa":
+        # Of whole matrices, on one device: XLA's CPUs may wait for each other in an SVD for ever.
+        return steps.put_state(make_init(config, labels)(key, stored.read(given)), placement)
+    keep = [tuning.kept] if tuning.may_keep(config.tuning, config.frozen_dtype) else []
+    return placement.init(key, placement.put_params(given, *keep))
 
 
 def make_optimizer(config: FinetuneConfig) -> Any:

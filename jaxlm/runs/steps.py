@@ -22,7 +22,7 @@ from jaxlm.train.placement import Init, Placement, jit_placement, pmap_placement
 from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, make_train_step
-from jaxlm.train.stored import changed
+from jaxlm.train.stored import changed, lay_out
 from jaxlm.typing import Loss
 
 EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
@@ -179,10 +179,8 @@ def chosen(
 
 
 def put_state(state: TrainState, placement: Placement) -> TrainState:
-    """The state on the devices of its placement."""
-    return jax.tree.map(
-        lambda x, abstract: jax.device_put(x, abstract.sharding), state, placement.abstract_state
-    )
+    """A state that every process has whole, on the devices of its placement."""
+    return lay_out(state, jax.tree.map(lambda x: x.sharding, placement.abstract_state))
 
 
 def for_evaluation(

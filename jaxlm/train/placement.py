@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxlm import sharding, tree
 from jaxlm.errors import InputError
-from jaxlm.nn import stack
-from jaxlm.nn.stack import Layers
 from jaxlm.runtime.batch_rows import BatchRows
 from jaxlm.sharding import AXES, RULES, AxisTable, Rules
 from jaxlm.train.state import TrainState
@@ -29,7 +28,7 @@ class Placement(NamedTuple):
     """A run's functions on its devices; ``train_step`` and ``eval_step`` can be lowered."""
 
     init: Init  # donates what is given, as ``put_params`` laid it out
-    put_params: Callable[[PyTree], PyTree]  # arrays, or what is stored, on the devices
+    put_params: Callable[..., PyTree]  # (arrays or what is stored[, keep]) -> on the devices
     train_step: Callable[..., Any]  # (state, batch, progress) -> (state, Sums); donates the state
     eval_step: Callable[..., Any]  # (state, batch) -> Sums
     put_batch: Callable[[HostBatch], Batch]
@@ -168,19 +167,17 @@ def _making(init: Init, shardings: TrainState) -> Init:
     return make
 
 
-def _put(shapes: TrainState, shardings_of: Callable[[PyTree], PyTree], params: PyTree) -> PyTree:
-    """Parameters as the state is to hold them: those that are frozen layer by layer, in layers."""
-    is_layers = lambda leaf: isinstance(leaf, Layers)
-    frozen = jax.tree.leaves_with_path(shapes.frozen.get("params", {}), is_leaf=is_layers)
-    apart = {tree.path_name(path) for path, leaf in frozen if is_layers(leaf)}
-    return lay_out(
-        params,
-        shardings_of(params),
-        lambda path, x: _split(x) if path in apart else x,
-    )
-
-
-_split = jax.jit(stack.split)
+def _put(
+    shapes: TrainState,
+    shardings_of: Callable[[PyTree], PyTree],
+    params: PyTree,
+    keep: Callable[[Any, jax.Array], Any] = lambda _, x: x,
+) -> PyTree:
+    """Parameters on the devices, one after the other; ``keep(shapes, x)`` makes of one that is
+    frozen what the state has, of those shapes."""
+    frozen: dict[str, Any] = flatten_dict(shapes.frozen.get("params", {}), sep="/")
+    then = lambda path, x: keep(frozen[path], x) if path in frozen else x
+    return lay_out(params, shardings_of(params), then)
 
 
 def _as_one(x: jax.Array, sharding: NamedSharding) -> jax.Array:
