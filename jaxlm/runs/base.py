@@ -1,5 +1,6 @@
 """The pretrained model that a run starts from: of a run of ours, or published."""
 
+import gc
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,6 +123,8 @@ def _stored(shapes: PyTree, checkpoints: StoragePath, steps: Sequence[int]) -> d
             wanted = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to)
             target = unflatten_dict({f"trainable/params/{path}": wanted}, sep="/")
             (x,) = jax.tree.leaves(restore.restore_mean(checkpoints, target, steps).state)
+            if x.nbytes > 2**20:  # what Orbax read it into would stay for a while
+                gc.collect()
             return x
 
         assert leaf.sharding is not None
