@@ -83,7 +83,8 @@ class Published:
         flat: Any = flatten_dict({**self.params, "head": head}, sep="/")
         for path, leaf in sorted(flat.items()):
             digest.update(f"{path} {leaf.shape}\n".encode())
-            digest.update(np.asarray(leaf))
+            read_now: Any = np.asarray(leaf)
+            digest.update(read_now)
         return digest.hexdigest()
 
 

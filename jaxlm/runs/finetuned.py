@@ -85,6 +85,7 @@ def make_init(config: FinetuneConfig, labels: Labels) -> Init:
     """What makes step 0: the parameters that are given, of a base, a new head, and new adapters."""
     assert config.model is not None  # resolved
     model, inputs = make_model(config, labels), example_inputs(config.model)
+    split_layers = config.model.unrolls_layers
 
     def init(key: PRNGKey, given: Params | None = None) -> TrainState:
         trainable, frozen = tuning.prepare(
@@ -93,7 +94,7 @@ def make_init(config: FinetuneConfig, labels: Labels) -> Init:
             beginning.make_params(config, model, key, given or {}),
             lambda variables: model.apply(variables, *inputs),
             config.frozen_dtype,
-            split_layers=config.model.unrolls_layers,
+            split_layers=split_layers,
         )
         if not trainable:
             raise InputError(
