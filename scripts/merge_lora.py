@@ -31,7 +31,6 @@ from jaxlm.runs.folder import read_any_config
 from jaxlm.runs.task_head import publish
 from jaxlm.runtime.storage import locate
 from jaxlm.tasks.embedding import Embedding
-from jaxlm.train.stored import read
 
 
 def main(
@@ -53,7 +52,7 @@ def main(
         trained = bases.load(str(run), step=step)
         head = {} if trained.lm_head is None else {"head": trained.lm_head}
         whole = {"encoder": trained.encoder, **head}
-        huggingface.save(out, read(whole), trained.config, trained.tokenizer)
+        huggingface.save(out, whole, trained.config, trained.tokenizer)
         print(f"{run} at step {trained.step} is in {out}")
         return
     loaded = finetuned.open_finetuned(run, step=step, base=base)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Float32, PyTree
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -163,7 +163,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def to_huggingface(
-    params: PyTree[Float[Array | np.ndarray, "..."]],
+    params: PyTree,
     config: Known,
     task_head: TaskHead | None = None,
 ) -> dict[str, Float32[np.ndarray, "..."]]:
@@ -181,7 +181,10 @@ def to_huggingface(
         cut = {"token_embed/embedding": first, "head/bias": first, "unembed/kernel": (..., *first)}
         flat: Any = flatten_dict(params, sep="/")
         ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
-        flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
+        flat = {
+            path: np.asarray(x)[cut[ends[path]]] if ends[path] in cut else x
+            for path, x in flat.items()
+        }
         params = unflatten_dict(flat, sep="/")
     if task_head is None:
         return table.write(layout.all_rows(layout.architecture_of(config)), params, sizes)
@@ -220,7 +223,7 @@ def keeps_pooler(config: ModelConfig) -> bool:
 
 def save(
     path: str | Path,
-    params: PyTree[Float[Array | np.ndarray, "..."]],
+    params: PyTree,
     config: ModelConfig,
     tokenizer: Tokenizer,
     *,

@@ -208,7 +208,7 @@ def stored(rows: Iterable[Row], tensors: Tensors, sizes: Sizes, source: str) -> 
 
 
 def write(
-    rows: Iterable[Row], params: PyTree[Float[Array | np.ndarray, "..."]], sizes: Sizes
+    rows: Iterable[Row], params: PyTree, sizes: Sizes
 ) -> dict[str, Float32[np.ndarray, "..."]]:
     """The inverse of :func:`stored`; rows without a parameter are left out, not the reverse."""
     flat: dict[str, Any] = flatten_dict(params, sep="/")
@@ -221,7 +221,7 @@ def write(
                 f"{path} has no name there: take it out, or merge it into what has one"
             )
         row = known[path]
-        for name, tensor in row.write(parameter, sizes).items():
+        for name, tensor in row.write(np.asarray(parameter), sizes).items():
             parts.setdefault(name, {})[row.part] = tensor
             if len(parts[name]) == row.parts:
                 whole = [parts[name][number] for number in range(row.parts)]

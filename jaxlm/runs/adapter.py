@@ -74,7 +74,7 @@ def export(run: FinetunedRun, out: Path, *, base: str | None = None) -> str:
         parts: dict[str, Any] = {"encoder": loaded.encoder}
         if loaded.lm_head:
             parts["head"] = loaded.lm_head
-        huggingface.save(out / BASE, read(parts), loaded.config, loaded.tokenizer)
+        huggingface.save(out / BASE, parts, loaded.config, loaded.tokenizer)
         path, given = out / BASE, str((out / BASE).resolve())
     else:
         path = hub.find(given)

@@ -22,7 +22,7 @@ from jaxlm.runtime.storage import locate
 from jaxlm.tasks.embedding import Embed, Embedding, make_embed
 from jaxlm.tasks.task import require_one_text
 from jaxlm.train import restore
-from jaxlm.train.stored import read
+from jaxlm.train.stored import on_one_device
 
 QUERIES, DOCUMENTS = ("query",), ("document", "passage", "corpus")
 """What the prompts of queries, and of what is searched, are called."""
@@ -185,7 +185,7 @@ def _of_base(base: Base, batch_size: int, report: Callable[[str], None]) -> Embe
     found = settings(base)
     embed = make_embed(
         base.config.make(),
-        read(base.encoder),
+        on_one_device(base.encoder),
         base.tokenizer,
         max_length=found.max_length,
         batch_size=batch_size,

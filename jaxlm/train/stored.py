@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, PyTree, Shaped
 
 from jaxlm import tree
@@ -63,6 +63,12 @@ def changed(leaf: Any, function: Callable[[np.ndarray], np.ndarray], shape: tupl
 def read(params: PyTree) -> PyTree[Shaped[np.ndarray, "..."]]:
     """All of a tree on the host."""
     return _in_turn(params, lambda number, path, leaf: np.asarray(leaf))
+
+
+def on_one_device(params: PyTree) -> PyTree[Array]:
+    """All of a tree on this process's first device."""
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    return lay_out(params, jax.tree.map(lambda _: device, params))
 
 
 def lay_out(
