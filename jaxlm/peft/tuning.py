@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxlm import tree
 from jaxlm.nn import stack
@@ -107,7 +107,7 @@ def may_keep(tuning: Tuning, frozen_dtype: FrozenDtype) -> bool:
     return not reads or frozen_dtype == "float32"
 
 
-def kept(shapes: Any, leaf: Array) -> Any:
+def kept(shapes: Any, leaf: Float[Array, "..."]) -> Any:
     """A parameter as :func:`prepare` freezes it where that gives these shapes."""
     one = shapes.layers[0] if isinstance(shapes, stack.Layers) else shapes
     axes = one.axes if isinstance(one, Quantized) else None
