@@ -43,7 +43,7 @@ def main(
         raise SystemExit(1 if found.differences else 0)
     if out is None:
         raise InputError("name a new folder, or give --dry-run")
-    published = huggingface.load(path)
+    published = huggingface.unread(path)
     head = published.head or {
         **(published.lm_head or {}),
         **({"pooler": published.pooler} if published.pooler else {}),

@@ -2,7 +2,6 @@
 
 import ast
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from jaxlm.config import PretrainConfig
 from jaxlm.models.bert import TINY
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.objectives.masking import SpanTokens, Vocabulary
-from jaxlm.runs import finetuned, pretrained, steps
+from jaxlm.runs import finetuned, pretrained
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.instruction import Instruction
 from jaxlm.tasks.replaced_token import ReplacedToken
@@ -101,8 +100,8 @@ def test_a_model_of_its_own_shards_at_full_size(path: Path, mesh: MeshConfig) ->
     config = replace(configs.read_file(path), mesh=mesh)
     config = finetuned.with_encoder(config, replace(config.model, vocab_size=30_528), "cpu")
     config = replace(config, train=config.train.with_epochs(lambda epochs: 1000))
-    state = jax.eval_shape(partial(finetuned.make_state, config, ("a", "b"), None))
-    placement = finetuned.make_placement(config, ("a", "b"), state)
+    init = finetuned.make_init(config, ("a", "b"))
+    placement = finetuned.make_placement(config, ("a", "b"), init)
     table = placement.abstract_state.trainable["params"]["encoder"]["token_embed"]["embedding"]
     shard = table.sharding.shard_shape(table.shape)
     assert shard == (30_528 // mesh.tensor, table.shape[1] // mesh.fsdp)
@@ -151,8 +150,7 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
     config = finetuned.with_encoder(config, model, "cpu")
     config = replace(config, train=config.train.with_epochs(lambda epochs: 100))
     labels = ("a", "b", "c", "d")
-    state = finetuned.make_state(config, labels, None)
-    placement = finetuned.make_placement(config, labels, state)
+    placement = finetuned.make_placement(config, labels, finetuned.make_init(config, labels))
     rows, length = config.data.batch_size, 8
     rng = np.random.default_rng(0)
     shape = (rows, length) if isinstance(config.task, Tagging | Instruction) else (rows,)
@@ -169,7 +167,7 @@ def test_a_fine_tuning_takes_a_step(path: Path, mesh: MeshConfig) -> None:
         sides = {name: batch["tokens"] for name in ("targets", "decoder_tokens")}
         batch |= sides | {"target_lengths": batch["lengths"]}
         batch = {name: batch[name] for name in config.task.abstract_batch(1, 1, 0)}
-    state = steps.put_state(state, placement)
+    state = placement.init(jax.random.key(config.train.seed))
     state, sums = placement.train_step(state, placement.put_batch(batch), np.float32(0.5))
     assert int(state.step) == 1
     choices = VOCAB_SIZE if isinstance(config.task, Instruction | Seq2Seq) else len(labels)

@@ -3,10 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -102,12 +100,14 @@ def _finetuning(config: FinetuneConfig, assumed: Assumed, devices: Sequence[Any]
     longest = min(config.data.max_length, model.max_length or config.data.max_length)
     length = assumed.length or longest
     config, attends = attention.settle(config, length, devices, present=False)
-    state = jax.eval_shape(partial(finetuned.make_state, config, labels, None))
-    placement = finetuned.make_placement(config, labels, state, devices=devices)
+    init = finetuned.make_init(config, labels)
+    placement = finetuned.make_placement(config, labels, init, devices=devices)
     rows = rows_of(length, config.data.batch_size, config.data.batch_tokens)
     batch = config.task.abstract_batch(rows, length, assumed.labels)
     num_tokens = sum(batch[side].size for side in ("tokens", "targets") if side in batch)
-    flops = finetuned.flops_per_token(config, state.trainable, length) * num_tokens
+    flops = (
+        finetuned.flops_per_token(config, placement.abstract_state.trainable, length) * num_tokens
+    )
     return Step(placement, placement.abstract_batch(batch), num_tokens, length, flops, attends)
 
 

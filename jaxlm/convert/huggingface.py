@@ -4,15 +4,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Float32, PyTree
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -33,7 +33,7 @@ from jaxlm.convert import (
 from jaxlm.convert.architecture import TaskHead, TaskName
 from jaxlm.convert.layout import Known
 from jaxlm.convert.sentence_encoder import SentenceEncoder
-from jaxlm.convert.table import LAST, Row, Weights
+from jaxlm.convert.table import LAST
 from jaxlm.data import tokenizers
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
@@ -47,31 +47,45 @@ from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runtime.storage import on_disk
 from jaxlm.sharding import AxisTable, Rules
+from jaxlm.train.stored import lay_out, read
 from jaxlm.typing import Params
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A published model; all its weights are float32 arrays on the host."""
+    """A published model; its weights are float32 arrays on the host, or are yet to be read."""
 
     path: Path
     """The folder it was read from."""
     config: Known
-    params: Weights
+    params: PyTree
     """``{"encoder": …}``."""
-    pooler: Weights | None
+    pooler: PyTree | None
     """``{"kernel", "bias"}`` of ``tanh(W hidden[:, 0] + b)``, if the file has it."""
-    lm_head: Weights | None
+    lm_head: PyTree | None
     """Weights of the config's ``make_lm_head()``, if it has any and the file has them."""
     task_head: TaskHead | None
     """What the head of a task is, if the file has one that is known."""
-    head: Weights | None
+    head: PyTree | None
     """Its weights, a pooler among them."""
     tokenizer: Tokenizer
     sentence_encoder: SentenceEncoder | None
     """What follows the hidden states, if it is one."""
-    fingerprint: str
-    """A sha256 of all that was read and decides what is computed; the file's layout does not."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A sha256 of all weights and what else decides what is computed; no file's layout does."""
+        config, pooler = self.config, {} if self.pooler is None else {"pooler": self.pooler}
+        head = {**(self.lm_head or {}), **pooler, **(self.head or {})}
+        # Of a BERT, all else shows in the shapes.
+        said = config.epsilon if isinstance(config, BertConfig) else config.with_dropout(0.0)
+        digest = hashlib.sha256(repr(said).encode())
+        flat: Any = flatten_dict({**self.params, "head": head}, sep="/")
+        for path, leaf in sorted(flat.items()):
+            digest.update(f"{path} {leaf.shape}\n".encode())
+            read_now: Any = np.asarray(leaf)
+            digest.update(read_now)
+        return digest.hexdigest()
 
 
 def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Published:
@@ -83,6 +97,13 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
     missing or of another shape.
     ``cache`` is the folder that keeps downloads; None, the one of ``huggingface_hub``.
     """
+    found = unread(name_or_path, cache=cache)
+    weights = {name: vars(found)[name] for name in ("params", "pooler", "lm_head", "head")}
+    return replace(found, **read(weights))
+
+
+def unread(name_or_path: str | Path, *, cache: str | Path | None = None) -> Published:
+    """As :func:`load`, with weights that stay in their files (:mod:`jaxlm.train.stored`)."""
     path = hub.find(name_or_path, cache)
     architecture, config = layout.describe(path)
     says = sentence_encoder.read(path)
@@ -99,7 +120,7 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
             f"vocab_size={vocab_size}"
         )
     found = layout.find(path, architecture, config)
-    tree = table.read(found.rows, found.tensors, found.sizes, str(path))
+    tree = table.stored(found.rows, found.tensors, found.sizes, str(path))
     head = dict(tree.get("head", {}))
     classifier = head.pop("classifier", None)
     whole = None if classifier is None else {**head, "classifier": classifier}
@@ -113,7 +134,6 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
         head=whole,
         tokenizer=tokenizer,
         sentence_encoder=says,
-        fingerprint=_fingerprint(config, tree),
     )
 
 
@@ -133,16 +153,8 @@ def place(
     path = hub.find(name_or_path, cache)
     architecture, config = layout.describe(path)
     rows, tensors, sizes, _ = layout.find(path, architecture, config)
-    shapes = {row.ours: jax.ShapeDtypeStruct(row.shape(sizes), np.float32) for row in rows}
-    places = sharding.tree_shardings(shapes, mesh, axes, rules)
-
-    def put(row: Row) -> Array:
-        def part(index: tuple[slice, ...] | None) -> Float32[np.ndarray, "..."]:
-            return row.read(tensors, sizes, str(path), index)
-
-        return jax.make_array_from_callback(row.shape(sizes), places[row.ours], part)
-
-    return config, unflatten_dict({row.ours: put(row) for row in rows}, sep="/")
+    tree = table.stored(rows, tensors, sizes, str(path))
+    return config, lay_out(tree, sharding.tree_shardings(tree, mesh, axes, rules))
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -151,7 +163,7 @@ def read_config(path: Path) -> ModelConfig:
 
 
 def to_huggingface(
-    params: PyTree[Float[Array | np.ndarray, "..."]],
+    params: PyTree,
     config: Known,
     task_head: TaskHead | None = None,
 ) -> dict[str, Float32[np.ndarray, "..."]]:
@@ -169,7 +181,10 @@ def to_huggingface(
         cut = {"token_embed/embedding": first, "head/bias": first, "unembed/kernel": (..., *first)}
         flat: Any = flatten_dict(params, sep="/")
         ends = {path: "/".join(path.split("/")[-2:]) for path in flat}
-        flat = {path: x[cut.get(ends[path], ...)] for path, x in flat.items()}
+        flat = {
+            path: np.asarray(x)[cut[ends[path]]] if ends[path] in cut else x
+            for path, x in flat.items()
+        }
         params = unflatten_dict(flat, sep="/")
     if task_head is None:
         return table.write(layout.all_rows(layout.architecture_of(config)), params, sizes)
@@ -208,7 +223,7 @@ def keeps_pooler(config: ModelConfig) -> bool:
 
 def save(
     path: str | Path,
-    params: PyTree[Float[Array | np.ndarray, "..."]],
+    params: PyTree,
     config: ModelConfig,
     tokenizer: Tokenizer,
     *,
@@ -285,13 +300,3 @@ def save(
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise InputError(f"{path} cannot be written: {error}") from error
-
-
-def _fingerprint(config: Known, tree: Weights) -> str:
-    # Of a BERT, all else shows in the shapes.
-    said = config.epsilon if isinstance(config, BertConfig) else config.with_dropout(0.0)
-    digest = hashlib.sha256(repr(said).encode())
-    for path, leaf in sorted(flatten_dict(tree, sep="/").items()):
-        digest.update(f"{path} {leaf.shape}\n".encode())
-        digest.update(leaf)
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Float32, PyTree, Shaped
 
 from jaxlm.errors import InputError
+from jaxlm.train.stored import Stored, of_parts
 
 Tensors = Mapping[str, Shaped[np.ndarray, "..."]]  # by their names
 Weights = PyTree[Float32[np.ndarray, "..."]]  # by our paths
@@ -93,10 +95,15 @@ class Row:
     ) -> Float32[np.ndarray, "..."]:
         """Ours, or a part of it, from theirs, one after the other; ``source`` is for errors."""
         shape, names = self.shape(sizes), self.names(sizes)
-        index = index or (slice(None),) * len(shape)
         if not names:
-            return np.zeros(shape, np.float32)[index]
-        ours = _empty(tuple(len(range(n)[i]) for n, i in zip(shape, index, strict=True)))
+            return np.zeros(shape, np.float32)[index or ...]
+        if index is None:
+            ours, index = _aligned(shape), (slice(None),) * len(shape)
+        else:
+            # Not aligned: XLA's CPU devices copy it, and can give it to a step for good. What they
+            # share with numpy a step copies first: all parameters at once.
+            part = tuple(len(range(n)[i]) for n, i in zip(shape, index, strict=True))
+            ours = np.empty(part, np.float32)
         if not self._stacked:
             ours[...] = self._one(0, names[0], tensors, sizes, source)[index]
             return ours
@@ -139,8 +146,7 @@ class Row:
         first, *rest = _shape(self.layout.split(" -> ")[0], sizes)
         shape = [first + self.unused, *rest]
         shape[self.axis] *= self.parts
-        if name not in tensors:
-            raise InputError(f"{source} lacks the tensor {name}")
+        _require(name, tensors, source)
         tensor = tensors[name]
         if tensor.dtype.name not in _FLOATS:
             raise InputError(
@@ -188,15 +194,23 @@ def norm(theirs: str, ours: str) -> tuple[Row, Row]:
     )
 
 
-def read(rows: Iterable[Row], tensors: Tensors, sizes: Sizes, source: str) -> Weights:
-    """The tree of all rows."""
-    return unflatten_dict({row.ours: row.read(tensors, sizes, source) for row in rows}, sep="/")
+def stored(rows: Iterable[Row], tensors: Tensors, sizes: Sizes, source: str) -> PyTree:
+    """The tree of all rows, of which none has been read."""
+
+    def one(row: Row) -> Stored:
+        for name in row.names(sizes):
+            _require(name, tensors, source)
+        shape, part = row.shape(sizes), partial(row.read, tensors, sizes, source)
+        of_tensor = math.prod(shape) // max(len(row.names(sizes)), 1)
+        return of_parts(shape, np.dtype(np.float32), part, of_tensor)
+
+    return unflatten_dict({row.ours: one(row) for row in rows}, sep="/")
 
 
 def write(
-    rows: Iterable[Row], params: PyTree[Float[Array | np.ndarray, "..."]], sizes: Sizes
+    rows: Iterable[Row], params: PyTree, sizes: Sizes
 ) -> dict[str, Float32[np.ndarray, "..."]]:
-    """The inverse of :func:`read`; rows without a parameter are left out, not the reverse."""
+    """The inverse of :func:`stored`; rows without a parameter are left out, not the reverse."""
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     known = {row.ours: row for row in rows}
     tensors: dict[str, np.ndarray] = {}
@@ -207,7 +221,7 @@ def write(
                 f"{path} has no name there: take it out, or merge it into what has one"
             )
         row = known[path]
-        for name, tensor in row.write(parameter, sizes).items():
+        for name, tensor in row.write(np.asarray(parameter), sizes).items():
             parts.setdefault(name, {})[row.part] = tensor
             if len(parts[name]) == row.parts:
                 whole = [parts[name][number] for number in range(row.parts)]
@@ -218,8 +232,8 @@ def write(
     return tensors
 
 
-def _empty(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
-    """Not yet filled, and aligned so that XLA's CPU devices take it without a copy."""
+def _aligned(shape: tuple[int, ...]) -> Float32[np.ndarray, "..."]:
+    """Not yet filled, and such that XLA's CPU devices take it without a copy."""
     size = 4 * math.prod(shape)
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
@@ -237,6 +251,11 @@ def _shape(side: str, sizes: Sizes) -> tuple[int, ...]:
 
 def _axes(layout: str, sizes: Sizes) -> dict[str, int]:
     return {axis: sizes[axis] for axis in re.findall(r"\w+", layout)}
+
+
+def _require(name: str, tensors: Tensors, source: str) -> None:
+    if name not in tensors:
+        raise InputError(f"{source} lacks the tensor {name}")
 
 
 def _check(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

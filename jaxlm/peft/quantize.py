@@ -51,16 +51,20 @@ def quantize(params: Params, sites: Sites) -> PyTree:
     for path, site in sites.items():
         if path not in weights:
             raise InputError(f"there is no {path} to quantize: the sites are of another model")
-        weight = jnp.asarray(weights[path], jnp.float32)
-        split = site.num_stack + site.num_inputs
+        ndim, split = weights[path].ndim, site.num_stack + site.num_inputs
         shared = range(site.num_stack, split)
         if path.rpartition("/")[2] == "embedding":
-            shared = range(split, weight.ndim)
-        axes = tuple(axis - weight.ndim for axis in shared)
-        scale = jnp.abs(weight).max(axes, keepdims=True) / 127
-        values = jnp.round(weight / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
-        weights[path] = Quantized(values, jnp.squeeze(scale, axes), axes)
+            shared = range(split, ndim)
+        weights[path] = quantize_weight(weights[path], tuple(axis - ndim for axis in shared))
     return tree.replace(params, weights)
+
+
+def quantize_weight(weight: Float[Array, "..."], axes: tuple[int, ...]) -> Quantized:
+    """One weight, of which ``axes`` share a scale: see :class:`Quantized`."""
+    weight = jnp.asarray(weight, jnp.float32)
+    scale = jnp.abs(weight).max(axes, keepdims=True) / 127
+    values = jnp.round(weight / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    return Quantized(values, jnp.squeeze(scale, axes), axes)
 
 
 def dequantize(tree: PyTree, dtype: Dtype = jnp.float32) -> PyTree:

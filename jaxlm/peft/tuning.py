@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from jaxlm import tree
 from jaxlm.nn import stack
@@ -18,7 +18,7 @@ from jaxlm.nn.intercept import Sites, compile_target, find_sites
 from jaxlm.peft import ia3, lora
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.peft.quantize import dequantize, quantize
+from jaxlm.peft.quantize import Quantized, dequantize, quantize, quantize_weight
 from jaxlm.typing import Apply, Params, PRNGKey, Variables
 
 
@@ -68,8 +68,10 @@ def prepare(
     """The variables that learn, and the frozen ones, from a model's ``params``.
 
     ``call(variables)`` calls the model, to find out what can be adapted; nothing is computed.
-    ``split_layers`` saves memory where the model unrolls its layers (``nn.stack.Layers``).
+    ``split_layers`` saves memory where the model unrolls its layers (``nn.stack.Layers``). What of
+    ``params`` is :func:`kept` already stays as it is.
     """
+    given, params = params, plain(params)
     sites = find_sites(call, {"params": params})
     variables = {"params": params}
     if isinstance(tuning, LoraConfig):
@@ -89,7 +91,42 @@ def prepare(
         frozen = frozen | {"params": quantize(frozen["params"], kernels)}
     if split_layers:
         frozen = _split(frozen, sites)
-    return trainable, frozen
+    if isinstance(tuning, LoraConfig) and tuning.init == "pissa":
+        return trainable, frozen
+    known = flatten_dict({"params": given})
+    flat = {
+        path: known[path] if _alike(known.get(path), leaf) else leaf
+        for path, leaf in flatten_dict(frozen).items()
+    }
+    return trainable, unflatten_dict(flat)
+
+
+def may_keep(tuning: Tuning, frozen_dtype: FrozenDtype) -> bool:
+    """Whether frozen parameters may be :func:`kept` before :func:`prepare` has read them."""
+    reads = isinstance(tuning, LoraConfig) and (tuning.kind == "dora" or tuning.init == "pissa")
+    return not reads or frozen_dtype == "float32"
+
+
+def kept(shapes: Any, leaf: Float[Array, "..."]) -> Any:
+    """A parameter as :func:`prepare` freezes it where that gives these shapes."""
+    one = shapes.layers[0] if isinstance(shapes, stack.Layers) else shapes
+    axes = one.axes if isinstance(one, Quantized) else None
+    dtype = leaf.dtype if isinstance(one, Quantized) else one.dtype
+    if one is shapes and axes is None and dtype == leaf.dtype:
+        return leaf
+    return _kept(leaf, axes, dtype, one is not shapes)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _kept(leaf: Array, axes: tuple[int, ...] | None, dtype: Any, split: bool) -> Any:
+    frozen = leaf.astype(dtype) if axes is None else quantize_weight(leaf, axes)
+    return stack.split(frozen) if split else frozen
+
+
+def _alike(one: Any, other: Any) -> bool:
+    leaves = [jax.tree.leaves(x) for x in (one, other)]
+    same = jax.tree.structure(one) == jax.tree.structure(other)
+    return same and all(x.dtype == y.dtype for x, y in zip(*leaves, strict=True))
 
 
 def learns(tuning: Tuning, path: str) -> bool:

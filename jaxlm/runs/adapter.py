@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.tasks.task import Labels, Task
 from jaxlm.train.checkpoint import Checkpointer
+from jaxlm.train.stored import read
 
 KINDS: Mapping[type, Kind] = {
     Classification: "SequenceClassification",
@@ -132,8 +134,9 @@ def _taken_out(run: FinetunedRun, base: bases.Base, params: Ours) -> Ours:
     inputs, module = example_inputs(config.model), finetuned.make_model(config, run.labels)
     sites = find_sites(lambda variables: module.apply(variables, *inputs), {"params": params})
     body = sites.only(lambda path: not path.startswith("head/"))
-    before = beginning.make_params(config, finetuned.make_model(config, run.labels), base)
-    before.pop("head", None)
+    given = beginning.given(config, module, base)
+    given.pop("head", None)
+    before = jax.tree.map(jnp.asarray, read(given))
     return jax.device_get(lora.init_at(jax.random.key(0), before, body, tuning))
 
 
@@ -185,30 +188,32 @@ def load(
         config, base=bases.lasting(name), model=None, tokenizer=None, tuning=LoraConfig()
     )
     config = finetuning.resolve(config, loaded, loaded.tokenizer, jax.default_backend())
-    params = jax.device_get(
-        beginning.make_params(config, finetuned.make_model(config, labels), loaded)
-    )
+    module = finetuned.make_model(config, labels)
+    given = read(beginning.given(config, module, loaded))
+    whole = jax.jit(partial(beginning.make_params, config, module))
+    params = jax.device_get(whole(jax.random.key(config.train.seed), given))
     model = _task_model(where, config.task, len(labels) or None, params)
     adapter = peft_load.load(path, params, model)
     config = replace(config, tuning=adapter.tuning, frozen_dtype="float32")
-    state = finetuned.make_state(config, labels, loaded)
+    here = steps.for_evaluation(config).config
+    placement = finetuned.make_placement(here, labels, finetuned.make_init(here, labels))
+    state = finetuned.make_state(here, labels, loaded, placement)
     own = "lora" if isinstance(adapter.tuning, LoraConfig) else "ia3"
     learned = {own: adapter.collection, "params": adapter.saved}
-    given = dict(tree.leaves_with_path(learned))
+    found = dict(tree.leaves_with_path(learned))
     for leaf, _ in tree.leaves_with_path(state.trainable):
         is_base = leaf.startswith("params/encoder/")  # a bias that is as it was
         is_base |= leaf.startswith("params/head/pooler/") and loaded.pooler is not None
-        if leaf not in given and not is_base:
+        if leaf not in found and not is_base:
             raise InputError(
                 f"{path} lacks {model.rows[leaf.removeprefix('params/')].theirs}, which {name} has "
                 "not either: it was drawn at random in training and not saved (name its module in "
                 "modules_to_save, and train again)"
             )
     put = lambda p, leaf: (
-        jnp.asarray(given[p], leaf.dtype).reshape(leaf.shape) if p in given else leaf
+        jnp.asarray(found[p], leaf.dtype).reshape(leaf.shape) if p in found else leaf
     )
     state = replace(state, trainable=tree.map_with_path(put, state.trainable))
-    placement = finetuned.make_placement(steps.for_evaluation(config).config, labels, state)
     cursor = resume.make_cursor(
         config,
         data=[],

@@ -1,22 +1,31 @@
 """The pretrained model that a run starts from: of a run of ours, or published."""
 
+import gc
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Sharding
+from jaxtyping import Array, PyTree
 from tokenizers import Tokenizer
 
+from jaxlm import tree
 from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.convert import huggingface
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig
 from jaxlm.runs import folder, pretrained
-from jaxlm.runs.folder import TOKENIZER, is_run
+from jaxlm.runs.folder import CHECKPOINTS, TOKENIZER, is_run
 from jaxlm.runtime.storage import StoragePath, locate
-from jaxlm.train.checksum import host_checksums
+from jaxlm.train import restore
+from jaxlm.train.checksum import checksums, host_checksums
+from jaxlm.train.stored import Stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +35,7 @@ class Base:
     name: str
     config: ModelConfig
     encoder: dict[str, Any]
-    """Its parameters, on the host."""
+    """Its parameters: arrays, or yet to be read (:mod:`jaxlm.train.stored`), as those of heads."""
     pooler: dict[str, Any] | None
     """``kernel`` and ``bias`` of the layer on the first token's hidden state, where published."""
     lm_head: dict[str, Any] | None
@@ -73,19 +82,22 @@ def load(name: str, *, step: int | None = None) -> Base:
                 "further (more --train.steps, and --accept-changes for other data), or write its "
                 f"model as a base (scripts/merge_lora.py {name} FOLDER)"
             )
-        loaded = pretrained.open_pretrained(directory, step)
+        loaded = pretrained.open_pretrained(directory, step, spread=True)
         assert loaded.config.model is not None  # resolved
         config, tokenizer = loaded.config.model, loaded.tokenizer
         pooler = sentence_encoder = None
         tokenizer_path = directory / TOKENIZER
-        params = jax.device_get(loaded.variables["params"])  # devices have the run's own as well
+        shapes = loaded.placement.abstract_state.trainable["params"]
+        params = _stored(shapes, directory / CHECKPOINTS, loaded.averaged)
         encoder, head, step = params["encoder"], params.get("head"), loaded.step
+        sums = checksums(loaded.variables["params"]["encoder"])
     else:
-        published = huggingface.load(name)
+        published = huggingface.unread(name)
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler
         tokenizer_path, sentence_encoder = published.path, published.sentence_encoder
         encoder, head, step = published.params["encoder"], published.lm_head, None
-    digest = hashlib.sha256(repr(sorted(host_checksums(encoder).items())).encode())
+        sums = host_checksums(encoder)
+    digest = hashlib.sha256(repr(sorted(sums.items())).encode())
     return Base(
         name=name,
         config=config,
@@ -98,3 +110,25 @@ def load(name: str, *, step: int | None = None) -> Base:
         fingerprint=digest.hexdigest(),
         step=step,
     )
+
+
+def _stored(shapes: PyTree, checkpoints: StoragePath, steps: Sequence[int]) -> dict[str, Any]:
+    """The parameters of a run, each of which is read again, and verified, when it is laid out.
+
+    ``shapes`` say where each is whole on every device.
+    """
+
+    def one(path: str, leaf: jax.ShapeDtypeStruct) -> Stored:
+        def lay(to: Sharding) -> Array:
+            wanted = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to)
+            target = unflatten_dict({f"trainable/params/{path}": wanted}, sep="/")
+            (x,) = jax.tree.leaves(restore.restore_mean(checkpoints, target, steps).state)
+            if x.nbytes > 2**20:  # what Orbax read it into would stay for a while
+                gc.collect()
+            return x
+
+        assert leaf.sharding is not None
+        everywhere = leaf.sharding
+        return Stored(leaf.shape, leaf.dtype, lay, lambda: np.asarray(lay(everywhere)), 0)
+
+    return tree.map_with_path(one, dict(shapes))

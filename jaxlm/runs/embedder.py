@@ -25,6 +25,7 @@ from jaxlm.runtime.storage import locate
 from jaxlm.tasks.embedding import Embed, Embedding, make_embed
 from jaxlm.tasks.task import require_one_text
 from jaxlm.train import restore
+from jaxlm.train.stored import on_one_device
 
 QUERIES, DOCUMENTS = ("query",), ("document", "passage", "corpus")
 """What the prompts of queries, and of what is searched, are called."""
@@ -197,7 +198,7 @@ def _of_base(
     about = found.about + (line and f"; {line}")
     embed = make_embed(
         config.make(),
-        base.encoder,
+        on_one_device(base.encoder),
         base.tokenizer,
         max_length=found.max_length,
         batch_size=batch_size,

@@ -27,6 +27,7 @@ from jaxlm.errors import InputError, note
 from jaxlm.models.model import example_inputs, is_two_sided
 from jaxlm.nn.choose import Wanted
 from jaxlm.peft import tuning
+from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, steps, thresholds
 from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
@@ -43,8 +44,8 @@ from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.tasks.task import Labels, Outputs, Responsive, Task, Thresholded
-from jaxlm.train import restore
-from jaxlm.train.placement import Placement
+from jaxlm.train import restore, stored
+from jaxlm.train.placement import Init, Placement
 from jaxlm.train.restore import Cursor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, make_predict_step
@@ -81,25 +82,42 @@ def adapted_apply(config: FinetuneConfig, labels: Labels) -> Apply:
     return tuning.adapt(config.tuning, make_model(config, labels).apply)
 
 
-def make_state(config: FinetuneConfig, labels: Labels, base: Base | None) -> TrainState:
-    """Step 0: the base's parameters, a new head, and new adapters."""
+def make_init(config: FinetuneConfig, labels: Labels) -> Init:
+    """What makes step 0: the parameters that are given, of a base, a new head, and new adapters."""
     assert config.model is not None  # resolved
-    _, key = jax.random.split(jax.random.key(config.train.seed))
     model, inputs = make_model(config, labels), example_inputs(config.model)
-    trainable, frozen = tuning.prepare(
-        config.tuning,
-        key,
-        beginning.make_params(config, model, base),
-        lambda variables: model.apply(variables, *inputs),
-        config.frozen_dtype,
-        split_layers=config.model.unrolls_layers,
-    )
-    if not trainable:
-        raise InputError(
-            f"tuning={type(config.tuning).__name__} leaves nothing to learn: the head of "
-            f"{type(config.task).__name__} has no parameters; tune the encoder as well"
+    split_layers = config.model.unrolls_layers
+
+    def init(key: PRNGKey, given: Params | None = None) -> TrainState:
+        trainable, frozen = tuning.prepare(
+            config.tuning,
+            jax.random.split(key)[1],
+            beginning.make_params(config, model, key, given or {}),
+            lambda variables: model.apply(variables, *inputs),
+            config.frozen_dtype,
+            split_layers=split_layers,
         )
-    return TrainState.create(trainable, frozen, make_optimizer(config))
+        if not trainable:
+            raise InputError(
+                f"tuning={type(config.tuning).__name__} leaves nothing to learn: the head of "
+                f"{type(config.task).__name__} has no parameters; tune the encoder as well"
+            )
+        return TrainState.create(trainable, frozen, make_optimizer(config))
+
+    return jax.jit(init)  # so that it is traced once for several placements
+
+
+def make_state(
+    config: FinetuneConfig, labels: Labels, base: Base | None, placement: Placement
+) -> TrainState:
+    """Step 0 on the devices of its placement."""
+    given = beginning.given(config, make_model(config, labels), base)
+    key = jax.random.key(config.train.seed)
+    if isinstance(config.tuning, LoraConfig) and config.tuning.init == "pissa":
+        # Of whole matrices, on one device: XLA's CPUs may wait for each other in an SVD for ever.
+        return steps.put_state(make_init(config, labels)(key, stored.read(given)), placement)
+    keep = [tuning.kept] if tuning.may_keep(config.tuning, config.frozen_dtype) else []
+    return placement.init(key, placement.put_params(given, *keep))
 
 
 def make_optimizer(config: FinetuneConfig) -> Any:
@@ -110,14 +128,14 @@ def make_optimizer(config: FinetuneConfig) -> Any:
 def make_placement(
     config: FinetuneConfig,
     labels: Labels,
-    state: TrainState,
+    init: Init,
     *,
     labelled: bool = True,
     devices: Sequence[Any] | None = None,
 ) -> Placement:
-    """The run's steps on all devices, or on ``devices``; of ``state`` the shapes alone are used.
+    """The run's steps on all devices, or on ``devices``, from what :func:`make_init` makes.
 
-    ``eval_step`` gives sums, of labelled data, and outputs. ``steps.put_state`` puts a state there.
+    ``eval_step`` gives sums, of labelled data, and outputs.
     """
     apply = adapted_apply(config, labels)
     task = config.task.for_evaluation()
@@ -133,9 +151,6 @@ def make_placement(
             seed=steps.EVAL_SEED,
             axis_name=axis_name,
         )
-
-    def init(_: PRNGKey) -> TrainState:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
 
     loss, lr_factor = config.task.make_loss(apply), tuning.lr_factor(config.tuning)
     return steps.make_placement(
@@ -376,16 +391,15 @@ def open_finetuned(
                 "that one with --base"
             )
     config, attends = steps.for_evaluation(config, attention)
-    state = make_state(config, labels, loaded)
-    placement = make_placement(config, labels, state)
-    unlabelled = make_placement(config, labels, state, labelled=False)
+    init = make_init(config, labels)
+    placement = make_placement(config, labels, init)
+    unlabelled = make_placement(config, labels, init, labelled=False)
     chosen = steps.chosen(config, checkpoints, best.monitor(config), step)
-    target = {"trainable": placement.abstract_state.trainable}
-    restored = restore.restore_mean(checkpoints, target, chosen)
-    state = steps.put_state(
-        TrainState(jnp.asarray(restored.step), restored.state["trainable"], state.frozen, ()),
-        placement._replace(abstract_state=replace(placement.abstract_state, opt_state=())),
-    )
+    shapes = placement.abstract_state
+    restored = restore.restore_mean(checkpoints, {"trainable": shapes.trainable}, chosen)
+    is_frozen = bool(jax.tree.leaves(shapes.frozen))
+    frozen = make_state(config, labels, loaded, placement).frozen if is_frozen else {}
+    state = TrainState(jnp.asarray(restored.step), restored.state["trainable"], frozen, ())
     averaged = tuple(chosen or [restored.step])
     about = restored.cursor, averaged, source_tokenizer, attends
     return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, *about)

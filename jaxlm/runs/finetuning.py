@@ -128,14 +128,10 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     config, attends = attention.settle(config, framer.max_length, jax.devices())
     if attends:
         console.print(Text(attends), soft_wrap=True)
-    make_state = partial(finetuned.make_state, config, labels, base)
-    shapes = jax.eval_shape(make_state)
-    placement = finetuned.make_placement(config, labels, shapes)
+    placement = finetuned.make_placement(config, labels, finetuned.make_init(config, labels))
+    shapes = placement.abstract_state
     moments = round(tree.num_params(shapes.opt_state) / max(tree.num_params(shapes.trainable), 1))
     console.print(tuning.table(shapes.trainable, shapes.frozen, moments))
-
-    def init() -> TrainState:
-        return steps.put_state(make_state(), placement)
 
     def batches(examples_seen: int) -> Iterator[HostBatch]:
         augment = config.data.augment
@@ -177,7 +173,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         config=config,
         tokenizer=tokenizer,
         placement=placement,
-        init=init,
+        init=partial(finetuned.make_state, config, labels, base, placement),
         cursor=cursor | {"labels": list(labels)},
         batches=batches,
         examples_after=batching.after,

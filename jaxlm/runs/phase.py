@@ -23,6 +23,7 @@ from jaxlm.models.model import ModelConfig
 from jaxlm.runs import steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.task import PretrainTask
+from jaxlm.train.stored import changed
 
 POSITIONS = "encoder/position_embed/embedding"
 _VOCABULARY = ("vocab_size", "num_tokens")  # which tokenizer and mesh decide
@@ -97,16 +98,17 @@ def with_tokens(params: Mapping[str, Any], new: Pieces) -> dict[str, Any]:
     no token give way.
     """
 
-    def one(path: str, leaf: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        if path == "encoder/token_embed/embedding":
-            return _extended(leaf, new)
-        if path == "head/bias":
-            return _extended(leaf, new)
+    num_tokens = min(new) + len(new)
+
+    def one(path: str, leaf: Any) -> Any:
+        if path in ("encoder/token_embed/embedding", "head/bias"):
+            return changed(leaf, lambda x: _extended(x, new), (num_tokens, *leaf.shape[1:]))
         if path == "head/unembed/kernel":
-            return _extended(leaf.T, new).T
+            shape = (*leaf.shape[:-1], num_tokens)
+            return changed(leaf, lambda x: _extended(x.T, new).T, shape)
         return leaf
 
-    return tree.map_with_path(lambda path, leaf: one(path, np.asarray(leaf)), dict(params))
+    return tree.map_with_path(one, dict(params))
 
 
 def with_positions(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
@@ -117,9 +119,10 @@ def with_positions(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any
     """
     if "position_embed" not in encoder or model.max_length is None:
         return encoder
-    table = np.asarray(encoder["position_embed"]["embedding"])
-    rows = np.arange(model.max_length) % len(table)
-    return encoder | {"position_embed": {"embedding": table[rows]}}
+    table = encoder["position_embed"]["embedding"]
+    rows = np.arange(model.max_length) % table.shape[0]
+    longer = changed(table, lambda x: x[rows], (len(rows), *table.shape[1:]))
+    return encoder | {"position_embed": {"embedding": longer}}
 
 
 def _with_tokens(base: ModelConfig, num_tokens: int) -> ModelConfig:

@@ -33,7 +33,7 @@ from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.permutation_lm import PermutationLm
 from jaxlm.tasks.task import Generative, Given, Laborious, PretrainTask
 from jaxlm.tasks.vocabulary import make_vocabulary
-from jaxlm.train import restore
+from jaxlm.train import restore, stored
 from jaxlm.train.loop import evaluate
 from jaxlm.train.placement import Placement
 from jaxlm.train.restore import Cursor, Monitor
@@ -279,10 +279,12 @@ def open_pretrained(
     *,
     attention: Wanted | None = None,
     row_length: int | None = None,
+    spread: bool = False,
 ) -> Pretrained:
     """Read a run folder: its best checkpoint, the mean of its last, or that of ``step``.
 
     ``attention``: how it is computed, if not as suits the devices and rows of ``row_length``.
+    ``spread``: parameters are split over all devices, and not whole on each.
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
     directory = locate(directory)
@@ -293,6 +295,7 @@ def open_pretrained(
     checkpoints = directory / CHECKPOINTS
     chosen = steps.chosen(config, checkpoints, Monitor(), step)
     target = {"trainable": placement.abstract_state.trainable}
+    target = stored.spread(target) if spread else target
     restored = restore.restore_mean(checkpoints, target, chosen)
     check_tokenizer(directory, restored.cursor, tokenizer)
     return Pretrained(

@@ -76,7 +76,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         console.print(_ramp(config, info.row_length), soft_wrap=True)
 
     def init() -> TrainState:
-        state = placement.init(jax.random.key(config.train.seed), given)
+        state = placement.init(jax.random.key(config.train.seed), placement.put_params(given))
         if base is None or not config.base_moments:
             return state
         return replace(state, opt_state=base_moments(placement, base))

@@ -64,7 +64,7 @@ def open_published(
             f"{name} has no head that scores the vocabulary: take a folder with one, as "
             "AutoModelForMaskedLM saves it"
         )
-    placed = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, dict(shapes))
+    placed = placement.put_params(params)
     cursor = {"tokenizer_sha256": data.info.tokenizer_sha256}
     at = base.step or 0
     return Pretrained(config, tokenizer, at, {"params": placed}, cursor, placement, (at,), attends)

@@ -75,7 +75,7 @@ def open_tuned(
     for option, given in (("step", step), ("base", base)):
         if given is not None:
             raise InputError(f"--{option} {given} is for runs, and {name} is none: leave it out")
-    published = huggingface.load(path)
+    published = huggingface.unread(path)
     if published.head is None or published.task_head is None:
         raise InputError(
             f"{path} names the class of a task in its {folder.CONFIG}, but its weights hold no "
@@ -83,11 +83,11 @@ def open_tuned(
         )
     config, attends = steps.for_evaluation(_config(path, pairs), attention)
     labels = published.task_head.labels
-    params = jax.tree.map(jnp.asarray, {**published.params, "head": published.head})
+    init = finetuned.make_init(config, labels)
+    placement = finetuned.make_placement(config, labels, init)
+    unlabelled = finetuned.make_placement(config, labels, init, labelled=False)
+    params = placement.put_params({**published.params, "head": published.head})
     state = TrainState(jnp.asarray(0), {"params": params}, {}, ())
-    placement = finetuned.make_placement(config, labels, state)
-    unlabelled = finetuned.make_placement(config, labels, state, labelled=False)
-    state = steps.put_state(state, placement)
     cursor: Any = {}
     return FinetunedRun(
         config,

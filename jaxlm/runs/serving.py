@@ -38,6 +38,7 @@ from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.tasks.task import Labels
+from jaxlm.train.stored import read
 from jaxlm.typing import Apply, Scalar
 
 Params = PyTree[Float[Array | np.ndarray, "..."]]
@@ -239,7 +240,7 @@ def _encoder(base: bases.Base) -> Served:
     call = _rows(WithHead(_portable(base.config).make(), said.head).apply)
     common = {
         "verb": "embed",
-        "params": {"encoder": base.encoder},
+        "params": {"encoder": read(base.encoder)},
         "tokenizer": base.tokenizer,
         "max_length": said.max_length,
     }

@@ -22,6 +22,7 @@ from jaxlm.train.placement import Init, Placement, jit_placement, pmap_placement
 from jaxlm.train.restore import Monitor
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, make_train_step
+from jaxlm.train.stored import changed, lay_out
 from jaxlm.typing import Loss
 
 EVAL_SEED = 0  # of what evaluation hides: the same for every run, so that losses compare
@@ -143,28 +144,28 @@ def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
 
 def with_rows(encoder: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """A base's parameters with the token table filled up with zeros to the model's vocabulary."""
-    table = np.asarray(encoder["token_embed"]["embedding"])
-    more = _missing(len(table), model)
-    if not more:
+    table = encoder["token_embed"]["embedding"]
+    if table.shape[0] == model.vocab_size:
         return encoder
-    return encoder | {"token_embed": {"embedding": np.pad(table, ((0, more), (0, 0)))}}
+    return encoder | {"token_embed": {"embedding": _padded(table, 0, model)}}
 
 
 def with_bias(head: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """A base's head for that many rows; those that stand for no token are never likely."""
     if "unembed" in head:  # such a head knows the number of tokens
-        kernel = np.asarray(head["unembed"]["kernel"])
-        more = _missing(kernel.shape[1], model)
-        return head | {"unembed": {"kernel": np.pad(kernel, ((0, 0), (0, more)))}}
-    bias = np.asarray(head.get("bias", ()))
-    if not bias.size:
-        return head
-    return head | {"bias": np.pad(bias, (0, _missing(len(bias), model)), constant_values=-100.0)}
+        return head | {"unembed": {"kernel": _padded(head["unembed"]["kernel"], 1, model)}}
+    bias = head.get("bias")
+    return head if bias is None else head | {"bias": _padded(bias, 0, model, -100.0)}
 
 
-def _missing(rows: int, model: ModelConfig) -> int:
+def _padded(leaf: Any, axis: int, model: ModelConfig, value: float = 0.0) -> Any:
+    """With as many entries along an axis as the model has tokens."""
     assert model.vocab_size is not None  # resolved
-    return model.vocab_size - rows
+    more = [(0, 0)] * leaf.ndim
+    more[axis] = (0, model.vocab_size - leaf.shape[axis])
+    shape = tuple(n + end for n, (_, end) in zip(leaf.shape, more, strict=True))
+    pad = lambda x: np.pad(x, more, constant_values=value)
+    return leaf if shape == leaf.shape else changed(leaf, pad, shape)
 
 
 def chosen(
@@ -178,10 +179,8 @@ def chosen(
 
 
 def put_state(state: TrainState, placement: Placement) -> TrainState:
-    """The state on the devices of its placement."""
-    return jax.tree.map(
-        lambda x, abstract: jax.device_put(x, abstract.sharding), state, placement.abstract_state
-    )
+    """A state that every process has whole, on the devices of its placement."""
+    return lay_out(state, jax.tree.map(lambda x: x.sharding, placement.abstract_state))
 
 
 def for_evaluation(

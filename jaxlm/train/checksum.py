@@ -21,12 +21,14 @@ def checksums(state: PyTree) -> dict[str, int]:
     a bijection: one changed element of up to 32 bits is found with certainty, several with
     probability 1 - 2**-32. Integer sums are exact in any order, so shards are added as they come.
     """
-    return {path: int(value) for path, value in jax.device_get(_checksums(state)).items()}
+    # A program for each shape: many leaves have the same, and other trees, too.
+    found = {path: _checksum(leaf) for path, leaf in tree.leaves_with_path(state)}
+    return {path: int(value) for path, value in jax.device_get(found).items()}
 
 
-def host_checksums(state: PyTree[Shaped[np.ndarray, "..."]]) -> dict[str, int]:
-    """The same numbers by numpy: without a copy of an array, or a program for its shape."""
-    return {path: _host_checksum(leaf) for path, leaf in tree.leaves_with_path(state)}
+def host_checksums(state: PyTree) -> dict[str, int]:
+    """The same numbers by numpy: leaf after leaf, without a copy, or a program for its shape."""
+    return {path: _host_checksum(np.asarray(leaf)) for path, leaf in tree.leaves_with_path(state)}
 
 
 def _host_checksum(x: Shaped[np.ndarray, "..."]) -> int:
@@ -41,10 +43,6 @@ def _host_checksum(x: Shaped[np.ndarray, "..."]) -> int:
 
 
 @jax.jit
-def _checksums(state: PyTree) -> dict[str, UInt32[Array, ""]]:
-    return {path: _checksum(leaf) for path, leaf in tree.leaves_with_path(state)}
-
-
 def _checksum(x: Array) -> UInt32[Array, ""]:
     # Each axis contributes its own iota, so that the index is split as the leaf is.
     index = jnp.zeros(x.shape, jnp.uint32)

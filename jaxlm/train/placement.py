@@ -1,10 +1,13 @@
 """Where a step runs: under jit over a mesh, or under pmap. Both give the same few functions."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -14,16 +17,18 @@ from jaxlm.runtime.batch_rows import BatchRows
 from jaxlm.sharding import AXES, RULES, AxisTable, Rules
 from jaxlm.train.state import TrainState
 from jaxlm.train.step import EvalStep, TrainStep
-from jaxlm.typing import Batch, HostBatch
+from jaxlm.train.stored import lay_out
+from jaxlm.typing import Batch, HostBatch, PRNGKey
 
-Init = Callable[..., TrainState]  # (key, …) -> the state at step 0
+Init = Callable[..., TrainState]  # (key[, given parameters]) -> the state at step 0
 AbstractBatch = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Placement(NamedTuple):
     """A run's functions on its devices; ``train_step`` and ``eval_step`` can be lowered."""
 
-    init: Init
+    init: Init  # donates what is given, as ``put_params`` laid it out
+    put_params: Callable[..., PyTree]  # (arrays or what is stored[, keep]) -> on the devices
     train_step: Callable[..., Any]  # (state, batch, progress) -> (state, Sums); donates the state
     eval_step: Callable[..., Any]  # (state, batch) -> Sums
     put_batch: Callable[[HostBatch], Batch]
@@ -79,7 +84,8 @@ def jit_placement(
         return _abstract(batch, jax.tree.map(lambda x: sharding_of(x.shape, length), batch))
 
     return Placement(
-        jax.jit(init, out_shardings=shardings),
+        _making(init, shardings),
+        partial(_put, shapes, lambda params: sharding.tree_shardings(params, mesh, axes, rules)),
         jax.jit(on_mesh(train_step), donate_argnums=0, out_shardings=(shardings, everywhere)),
         jax.jit(on_mesh(eval_step), out_shardings=everywhere),
         put_batch,
@@ -104,7 +110,8 @@ def pmap_placement(
     """
     mesh = Mesh(np.asarray(jax.devices() if devices is None else devices), (axis_name,))
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), shapes)
+    everywhere = lambda params: jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
+    shardings = everywhere(shapes)
     num_local = len(mesh.local_devices)
 
     def put_batch(batch: HostBatch) -> Batch:
@@ -132,7 +139,8 @@ def pmap_placement(
         return jax.tree.map(_as_one, state, shardings), sums
 
     return Placement(
-        jax.jit(init, out_shardings=shardings),
+        _making(init, shardings),
+        partial(_put, shapes, everywhere),
         pmapped if jax.process_count() == 1 else joined,
         jax.pmap(
             eval_step,
@@ -146,6 +154,30 @@ def pmap_placement(
         BatchRows((jax.process_index(),), jax.process_count()),
         abstract_batch,
     )
+
+
+def _making(init: Init, shardings: TrainState) -> Init:
+    made = jax.jit(lambda key, *given: init(key, *given), donate_argnums=1, out_shardings=shardings)
+
+    def make(key: PRNGKey, *given: PyTree) -> TrainState:
+        with warnings.catch_warnings():  # what becomes smaller, such as bytes, cannot be reused
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            return made(key, *given)
+
+    return make
+
+
+def _put(
+    shapes: TrainState,
+    shardings_of: Callable[[PyTree], PyTree],
+    params: PyTree,
+    keep: Callable[[Any, jax.Array], Any] = lambda _, x: x,
+) -> PyTree:
+    """Parameters on the devices, one after the other; ``keep(shapes, x)`` makes of one that is
+    frozen what the state has, of those shapes."""
+    frozen: dict[str, Any] = flatten_dict(shapes.frozen.get("params", {}), sep="/")
+    then = lambda path, x: keep(frozen[path], x) if path in frozen else x
+    return lay_out(params, shardings_of(params), then)
 
 
 def _as_one(x: jax.Array, sharding: NamedSharding) -> jax.Array:

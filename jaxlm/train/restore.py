@@ -150,14 +150,16 @@ def restore_mean(
     """
     *others, last = steps or [None]
     restored = restore_part(directory, target, last, report=report)
+    if not others:
+        return restored
     wide = lambda x: x.astype(np.promote_types(x.dtype, np.float32))
-    total = jax.tree.map(wide, restored.state) if others else restored.state
+    total = jax.tree.map(wide, restored.state)
     for step in others:
         total = jax.tree.map(
             lambda x, y: x + wide(y), total, restore_part(directory, target, step).state
         )
     mean = jax.tree.map(lambda x, old: (x / len(steps)).astype(old.dtype), total, restored.state)
-    return replace(restored, state=mean if others else restored.state)
+    return replace(restored, state=mean)
 
 
 def restore(

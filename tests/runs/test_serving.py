@@ -104,13 +104,14 @@ def tuned(base: Path, task, labels, **more) -> FinetunedRun:
         **more,
     )
     config = finetuned.with_encoder(config, loaded.config, "cpu")
-    state = finetuned.make_state(config, labels, loaded)
+    init = finetuned.make_init(config, labels)
+    placement = finetuned.make_placement(config, labels, init, labelled=False)
+    state = finetuned.make_state(config, labels, loaded, placement)
     rng = np.random.default_rng(1)
     drawn = jax.tree.map(
         lambda x: x + rng.normal(0, 0.3, x.shape).astype(np.float32), state.trainable
     )
     state = replace(state, trainable=drawn, opt_state=())
-    placement = finetuned.make_placement(config, labels, state, labelled=False)
     return FinetunedRun(config, loaded.tokenizer, labels, state, placement, placement, {}, (0,))
 
 

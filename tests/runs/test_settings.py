@@ -137,7 +137,6 @@ def step_of(config: Any) -> str:
     """The training and evaluation steps, and the first state, as programs."""
     if isinstance(config, PretrainConfig):
         placement = pretrained.make_placement(config, VOCABULARY)
-        start = str(jax.make_jaxpr(placement.init)(jax.random.key(0)))
         shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype)
         rows = config.data.batch_size
         batch = {"tokens": shape(jnp.int32, rows, 8)}
@@ -146,10 +145,10 @@ def step_of(config: Any) -> str:
         model = config.model or replace(MODEL, dtype=None, num_layers=1, unroll=None)
         config = finetuned.with_encoder(config, model, "cpu")
         labels = ("B-a", "B-b", "O")
-        make = lambda: finetuned.make_state(config, labels, None)
-        start = str(jax.make_jaxpr(make)())
-        placement = finetuned.make_placement(config, labels, jax.eval_shape(make))
+        init = finetuned.make_init(config, labels)
+        placement = finetuned.make_placement(config, labels, init)
         batch = config.task.abstract_batch(config.data.batch_size, 8, len(labels))
+    start = jax.make_jaxpr(placement.init)(jax.random.key(0))
     state = placement.abstract_state
     train = jax.make_jaxpr(placement.train_step)(state, batch, np.float32(0.5))
     shardings = [str(leaf.sharding) for leaf in jax.tree.leaves(state)]
@@ -394,7 +393,7 @@ def run_of(config: Any) -> str:
     sgd, recorder = optax.scale(0.0), Recorder()
     state = TrainState.create({"x": jnp.ones(())}, {}, sgd)
     train_step = jax.jit(make_train_step(loss, sgd))
-    step = Placement(*[None] * 7)._replace(train_step=train_step, put_batch=lambda batch: batch)  # pyright: ignore
+    step = Placement(*[None] * 8)._replace(train_step=train_step, put_batch=lambda batch: batch)  # pyright: ignore
     poison = config.name == "poisoned"
     batch = {"tokens": np.full((2, 2), np.nan if poison else 1.0, np.float32)}
     cursor = {"examples_seen": 0, "tokens_seen": 0.0, "elapsed_s": 0.0, "share": 0.0}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +62,17 @@ def resolved(task, base: Base) -> FinetuneConfig:
     return resolve(config, base, base.tokenizer, "cpu")
 
 
+def begun(config: FinetuneConfig, base: Base) -> Any:
+    """The parameters of step 0."""
+    labels = ("a", "b", "c")
+    placement = finetuned.make_placement(config, labels, finetuned.make_init(config, labels))
+    return finetuned.make_state(config, labels, base, placement).trainable["params"]
+
+
 @named
 def test_a_head_begins_with_what_was_pretrained(task, base):
     config = resolved(task, base)
-    head = finetuned.make_state(config, ("a", "b", "c"), base).trainable["params"]["head"]
+    head = begun(config, base)["head"]
     assert base.lm_head is not None
     found = dict(leaves_with_path(head))
     known = dict(leaves_with_path(base.lm_head))
@@ -78,8 +86,7 @@ def test_a_head_begins_with_what_was_pretrained(task, base):
     # The control: of a base without that head it is new, as is one that only looks alike.
     alike = {"transform": base.lm_head["transform"], "classifier": head["classifier"]}
     for other in (None, alike):
-        new = finetuned.make_state(config, ("a", "b", "c"), replace(base, lm_head=other))
-        kernel = new.trainable["params"]["head"]["transform"]["kernel"]
+        kernel = begun(config, replace(base, lm_head=other))["head"]["transform"]["kernel"]
         assert np.abs(kernel - known["transform/kernel"]).min() > 0.1
 
 

@@ -137,7 +137,8 @@ def test_a_published_pooler_is_left_out(tiny, write, tokenizer):
         fingerprint="",
     )
     config = replace(tiny(Embedding(), write([])), model=model)
-    state = finetuned.make_state(config, (), base)
+    placement = finetuned.make_placement(config, (), finetuned.make_init(config, ()))
+    state = finetuned.make_state(config, (), base, placement)
     assert state.trainable["params"].keys() == {"encoder"}
     jax.tree.map(np.testing.assert_array_equal, state.trainable["params"]["encoder"], encoder)
 
@@ -167,4 +168,4 @@ def test_bad_input(tiny, write, records):
         model=BilstmConfig(vocab_size=8, embed_dim=2, hidden_dim=2),
     )
     with pytest.raises(InputError, match="HeadOnly leaves nothing to learn: the head of Embedding"):
-        finetuned.make_state(config, (), None)
+        finetuned.make_init(config, ())(jax.random.key(0))

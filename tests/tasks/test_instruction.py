@@ -114,8 +114,7 @@ def responder(config, tokenizer):
     make = writing.make_responder(config, model, framer, tokenizer)
 
     def of_seed(seed: int, added: float = 0.0) -> writing.Responder:
-        own = replace(config, train=replace(config.train, seed=seed))
-        variables = finetuned.make_state(own, (), None).variables
+        variables = finetuned.make_init(config, ())(jax.random.key(seed)).variables
         return make(jax.tree.map(lambda x: x + added, variables))
 
     return of_seed
@@ -210,10 +209,11 @@ def test_a_head_over_the_vocabulary_is_the_bases_and_frozen_under_lora(config, t
     tuned = replace(
         config, base="x", model=llama.with_vocab_size(64), tokenizer=None, tuning=LoraConfig()
     )
-    state = finetuned.make_state(tuned, (), base)
+    placement = finetuned.make_placement(tuned, (), finetuned.make_init(tuned, ()))
+    state = finetuned.make_state(tuned, (), base, placement)
     assert set(state.trainable) == {"lora"}
     kernel = state.frozen["params"]["lm_head"]["unembed"]["kernel"]
     np.testing.assert_array_equal(kernel[:, :50], params["lm_head"]["unembed"]["kernel"])
     assert best.monitor(tuned).first_step == 0
     with pytest.raises(InputError, match="base='x' has no head that scores the vocabulary"):
-        finetuned.make_state(tuned, (), replace(base, lm_head=None))
+        finetuned.make_state(tuned, (), replace(base, lm_head=None), placement)
