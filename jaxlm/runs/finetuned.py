@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 from jaxlm import optim, tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled import windows
-from jaxlm.data.labelled.batches import MANY, buckets_of_many
 from jaxlm.data.labelled.batching import Batching, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.framing import Framer
@@ -266,19 +265,14 @@ class FinetunedRun:
         ``report`` is told how many are cut, of how many, and at how many tokens; and how many are
         read in windows, and in how many.
         """
-        placement = self.placement if labelled else self.unlabelled
-        framer = self.framer
+        placement, framer = self.placement if labelled else self.unlabelled, self.framer
         encoded = self.task.for_evaluation().encode(framer, examples, self.labels)
         longest = self.config.model and self.config.model.max_length
-        data, lengths = self.config.data, None
-        if not labelled and len(examples) >= MANY:
-            lengths = np.asarray(buckets_of_many(framer.max_length))
-            data = replace(data, num_buckets=len(lengths))
-        options: Any = {"lengths": lengths, "longest": longest}
-        batching = make_batching(encoded, data, framer.max_length, **options)
+        options: Any = {"longest": longest, "in_parts": not labelled}
+        batching = make_batching(encoded, self.config.data, framer.max_length, **options)
         found = predict(placement, self.state, batching)
-        cut = encoded.longer_than(framer.max_length)
-        report(cut, len(examples), framer.max_length, encoded.windowed)
+        most = framer.max_length
+        report(encoded.longer_than(most), len(examples), most, encoded.windowed)
         return found
 
     def cut(self, examples: Sequence[Any]) -> tuple[int, int, int, tuple[int, int]]:

@@ -531,6 +531,7 @@ def test_standard_input_and_evaluation(directory: Path, folder: Path) -> None:
     done = script("evaluate.py", directory, "--data", str(folder / "dev.csv"))
     assert done.returncode == 0, done.stderr
     assert b"accuracy" in done.stdout
-    assert json.loads((directory / "eval.json").read_text())["accuracy"] > 0.9
+    written = directory / "eval" / "dev"
+    assert json.loads((written / "eval.json").read_text())["accuracy"] > 0.9
     for name in ("confusion.png", "reliability.png"):
-        assert (directory / name).is_file()
+        assert (written / name).is_file()

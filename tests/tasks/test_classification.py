@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxlm.data.labelled.batching import make_batching
+from jaxlm.data.labelled import batching
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
 from jaxlm.runs import best, finetuned
@@ -38,15 +38,15 @@ def test_a_run_tells_two_words_apart(train, write, records, eval_metrics, monkey
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     # Parts of a file of many texts have the same shapes, however long their own are.
     batchings = []
-    monkeypatch.setattr(finetuned, "MANY", 2)
+    monkeypatch.setattr(batching, "MANY", 2)
     monkeypatch.setattr(
         finetuned,
         "make_batching",
-        lambda *a, **k: batchings.append(make_batching(*a, **k)) or batchings[-1],
+        lambda *a, **k: batchings.append(batching.make_batching(*a, **k)) or batchings[-1],
     )
     again = list(run.answer(records(*({"text": text} for text in asked)), chunk=18))
     assert [answer["label"] for answer in again] == [answer["label"] for answer in answers]
-    assert len({batching.buckets for batching in batchings}) == 1 < len(batchings)
+    assert len({one.buckets for one in batchings}) == 1 < len(batchings)
 
 
 def test_labels_and_numbers(records):

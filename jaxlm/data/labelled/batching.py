@@ -9,7 +9,14 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxlm.data.labelled.augment import Augment
-from jaxlm.data.labelled.batches import apart, eval_batches, make_buckets, train_batches
+from jaxlm.data.labelled.batches import (
+    MANY,
+    apart,
+    buckets_of_many,
+    eval_batches,
+    make_buckets,
+    train_batches,
+)
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples, Row
 from jaxlm.data.labelled.packing import pack
@@ -109,12 +116,14 @@ def make_batching(
     seed: int = 0,
     lengths: Int[np.ndarray, " _"] | None = None,
     for_training: bool = False,
+    in_parts: bool = False,
     longest: int | None = None,
     pieces: int = 1,
 ) -> Batching:
     """By tokens where the configuration says so, or examples have two sides, and else even.
 
     ``lengths`` are those that buckets are made for, where there are more than of ``examples``.
+    ``in_parts``: others of the same file follow, of which many shall have the same shapes.
     ``for_training`` batches of no more tokens than are allowed are insisted on. For examples that
     share rows ``longest`` is the longest row that the model reads, None any, and ``pieces`` are
     what rows are shared out among.
@@ -134,6 +143,8 @@ def make_batching(
             check_tokens(packed.row_length, size, tokens)
         return packed
     if tokens is None and not examples.along_target:
+        if in_parts and len(examples) >= MANY:
+            return Even(examples, size, buckets_of_many(max_length), seed)
         lengths = examples.lengths if lengths is None else lengths
         buckets = make_buckets(lengths, config.num_buckets, max_length=max_length)
         return Even(examples, size, buckets, seed)
