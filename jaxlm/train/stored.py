@@ -118,7 +118,20 @@ def _lay_parts(shape: tuple[int, ...], sharding: Sharding, part: Part) -> Array:
         assert index is not None
         x = held.get(str(index))
         x = part(index) if x is None else x
-        held[str(index)] = jax.device_put(x, device).block_until_ready()
+        held[str(index)] = _owned(x, device)
         arrays.append(held[str(index)])
         del x  # before the next is read
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _owned(x: Any, device: Any) -> Array:
+    """On a device, in memory of its own.
+
+    A CPU uses numpy's where that happens to be aligned as XLA's is, and a step could not take it
+    over: it would copy all parameters at once.
+    """
+    laid = jax.device_put(x, device).block_until_ready()
+    is_lent = isinstance(x, np.ndarray) and device.platform == "cpu"
+    if is_lent and laid.unsafe_buffer_pointer() == x.ctypes.data:
+        laid = laid.copy()
+    return laid.block_until_ready()

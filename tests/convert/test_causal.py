@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from jaxlm import sharding
-from jaxlm.convert import folder, huggingface
+from jaxlm.convert import folder, huggingface, table
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
@@ -210,14 +210,14 @@ def test_a_model_of_several_files_is_read_onto_a_mesh_tensor_by_tensor(tmp_path,
 
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4, tensor=2))
     largest = []  # elements of ours that are made at once, for one device
-    read = huggingface.Row.read
+    read = table.Row.read
 
     def counted(row, *args):
         part = read(row, *args)
         largest.append(part.size / np.prod(row.shape(args[1])))
         return part
 
-    monkeypatch.setattr(huggingface.Row, "read", counted)
+    monkeypatch.setattr(table.Row, "read", counted)
     config, params = huggingface.place(path, mesh)
     assert config == published.config
     jax.tree.map(np.testing.assert_array_equal, params, params_of(published))
@@ -259,7 +259,7 @@ def one_sentence(message, call):
         (
             "gpt2",
             {"n_inner": 12},
-            r"mlp.c_fc.weight has the shape \(8, 32\), but the .* \(8, 12\)",
+            r"mlp.c_proj.weight has the shape \(32, 8\), but the .* \(12, 8\)",
         ),
         (
             "llama",

@@ -207,7 +207,7 @@ def test_rows_that_are_no_tokens_are_neither_predicted_nor_written(tmp_path):
         ({"decoder_start_token_id": 1}, {}, "decoder_start_token_id=1 is not supported; 0 is"),
         ({"num_layers": 3}, {}, "lacks the tensor encoder.block.2.layer.0.layer_norm.weight"),
         ({"num_decoder_layers": 1}, {}, "tensor decoder.block.1.* does not belong to this archi"),
-        ({"d_kv": 5}, {}, r"q.weight has the shape \(12, 8\), but the configuration .* \(10, 8\)"),
+        ({"d_kv": 5}, {}, r"k.weight has the shape \(12, 8\), but the configuration .* \(10, 8\)"),
         ({"num_heads": 0}, {}, "config.json: num_heads=0 is not above 0"),
         ({"relative_attention_num_buckets": 3}, {}, "num_buckets=3 is not an even number from 4"),
         ({"relative_attention_max_distance": 4}, {}, "max_distance=4 is not above half of num_bu"),

@@ -1,5 +1,7 @@
 """Arrays that stay where they are until devices take their parts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,10 +53,17 @@ def test_what_is_changed_is_changed_on_every_way(leaf):
     np.testing.assert_array_equal(stored.on_one_device({"x": longer})["x"][:8], ARRAY)
 
 
-def test_a_step_may_take_what_was_laid_out():
-    """Without copying it, which would be all parameters at once."""
-    large = np.ones((2**10, 2**8), np.float32)
-    tree = {"x": Files().stored("x", large, 0), "y": Files().stored("y", large, 0)}
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_step_may_take_what_was_laid_out(offset):
+    """Without copying it, which would be all parameters at once, wherever numpy had put it."""
+    shape = 2**10, 2**8
+
+    def part(index):
+        room = np.ones(4 * math.prod(shape) + 128, np.uint8)
+        start = -room.ctypes.data % 64 + offset
+        return room[start:][: 4 * math.prod(shape)].view(np.float32).reshape(shape)
+
+    tree = {name: stored.of_parts(shape, np.float32, part, 0) for name in ("x", "y")}
     laid = stored.on_one_device(tree)
     places = {name: x.unsafe_buffer_pointer() for name, x in laid.items()}
     given = jax.jit(lambda tree: tree, donate_argnums=0)(laid)
