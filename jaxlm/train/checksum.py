@@ -21,9 +21,11 @@ def checksums(state: PyTree) -> dict[str, int]:
     a bijection: one changed element of up to 32 bits is found with certainty, several with
     probability 1 - 2**-32. Integer sums are exact in any order, so shards are added as they come.
     """
-    # A program for each shape: many leaves have the same, and other trees, too.
-    found = {path: _checksum(leaf) for path, leaf in tree.leaves_with_path(state)}
-    return {path: int(value) for path, value in jax.device_get(found).items()}
+    # A program for each shape: many leaves have the same, and other trees, too. One after the
+    # other, or on CPUs the sums over devices of several programs would wait for each other.
+    return {
+        path: int(jax.device_get(_checksum(leaf))) for path, leaf in tree.leaves_with_path(state)
+    }
 
 
 def host_checksums(state: PyTree) -> dict[str, int]:
