@@ -100,7 +100,7 @@ def train_batches(
 
 
 def buckets_of_many(max_length: int) -> tuple[int, ...]:
-    """Lengths an eighth to a quarter apart, whatever the examples.
+    """Lengths about an eighth to a quarter apart, whatever the examples.
 
     They are more programs to compile than of :func:`make_buckets`, which pay off for thousands of
     examples, and they serve every part of a file that is read in parts.
@@ -108,7 +108,7 @@ def buckets_of_many(max_length: int) -> tuple[int, ...]:
     sizes = []
     while not sizes or sizes[-1] < max_length:
         longest = sizes[-1] if sizes else 0
-        step = max(8, 1 << max(0, longest.bit_length() - 3))
+        step = max(4, 1 << max(0, longest.bit_length() - 3))
         sizes.append(min(longest + step, max_length))
     return tuple(sizes)
 
