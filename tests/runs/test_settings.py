@@ -429,6 +429,7 @@ def run_of(config: Any) -> str:
 
 
 OTHER: dict[str, Any] = {  # where no other value follows from the type
+    "model.global_every": 2,  # twice as many is beyond the layers
     "task.masking.final_rate": 0.4,
     "task.eval_masking.final_rate": 0.4,
     "task.choice.final_rate": 0.4,
