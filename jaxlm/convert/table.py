@@ -100,8 +100,7 @@ class Row:
         if index is None:
             ours, index = _aligned(shape), (slice(None),) * len(shape)
         else:
-            # Not aligned: XLA's CPU devices copy it, and can give it to a step for good. What they
-            # share with numpy a step copies first: all parameters at once.
+            # Mostly not aligned, so that `stored.lay_out` copies it once, into memory of XLA's own.
             part = tuple(len(range(n)[i]) for n, i in zip(shape, index, strict=True))
             ours = np.empty(part, np.float32)
         if not self._stacked:
