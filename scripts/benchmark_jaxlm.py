@@ -84,36 +84,16 @@ def make_config(work: Work) -> Model:
 
 def sizes(work: Work) -> Model:
     """GPT-2 for causal pretraining, a ModernBERT where that is asked for, and else a BERT."""
-    if work.task == "clm":
-        return Gpt2Config(
-            vocab_size=work.vocab_size,
-            num_layers=work.num_layers,
-            hidden_dim=work.hidden_dim,
-            num_heads=work.num_heads,
-            mlp_dim=work.mlp_dim,
-            max_length=max(1024, work.row_length),
-            dtype=work.dtype,
-        ).with_dropout(work.dropout_rate)
-    if work.task == "modern":
-        return ModernBertConfig(
-            vocab_size=work.vocab_size,
-            num_layers=work.num_layers,
-            hidden_dim=work.hidden_dim,
-            num_heads=work.num_heads,
-            mlp_dim=work.mlp_dim,
-            max_length=max(1024, work.row_length),
-            dtype=work.dtype,
-        ).with_dropout(work.dropout_rate)
+    fields = "vocab_size", "num_layers", "hidden_dim", "num_heads", "mlp_dim", "dtype"
+    common: Any = {name: getattr(work, name) for name in fields}
+    if work.task in ("clm", "modern"):
+        kind = Gpt2Config if work.task == "clm" else ModernBertConfig
+        return kind(**common, max_length=max(1024, work.row_length)).with_dropout(work.dropout_rate)
     return BertConfig(
-        vocab_size=work.vocab_size,
-        num_layers=work.num_layers,
-        hidden_dim=work.hidden_dim,
-        num_heads=work.num_heads,
-        mlp_dim=work.mlp_dim,
+        **common,
         max_length=max(512, work.row_length),
         dropout_rate=work.dropout_rate,
         attention_dropout_rate=work.dropout_rate,
-        dtype=work.dtype,
     )
 
 
