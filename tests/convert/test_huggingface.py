@@ -304,7 +304,7 @@ LAYER = "bert.encoder.layer.1"
         (
             {"intermediate_size": 16},
             {},
-            r"layer.0.\w+.dense.weight has the shape \(.*12.*\), but the .* \(.*16.*\)",
+            r"layer.0.output.dense.weight has the shape \(8, 12\), but the .* \(8, 16\)",
         ),
         (
             {},

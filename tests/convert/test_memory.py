@@ -73,7 +73,8 @@ calls = {
 }
 arrays = lambda x: [leaf for leaf in jax.tree.leaves(x) if isinstance(leaf, jax.Array)]
 jax.block_until_ready(arrays(calls[how](small)))  # what does not depend on the size
-before = peak()
+# Not the peak: that of the small model would count as memory that the large one need not take.
+before = int(re.search(r"VmRSS:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 kept = calls[how](folder)
 jax.block_until_ready(arrays(kept))
 print("peak", peak() - before)
@@ -132,7 +133,7 @@ def shares(folder: Path, how: str, processes: int, address: str = "") -> list[fl
 )
 def test_a_model_is_read_at_the_cost_of_itself(how, least, most, folder):
     (share,) = shares(folder, how, 1)
-    assert 0.98 * least <= share < most  # pages that were there before count as nothing
+    assert least <= share < most
 
 
 @pytest.mark.parametrize(
@@ -141,5 +142,5 @@ def test_a_model_is_read_at_the_cost_of_itself(how, least, most, folder):
 def test_each_of_two_processes_reads_its_half(how, kept, folder):
     with free_address() as address:
         both = shares(folder, how, 2, address)
-    assert min(both) >= 0.98 * kept
-    assert max(both) < kept + 0.22  # the token table is 0.22: read as a whole, it is cut
+    assert min(both) >= kept
+    assert max(both) < kept + 0.15  # the token table is 0.22: read as a whole, it is cut
