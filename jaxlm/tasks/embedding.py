@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, PyTree
 from tokenizers import Tokenizer
 
 from jaxlm.data.labelled import classification as data
-from jaxlm.data.labelled.batches import MANY, buckets_of_many, eval_batches, make_buckets
+from jaxlm.data.labelled.batches import buckets_read_once, eval_batches
 from jaxlm.data.labelled.classification import TextExample, TextFields
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.framing import Framer
@@ -261,10 +261,7 @@ def make_embed(
         cut = int((encoded.untruncated > max_length).sum())
         if cut:
             report(f"{cut:,} of {len(texts):,} texts are cut at {max_length} tokens")
-        if len(texts) < MANY:
-            buckets = make_buckets(encoded.lengths, multiple=16, max_length=max_length)
-        else:
-            buckets = buckets_of_many(max_length)
+        buckets = buckets_read_once(encoded.lengths, multiple=16, max_length=max_length)
         vectors = {}
         for batch in eval_batches(encoded, batch_size, buckets):
             outputs = jax.device_get(predict(variables, batch))["embeddings"]

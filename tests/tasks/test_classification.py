@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxlm.data.labelled import batching
+from jaxlm.data.labelled import batches, batching
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
 from jaxlm.runs import best, finetuned
@@ -38,7 +38,7 @@ def test_a_run_tells_two_words_apart(train, write, records, eval_metrics, monkey
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     # Parts of a file of many texts have the same shapes, however long their own are.
     batchings = []
-    monkeypatch.setattr(batching, "MANY", 2)
+    monkeypatch.setattr(batches, "MANY", 2)
     monkeypatch.setattr(
         finetuned,
         "make_batching",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import BERT
 
+from jaxlm.data.labelled import batches
 from jaxlm.data.labelled.batches import eval_batches
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.errors import InputError
@@ -114,7 +115,7 @@ def test_an_encoder_embeds_as_it_is(tokenizer, monkeypatch):
         embed([])
     # Parts of a file of many texts have the same shapes, however long their own are.
     buckets = []
-    monkeypatch.setattr(embedding, "MANY", 4)
+    monkeypatch.setattr(batches, "MANY", 4)
     monkeypatch.setattr(
         embedding, "eval_batches", lambda *a: buckets.append(a[-1]) or eval_batches(*a)
     )

@@ -19,7 +19,7 @@ _EPOCH, _ORDER = 2, 3  # set apart the random numbers of epochs and of chunks
 
 
 MANY = 2048
-"""Examples from which on :func:`buckets_of_many` are used for what is read once."""
+"""Examples from which on :func:`buckets_read_once` are the same."""
 
 
 def make_buckets(
@@ -111,6 +111,19 @@ def buckets_of_many(max_length: int) -> tuple[int, ...]:
         step = max(4, 1 << max(0, longest.bit_length() - 3))
         sizes.append(min(longest + step, max_length))
     return tuple(sizes)
+
+
+def buckets_read_once(
+    lengths: Int[np.ndarray, " examples"],
+    num_buckets: int = 4,
+    *,
+    multiple: int = 8,
+    max_length: int,
+) -> tuple[int, ...]:
+    """Those of :func:`make_buckets` for few examples, and of many :func:`buckets_of_many`."""
+    if len(lengths) >= MANY:
+        return buckets_of_many(max_length)
+    return make_buckets(lengths, num_buckets, multiple=multiple, max_length=max_length)
 
 
 def eval_batches(

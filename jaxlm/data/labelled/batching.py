@@ -10,9 +10,8 @@ from jaxtyping import Int
 
 from jaxlm.data.labelled.augment import Augment
 from jaxlm.data.labelled.batches import (
-    MANY,
     apart,
-    buckets_of_many,
+    buckets_read_once,
     eval_batches,
     make_buckets,
     train_batches,
@@ -143,10 +142,9 @@ def make_batching(
             check_tokens(packed.row_length, size, tokens)
         return packed
     if tokens is None and not examples.along_target:
-        if in_parts and len(examples) >= MANY:
-            return Even(examples, size, buckets_of_many(max_length), seed)
         lengths = examples.lengths if lengths is None else lengths
-        buckets = make_buckets(lengths, config.num_buckets, max_length=max_length)
+        make = buckets_read_once if in_parts else make_buckets
+        buckets = make(lengths, config.num_buckets, max_length=max_length)
         return Even(examples, size, buckets, seed)
     plan = make_plan(
         examples,
