@@ -195,7 +195,10 @@ class TwoStreamConfig(ModelConfig, Protocol):
     """
 
     def query_flops(self, length: int, num_predicted: int) -> float:
-        """Operations of ``predict`` for a row, beside those of ``forward_flops``."""
+        """Operations of ``predict`` for a row, beside those of ``forward_flops``.
+
+        Below 0 where it spares more of them than it adds.
+        """
         ...
 
     def memory_flops(self, memory: int, length: int) -> float:

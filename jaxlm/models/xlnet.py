@@ -99,25 +99,32 @@ class XlnetConfig:
         distances (whose own projection serves the whole batch), and the vocabulary at
         ``num_predicted`` of them.
         """
-        h, m = self.hidden_dim, self.mlp_dim
-        layer = 2 * (4 * h * h + 2 * h * m) + 8 * length * h
-        head = 2 * h * (self.vocab_size or 0)
+        keys_and_values = 4 * self.hidden_dim**2
+        layer = self._query_flops(length) + keys_and_values
+        head = 2 * self.hidden_dim * (self.vocab_size or 0)
         return float(length * self.num_layers * layer + num_predicted * head)
 
     def query_flops(self, length: int, num_predicted: int) -> float:
-        """Those of the query stream, beside :meth:`forward_flops`."""
-        h, m = self.hidden_dim, self.mlp_dim
-        layer = 2 * (2 * h * h + 2 * h * m) + 8 * length * h
-        return float(num_predicted * self.num_layers * layer)
+        """Those of the query stream less those that it spares, beside :meth:`forward_flops`.
+
+        Of the last block's content stream it reads the keys and values alone.
+        """
+        return float((num_predicted * self.num_layers - length) * self._query_flops(length))
 
     def memory_flops(self, memory: int, length: int) -> float:
-        """Those of reading a memory and of attending to it.
+        """Those of reading a memory, what enters each block, and of attending to it.
 
         The former, of which there is no backward pass, count a third.
         """
         h = self.hidden_dim
         attended = self.num_layers * memory * (6 * length * h + 4 * h * h)
-        return self.forward_flops(memory, 0) / 3 + float(attended)
+        entered = (self.num_layers - 1) / self.num_layers
+        return self.forward_flops(memory, 0) * entered / 3 + float(attended)
+
+    def _query_flops(self, length: int) -> int:
+        """Those of a position in a block, but for its key and value."""
+        h, m = self.hidden_dim, self.mlp_dim
+        return 2 * (2 * h * h + 2 * h * m) + 8 * length * h
 
     @property
     def unrolls_layers(self) -> bool:

@@ -379,13 +379,15 @@ def test_flops_are_those_of_the_compiled_products():
     expected = config.forward_flops(length, num_predicted)
     assert plain.cost_analysis()["flops"] == pytest.approx(rows * expected, rel=0.05)
     expected += config.query_flops(length, num_predicted)
-    assert two.cost_analysis()["flops"] == pytest.approx(rows * expected, rel=0.05)
+    # Compiled: before that, JAX 0.10 counts what nobody reads as well, and JAX 0.12 a part of it.
+    assert two.compile().cost_analysis()["flops"] == pytest.approx(rows * expected, rel=0.05)
     call = lambda v, t, p, m, b: model.apply(v, t, p, mask=m, before=b, method="predict")
     before = tokens, jax.ShapeDtypeStruct((rows,), jnp.int32)
     behind = jax.jit(call).lower(shapes_of(config), tokens, predicted, mask, before)
     expected += config.memory_flops(length, length + num_predicted)
-    expected += config.forward_flops(length, 0) * 2 / 3  # forward it is as another row
-    assert behind.cost_analysis()["flops"] == pytest.approx(rows * expected, rel=0.05)
+    entered = (config.num_layers - 1) / config.num_layers
+    expected += config.forward_flops(length, 0) * entered * 2 / 3  # forward it is as another row
+    assert behind.compile().cost_analysis()["flops"] == pytest.approx(rows * expected, rel=0.05)
 
 
 # Bad input.
