@@ -99,16 +99,13 @@ class XlnetConfig:
         distances (whose own projection serves the whole batch), and the vocabulary at
         ``num_predicted`` of them.
         """
-        keys_and_values = 4 * self.hidden_dim**2
-        layer = self._query_flops(length) + keys_and_values
+        layer = self._query_flops(length) + 4 * self.hidden_dim**2
         head = 2 * self.hidden_dim * (self.vocab_size or 0)
         return float(length * self.num_layers * layer + num_predicted * head)
 
     def query_flops(self, length: int, num_predicted: int) -> float:
-        """Those of the query stream less those that it spares, beside :meth:`forward_flops`.
-
-        Of the last block's content stream it reads the keys and values alone.
-        """
+        """Those of the query stream, beside :meth:`forward_flops`, less those that it spares: of
+        the last block's content stream it reads the keys and values alone."""
         return float((num_predicted * self.num_layers - length) * self._query_flops(length))
 
     def memory_flops(self, memory: int, length: int) -> float:

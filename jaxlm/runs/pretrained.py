@@ -55,17 +55,22 @@ def resolve(
         model = phase.next_model(base, model, info.vocab_size, config.task, config.mesh)
     model = steps.with_vocabulary(model, info.vocab_size, config.mesh)
     model = replace(model, dtype=model.dtype or steps.default_dtype(platform))
-    if model.max_length is not None and info.row_length > model.max_length:
-        raise InputError(
-            f"the data's rows of {info.row_length} tokens are longer than the model's "
-            f"max_length={model.max_length}: raise it (--model.max-length {info.row_length}), or "
-            "prepare shorter rows"
-        )
+    require_length(model, info.row_length)
     num_rows = sum(info.rows["train"] for info in infos)
     train = config.train.with_epochs(
         lambda epochs: config.data.steps_to(math.ceil(epochs * num_rows))
     )
     return replace(config, model=model, train=train)
+
+
+def require_length(model: ModelConfig, row_length: int) -> None:
+    """:class:`InputError` where rows are longer than what the model reads."""
+    if model.max_length is not None and row_length > model.max_length:
+        raise InputError(
+            f"the data's rows of {row_length} tokens are longer than the model's max_length="
+            f"{model.max_length}: raise it (--model.max-length {row_length}), or prepare shorter "
+            f"rows (--prepare.row-length {model.max_length})"
+        )
 
 
 def make_model(config: PretrainConfig) -> nn.Module:

@@ -48,6 +48,9 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     resume.check_processes(config, config.directory / CHECKPOINTS)
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
+    model = config.model or (base and base.config)
+    if config.prepare is not None and model is not None:
+        pretrained.require_length(model, config.prepare.row_length)  # before what takes hours
     datasets = open_data(config, base, console)
     before = pretrained.tokens_before(config.task)
     check_before(datasets, before)

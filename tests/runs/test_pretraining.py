@@ -247,6 +247,16 @@ def test_impossible_combinations(
     assert not (config.runs / "never" / "config.json").exists()
 
 
+def test_rows_that_are_too_long_are_not_prepared_first(config: PretrainConfig, tmp_path: Path):
+    new = tmp_path / "prepared"
+    data = replace(config.data, paths=(str(new),))
+    with pytest.raises(InputError, match=r"prepare shorter rows \(--prepare.row-length 8\)"):
+        pretrain(
+            replace(config, name="never", data=data, model=replace(config.model, max_length=8))
+        )
+    assert not new.exists()
+
+
 def test_not_finite_gradients_stop_with_the_step_named(config: PretrainConfig) -> None:
     mad = replace(
         config,
