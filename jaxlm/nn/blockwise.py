@@ -258,9 +258,13 @@ class _Work:
         return moved.part(q_start, blocks.q_size, kv_start, blocks.kv_size)
 
     def dropped(self, weights: Array, at: Any) -> Array:
-        """Without those that the plain definition drops as well."""
+        """Without those that the plain definition drops as well.
+
+        In the precision of values, which decides the rate: the same for weights and gradients.
+        """
         if self._key is None or self._rate == 0:
             return weights
+        weights = weights.astype(self.operands[2].dtype)
         begins = 0, 0, at[0], at[1] - self.blocks.left
         return block_dropout(weights, self._rate, self._key, within=self._shape, at=begins)
 

@@ -84,8 +84,10 @@ def test_heads_that_share_keys_and_dropped_weights(seen):
     assert max(difference(mask, kv_heads=2, rate=0.3)) < 2e-6
 
 
-def test_in_bfloat16():
-    assert max(difference(visible(segments(), after=0), dtype="bfloat16", rate=0.2)) < 2e-2
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.15, 0.2])
+def test_in_bfloat16(rate):
+    # Which makes another rate of most of them: the gradient has to drop what the values have.
+    assert max(difference(visible(segments(), after=0), dtype="bfloat16", rate=rate)) < 2e-2
 
 
 def test_over_another_row():
