@@ -80,9 +80,9 @@ def cudnn_attention(
 ) -> Float[Array, "batch q_length heads head_dim"]:
     """As :func:`~jaxlm.nn.attention.dot_product_attention`, without bias, dropout and window.
 
-    A row is one segment with padding (ids below 0) behind it, which sees what the others see. A
-    row of several segments gives NaN, so that it is not taken for one. ``implementation`` is that
-    of ``jax.nn.dot_product_attention``.
+    A row is one segment with padding (ids below 0) behind it, which sees what the others see, or
+    padding alone. A row of several segments gives NaN, so that it is not taken for one.
+    ``implementation`` is that of ``jax.nn.dot_product_attention``.
     """
     refuse_dropout("cuDNN", dropout_rate, dropout_key)
     if isinstance(mask, Visible) and (mask.before, mask.after) not in ((None, None), (None, 0)):
@@ -92,7 +92,8 @@ def cudnn_attention(
         query: Array, key: Array, value: Array, ids: Int[Array, "b l"] | None, seen: Visible
     ) -> Array:
         options: Any = {"scale": 1.0, "is_causal": seen.after == 0}
-        lengths = None if ids is None else (ids >= 0).sum(1, dtype=jnp.int32)
+        # One at least: a softmax over no keys is no number.
+        lengths = None if ids is None else (ids >= 0).sum(1, dtype=jnp.int32).clip(1)
         out = jax.nn.dot_product_attention(
             query,
             key,
@@ -103,7 +104,7 @@ def cudnn_attention(
         )
         if ids is None:
             return out
-        is_one = ((ids == ids[:, :1]) | (ids < 0)).all(1) & (ids[:, :1] >= 0).all(1)
+        is_one = ((ids == ids[:, :1]) | (ids < 0)).all(1) & ((ids[:, 0] >= 0) | (ids < 0).all(1))
         return jnp.where(is_one[:, None, None, None], out, jnp.nan)
 
     return attend(

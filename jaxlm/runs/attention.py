@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
-from jaxlm.config import Config, FinetuneConfig
+from jaxlm.config import Config
 from jaxlm.errors import InputError
 from jaxlm.models.model import ModelConfig, is_attentive
 from jaxlm.nn.choose import Setting, Wanted, choose
@@ -83,5 +83,5 @@ def settle_model(
 
 def _packs_rows(config: Config) -> bool:
     """Whether documents, or examples, of a row do not see each other."""
-    packs = isinstance(config, FinetuneConfig) and config.data.pack
-    return packs or vars(config.task).get("isolate_documents", False)
+    fields = {**vars(config.data), **vars(config.task)}
+    return any(fields.get(name, False) for name in ("pack", "isolate_documents"))

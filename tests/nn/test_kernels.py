@@ -1,5 +1,6 @@
 """Kernels equal the plain definition where they can run without their devices."""
 
+import importlib
 from functools import partial
 
 import jax
@@ -104,6 +105,28 @@ def test_cudnn_does_not_take_several_documents_for_one():
     out = np.asarray(cudnn(x, x, x, mask=visible(ids)))
     assert list(np.isnan(out).all(axis=(1, 2, 3))) == [False, True]
     assert list(np.isnan(out).any(axis=(1, 2, 3))) == [False, True]
+
+
+def kernels():
+    yield pytest.param(interpreted, id="splash")
+    yield pytest.param(cudnn, id="cudnn")
+    base = "tokamax._src.ops.attention.base"
+    try:
+        plain = importlib.import_module(base).DotProductAttention()
+    except ModuleNotFoundError:
+        return
+    yield pytest.param(partial(hopper.tokamax_attention, implementation=plain), id="tokamax")
+
+
+@pytest.mark.parametrize("attend", list(kernels()))
+def test_rows_of_padding_alone_are_numbers(attend):
+    """Such rows fill the last batch of an evaluation: their weight is 0, but 0 times NaN is not."""
+    x = normal(2, 256, 2, 64)
+    mask = visible(padded(256).at[1].set(-1))
+    run = lambda x: jnp.sum(attend(x, x, x, mask=mask)[0])
+    out, gradient = jax.jit(lambda x: (attend(x, x, x, mask=mask), jax.grad(run)(x)))(x)
+    assert np.isfinite(out).all()
+    assert np.isfinite(gradient).all()
 
 
 def test_tokamax_by_ranges_of_keys():

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,8 @@ def test_rows_are_as_long_as_the_data_say():
     assert "up to 64 tokens" in steps.for_evaluation(tuned).line
 
 
+TUNED = FinetuneConfig(name="x", data=LABELLED, model=BERT, train=STEPS)
+SHARES = re.compile("pack|isolate|document")  # fields of tasks that put several texts into a row
 H100 = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0")
 
 
@@ -104,9 +107,23 @@ def test_evaluation_drops_no_weights():
     assert settle(config, 512, [H100], trains=False).config.model.attention == "cudnn"
 
 
+@pytest.mark.parametrize("config_class", [PretrainConfig, FinetuneConfig])
+def test_every_task_whose_rows_are_shared_rules_out_a_kernel(config_class):
+    model = replace(BERT, dtype="bfloat16", max_length=512).with_dropout(0.0)
+    config = CONFIG if config_class is PretrainConfig else TUNED
+    tasks = [task() for task in get_args(get_type_hints(config_class)["task"])]
+    sharing = [(task, name) for task in tasks for name in vars(task) if SHARES.search(name)]
+    assert sharing
+    for task, name in sharing:
+        for shared in (True, False):
+            one = replace(config, model=model, task=replace(task, **{name: shared}))
+            chosen = settle(one, 512, [H100]).config.model.attention
+            assert (chosen == "cudnn") is not shared, (task, name)
+
+
 def test_rows_of_several_examples_rule_out_a_kernel():
     model = replace(BERT, dtype="bfloat16", max_length=512).with_dropout(0.0)
-    config = FinetuneConfig(name="x", data=LABELLED, model=model, train=STEPS)
+    config = replace(TUNED, model=model)
     assert settle(config, 512, [H100]).config.model.attention == "cudnn"
     packed = replace(config, data=replace(LABELLED, pack=True))
     assert "not cudnn: rows hold several documents" in settle(packed, 512, [H100]).line
