@@ -125,7 +125,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
             texts=side,
             option="--source-tokenizer" if is_own else "--tokenizer",
         )
-    config, attends = attention.settle(config, framer.max_length, jax.devices())
+    row_length = max(batching.longest, eval_batching.longest)
+    config, attends = attention.settle(config, row_length, jax.devices())
     if attends:
         console.print(Text(attends), soft_wrap=True)
     placement = finetuned.make_placement(config, labels, finetuned.make_init(config, labels))

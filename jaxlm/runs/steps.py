@@ -206,6 +206,7 @@ def for_evaluation(
     )
     assert config.model is not None  # resolved
     limits = [longest or config.model.max_length]
-    limits += [config.data.max_length] if isinstance(config, FinetuneConfig) else []
+    if isinstance(config, FinetuneConfig) and not config.data.pack:  # as long as a text is
+        limits += [config.data.max_length]
     length = min((limit for limit in limits if limit is not None), default=None)
     return attention.settle(here, length, jax.devices(), wanted=wanted or "auto", trains=False)

@@ -92,6 +92,8 @@ def test_rows_are_as_long_as_the_data_say():
     assert steps.for_evaluation(long, longest=128).config.model.attention == "plain"
     tuned = FinetuneConfig(name="x", data=LABELLED, model=long.model, train=STEPS)
     assert "up to 64 tokens" in steps.for_evaluation(tuned).line
+    packed = replace(tuned, data=replace(LABELLED, pack=True))
+    assert steps.for_evaluation(packed).config.model.attention == "blockwise"
 
 
 TUNED = FinetuneConfig(name="x", data=LABELLED, model=BERT, train=STEPS)

@@ -32,6 +32,11 @@ class Batching(Protocol):
         """What is in them."""
         ...
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest rows."""
+        ...
+
     def steps(self, epochs: float) -> int:
         """Batches of so many epochs."""
         ...
@@ -67,6 +72,11 @@ class Even:
     batch_size: int
     buckets: Sequence[int]
     seed: int
+
+    @property
+    def longest(self) -> int:
+        """The last bucket."""
+        return max(self.buckets)
 
     def steps(self, epochs: float) -> int:
         """Batches of so many epochs."""
@@ -139,7 +149,7 @@ def make_batching(
             for_training=for_training,
         )
         if for_training:
-            check_tokens(packed.row_length, size, tokens)
+            check_tokens(packed.longest, size, tokens)
         return packed
     if tokens is None and not examples.along_target:
         lengths = examples.lengths if lengths is None else lengths
@@ -155,5 +165,5 @@ def make_batching(
         seed=seed,
     )
     if for_training:
-        check_tokens(max(map(max, plan.buckets)), size, tokens)
+        check_tokens(plan.longest, size, tokens)
     return plan

@@ -55,6 +55,11 @@ class Packed:
     seed: int
 
     @property
+    def longest(self) -> int:
+        """All rows are as long."""
+        return self.row_length
+
+    @property
     def padding(self) -> float:
         """The share of positions that are padding."""
         return 1 - int(self._sizes.sum()) / (len(self.members) * self.row_length)

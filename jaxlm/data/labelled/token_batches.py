@@ -79,6 +79,11 @@ class Plan:
     seed: int
 
     @property
+    def longest(self) -> int:
+        """Of either side."""
+        return max(map(max, self.buckets))
+
+    @property
     def padding(self) -> float:
         """The share of positions that are padding, as far as examples are alike."""
         padded = sum(

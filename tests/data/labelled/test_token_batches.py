@@ -219,10 +219,19 @@ def test_which_batches_a_data_set_is_read_in():
     assert set(plain.rows) == {2}
 
 
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("tokens", [None, 512])
+def test_the_longest_rows_that_a_model_gets(pack, tokens):
+    config = LabelledConfig(train=JsonLines(path="x"), batch_size=8, batch_tokens=tokens, pack=pack)
+    batching = make_batching(TEXTS, config, int(TEXTS.lengths.max()))
+    lengths = {batch["tokens"].shape[1] for batch in batching.eval_batches()}
+    assert batching.longest == max(lengths)
+
+
 def test_batches_that_cannot_be_made():
     with pytest.raises(InputError, match="there are no examples to make batches of"):
         make_plan(make_examples(0), **SIZES)
-    longest = max(map(max, PLAN.buckets))
+    longest = PLAN.longest
     with pytest.raises(InputError, match="batch_tokens=200 has no room") as error:
         check_tokens(longest, 8, 200)
     room = 200 // longest
