@@ -105,7 +105,8 @@ class RunConfig:
     resume: bool = True
     """Resume from the run folder's newest checkpoint; --no-resume refuses a used folder."""
     accept_changes: bool = False
-    """Allow a resumed run to have other settings, data or seed than it began with."""
+    """Allow a resumed run to have other settings, data or seed than it began with, and one that
+    trains all parameters another base, in pretraining also none."""
     wandb: str | None = None
     """Weights & Biases project to log to as well; None: none."""
 

@@ -18,6 +18,7 @@ from jaxlm.data.loader import check_before, train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
+from jaxlm.models.model import ModelConfig
 from jaxlm.runs import attention, folder, phase, pretrained, resume, steps
 from jaxlm.runs import base as bases
 from jaxlm.runs.base import Base
@@ -46,9 +47,9 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     """
     console = console or make_console(quiet=jax.process_index() > 0)
     resume.check_processes(config, config.directory / CHECKPOINTS)
-    base = None if config.base is None else bases.load(config.base)
-    config = replace(config, base=base and bases.lasting(base.name))
-    model = config.model or (base and base.config)
+    base, base_model = open_base(config, console)
+    config = replace(config, base=config.base and bases.lasting(config.base))
+    model = config.model or base_model
     if config.prepare is not None and model is not None:
         pretrained.require_length(model, config.prepare.row_length)  # before what takes hours
     datasets = open_data(config, base, console)
@@ -56,7 +57,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     check_before(datasets, before)
     infos = [dataset.info for dataset in datasets]
     info = infos[0]
-    config = pretrained.resolve(config, infos, jax.default_backend(), base and base.config)
+    config = pretrained.resolve(config, infos, jax.default_backend(), base_model)
     config, attends = attention.settle(config, info.row_length, jax.devices())
     tokenizer = tokenizers.load(datasets[0].tokenizer_path)
     vocabulary = make_vocabulary(tokenizer)
@@ -143,13 +144,36 @@ def _ramp(config: PretrainConfig, row_length: int) -> str:
     return said
 
 
+def open_base(config: PretrainConfig, console: Console) -> tuple[Base | None, ModelConfig | None]:
+    """The base, if there is one, and its model.
+
+    A run that resumes has all parameters: where changes are accepted, it does without a base that
+    cannot be read, and its model is its own.
+    """
+    if config.base is None:
+        return None, None
+    try:
+        base = bases.load(config.base)
+    except InputError as error:
+        if not restore.list_steps(config.directory / CHECKPOINTS):
+            raise
+        if not config.accept_changes:
+            raise InputError(
+                f"{error}; or add --accept-changes: the run in {config.directory} has all its "
+                "parameters, and goes on without its base"
+            ) from error
+        console.print(f"without the base: {error}", markup=False, soft_wrap=True)
+        return None, folder.read_config(config.directory, PretrainConfig).model
+    return base, base.config
+
+
 def open_data(config: PretrainConfig, base: Base | None, console: Console) -> list[Prepared]:
     """All prepared data of a run; the first is made where it is missing and the config says how.
 
-    With a base, its tokenizer is the one that cuts the text.
+    With a base, its tokenizer is the one that cuts the text; where that is gone, nothing is made.
     """
     first, wanted = locate(config.data.paths[0]), config.prepare
-    if wanted is not None:
+    if wanted is not None and (base is not None or config.base is None):
         if base is not None:
             own = TokenizerConfig(path=base.tokenizer_path)  # pyright: ignore[reportArgumentType]
             wanted = replace(wanted, tokenizer=own)

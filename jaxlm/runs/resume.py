@@ -8,8 +8,9 @@ from dataclasses import replace
 import jax
 
 from jaxlm import config as configs
-from jaxlm.config import Config, FinetuneConfig
+from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
+from jaxlm.peft.tuning import Full
 from jaxlm.runs.folder import read_config
 from jaxlm.runtime import distributed
 from jaxlm.runtime.storage import StoragePath
@@ -96,13 +97,14 @@ def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
         )
 
 
-def check_same(
-    directory: StoragePath, saved: Cursor, now: Cursor, *, accept_changes: bool = False
-) -> None:
+def check_same(config: Config, saved: Cursor, now: Cursor) -> None:
     """A resumed run has the tokenizer, data, seed, labels and base that it began with.
 
-    With ``accept_changes`` data and seed may be others.
+    Where it accepts changes, data and seed may be others, and a base of which it keeps nothing.
     """
+    may_change = ["data", "seed"]
+    if isinstance(config, PretrainConfig) or isinstance(config.tuning, Full):
+        may_change.append("base_sha256")
     for name in (
         "tokenizer_sha256",
         "source_tokenizer_sha256",
@@ -111,16 +113,16 @@ def check_same(
         "labels",
         "base_sha256",
     ):
-        if accept_changes and name in ("data", "seed"):
+        if config.accept_changes and name in may_change:
             continue
         if name == "data" and saved.get(name) == []:  # of an imported adapter, not known
             continue
         if saved.get(name) != now.get(name):
-            way = ", add --accept-changes," if name in ("data", "seed") else ","
+            way = ", add --accept-changes," if name in may_change else ","
             difference = _difference(saved.get(name), now.get(name))
             raise InputError(
-                f"the run in {directory} was trained with {name} {difference}: restore it{way} or "
-                "give the run another --name"
+                f"the run in {config.directory} was trained with {name} {difference}: restore it"
+                f"{way} or give the run another --name"
             )
 
 
@@ -130,7 +132,7 @@ def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
     What belongs to other settings is dropped: of another length the share that is done, the
     evaluations that were counted and the patience; of another ``monitor`` the best value.
     """
-    check_same(config.directory, saved, start, accept_changes=config.accept_changes)
+    check_same(config, saved, start)
     cursor = saved | {name: start[name] for name in ("data", "seed", "length", "monitor")}
     if saved.get("length", start["length"]) != start["length"]:
         minutes = config.train.minutes

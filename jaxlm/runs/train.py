@@ -135,7 +135,7 @@ def _resume(
         for name in (TOKENIZER, SOURCE_TOKENIZER)
         if name == TOKENIZER or (directory / name).is_file()
     }
-    resume.check_same(directory, job.cursor | own, job.cursor)
+    resume.check_same(config, job.cursor | own, job.cursor)
     resume.check_config(directory, config, peek(directory / CHECKPOINTS))
     restored = checkpointer.restore(placement.abstract_state.learned)
     saved = resume.with_length(directory, config, restored.cursor)

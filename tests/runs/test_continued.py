@@ -16,8 +16,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_runs import make_config
 
-from jaxlm.config import PretrainConfig
+from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.convert import huggingface
+from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.records import Table
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
@@ -28,6 +30,7 @@ from jaxlm.models.heads import WithLmHead
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
+from jaxlm.peft.tuning import LoraConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import command_line, pretrained, pretraining, resume
 from jaxlm.runs.folder import read_config
@@ -289,6 +292,38 @@ def test_a_finished_run_is_made_longer(
 
 
 @pytest.mark.slow
+def test_a_phase_goes_on_when_its_base_has_gone_on_or_is_gone(
+    other: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All its parameters are its own; of a base that is another, or none, it is said."""
+    base = tmp_path / "base"
+    shutil.copytree(whole, base)
+    phase = replace(other, name="phase", runs=tmp_path, base=str(base))
+    directory = pretrain(phase)
+    began = restore.peek(directory / "checkpoints")
+    trained = read_config(base, PretrainConfig)
+    pretrain(replace(trained, runs=tmp_path, name="base", train=replace(trained.train, steps=6)))
+    longer = replace(phase, train=replace(phase.train, steps=STEPS + 1, num_evals=1))
+    with pytest.raises(InputError, match=r"base_sha256 \w+.* add --accept-changes, or give"):
+        pretrain(longer)
+    pretrain(replace(longer, accept_changes=True))
+    assert f"extending the finished run from step {STEPS}" in capsys.readouterr().out
+    shutil.rmtree(base)
+    longer = replace(phase, train=replace(phase.train, steps=STEPS + 2, num_evals=1))
+    with pytest.raises(InputError, match=r"there is no folder .* add --accept-changes: the run"):
+        pretrain(longer)
+    pretrain(replace(longer, accept_changes=True))
+    assert "without the base: there is no folder" in capsys.readouterr().out
+    read = pretrained.open_pretrained(directory)
+    assert max(list_steps(directory / "checkpoints")) == STEPS + 2
+    assert restore.peek(directory / "checkpoints")["base_sha256"] == began["base_sha256"]
+    assert read.config.model == read_config(whole, PretrainConfig).model
+    with pytest.raises(InputError, match="there is no folder") as never_begun:
+        pretrain(replace(longer, name="new", accept_changes=True))
+    assert "accept-changes" not in str(never_begun.value)
+
+
+@pytest.mark.slow
 def test_epochs_and_evaluations_count_every_data_set(
     config: PretrainConfig, other: PretrainConfig, whole: Path
 ) -> None:
@@ -311,6 +346,22 @@ def test_epochs_and_evaluations_count_every_data_set(
         )
         found.append(max(losses(directory)))
     assert found == [math.ceil(0.5 * (rows[0]["train"] + rows[1]["train"]) / 16)] * 2
+
+
+def test_who_may_go_on_from_another_base(config: PretrainConfig) -> None:
+    """Adapters are worth nothing without the encoder that they were trained on."""
+    changed = replace(config, accept_changes=True)
+    data = LabelledConfig(train=Table(path="x.csv"))
+    tuned = FinetuneConfig(name="x", base="b", data=data, train=config.train, accept_changes=True)
+    adapted = replace(tuned, tuning=LoraConfig())
+    facts = {"data": ["a"], "tokenizer_sha256": "b", "monitor": "loss"}
+    saved, now = (resume.make_cursor(config, base_sha256=x, **facts) for x in ("c", "d"))
+    for whole in (changed, tuned):
+        resume.check_same(whole, saved, now)
+        with pytest.raises(InputError, match=r"base_sha256 c .* restore it, add --accept-changes,"):
+            resume.check_same(replace(whole, accept_changes=False), saved, now)
+    with pytest.raises(InputError, match="restore it, or give the run another --name"):
+        resume.check_same(adapted, saved, now)
 
 
 def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
