@@ -98,11 +98,19 @@ def overview(kind: type[RunConfig]) -> str:
     return "\n".join([*lines, "", f"Try: {script} {example} --name second --train.seed 1"])
 
 
+@dataclass(frozen=True)
+class _Option:
+    name: str  # such as data.few_shot
+    words: list[str]
+    tokens: list[str]  # as they were typed
+
+
 def changed(config: C, argv: Sequence[str], *, prog: str) -> C:
     """The config with the changes of a command line; says on stderr what they switch off."""
     options = _split(argv)
     given = {option.name: option.words for option in options}
-    draft = _draft(_with_model(config, given), options)
+    config, options = _with_model(config, options)
+    draft = _draft(config, options)
     _check_base(config, draft, given)
     # tyro learns of the classes, which are settled by now, for its help and its suggestions.
     fields, tokens, chosen = [], [], {}
@@ -132,21 +140,27 @@ def changed(config: C, argv: Sequence[str], *, prog: str) -> C:
     return _settle(parsed.config, config, given)
 
 
-def _with_model(config: C, given: Mapping[str, list[str]]) -> C:
-    """Pretraining with the model of its base, where fields of it are to be others."""
+def _with_model(config: C, options: list[_Option]) -> tuple[C, list[_Option]]:
+    """Pretraining with the model of its base, where fields of it are to be others.
+
+    Instead of a model that the config has, if ``--model None`` is among the options.
+    """
+    if not isinstance(config, PretrainConfig):
+        return config, options
+    given = {option.name: option.words for option in options}
     first = next((name for name in given if name.startswith("model.")), None)
-    if not isinstance(config, PretrainConfig) or first is None or "model" in given:
-        return config
     base = _base(config, given)
-    if base is None or config.model is not None:
-        return config
+    has_none = given["model"] == ["None"] if "model" in given else config.model is None
+    if first is None or base is None or not has_none:
+        return config, options
     model: Any = bases.read_model(base)
     if model is None:
         raise InputError(
             f"{_flag(first)} is of the model of base={base}, which is no folder here: download it "
             "first (hf download), and name its folder"
         )
-    return dataclasses.replace(config, model=model)
+    model = dataclasses.replace(model, dtype=None)  # which that run's devices decided
+    return dataclasses.replace(config, model=model), [x for x in options if x.name != "model"]
 
 
 def _base(config: RunConfig, given: Mapping[str, list[str]]) -> str | None:
@@ -222,13 +236,6 @@ def fresh(kind: type, old: Any) -> Any:
         else:
             values[name] = vars(old)[name] if old_hints.get(name) == hints[name] else tyro.MISSING
     return _unchecked(kind, values)
-
-
-@dataclass(frozen=True)
-class _Option:
-    name: str  # such as data.few_shot
-    words: list[str]
-    tokens: list[str]  # as they were typed
 
 
 def _split(argv: Sequence[str]) -> list[_Option]:

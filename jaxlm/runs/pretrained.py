@@ -69,7 +69,7 @@ def require_length(model: ModelConfig, row_length: int) -> None:
         raise InputError(
             f"the data's rows of {row_length} tokens are longer than the model's max_length="
             f"{model.max_length}: raise it (--model.max-length {row_length}), or prepare shorter "
-            f"rows (--prepare.row-length {model.max_length})"
+            f"rows (--prepare.row-length {model.max_length} and another --data.paths)"
         )
 
 

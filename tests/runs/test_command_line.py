@@ -25,6 +25,7 @@ from jaxlm.errors import InputError
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import Full, HeadOnly
 from jaxlm.runs import command_line, misspelt
+from jaxlm.runs.phase import next_model
 from jaxlm.tasks.tagging import Tagging
 
 ROOT = Path(__file__).parents[2]
@@ -323,6 +324,22 @@ def test_a_field_of_a_base_that_is_not_here() -> None:
         changed(CONFIGS["sotu"], "--base some/name --model.max-length 256")
     phase = changed(CONFIGS["phase2_long"], "--base some/name --model.max-length 256")
     assert (phase.base, phase.model.max_length) == ("some/name", 256)
+
+
+@pytest.mark.parametrize("options", ["--model None --model.max-length 1024", "--model None"])
+@pytest.mark.parametrize("name", ["adapt", "phase2_long"])
+def test_the_model_of_a_base_with_other_fields(name: str, options: str, tmp_path: Path) -> None:
+    """Whatever model the config has; where the base was trained decides no dtype."""
+    own = replace(CONFIGS["phase1_short"].model, vocab_size=64, hidden_dim=96, max_length=128)
+    trained = replace(CONFIGS["phase1_short"], model=replace(own, dtype="float32"))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(configs.to_json(trained))
+    config = changed(CONFIGS[name], f"--base {tmp_path} {options}")
+    wanted = replace(own, max_length=1024) if "max-length" in options else None
+    assert config.model == wanted
+    if wanted is not None:
+        found = next_model(own, config.model, 64, config.task, config.mesh)
+        assert replace(found, num_tokens=None) == wanted
 
 
 # Options that contradict the config.

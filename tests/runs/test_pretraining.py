@@ -250,7 +250,7 @@ def test_impossible_combinations(
 def test_rows_that_are_too_long_are_not_prepared_first(config: PretrainConfig, tmp_path: Path):
     new = tmp_path / "prepared"
     data = replace(config.data, paths=(str(new),))
-    with pytest.raises(InputError, match=r"prepare shorter rows \(--prepare.row-length 8\)"):
+    with pytest.raises(InputError, match=r"\(--prepare.row-length 8 and another"):
         pretrain(
             replace(config, name="never", data=data, model=replace(config.model, max_length=8))
         )
