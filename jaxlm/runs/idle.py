@@ -7,6 +7,7 @@ from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.models.model import is_attentive
+from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.objectives.masking import ChoiceConfig
 from jaxlm.peft.lora import LoraConfig
 
@@ -32,6 +33,9 @@ def idle(config: Config) -> dict[str, str]:
         put("optimizer.name is adafactor, which has none", "optimizer", "b2", "epsilon")
     if config.model is not None and is_attentive(config.model):
         put("attention (auto, or what it is told) takes its place", "model", "attention")
+    if isinstance(config.model, ModernBertConfig) and not config.model.is_local.any():
+        why = f"model.global_every={config.model.global_every} leaves no layer local"
+        put(why, "model", "window", "local_rope_base")
     if isinstance(config, PretrainConfig):
         _of_pretraining(config, put)
     else:
@@ -76,9 +80,9 @@ def _of_fine_tuning(config: FinetuneConfig, put: Any) -> None:
             put("task.fields.target is number", "task.fields", *names)
         elif fields.target == "class" and "," not in fields.label:
             put("task.fields.target is class", "task.fields", "separator")
-    if config.dropout_rate is not None:
-        why = f"dropout_rate={config.dropout_rate} takes its place"
-        put(why, "model", "dropout_rate", "attention_dropout_rate")
+    if config.dropout_rate is not None and config.model is not None:
+        rates = [name for name in vars(config.model) if name.endswith("dropout_rate")]
+        put(f"dropout_rate={config.dropout_rate} takes its place", "model", *rates)
     if config.dtype is not None:
         put(f"dtype={config.dtype} takes its place", "model", "dtype")
     if isinstance(config.tuning, LoraConfig) and config.tuning.ranks is not None:

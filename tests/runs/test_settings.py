@@ -586,6 +586,12 @@ def longest_of(config: Any) -> str:
     return "fits"
 
 
+def values_of(config: Any) -> str:
+    """What a model of drawn parameters computes: its program may hold what is never used."""
+    model, tokens = config.model.make(), jnp.arange(16).reshape(2, 8) % 7
+    return repr(np.asarray(model.init_with_output(jax.random.key(0), tokens)[0]).tolist())
+
+
 def written_of(config: Any) -> str:
     """What other libraries are told of a model."""
     return repr(modernbert.write_config(config.model, {}))
@@ -696,6 +702,19 @@ PARTS = {
         replace(TUNED, dropout_rate=0.2, dtype="float32"),
         model_of,
         ("model.dropout_rate", "model.attention_dropout_rate", "model.dtype", "task.pooling"),
+    ),
+    **{
+        f"tuned {type(model).__name__}": Part(
+            replace(TUNED, dropout_rate=0.2, model=model),
+            model_of,
+            tuple(f"model.{name}" for name in vars(model) if name.endswith("dropout_rate")),
+        )
+        for model in (MODERN.model, GPT2, XLNET, LSTM)
+    },
+    "modernbert without windows": Part(
+        replace(MODERN, model=replace(MODERN.model, global_every=1)),
+        values_of,
+        ("model.window", "model.local_rope_base"),
     ),
     "meshes": Part(PRETRAINED, mesh_of, ("mesh", "placement"), ("mesh.num_slices",)),
     "masking": Part(PRETRAINED, hidden_of, ("task", "task.masking", "task.eval_masking")),
