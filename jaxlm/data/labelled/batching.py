@@ -132,13 +132,14 @@ def make_batching(
     """By tokens where the configuration says so, or examples have two sides, and else even.
 
     ``lengths`` are those that buckets are made for, where there are more than of ``examples``.
-    ``in_parts``: others of the same file follow, of which many shall have the same shapes.
+    ``in_parts``: others of the same file follow, of which many shall have the same shapes; they
+    share no rows, whose shape would be that of these examples.
     ``for_training`` batches of no more tokens than are allowed are insisted on. For examples that
     share rows ``longest`` is the longest row that the model reads, None any, and ``pieces`` are
     what rows are shared out among.
     """
     size, tokens = config.batch_size, config.batch_tokens
-    if config.pack:
+    if config.pack and not in_parts:
         packed = pack(
             examples,
             batch_size=size,

@@ -228,6 +228,18 @@ def test_the_longest_rows_that_a_model_gets(pack, tokens):
     assert batching.longest == max(lengths)
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_is_answered_in_parts_has_few_shapes(pack):
+    """Each of them is compiled once: questions that come one by one must not make more."""
+    config = LabelledConfig(train=JsonLines(path="x"), batch_size=8, pack=pack)
+    shapes = set()
+    for seed in range(20):
+        some = replace(TEXTS, rows=TEXTS.rows[seed : 2 * seed + 1])
+        batching = make_batching(some, config, 256, in_parts=True, longest=256)
+        shapes |= {batch["tokens"].shape for batch in batching.eval_batches()}
+    assert len(shapes) <= 8
+
+
 def test_batches_that_cannot_be_made():
     with pytest.raises(InputError, match="there are no examples to make batches of"):
         make_plan(make_examples(0), **SIZES)
