@@ -6,6 +6,7 @@ global batch is a function of (data, seed, examples seen).
 """
 
 import bisect
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -273,20 +274,19 @@ def would_save(
 
 
 def _shape(sizes: np.ndarray, batch_size: int, longest: int | None) -> tuple[int, int]:
-    """How many rows, and of how many tokens: a divisor of ``batch_size`` with the least cost."""
-    tokens, least, found = float(batch_size * sizes.mean()), float(sizes.max()), []
+    """How many rows, and of how many tokens: a divisor of ``batch_size`` with the least cost.
+
+    Of those that hold ``batch_size`` examples, or, since rows are as long as the longest example
+    and no longer than ``longest``, about as many.
+    """
+    tokens, most = float(batch_size * sizes.mean()), float(longest or math.inf)
+    found: dict[float, list[tuple[int, int]]] = {}
     for rows in (n for n in range(1, batch_size + 1) if batch_size % n == 0):
-        if rows > 1 and tokens / rows < least:
-            continue  # so many rows of that length would hold more examples than that
-        length = _rounded(max(tokens / rows, least))
-        length = length if longest is None else min(length, longest)
-        found.append((_cost(sizes, length), rows, length))
-    _, rows, length = min(found)
-    return rows, length
-
-
-def _rounded(length: float) -> int:
-    return int(-(-length // _MULTIPLE) * _MULTIPLE)
+        length = min(max(tokens / rows, float(sizes.max())), most)
+        off = round(abs(math.log(rows * length / tokens)), 6)
+        whole = int(min(-(-length // _MULTIPLE) * _MULTIPLE, most))
+        found.setdefault(off, []).append((rows, whole))
+    return min(found[min(found)], key=lambda shape: (_cost(sizes, shape[1]), shape))
 
 
 def _cost(sizes: np.ndarray, length: int) -> float:

@@ -54,6 +54,16 @@ def labels_of(batch):
     return batch["labels"][batch["weights"] > 0].tolist()
 
 
+@pytest.mark.parametrize("longest", [20, 24, 40, None])
+@pytest.mark.parametrize("size", [4, 16, 32])
+@pytest.mark.parametrize("largest", [8, 20])
+def test_a_batch_has_about_as_many_examples_as_are_asked_for(longest, size, largest):
+    """However few fit a row: the rate of learning was chosen for so many."""
+    sizes = np.append(np.minimum(SIZES, largest), largest)
+    plan = batching(sizes, longest=longest, batch_size=size)
+    assert len(sizes) / len(plan.members) * plan.num_rows == pytest.approx(size, rel=0.35)
+
+
 def test_rows_are_filled_and_nothing_is_cut():
     plan = batching()
     (line,) = plan.describe()
