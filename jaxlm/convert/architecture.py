@@ -1,14 +1,25 @@
 """How a kind of model is written in Hugging Face's layout, and reading its ``config.json``."""
 
-from collections.abc import Iterable, Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jaxlm.convert.table import Row
 from jaxlm.errors import InputError
 from jaxlm.models.pooling import Pooling
 
+C = TypeVar("C")
 NUMBER = (int, float)
+_CALLED: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 TaskName = Literal[
     "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"
 ]
@@ -155,6 +166,7 @@ class Fields:
     def __init__(self, raw: Mapping[str, Any], source: str) -> None:
         self.raw = raw
         self.source = source
+        self._read: dict[str, Any] = {}
 
     def get(self, key: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
         """Its value, of one of these types; the default where it is missing or null."""
@@ -162,7 +174,11 @@ class Fields:
         if value is None:
             raise InputError(f"{self.source} lacks {key}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise InputError(f"{self.source}: {key}={value!r} is of the wrong type")
+            wanted = kinds[-1] if isinstance(kinds, tuple) else kinds
+            raise InputError(
+                f"{self.source}: {key}={value!r} is of the wrong type: write {_CALLED[wanted]}"
+            )
+        self._read[key] = value
         return value
 
     def maybe(self, key: str, kinds: type | tuple[type, ...]) -> Any:
@@ -184,6 +200,22 @@ class Fields:
                 f"{self.source}: {key}={value!r} is not supported; {', '.join(known)} are"
             )
         return known[value]
+
+    def make(self, config: Callable[..., C], values: Mapping[str, Any]) -> C:
+        """A config of what has been read; errors say what its fields are called in the file."""
+        try:
+            return config(**values)
+        except InputError as error:
+            called, read = {}, {k: x for k, x in self._read.items() if not isinstance(x, bool)}
+            for name in re.findall(r"(\w+)=", str(error)):
+                # The key of that value, if its name is alike: not all that is 0 is meant.
+                keys = [key for key, x in read.items() if x == values.get(name, ...)]
+                called[name] = difflib.get_close_matches(name, keys, n=1, cutoff=0.4)
+            there = ", ".join(
+                f"{name} is {key}" for name, keys in called.items() for key in keys if key != name
+            )
+            there = there and f" (in the file {there})"
+            raise InputError(f"{self.source}: {error}{there}") from error
 
 
 def names_task(fields: Fields) -> TaskName | None:

@@ -252,10 +252,7 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Bert
         "epsilon": float(get("layer_norm_eps", NUMBER, _EPSILON)),
         "initializer_std": float(get("initializer_range", NUMBER, 0.02)),
     }
-    try:
-        return architecture, BertConfig(**values)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+    return architecture, fields.make(BertConfig, values)
 
 
 def architecture(pooling: Pooling | None) -> Architecture:

@@ -16,7 +16,6 @@ from jaxlm.convert.architecture import (
     published_activation,
 )
 from jaxlm.convert.table import LAST, Row, Sizes, linear, norm, without_bias
-from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
 
 
@@ -105,10 +104,7 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Gpt2
         "epsilon": float(fields.get("layer_norm_epsilon", NUMBER, 1e-5)),
         "initializer_std": float(fields.get("initializer_range", NUMBER, 0.02)),
     }
-    try:
-        config = Gpt2Config(**values)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+    config = fields.make(Gpt2Config, values)
     # Softmax in float32, which reorder_and_upcast_attn asks for, is ours in any case.
     factor = 1.0
     if not fields.get("scale_attn_weights", bool, True):

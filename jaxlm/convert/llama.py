@@ -106,10 +106,7 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Llam
         "epsilon": float(fields.get("rms_norm_eps", NUMBER, 1e-6)),
         "initializer_std": float(fields.get("initializer_range", NUMBER, 0.02)),
     }
-    try:
-        config = LlamaConfig(**values)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+    config = fields.make(LlamaConfig, values)
     return architecture(config), config
 
 
@@ -118,7 +115,7 @@ def _rope(fields: Fields) -> tuple[float, Scaling | None]:
     new = fields.maybe("rope_parameters", dict)
     said = new or fields.maybe("rope_scaling", dict) or {}
     inner = Fields(said, f"{fields.source}: {'rope_parameters' if new else 'rope_scaling'}")
-    base = inner.maybe("rope_theta", NUMBER) or fields.get("rope_theta", NUMBER, 10_000.0)
+    base = inner.get("rope_theta", NUMBER, fields.get("rope_theta", NUMBER, 10_000.0))
     part = inner.get(
         "partial_rotary_factor", NUMBER, fields.get("partial_rotary_factor", NUMBER, 1)
     )

@@ -96,7 +96,14 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Mode
     fields = Fields(raw, source)
     fields.require("tie_word_embeddings", bool, True)
     num_layers = fields.get("num_hidden_layers", int)
-    seen = fields.get("local_attention", int, 128)
+    # Since version 5 another name for half of it, which goes first.
+    half = fields.maybe("sliding_window", int)
+    seen = fields.get("local_attention", int, 128) if half is None else 2 * half
+    if seen < 2:
+        raise InputError(
+            f"{source}: local_attention={seen} is below 2, of which half is seen on each side: "
+            "128 is usual"
+        )
     if seen % 2:
         raise InputError(
             f"{source}: local_attention={seen} is odd, and half of it is seen on each side: "
@@ -127,10 +134,7 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Mode
         "epsilon": float(fields.get("norm_eps", NUMBER, 1e-5)),
         "initializer_std": float(fields.get("initializer_range", NUMBER, 0.02)),
     }
-    try:
-        config = ModernBertConfig(**values)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+    config = fields.make(ModernBertConfig, values)
     return architecture(config), config
 
 
@@ -156,7 +160,13 @@ def _global_every(fields: Fields, num_layers: int) -> int:
 def _rope_base(fields: Fields, kind: str, old: str, default: float) -> float:
     """The base of the rotations in layers of a kind."""
     by_kind = fields.maybe("rope_parameters", dict) or {}
-    said = Fields(by_kind.get(kind) or {}, f"{fields.source}: rope_parameters: {kind}")
+    if others := [key for key in by_kind if key not in _KINDS]:
+        raise InputError(
+            f"{fields.source}: rope_parameters has {', '.join(others)}: write those of each kind "
+            f"of layer into {' and '.join(_KINDS)}"
+        )
+    where = f"{fields.source}: rope_parameters"
+    said = Fields(Fields(by_kind, where).maybe(kind, dict) or {}, f"{where}: {kind}")
     scaling = Fields(fields.maybe("rope_scaling", dict) or {}, f"{fields.source}: rope_scaling")
     for one in (said, scaling):
         type = one.maybe("rope_type", str) or one.get("type", str, "default")
@@ -165,7 +175,7 @@ def _rope_base(fields: Fields, kind: str, old: str, default: float) -> float:
                 f"{one.source}: rope_type={type!r} is not supported, default is: write that if the "
                 "model was trained without, or take another"
             )
-    return float(said.maybe("rope_theta", NUMBER) or fields.get(old, NUMBER, default))
+    return float(said.get("rope_theta", NUMBER, fields.get(old, NUMBER, default)))
 
 
 def write_config(config: ModernBertConfig, special: Mapping[str, int]) -> dict[str, Any]:

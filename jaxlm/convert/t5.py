@@ -133,10 +133,7 @@ def read_config(
         "dropout_rate": float(fields.get("dropout_rate", NUMBER, 0.1)),
         "epsilon": float(fields.get("layer_norm_epsilon", NUMBER, 1e-6)),
     }
-    try:
-        config = T5Config(**values)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+    config = fields.make(T5Config, values)
     return architecture(config), config
 
 

@@ -18,7 +18,6 @@ from jaxlm.convert.architecture import (
     published_activation,
 )
 from jaxlm.convert.table import LAST, Row, Sizes, linear, norm
-from jaxlm.errors import InputError
 from jaxlm.models.xlnet import XlnetConfig
 
 _LAYER, _OURS = "transformer.layer.{layer}", "encoder/layers"
@@ -120,10 +119,7 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Xlne
         "epsilon": float(fields.get("layer_norm_eps", NUMBER, 1e-12)),
         "initializer_std": float(fields.get("initializer_range", NUMBER, 0.02)),
     }
-    try:
-        return XLNET, XlnetConfig(**values)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+    return XLNET, fields.make(XlnetConfig, values)
 
 
 def write_config(config: XlnetConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from jaxlm.train.stored import changed
 
 POSITIONS = "encoder/position_embed/embedding"
 _VOCABULARY = ("vocab_size", "num_tokens")  # which tokenizer and mesh decide
+_CHOSEN = ("dtype", "attention", "unroll", "remat")  # how it is computed
 Pieces = Mapping[int, Sequence[int]]  # a new token -> the tokens of the base that it was before
 
 
@@ -74,7 +75,7 @@ def differences(base: ModelConfig, model: ModelConfig) -> list[str]:
     return [
         f"{name}={vars(model)[name]} (there {value})"
         for name, value in vars(base).items()
-        if name not in (*_VOCABULARY, "dtype") and vars(model)[name] != value
+        if name not in (*_VOCABULARY, *_CHOSEN) and vars(model)[name] != value
     ]
 
 

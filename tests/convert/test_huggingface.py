@@ -283,7 +283,7 @@ LAYER = "bert.encoder.layer.1"
         ({"is_decoder": True}, {}, "is_decoder=True is not supported; False is"),
         ({"add_cross_attention": True}, {}, "add_cross_attention=True is not supported"),
         ({"hidden_size": None}, {}, "config.json lacks hidden_size"),
-        ({"hidden_size": "8"}, {}, "config.json: hidden_size='8' is of the wrong type"),
+        ({"hidden_size": "8"}, {}, "config.json: hidden_size='8' is of the wrong type: write a wh"),
         ({"num_hidden_layers": True}, {}, "num_hidden_layers=True is of the wrong type"),
         ({"num_attention_heads": 3}, {}, "config.json: hidden_dim=8 is not divisible by num_heads"),
         ({"vocab_size": 20}, {}, "vocabulary of 24 is larger than the model's vocab_size=20"),

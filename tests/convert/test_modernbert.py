@@ -181,7 +181,16 @@ def rope(**changes):
     ("config", "message"),
     [
         ({"local_attention": 7}, "local_attention=7 is odd, .*: write 6, which is what transform"),
-        ({"local_attention": 0}, "config.json: window=0 is not above 0"),
+        ({"local_attention": 0}, "local_attention=0 is below 2, of which half is .*: 128 is usual"),
+        ({"local_attention": -3}, "local_attention=-3 is below 2"),
+        ({"local_attention": 128.0}, "local_attention=128.0 is .*: write a whole number"),
+        ({"norm_eps": "1e-5"}, "norm_eps='1e-5' is of the wrong type: write a number"),
+        ({"sliding_window": 0}, "local_attention=0 is below 2"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters has rope_type: write those"),
+        (rope() | {"rope_parameters": {"full_atention": {}}}, "rope_parameters has full_atention"),
+        ({"rope_parameters": {"full_attention": 5}}, "full_attention=5 is .*: write an object"),
+        (rope(rope_theta=0), "local_rope_base=0.0 is not above 0; 10000 is usual$"),
+        ({"max_position_embeddings": 0}, r"max_length=0 .* is max_position_embeddings"),
         (
             rope(rope_type="yarn"),
             "rope_parameters: sliding_attention: rope_type='yarn' is .*: write",
@@ -192,7 +201,11 @@ def rope(**changes):
         ({"num_hidden_layers": 5, "layer_types": None}, "lacks the tensor model.layers.4.attn.Wqk"),
         ({"num_hidden_layers": 3, "layer_types": None}, "layers.3.* does not belong to this arch"),
         ({"num_hidden_layers": 0, "layer_types": []}, "num_layers=0 is not above 0"),
-        ({"num_attention_heads": 3}, "hidden_dim=8 is not divisible by twice num_heads=3"),
+        (
+            {"num_attention_heads": 3},
+            r"hidden_dim=8 is not divisible by twice num_heads=3: .*\(in the file hidden_dim is "
+            r"hidden_size, num_heads is num_attention_heads\)",
+        ),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported; True is"),
         ({"classifier_pooling": "max"}, "classifier_pooling='max' is not supported; cls, mean are"),
         ({"hidden_activation": "tanh"}, "hidden_activation='tanh' is not supported"),
