@@ -1,5 +1,6 @@
 """How a kind of model is written in Hugging Face's layout, and reading its ``config.json``."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -162,7 +163,11 @@ class Fields:
         if value is None:
             raise InputError(f"{self.source} lacks {key}")
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
-            raise InputError(f"{self.source}: {key}={value!r} is of the wrong type")
+            raise InputError(f"{self.source}: {key}={value!r:.80} is of the wrong type")
+        if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # or it is NaN
+            raise InputError(
+                f"{self.source}: {key}={value!s:.80} is not a finite number: correct it"
+            )
         return value
 
     def maybe(self, key: str, kinds: type | tuple[type, ...]) -> Any:

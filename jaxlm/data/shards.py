@@ -19,6 +19,7 @@ from jaxlm.data.prepare import (
     make_recipe,
 )
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo
+from jaxlm.data.tabular import parse_json
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import on_disk
@@ -126,6 +127,6 @@ def _folder(directory: Path) -> Path:
 
 def _read(shard: Path) -> dict[str, Any]:
     try:
-        return json.loads((shard / _FACTS).read_text(encoding="utf-8"))
+        return parse_json((shard / _FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{shard} is not a finished shard ({error}); remove it") from error

@@ -29,7 +29,7 @@ from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, finetuned, finetuning, resume, steps
 from jaxlm.runs.finetuned import LABELS, FinetunedRun
-from jaxlm.runs.folder import CHECKPOINTS, is_run, write_folder
+from jaxlm.runs.folder import CHECKPOINTS, is_run, read_json, write_folder
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
@@ -234,11 +234,7 @@ def _labels(path: Path, base: Path, kind: Kind, number: int | None) -> Labels:
     if kind not in ("SequenceClassification", "TokenClassification"):
         return ()
     if (path / LABELS).is_file():
-        try:
-            found = json.loads((path / LABELS).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path / LABELS} is not JSON: {error}") from error
-        source = path / LABELS
+        found, source = read_json(path / LABELS), path / LABELS
     else:
         named = folder.read_config(base).get("id2label") or {}
         found, source = list(named.values()), base / folder.CONFIG
