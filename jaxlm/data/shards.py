@@ -89,7 +89,9 @@ def merge(
     directory = on_disk(directory)
     check_place(directory)
     if (directory / INFO).exists() and not overwrite:
-        raise InputError(f"{directory} exists; overwrite it, or choose another folder")
+        raise InputError(
+            f"{directory} exists; replace it with --overwrite, or choose another folder"
+        )
     folder = _folder(directory)
     shards = sorted(folder.glob("*-of-*"))
     if not shards:
@@ -103,7 +105,8 @@ def merge(
             f"{', '.join(sorted(wrong))}"
         )
     for shard, fact in zip(shards, facts, strict=True):
-        check_same(shard, fact["recipe"], facts[0]["recipe"])
+        way_out = f"prepare it again as {shards[0]} was, with --overwrite"
+        check_same(shard, fact["recipe"], facts[0]["recipe"], way_out)
 
     tokenizer = tokenizers.load(shards[0])
     vocab_size = tokenizers.vocab_size(tokenizer)

@@ -30,7 +30,7 @@ from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, finetuned, finetuning, resume, steps
 from jaxlm.runs.finetuned import LABELS, FinetunedRun
 from jaxlm.runs.folder import CHECKPOINTS, is_run, read_json, write_folder
-from jaxlm.runtime.storage import StoragePath, locate
+from jaxlm.runtime.storage import StoragePath, locate, write_whole
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.instruction import Instruction
@@ -104,7 +104,7 @@ def _write(run: FinetunedRun, tuning: LoraConfig | Ia3Config, given: str, out: P
     peft_save.save(out, adapter, params, model, given, start=start)
     if run.labels:
         (out / LABELS).write_text(json.dumps(list(run.labels)) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(_card(model, given, run.labels), encoding="utf-8")
+    write_whole(out / "README.md", _card(model, given, run.labels))
     return given
 
 
