@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.loader import DataConfig
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
+from jaxlm.data.tabular import parse_json
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
@@ -232,7 +233,7 @@ def read_file(path: StoragePath) -> Config:
         raise InputError(f"there is no config file {path}")
     try:
         if path.suffix == ".json":
-            return from_json(path.read_text(encoding="utf-8"))
+            return from_json(path.read_text(encoding="utf-8-sig"))
         config = runpy.run_path(str(path)).get("config")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -276,7 +277,7 @@ def flatten(config: Config) -> dict[str, Any]:
 def from_json(text: str) -> Config:
     """The inverse of :func:`to_json`; unknown fields and wrong types raise."""
     try:
-        return decode(Config, _renamed(json.loads(text)), "config")
+        return decode(Config, _renamed(parse_json(text)), "config")
     except json.JSONDecodeError as error:
         raise InputError(f"the config is not JSON: {error}") from error
 

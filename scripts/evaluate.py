@@ -24,7 +24,7 @@ import tyro
 from jaxlm.config import PretrainConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
-from jaxlm.data.labelled.dataset import like, read_records
+from jaxlm.data.labelled.dataset import in_encoding, like, read_records
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import BeamConfig, Writing
@@ -50,6 +50,7 @@ def main(
     /,
     data: Path | None = None,
     target: Path | None = None,
+    encoding: str | None = None,
     split: Literal["train", "validation"] = "validation",
     rows: int | None = None,
     stride: int | None = None,
@@ -76,6 +77,7 @@ def main(
             run's own.
         target: Of a run that writes targets for sources: the file of targets, where --data has a
             source a line; None = --data has both.
+        encoding: That of a file of labelled data, such as windows-1252; None = as in training.
         split: Which part of the run's own data, or of prepared data.
         rows: How many rows or examples; None = all.
         stride: Of a causal run: read windows as long as the model allows, each so many tokens after
@@ -95,6 +97,8 @@ def main(
         raise InputError(f"--rows {rows} is not above 0")
     if target is not None and data is None:
         raise InputError(f"--target {target} is the other side of --data: give both")
+    if encoding is not None and data is None:
+        raise InputError(f"--encoding {encoding} is that of --data: leave it out")
     way = chosen_way(generate, beam)
     folder = locate(directory)
     is_tuned = published_task.is_tuned(str(directory))
@@ -111,6 +115,7 @@ def main(
                 Path(scratch),
                 data,
                 target,
+                encoding,
                 split,
                 rows,
                 step,
@@ -120,6 +125,10 @@ def main(
                 attention,
             )
         else:
+            if encoding is not None:
+                raise InputError(
+                    f"--encoding {encoding} is for labelled data, and {directory} is pretrained"
+                )
             result = evaluate_pretrained(folder, data, split, rows, stride, step, int8, attention)
         if data is not None:
             result["path"] = os.fspath(absolute(locate(data)))
@@ -244,6 +253,7 @@ def evaluate_tuned(
     out: Path,
     data: Path | None,
     target: Path | None,
+    encoding: str | None,
     split: Literal["train", "validation"],
     rows: int | None,
     step: int | None,
@@ -258,7 +268,7 @@ def evaluate_tuned(
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
-        records = records_of(loaded, data, target)
+        records = records_of(loaded, data, target, encoding)
         examples = read_records(
             records, task.read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
         )
@@ -296,14 +306,17 @@ def evaluate_tuned(
     return about | {"examples": len(examples), **metrics, **known}
 
 
-def records_of(loaded: FinetunedRun, data: Path, target: Path | None) -> Iterator[Record]:
+def records_of(
+    loaded: FinetunedRun, data: Path, target: Path | None, encoding: str | None = None
+) -> Iterator[Record]:
     """Those of a file as in training, or of the pairs of lines of two."""
+    train = in_encoding(loaded.config.data.train, encoding)
     if target is None:
-        return like(loaded.config.data.train, data).records()
+        return in_encoding(like(train, data), encoding).records()
     if not isinstance(loaded.task, Seq2Seq):
         raise InputError(f"--target {target} is for runs of Seq2Seq: leave it out")
-    fields, train = loaded.task.fields, loaded.config.data.train
-    encoding = train.encoding if isinstance(train, ParallelText) else None
+    fields = loaded.task.fields
+    encoding = train.encoding if isinstance(train, ParallelText) else encoding
     return parallel.read(str(data), str(target), (fields.source, str(fields.target)), encoding)
 
 

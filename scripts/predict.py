@@ -18,19 +18,19 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from jaxlm.config import PretrainConfig
 from jaxlm.data import files, tabular
-from jaxlm.data.labelled.dataset import Source, holds_records, like
+from jaxlm.data.labelled.dataset import Source, holds_records, in_encoding, like
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.records import Conll, Record, json_record
 from jaxlm.decode.beam import BeamConfig, Hypothesis
 from jaxlm.decode.generate import GenerateConfig, Generation
-from jaxlm.errors import InputError, report_input_errors
+from jaxlm.errors import InputError, note, report_input_errors
 from jaxlm.evaluate import retrieval
 from jaxlm.nn.choose import Wanted
 from jaxlm.runs import pretrained, published_task
@@ -56,6 +56,7 @@ def main(
     pair: str | None = None,
     file: Path | None = None,
     out: Path | None = None,
+    encoding: str | None = None,
     column: str | None = None,
     prompt: str | None = None,
     file_prompt: str | None = None,
@@ -85,6 +86,7 @@ def main(
             array of vectors if it ends in .npy; of translate the translations alone, a line each,
             unless it ends in .jsonl, .csv or .tsv; None = JSON lines to standard output. Answers
             have the number of the line and the other columns of the file.
+        encoding: That of --file, such as windows-1252; None = UTF-8, or that of training.
         column: Of embed and search: the column or field with the texts; None = that of the run's
             training, or text.
         prompt: Of embed and search: the name of the prompt to put before texts, or of search before
@@ -137,6 +139,8 @@ def main(
         )
     if out is not None and file is not None and out.resolve() == file.resolve():
         raise InputError(f"--out {out} is the file that is read: name another")
+    if encoding is not None and file is None:
+        raise InputError(f"--encoding {encoding} is that of a --file: leave it out")
     source, pairs = str(run), pair is not None
     if int8 and (task != "generate" or published_task.is_tuned(source)):
         raise InputError(f"--int8 is for generate with a pretrained run, not for {task} with {run}")
@@ -158,7 +162,8 @@ def main(
         if file is None:
             print_json({"text": text, "embedding": embedder([text or ""])[0].tolist()})
             return
-        records = with_column(read_records(embedder.source, (), (column,), file), column)
+        given = read_records(embedder.source, (), (column,), file, encoding=encoding)
+        records = with_column(given, column)
         if text is None:
             write_vectors(counted(embedder.stream(records)), column, out)
         else:
@@ -198,7 +203,7 @@ def main(
             for line in loaded.task.lines(answer):
                 print(line)
             return
-        records = read_lines(file, pretrained.TEXT)
+        records = read_lines(file, pretrained.TEXT, encoding=encoding)
         answers = loaded.stream(records, top_k=top_k, generate=way)
         write(counted(answers), pretrained.TEXT, out)
         return
@@ -212,7 +217,8 @@ def main(
             isinstance(loaded.task, Seq2Seq) and out and out.suffix not in (".jsonl", *TABLES)
         )
         train = loaded.config.data.train
-        records = read_records(train, loaded.labels, names, file, every=bool(is_lines))
+        options: dict[str, Any] = {"every": bool(is_lines), "encoding": encoding}
+        records = read_records(train, loaded.labels, names, file, **options)
         answers = counted(loaded.stream(records, generate=way))
         if out and is_lines:
             write_lines((answer.get("translation", "") for _, answer in answers), out)
@@ -311,20 +317,23 @@ def read_records(
     file: Path,
     *,
     every: bool = False,
+    encoding: str | None = None,
 ) -> Iterator[Record]:
     """The file's records, in the form of the training data, JSON objects, or texts.
 
     ``names`` are the fields of a text: there must be one. ``every``: of :func:`read_lines`.
+    ``encoding``: the file's, if not as in training.
     """
+    train = in_encoding(train, encoding)
     is_table = str(file) != "-" and holds_records(train, file, names)
-    source = like(train, file) if is_table else None
+    source = in_encoding(like(train, file), encoding) if is_table else None
     if isinstance(source, Conll):
         is_text = files.ending(file) in ("", ".txt") and not source.begins_with(labels)
         source = None if is_text else replace(source, tag_column=None)  # words may stand alone
     if source is not None:
         yield from source.records()
         return
-    encoding = train.encoding if isinstance(train, ParallelText) else None
+    encoding = train.encoding if isinstance(train, ParallelText) else encoding
     yield from read_lines(file, names, every=every, encoding=encoding)
 
 
@@ -387,28 +396,34 @@ def counted(pairs: Iterable[Answered]) -> Iterator[Answered]:
 
 def write(pairs: Iterable[Answered], used: Sequence[str], out: Path | None) -> None:
     """JSON lines or a table, with the records' other fields; a file appears when it is complete."""
-    if out is None:
-        for answer in joined(pairs, used):
-            print_json(answer)
-        return
-    count = 0
+    count, changed = 0, 0
 
     def counting() -> Iterator[Answered]:
-        nonlocal count
-        for pair in pairs:
+        nonlocal count, changed
+        for record, answer in pairs:
             count += 1
-            yield pair
+            changed += not tabular.is_plain(record.fields)
+            yield record, answer
 
-    with (
-        writing(out) as unfinished,
-        unfinished.open("w", encoding="utf-8", newline="") as file,
-    ):
-        if out.suffix in TABLES:
-            write_table(counting(), used, file, out.suffix == ".tsv")
-        else:
-            for answer in joined(counting(), used):
-                file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-    print(f"{count} answers in {out}")
+    if out is None:
+        for answer in joined(counting(), used):
+            print_json(answer)
+    else:
+        with (
+            writing(out) as unfinished,
+            unfinished.open("w", encoding="utf-8", newline="") as file,
+        ):
+            if out.suffix in TABLES:
+                write_table(counting(), used, file, out.suffix == ".tsv")
+            else:
+                for answer in joined(counting(), used):
+                    file.write(tabular.json_text(answer) + "\n")
+        print(f"{count} answers in {out}")
+    if changed:
+        note(
+            f"{changed} of {count} records have half of a surrogate pair, which is written as its "
+            "escape, such as \\ud83d, or a number that is not finite, which JSON writes as null"
+        )
 
 
 def write_lines(texts: Iterable[str], out: Path) -> None:
@@ -429,11 +444,11 @@ def writing(out: Path) -> Iterator[Path]:
 
 def print_json(answer: Answer) -> None:
     """A line, in escapes where the terminal's encoding has not all characters."""
-    text = json.dumps(answer, ensure_ascii=False)
+    text = tabular.json_text(answer)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(answer)
+        text = json.dumps(json.loads(text))
     print(text)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -176,7 +177,11 @@ class Fields:
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             wanted = kinds[-1] if isinstance(kinds, tuple) else kinds
             raise InputError(
-                f"{self.source}: {key}={value!r} is of the wrong type: write {_CALLED[wanted]}"
+                f"{self.source}: {key}={value!r:.80} is of the wrong type: write {_CALLED[wanted]}"
+            )
+        if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # or it is NaN
+            raise InputError(
+                f"{self.source}: {key}={value!s:.80} is not a finite number: correct it"
             )
         self._read[key] = value
         return value

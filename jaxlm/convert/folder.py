@@ -10,6 +10,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from jaxlm.convert import flax_msgpack
+from jaxlm.data.tabular import parse_json
 from jaxlm.errors import InputError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -20,7 +21,7 @@ _OTHERS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:

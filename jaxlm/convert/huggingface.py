@@ -45,7 +45,7 @@ from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.pooling import DENSE, Pooling
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.xlnet import XlnetConfig
-from jaxlm.runtime.storage import on_disk
+from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sharding import AxisTable, Rules
 from jaxlm.train.stored import lay_out, read
 from jaxlm.typing import Params
@@ -290,7 +290,7 @@ def save(
             text = json.dumps(values, indent=2) + "\n"
             (unfinished / name).write_text(text, encoding="utf-8")
         if card is not None:
-            (unfinished / "README.md").write_text(card, encoding="utf-8")
+            write_whole(unfinished / "README.md", card)
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
         if pooling is not None:
             width, longest = config.hidden_dim, config.max_length

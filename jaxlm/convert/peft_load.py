@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,21 @@ _HARMLESS = (
     r"|layers_pattern|init_lora_weights|init_ia3_weights|feedforward_modules|qalora_group_size"
     r"|megatron_core|runtime_config|eva_config|corda_config|lora_ga_config|loftq_config"
 )
+_ARE_NAMES = "a pattern, or a list of names", lambda *x: all(map(_is_pattern, x))
+_ARE_WHOLE = lambda *x: all(type(one) is int for one in x)
+_KINDS: dict[str, tuple[str, Callable[..., bool]]] = {
+    "target_modules": _ARE_NAMES,
+    "exclude_modules": _ARE_NAMES,
+    "modules_to_save": _ARE_NAMES,
+    "feedforward_modules": _ARE_NAMES,
+    "layers_pattern": _ARE_NAMES,
+    "layers_to_transform": ("a number, or a list of them", _ARE_WHOLE),
+    "rank_pattern": ("an object of whole numbers by pattern", _ARE_WHOLE),
+    "alpha_pattern": (
+        "an object of finite numbers by pattern",
+        lambda *x: all(type(one) in NUMBER and math.isfinite(one) for one in x),
+    ),
+}
 _CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _PARTS = re.compile(
     r"(.*)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
@@ -73,6 +88,7 @@ def read_settings(path: Path) -> Settings:
                 "supported: merge it with PEFT (merge_and_unload().save_pretrained(FOLDER)), and "
                 "take that folder for a base"
             )
+    _check_kinds(raw, source)
     how = raw.get("init_lora_weights")
     if isinstance(how, str) and how.lower().startswith(_CHANGES_BASE):
         raise InputError(
@@ -90,6 +106,27 @@ def read_settings(path: Path) -> Settings:
             "(save_pretrained with safe_serialization=True)"
         )
     return Settings(fields=fields)
+
+
+def _check_kinds(raw: Mapping[str, Any], source: str) -> None:
+    """Of what is read below as it stands: names and patterns, numbers, and these by pattern."""
+    for key, (what, fits) in _KINDS.items():
+        value = raw.get(key)
+        if key.endswith("_pattern") and key != "layers_pattern":
+            good = value is None or (
+                isinstance(value, dict) and all(map(_is_pattern, value)) and fits(*value.values())
+            )
+        else:
+            good = fits(*(value if isinstance(value, list) else [] if value is None else [value]))
+        if not good:
+            raise InputError(f"{source}: {key}={value!r:.80} is not {what}: correct it")
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return bool(re.compile(value))
+    except (TypeError, re.error):
+        return False
 
 
 def load(path: Path, params: Ours, model: TaskModel) -> Adapter:

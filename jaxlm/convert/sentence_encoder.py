@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from jaxlm.convert import folder
+from jaxlm.data.tabular import parse_json
 from jaxlm.errors import InputError
 from jaxlm.models.pooling import Pooling
 
@@ -88,7 +89,7 @@ def read(path: Path) -> SentenceEncoder | None:
     if not (path / MODULES).is_file():
         return None
     try:
-        modules = json.loads((path / MODULES).read_text(encoding="utf-8"))
+        modules = parse_json((path / MODULES).read_text(encoding="utf-8-sig"))
         kinds = [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(

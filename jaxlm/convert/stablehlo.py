@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
-from jaxlm.runtime.storage import on_disk
+from jaxlm.runtime.storage import on_disk, write_whole
 
 MODEL, WEIGHTS, ABOUT = "model.stablehlo", "weights.npz", "model.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -101,8 +101,8 @@ def write(
         np.savez(unfinished / WEIGHTS, **wanted)
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
         text = json.dumps({**about, "jax": jax.__version__}, indent=2, ensure_ascii=False) + "\n"
-        (unfinished / ABOUT).write_text(text, encoding="utf-8")
-        (unfinished / "README.md").write_text(readme, encoding="utf-8")
+        write_whole(unfinished / ABOUT, text)
+        write_whole(unfinished / "README.md", readme)
         unfinished.rename(path)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)

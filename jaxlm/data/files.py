@@ -20,6 +20,7 @@ from jaxlm.runtime.storage import on_disk
 OnRead = Callable[[int], None]  # told the number of bytes just read, for a progress bar
 _HEAD = 1 << 16
 _UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_UNPACKERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 _PACKED = (".gz", ".bz2", ".xz")
 _BOMS = {
     b"\xff\xfe\x00\x00": "utf-32",
@@ -223,6 +224,8 @@ def refuse_binary(first: bytes, path: Path) -> None:
     elif b"[Content_Types].xml" in first[:4096]:
         found = "an Excel workbook or a Word document", "save it there as CSV UTF-8 or as text"
     if found is not None:
+        if not path.is_file():
+            raise InputError(f"{path} is {found[0]}, not text: write it into a file, and name that")
         new = path.with_suffix("") if path.suffix in (".zst", ".zstd") else _renamed(path)
         what, how = found
         names = {"path": path, "new": new, "table": path.with_name(f"{path.stem}_table.csv")}
@@ -251,18 +254,31 @@ def decode(
 
 def _recode(content: bytes, path: Path) -> str:
     """What makes UTF-8 of a file with this content."""
-    names = f"{shlex.quote(str(path))} > {shlex.quote(str(_renamed(path)))}"
     characters = content.decode(errors="replace")
     if sum(not c.isascii() for c in characters) > 2 * characters.count("\ufffd"):
-        return f"correct the line, or drop such bytes with iconv -c -f utf-8 -t utf-8 {names}"
+        return f"correct the line, or drop such bytes{_iconv('-c -f utf-8 -t utf-8', path)}"
     try:
         content.decode("windows-1252")  # in latin1 its quotation marks are control characters
     except UnicodeDecodeError:
         return "set encoding to the one that it was written in"
     return (
-        "set encoding to the one that it was written in, as often windows-1252, or convert the "
-        f"file: iconv -f windows-1252 -t utf-8 {names}"
+        "set encoding to the one that it was written in, as often windows-1252, or convert it"
+        f"{_iconv('-f windows-1252 -t utf-8', path)}"
     )
+
+
+def _iconv(options: str, path: Path) -> str:
+    """How: the command for a file, or what a pipe may go through."""
+    if not path.is_file():
+        return f" on its way, through iconv {options}"
+    with path.open("rb") as file:
+        magic = file.read(6)
+    new = path.with_suffix("") if path.suffix in _PACKED else path
+    old, new = shlex.quote(str(path)), shlex.quote(str(_renamed(new)))
+    tool = next((name for start, name in _UNPACKERS.items() if magic.startswith(start)), None)
+    if tool is not None:
+        return f": {tool} -dc < {old} | iconv {options} > {new}"
+    return f": iconv {options} {old} > {new}"
 
 
 def given(*settings: str | None) -> list[str]:

@@ -28,6 +28,7 @@ from jaxlm.runtime.storage import StoragePath, absolute, locate
 
 _FORMAT = 1  # of the files written; part of every recipe and fingerprint
 _CHUNK = 1 << 24  # tokens counted at once
+_WAY_OUT = "name a new folder, or replace what is there with --overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,19 +64,19 @@ def prepare(
     *,
     overwrite: bool = False,
     console: Console | None = None,
+    way_out: str = _WAY_OUT,
 ) -> PreparedInfo:
     """Prepare all documents into ``directory``, or find that this has been done.
 
     The same configuration and text give the same files, byte for byte. The directory appears only
     when it is complete; in a bucket its ``info.json`` does. Progress goes to ``console``; None is
-    silent.
+    silent. ``way_out``: what to do where it was prepared otherwise, in words.
     """
     directory = locate(directory)
     recipe = make_recipe(config)
     check_place(directory)
     if (directory / INFO).exists() and not overwrite:
         info = read_info(directory)
-        way_out = "name a new folder, or train on this one as it is, with --prepare None"
         check_same(directory, info.recipe, recipe, way_out)
         say(console, f"{directory} is already prepared")
         return info
@@ -127,7 +128,7 @@ def check_same(
     where: StoragePath,
     found: dict[str, Any],
     wanted: dict[str, Any],
-    way_out: str = "name a new folder",
+    way_out: str = _WAY_OUT,
 ) -> None:
     """:class:`InputError`, with the differences, unless two recipes are equal."""
     differences = [

@@ -10,6 +10,7 @@ from tensorflow_datasets.core.dataset_info import DatasetInfoFileError
 
 from jaxlm.data import rows, tokenizers
 from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.tabular import parse_json
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, locate, size_of
 
@@ -75,7 +76,7 @@ def read_info(directory: StoragePath) -> PreparedInfo:
             "scripts/prepare.py"
         )
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8-sig"))
         return PreparedInfo(**{**fields, "special": SpecialTokens(**fields["special"])})
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(

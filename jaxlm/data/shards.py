@@ -19,6 +19,7 @@ from jaxlm.data.prepare import (
     make_recipe,
 )
 from jaxlm.data.prepared import INFO, TOKENIZER, PreparedInfo
+from jaxlm.data.tabular import parse_json
 from jaxlm.data.workspace import bar, building, say
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import on_disk
@@ -88,7 +89,9 @@ def merge(
     directory = on_disk(directory)
     check_place(directory)
     if (directory / INFO).exists() and not overwrite:
-        raise InputError(f"{directory} exists; overwrite it, or choose another folder")
+        raise InputError(
+            f"{directory} exists; replace it with --overwrite, or choose another folder"
+        )
     folder = _folder(directory)
     shards = sorted(folder.glob("*-of-*"))
     if not shards:
@@ -102,7 +105,8 @@ def merge(
             f"{', '.join(sorted(wrong))}"
         )
     for shard, fact in zip(shards, facts, strict=True):
-        check_same(shard, fact["recipe"], facts[0]["recipe"])
+        way_out = f"prepare it again as {shards[0]} was, with --overwrite"
+        check_same(shard, fact["recipe"], facts[0]["recipe"], way_out)
 
     tokenizer = tokenizers.load(shards[0])
     vocab_size = tokenizers.vocab_size(tokenizer)
@@ -126,6 +130,6 @@ def _folder(directory: Path) -> Path:
 
 def _read(shard: Path) -> dict[str, Any]:
     try:
-        return json.loads((shard / _FACTS).read_text(encoding="utf-8"))
+        return parse_json((shard / _FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{shard} is not a finished shard ({error}); remove it") from error

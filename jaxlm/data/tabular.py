@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import sys
 from collections import deque
@@ -333,6 +334,39 @@ def parse_json(text: str) -> Any:
         number = re.search(r"\d{4301}", text)
         start = number.start() if number else 0
         raise json.JSONDecodeError("a number of too many digits", text, start) from error
+
+
+def json_text(value: Any) -> str:
+    """JSON in a line, as UTF-8 holds it: halves of surrogate pairs are escapes, and numbers that
+    are not finite null. What JSON has no word for, such as a date, is its text."""
+    options: dict[str, Any] = {"ensure_ascii": False, "default": str}
+    try:
+        text = json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        text = json.dumps(_finite(value), **options)
+    return escaped(text)
+
+
+def escaped(text: str) -> str:
+    """With halves of surrogate pairs, which are no characters, as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def is_plain(value: Any) -> bool:
+    """Whether :func:`json_text` writes it as it is."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False, default=str).encode()
+    except ValueError:  # one that cannot be encoded is a ValueError, too
+        return False
+    return True
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def text_field(fields: Mapping[str, Any], name: str, origin: str) -> str:

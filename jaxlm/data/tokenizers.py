@@ -101,7 +101,7 @@ def load(path: StoragePath | str) -> Tokenizer:
         elif path.name == "vocab.json":
             tokenizer = _load_merges(path)
         else:
-            tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
+            tokenizer = Tokenizer.from_str(path.read_text("utf-8-sig"))
     except InputError:
         raise
     except Exception as error:  # the library raises bare Exception
@@ -118,7 +118,7 @@ def _load_vocab(path: StoragePath) -> Tokenizer:
         raise InputError(f"{path} lacks the special tokens {' '.join(missing)}")
     cased = any(token != token.lower() for token in vocab if token not in SPECIALS)
     beside = path.with_name("tokenizer_config.json")
-    said = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    said = json.loads(beside.read_text("utf-8-sig")) if beside.is_file() else {}
     model = models.WordPiece(vocab, unk_token=UNK)
     # A vocabulary without capitals may still be cased: Chinese or Hindi has none.
     lowercase = said.get("do_lower_case", not cased)

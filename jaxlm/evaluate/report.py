@@ -1,7 +1,6 @@
 """What a user reads after an evaluation: the most wrong examples, and scores over seeds."""
 
 import heapq
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from jaxlm.data.tabular import json_text
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import HIGHER_IS_BETTER
 from jaxlm.runtime.storage import whole
@@ -136,7 +136,7 @@ def write_jsonl(predictions: Iterable[Prediction], path: Path) -> None:
         for prediction in predictions:
             left_out = ("right", *(["probability"] if prediction.probability is None else []))
             shown = {name: x for name, x in vars(prediction).items() if name not in left_out}
-            file.write(json.dumps(shown, ensure_ascii=False) + "\n")
+            file.write(json_text(shown) + "\n")
 
 
 def predictions_table(

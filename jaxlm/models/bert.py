@@ -17,6 +17,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import MlmHead
+from jaxlm.models.model import check_numbers
 from jaxlm.nn import choose
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.choose import Attends, Attention
@@ -68,13 +69,7 @@ class BertConfig:
             raise InputError(
                 f"hidden_dim={self.hidden_dim} is not divisible by num_heads={self.num_heads}"
             )
-        rates = {
-            "dropout_rate": self.dropout_rate,
-            "attention_dropout_rate": self.attention_dropout_rate,
-        }
-        for name, rate in rates.items():
-            if not 0 <= rate < 1:
-                raise InputError(f"{name}={rate} is not inside [0, 1); 0.1 is usual, 0 is off")
+        check_numbers(self)
 
     def forward_flops(self, length: int, num_predicted: int) -> float:
         """FLOPs of one row through encoder and masked-language-model head, a multiply-add as two.

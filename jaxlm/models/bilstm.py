@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import MlmHead
+from jaxlm.models.model import check_numbers
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
 from jaxlm.nn.recurrent import BiLstm
@@ -50,10 +51,7 @@ class BilstmConfig:
             raise InputError(f"max_length={self.max_length} is not above 0; None = no limit")
         if self.hidden_dim % 2:
             raise InputError(f"hidden_dim={self.hidden_dim} is odd: each direction gives half")
-        if not 0 <= self.dropout_rate < 1:
-            raise InputError(
-                f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0.3 is usual, 0 is off"
-            )
+        check_numbers(self)
 
     @property
     def unrolls_layers(self) -> bool:

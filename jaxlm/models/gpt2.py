@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead, UntiedLmHead
+from jaxlm.models.model import check_numbers
 from jaxlm.nn import cache, choose, masks
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import Cache, LayerCache
@@ -75,11 +76,7 @@ class Gpt2Config:
             raise InputError(
                 f"hidden_dim={self.hidden_dim} is not divisible by num_heads={self.num_heads}"
             )
-        for name in ("dropout_rate", "embed_dropout_rate", "attention_dropout_rate"):
-            if not 0 <= vars(self)[name] < 1:
-                raise InputError(
-                    f"{name}={vars(self)[name]} is not inside [0, 1); 0.1 is usual, 0 is off"
-                )
+        check_numbers(self)
 
     def forward_flops(self, length: int, num_predicted: int) -> float:
         """FLOPs of one row through the layers and the head, a multiply-add as two.

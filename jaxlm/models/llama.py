@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead, UntiedLmHead
+from jaxlm.models.model import check_numbers
 from jaxlm.nn import cache, choose, masks, positions
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import Cache, LayerCache
@@ -95,13 +96,9 @@ class LlamaConfig:
             raise InputError(
                 f"head_dim={self.head_size} is not even: its channels are turned in pairs"
             )
-        if self.rope_base <= 0:
-            raise InputError(f"rope_base={self.rope_base} is not above 0; 10000 is usual")
-        for name in ("dropout_rate", "attention_dropout_rate"):
-            if not 0 <= vars(self)[name] < 1:
-                raise InputError(
-                    f"{name}={vars(self)[name]} is not inside [0, 1); 0.1 is usual, 0 is off"
-                )
+        check_numbers(self)
+        if self.rope_scaling is not None:
+            check_numbers(self.rope_scaling)
 
     @property
     def head_size(self) -> int:

@@ -4,12 +4,14 @@ An architecture is one file with a frozen dataclass, a block and a model. The da
 :class:`ModelConfig`; nothing outside ``models`` and ``convert`` asks which one it is.
 """
 
-from typing import Literal, Protocol, TypeGuard, runtime_checkable
+import math
+from typing import Any, Literal, Protocol, TypeGuard, runtime_checkable
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from jaxlm.errors import InputError
 from jaxlm.models.heads import Transform
 from jaxlm.nn.cache import Cache, DecoderCache
 from jaxlm.nn.choose import Attends, Attention
@@ -235,3 +237,18 @@ def example_inputs(config: ModelConfig) -> tuple[Int32[Array, "1 8"], ...]:
     """A row of tokens to initialise a model and to trace it with; one for each side it has."""
     tokens = jnp.zeros((1, 8), jnp.int32)
     return (tokens, tokens) if is_two_sided(config) else (tokens,)
+
+
+_USUAL = {"epsilon": "; 1e-5 is usual", "base": "; 10000 is usual", "factor": ""}
+
+
+def check_numbers(config: Any) -> None:
+    """Raises for a number that gives no finite activations; the ends of names say what each is."""
+    for name, value in vars(config).items():
+        end = name.rpartition("_")[2]
+        if end == "rate" and not 0 <= value < 1:
+            raise InputError(f"{name}={value} is not inside [0, 1); 0.1 is usual, 0 is off")
+        if end in _USUAL and not 0 < value < math.inf:
+            raise InputError(f"{name}={value} is not a finite number above 0{_USUAL[end]}")
+        if end == "std" and not 0 <= value < math.inf:
+            raise InputError(f"{name}={value} is not a finite number from 0 up; 0.02 is usual")

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead, Transform
+from jaxlm.models.model import check_numbers
 from jaxlm.nn import choose, masks, positions
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.choose import Attends, Attention
@@ -107,14 +108,7 @@ class ModernBertConfig:
                 f"hidden_dim={self.hidden_dim} is not divisible by twice num_heads="
                 f"{self.num_heads}: each head's channels are turned in pairs"
             )
-        for name in ("global_rope_base", "local_rope_base"):
-            if vars(self)[name] <= 0:
-                raise InputError(f"{name}={vars(self)[name]} is not above 0; 10000 is usual")
-        for name in ("dropout_rate", "attention_dropout_rate", "mlp_dropout_rate"):
-            if not 0 <= vars(self)[name] < 1:
-                raise InputError(
-                    f"{name}={vars(self)[name]} is not inside [0, 1); 0.1 is usual, 0 is off"
-                )
+        check_numbers(self)
 
     @property
     def is_local(self) -> Bool[np.ndarray, "layers"]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead, UntiedLmHead
+from jaxlm.models.model import check_numbers
 from jaxlm.nn import cache, masks
 from jaxlm.nn.attention import MultiHeadAttention, dot_product_attention
 from jaxlm.nn.cache import DecoderCache, LayerCache
@@ -88,10 +89,7 @@ class T5Config:
                 f"max_distance={self.max_distance} is not above half of num_buckets="
                 f"{self.num_buckets}: so many distances are told apart one by one"
             )
-        if not 0 <= self.dropout_rate < 1:
-            raise InputError(
-                f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0.1 is usual, 0 is off"
-            )
+        check_numbers(self)
 
     @property
     def decoder_layers(self) -> int:

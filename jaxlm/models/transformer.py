@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead
+from jaxlm.models.model import check_numbers
 from jaxlm.nn import cache, masks
 from jaxlm.nn.attention import MultiHeadAttention
 from jaxlm.nn.cache import DecoderCache, DecoderLayerCache
@@ -74,10 +75,7 @@ class TransformerConfig:
             raise InputError(
                 f"hidden_dim={self.hidden_dim} is not even: positions have a sine and a cosine"
             )
-        if not 0 <= self.dropout_rate < 1:
-            raise InputError(
-                f"dropout_rate={self.dropout_rate} is not inside [0, 1); 0.1 is usual, 0 is off"
-            )
+        check_numbers(self)
 
     @property
     def decoder_layers(self) -> int:

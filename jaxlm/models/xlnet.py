@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlm.errors import InputError
 from jaxlm.models.heads import TiedLmHead
+from jaxlm.models.model import check_numbers
 from jaxlm.nn import masks
 from jaxlm.nn.dropout import Dropout
 from jaxlm.nn.embed import Embed
@@ -86,11 +87,7 @@ class XlnetConfig:
             raise InputError(
                 f"hidden_dim={self.hidden_dim} is odd: distances have as many sines as cosines"
             )
-        for name in ("dropout_rate", "attention_dropout_rate"):
-            if not 0 <= vars(self)[name] < 1:
-                raise InputError(
-                    f"{name}={vars(self)[name]} is not inside [0, 1); 0.1 is usual, 0 is off"
-                )
+        check_numbers(self)
 
     def forward_flops(self, length: int, num_predicted: int) -> float:
         """FLOPs of one row through the content stream and the head, a multiply-add as two.

@@ -29,8 +29,8 @@ from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, finetuned, finetuning, resume, steps
 from jaxlm.runs.finetuned import LABELS, FinetunedRun
-from jaxlm.runs.folder import CHECKPOINTS, is_run, write_folder
-from jaxlm.runtime.storage import StoragePath, locate
+from jaxlm.runs.folder import CHECKPOINTS, is_run, read_json, write_folder
+from jaxlm.runtime.storage import StoragePath, locate, write_whole
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.instruction import Instruction
@@ -104,7 +104,7 @@ def _write(run: FinetunedRun, tuning: LoraConfig | Ia3Config, given: str, out: P
     peft_save.save(out, adapter, params, model, given, start=start)
     if run.labels:
         (out / LABELS).write_text(json.dumps(list(run.labels)) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(_card(model, given, run.labels), encoding="utf-8")
+    write_whole(out / "README.md", _card(model, given, run.labels))
     return given
 
 
@@ -234,11 +234,7 @@ def _labels(path: Path, base: Path, kind: Kind, number: int | None) -> Labels:
     if kind not in ("SequenceClassification", "TokenClassification"):
         return ()
     if (path / LABELS).is_file():
-        try:
-            found = json.loads((path / LABELS).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path / LABELS} is not JSON: {error}") from error
-        source = path / LABELS
+        found, source = read_json(path / LABELS), path / LABELS
     else:
         named = folder.read_config(base).get("id2label") or {}
         found, source = list(named.values()), base / folder.CONFIG

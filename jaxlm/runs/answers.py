@@ -1,7 +1,6 @@
 """What goes into a model, and what comes out: texts or records in, an answer for each of them."""
 
 import csv
-import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from io import TextIOBase
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxlm.data.labelled.records import Record, json_record
+from jaxlm.data.tabular import escaped, json_text
 from jaxlm.errors import InputError
 
 Answer = dict[str, Any]
@@ -152,6 +152,6 @@ def _cells(answer: Answer) -> dict[str, Any]:
         if isinstance(value, dict):
             cells |= {f"{name}/{key}": one for key, one in value.items()}
         else:
-            is_list = isinstance(value, list)
-            cells[name] = json.dumps(value, ensure_ascii=False) if is_list else value
-    return cells
+            cells[name] = json_text(value) if isinstance(value, list) else value
+    plain = lambda cell: escaped(cell) if isinstance(cell, str) else cell
+    return {escaped(name): plain(cell) for name, cell in cells.items()}

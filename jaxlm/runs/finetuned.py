@@ -36,6 +36,7 @@ from jaxlm.runs.folder import (
     SOURCE_TOKENIZER,
     check_tokenizer,
     read_config,
+    read_json,
     read_tokenizer,
 )
 from jaxlm.runs.writing import Responder, make_responder
@@ -364,15 +365,12 @@ def open_finetuned(
     if config.source_tokenizer is not None:
         source_tokenizer = read_tokenizer(directory, SOURCE_TOKENIZER)
         check_tokenizer(directory, cursor, source_tokenizer, SOURCE_TOKENIZER)
-    try:
-        labels = tuple(json.loads((directory / LABELS).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{directory / LABELS} cannot be read: {error}") from error
-    if list(labels) != cursor["labels"]:
+    if (names := read_json(directory / LABELS)) != cursor["labels"]:
         raise InputError(
             f"{directory / LABELS} does not hold the labels that the run was trained with: write "
             f"{json.dumps(cursor['labels'])} there"
         )
+    labels = tuple(names)
     if isinstance(config.task, Thresholded) and config.task.chooses_thresholds:
         config = replace(config, task=thresholds.read(config.task, directory))
     loaded = None

@@ -1,6 +1,7 @@
 """A run folder: its configuration, tokenizer and checkpoints."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -8,6 +9,7 @@ from jaxlm import config as configs
 from jaxlm.config import C, Config
 from jaxlm.convert.folder import ADAPTER
 from jaxlm.data import tokenizers
+from jaxlm.data.tabular import parse_json
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, whole, write_whole
 from jaxlm.train.restore import Cursor
@@ -48,6 +50,14 @@ def read_config(directory: StoragePath, kind: type[C]) -> C:
             f"{kind.__name__} is expected"
         )
     return config
+
+
+def read_json(path: StoragePath) -> Any:
+    """What a file in a run folder holds."""
+    try:
+        return parse_json(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def read_tokenizer(directory: StoragePath, name: str = TOKENIZER) -> Tokenizer:

@@ -178,7 +178,8 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
             own = TokenizerConfig(path=base.tokenizer_path)  # pyright: ignore[reportArgumentType]
             wanted = replace(wanted, tokenizer=own)
         with distributed.first("prepare"):  # the others find it, or make it on their own disks
-            prepare(wanted, first, console=console)
+            way_out = "name a new folder, or train on this one as it is, with --prepare None"
+            prepare(wanted, first, console=console, way_out=way_out)
     datasets = [open_prepared(path) for path in config.data.paths]
     found = {str(d.directory): [d.info.fingerprint, d.info.tokenizer_sha256] for d in datasets}
     distributed.check_same("data", {f"the content of {path}": x for path, x in found.items()})

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.instruction import Dialogue, Turn
+from jaxlm.data.tabular import json_text
 from jaxlm.decode.beam import BeamConfig, BeamSearch, Hypothesis, Writing
 from jaxlm.decode.generate import Generate, GenerateConfig, Generation
 from jaxlm.errors import InputError
@@ -197,7 +198,7 @@ def make_samples(
         news = [_sample(step, example, one) for example, one in pairs]
         before = [json.loads(line) for line in _lines(path)]
         kept = [one for one in before if one["step"] < step]
-        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in (*kept, *news)]
+        lines = [json_text(one) + "\n" for one in (*kept, *news)]
         write_whole(path, "".join(lines))
         shown = [line for one in news for line in _lines_of(one, width)]
         return Samples(written=written[:wanted], lines=shown)

@@ -94,7 +94,8 @@ def whole(path: StoragePath) -> Iterator[Any]:
 
 
 def write_whole(path: StoragePath, text: str) -> None:
-    """Write a file atomically."""
+    """Write a file atomically; what UTF-8 has not, as in a file's name, becomes its escape."""
+    text = text.encode(errors="backslashreplace").decode()
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 

@@ -1,6 +1,5 @@
 """From text to text: a source is read, and a target written, such as its translation."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.seq2seq import Long, Pair, PairFields
 from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.tabular import json_text
 from jaxlm.decode.beam import beyond_text
 from jaxlm.decode.causal_model import CausalModel
 from jaxlm.decode.generate import Generate
@@ -218,7 +218,7 @@ class Seq2Seq:
         with (folder / TRANSLATIONS).open("w", encoding="utf-8") as file:
             for example, answer in zip(examples, answers, strict=True):
                 row = {"origin": example.origin, **answer, "reference": example.target}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json_text(row) + "\n")
         return {TRANSLATIONS: "sources, what was written for them, and references"}
 
     def make_generate(

@@ -1,4 +1,5 @@
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -284,6 +285,13 @@ LAYER = "bert.encoder.layer.1"
         ({"add_cross_attention": True}, {}, "add_cross_attention=True is not supported"),
         ({"hidden_size": None}, {}, "config.json lacks hidden_size"),
         ({"hidden_size": "8"}, {}, "config.json: hidden_size='8' is of the wrong type: write a wh"),
+        (
+            {"layer_norm_eps": math.nan},
+            {},
+            "config.json: layer_norm_eps=nan is not a finite number",
+        ),
+        ({"layer_norm_eps": 10**400}, {}, "config.json: layer_norm_eps=10+ is not a finite number"),
+        ({"layer_norm_eps": -1.0}, {}, "config.json: epsilon=-1.0 is not a finite number above 0"),
         ({"num_hidden_layers": True}, {}, "num_hidden_layers=True is of the wrong type"),
         ({"num_attention_heads": 3}, {}, "config.json: hidden_dim=8 is not divisible by num_heads"),
         ({"vocab_size": 20}, {}, "vocabulary of 24 is larger than the model's vocab_size=20"),
@@ -370,6 +378,10 @@ def spoil_the_index(folder):
         (lambda f: (f / "config.json").write_text('{\n"a": 1,,\n}'), "config.json:2: not JSON"),
         (lambda f: (f / "config.json").write_bytes(b"\xff"), "config.json is not JSON, because"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds no JSON object"),
+        (
+            lambda f: (f / "config.json").write_text('{"a":' + 10**5 * "["),
+            "json:1: not JSON .too many",
+        ),
         (lambda f: (f / "vocab.txt").unlink(), "holds neither tokenizer.json nor vocab.txt nor"),
         (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (keep_torch, "holds pytorch_model.bin but no model.safetensors: .* save_pretrained"),
@@ -382,6 +394,12 @@ def spoil_the_index(folder):
 def test_damaged_folders(damage, message, folder):
     damage(folder)
     refused(folder, message)
+
+
+def test_a_byte_order_mark_before_json_is_nothing(folder):
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert huggingface.read_config(folder).hidden_dim == BERT.config["hidden_size"]
 
 
 def test_the_messages_name_the_folder_once(folder):

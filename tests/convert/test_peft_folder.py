@@ -1,6 +1,7 @@
 """Adapters in PEFT's format without PEFT: names, shapes, the way back, and what is refused."""
 
 import json
+import math
 from dataclasses import replace
 
 import jax
@@ -229,6 +230,17 @@ def test_the_pickle_is_not_read(make, tmp_path):
         ({"target_modules": ["query"]}, "adapts .*value, which target_modules .* do not name"),
         ({"target_modules": ["query", "value", "key"]}, "has no adapter for .*key"),
         ({"bias": "some"}, "bias='some' is not supported"),
+        (
+            {"target_modules": 5},
+            "adapter_config.json: target_modules=5 is not a pattern, or a list",
+        ),
+        ({"modules_to_save": [5]}, r"modules_to_save=\[5\] is not a pattern"),
+        ({"exclude_modules": "("}, r"exclude_modules='\(' is not a pattern"),
+        ({"layers_to_transform": "all"}, "layers_to_transform='all' is not a number"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern=.* is not an object of whole numbers"),
+        ({"alpha_pattern": {"query": math.nan}}, "alpha_pattern=.* is not an object of finite"),
+        ({"lora_alpha": math.nan}, "adapter_config.json: lora_alpha=nan is not a finite number"),
+        ({"lora_dropout": math.inf}, "lora_dropout=inf is not a finite number"),
     ],
 )
 def test_what_is_refused_by_name(changes, message, make, tmp_path):

@@ -263,7 +263,7 @@ def test_another_configuration_is_refused_unless_overwritten(tmp_path):
     prepare(config, tmp_path / "out")
     other = dataclasses.replace(config, row_length=8)
     with pytest.raises(
-        InputError, match=r"otherwise \(row_length 128 there and 8 here\); .*--prepare None$"
+        InputError, match=r"otherwise \(row_length 128 there and 8 here\); .*with --overwrite$"
     ):
         prepare(other, tmp_path / "out")
     assert prepare(other, tmp_path / "out", overwrite=True).row_length == 8

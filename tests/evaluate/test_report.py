@@ -44,6 +44,13 @@ def test_writes_json_lines(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_s_name_may_not_be_utf_8(tmp_path):
+    path, origins = tmp_path / "wrong.jsonl", [f"caf\udce9.tsv:{line}" for line in range(2, 6)]
+    found = report.classified(TEXTS, np.array([1, 1, 1, 1]), PROBABILITIES, NAMES, origins)
+    report.write_jsonl(report.most_wrong(found, 1), path)
+    assert json.loads(path.read_text("utf-8"))["origin"] == "caf\udce9.tsv:5"
+
+
 def test_prints_texts_as_they_are():
     text = shown(report.predictions_table(report.most_wrong(predictions())))
     assert "a [bold] film" in text

@@ -1,7 +1,8 @@
 """Every encoder: texts that share a row do not see each other, and are what they are alone."""
 
+import math
 from functools import partial
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.config import Model
+from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
@@ -17,6 +19,7 @@ from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
 from jaxlm.models.xlnet import XlnetConfig
+from jaxlm.nn.positions import LinearScaling
 from jaxlm.objectives import packing
 
 SIZES = {"vocab_size": 16, "num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 24}
@@ -35,6 +38,27 @@ TOKENS = np.arange(12)[None]
 def test_all_encoders_are_tried():
     of_two_sides = {TransformerConfig, T5Config}  # tests/models/test_encoder_decoder.py
     assert set(CONFIGS) == set(get_args(Model)) - of_two_sides
+
+
+NUMBERS = [
+    (kind, name)
+    for kind in get_args(Model)
+    for name, hint in get_type_hints(kind).items()
+    if hint is float
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_numbers_of_which_activations_are_not_finite_are_refused(kind, name):
+    for value in (math.nan, math.inf, -1.0):
+        with pytest.raises(InputError, match=f"{name}={value} is not"):
+            kind(**{name: value})
+
+
+def test_so_are_those_that_scale_rotations():
+    for scaling in (LinearScaling(factor=0.0), LinearScaling(factor=math.nan)):
+        with pytest.raises(InputError, match=r"factor=.* is not a finite number above 0"):
+            LlamaConfig(rope_scaling=scaling)
 
 
 def variables_of(encoder):

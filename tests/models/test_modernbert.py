@@ -297,7 +297,7 @@ def test_flops_are_those_of_the_compiled_products():
         ({"num_layers": 0}, "num_layers=0 is not above 0"),
         ({"window": 0}, "window=0 is not above 0"),
         ({"global_every": 0}, "global_every=0 is not above 0"),
-        ({"local_rope_base": 0.0}, "local_rope_base=0.0 is not above 0; 10000 is usual"),
+        ({"local_rope_base": 0.0}, "local_rope_base=0.0 is not a finite number above 0; 10000"),
         ({"mlp_dropout_rate": 1.0}, r"mlp_dropout_rate=1.0 is not inside \[0, 1\)"),
     ],
 )

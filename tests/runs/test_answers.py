@@ -2,10 +2,14 @@
 
 import csv
 import io
+import json
+import math
+from datetime import date
 
 import numpy as np
 import pytest
 
+from jaxlm.data import tabular
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.runs.answers import answered, as_records, joined, write_table
@@ -90,6 +94,28 @@ def test_a_label_that_is_the_text_is_kept_in_a_table():
     file = io.StringIO()
     write_table(answers(rows("A")), ["text"], file, False)
     assert "A,A,0.5" in file.getvalue()
+
+
+def test_halves_of_characters_are_written_as_escapes():
+    half = "\ud83d"
+    records = rows("ok Ada", **{half: half, "many": [half], "emoji": "😀"})
+    table = io.StringIO()
+    write_table(answers(records), ["text"], table, tab=False)
+    (row,) = csv.DictReader(io.StringIO(table.getvalue().encode().decode()))
+    assert row[r"\ud83d"] == r"\ud83d"
+    assert (row["many"], row["emoji"], row["label"]) == (r'["\ud83d"]', "😀", "OK ADA")
+    (answer,) = joined(answers(records), ["text"])
+    line = tabular.json_text(answer)
+    assert json.loads(line.encode()) == answer
+    assert "😀" in line
+
+
+def test_what_is_written_is_json():
+    value = {"x": math.nan, "y": [math.inf, 1.5], "when": date(2020, 1, 2), "label": "é"}
+    text = tabular.json_text(value)
+    assert text == '{"x": null, "y": [null, 1.5], "when": "2020-01-02", "label": "é"}'
+    assert not tabular.is_plain(value)
+    assert tabular.is_plain({"label": "é", "y": 1.5})
 
 
 def test_a_table_has_one_set_of_columns():

