@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-import resource
 import subprocess
 import sys
 from collections import Counter
@@ -324,18 +323,12 @@ def test_killed_work_is_not_taken_for_finished_and_is_cleared(config, tmp_path, 
 
 
 @pytest.mark.parametrize("limit", [1_000, 50_000], ids=["while tokenising", "while writing rows"])
-def test_a_full_disk(config, prepared, tmp_path, limit):
-    """Stood in for by a limit on the size of files, which both kinds of writer run into."""
+def test_a_full_disk(config, prepared, tmp_path, limit, limit_file_size):
+    """Both kinds of writer run into it."""
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=prepared.directory))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(
-            InputError, match=r"out cannot be written \(.*File too large.*make room"
-        ):
-            prepare(config, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    limit_file_size(limit)
+    with pytest.raises(InputError, match=r"out cannot be written \(.*File too large.*make room"):
+        prepare(config, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
