@@ -70,8 +70,10 @@ def summarize(info: PreparedInfo, directory: StoragePath) -> None:
     table.add_row("fill", *(f"{share:.2%}" for share in info.fill.values()))
     console = make_console()
     console.print(table)
+    dropped = f"{info.duplicates:,} duplicates"
+    dropped += f" and {info.blank:,} without text" if info.blank else ""
     console.print(
-        f"{info.duplicates:,} duplicates dropped; vocabulary {info.vocab_size:,}; unigram entropy "
+        f"{dropped} dropped; vocabulary {info.vocab_size:,}; unigram entropy "
         f"{info.unigram_entropy:.3f} nats\nin {directory}",
         highlight=False,
         soft_wrap=True,

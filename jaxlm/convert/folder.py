@@ -1,4 +1,4 @@
-"""Reading a model's folder in Hugging Face's layout: JSON and safetensors, whole or in shards."""
+"""A model's folder in Hugging Face's layout: JSON and safetensors, read whole or in shards."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxlm.convert import flax_msgpack
 from jaxlm.data.tabular import parse_json
@@ -110,6 +111,15 @@ class Renamed(Mapping[str, Shaped[np.ndarray, "..."]]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> None:
+    """Write a safetensors file; raises ``OSError`` where that fails, as all other writing does."""
+    try:
+        named = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+        save_file(named, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def _shards(folder: Path) -> list[Path]:

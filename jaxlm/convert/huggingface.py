@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,7 +12,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Float32, PyTree
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from jaxlm import sharding
@@ -36,6 +34,7 @@ from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.convert.table import LAST
 from jaxlm.data import tokenizers
 from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.workspace import building
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.gpt2 import Gpt2Config
@@ -282,10 +281,7 @@ def save(
         },
     }
     named = to_huggingface(params, config, task_head)
-    tensors = {name: np.ascontiguousarray(x) for name, x in named.items()}
-    unfinished = path.with_name(f".{path.name}")
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
+    with building(path) as unfinished:
         for name, values in configs.items():
             text = json.dumps(values, indent=2) + "\n"
             (unfinished / name).write_text(text, encoding="utf-8")
@@ -295,8 +291,4 @@ def save(
         if pooling is not None:
             width, longest = config.hidden_dim, config.max_length
             sentence_encoder.write(unfinished, pooling, width, longest, prompts)
-        save_file(tensors, unfinished / folder.WEIGHTS, metadata={"format": "pt"})
-        unfinished.rename(path)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise InputError(f"{path} cannot be written: {error}") from error
+        folder.write_tensors(unfinished / folder.WEIGHTS, named)

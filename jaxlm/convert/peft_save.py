@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from safetensors.numpy import save_file
 
 from jaxlm.convert import folder, table
 from jaxlm.convert import peft_tensors as tensors_of
@@ -90,12 +89,12 @@ def save(
     adapted = {name for row in rows for name in tensors_of.modules(row, model.sizes)}
     saved, whole = _saved(adapter.saved, params, model, adapted)
     settings["modules_to_save"] = whole or None
-    written = {f"{ROOT}{name}": np.ascontiguousarray(x) for name, x in (written | saved).items()}
+    written = {f"{ROOT}{name}": x for name, x in (written | saved).items()}
     try:
         path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         (path / CONFIG).write_text(text, encoding="utf-8")
-        save_file(written, path / WEIGHTS, metadata={"format": "pt"})
+        folder.write_tensors(path / WEIGHTS, written)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error}") from error
 

@@ -5,7 +5,6 @@ symbolic shapes), on CPUs, GPUs and TPUs.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from jaxtyping import Array, PyTree, Shaped
 from tokenizers import Tokenizer
 
 from jaxlm.data import tokenizers
+from jaxlm.data.workspace import building
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import on_disk, write_whole
 
@@ -94,17 +94,11 @@ def write(
     wanted: dict[str, Any] = {name: np.asarray(x, np.float32) for name, x in weights.items()}
     function = lambda given, *arrays: apply(unflatten_dict(given, sep="/"), *arrays)
     model = serialize(function, wanted, shapes, max_length)
-    unfinished = path.with_name(f".{path.name}")
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
+    with building(path) as unfinished:
         (unfinished / MODEL).write_bytes(model)
         np.savez(unfinished / WEIGHTS, **wanted)
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
         text = json.dumps({**about, "jax": jax.__version__}, indent=2, ensure_ascii=False) + "\n"
         write_whole(unfinished / ABOUT, text)
         write_whole(unfinished / "README.md", readme)
-        unfinished.rename(path)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise InputError(f"{path} cannot be written: {error}") from error
     return len(model)

@@ -62,21 +62,27 @@ class Corpus:
     validation_fraction: float
     shard: Shard = WHOLE
     duplicates: int = 0  # dropped by the latest pass
+    blank: int = 0  # documents without text, which it dropped, too
+    lowest: tuple[float, ...] = ()  # shares from which on a document is held out: its least two
 
     def documents(self, on_read: OnRead = ignore) -> Iterator[Document]:
         """In the order of the source."""
         seen: set[bytes] = set()
-        self.duplicates = 0
+        self.duplicates, self.blank, self.lowest = 0, 0, ()
         for number, text in enumerate(self.source.documents(on_read)):
             digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
             if int.from_bytes(digest[8:]) % self.shard.count != self.shard.index:
                 continue
             if digest in seen:
                 self.duplicates += 1
-            elif text and not text.isspace():
+            elif not text or text.isspace():
+                self.blank += 1
+            else:
                 seen.add(digest)
-                held_out = int.from_bytes(digest[:8]) < self.validation_fraction * _UINT64
-                yield Document(number, SPLITS[held_out], text)
+                share = int.from_bytes(digest[:8]) / _UINT64
+                if len(self.lowest) < 2 or share < self.lowest[1]:
+                    self.lowest = tuple(sorted((*self.lowest, share))[:2])
+                yield Document(number, SPLITS[share < self.validation_fraction], text)
 
 
 class Spool:
@@ -140,6 +146,7 @@ def encode(
         texts = [document.text for document in batch]
         tally.add_texts(texts)
         encoded = [encoding.ids for encoding in framed.encode_batch_fast(texts)]
+        corpus.blank += sum(len(ids) <= empty for ids in encoded)
         for split, spool in result.items():
             chosen = [
                 (ids, document.number, len(document.text.encode()))

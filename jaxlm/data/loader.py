@@ -102,7 +102,7 @@ def train_batches(
     int32 [local_batch]: 0 of a first row.
     """
     check_before(datasets, before)
-    _check_alike(datasets)
+    check_alike(datasets)
     for size in (*config.ramp_sizes, config.batch_size):
         batch_rows.rows(size)  # raises where it cannot be split
     sources = [dataset.source("train") for dataset in datasets]
@@ -150,15 +150,17 @@ def eval_batches(
     return _read_ahead(batch, -(-num_rows // batch_size), num_threads=1, prefetch=2)
 
 
-def _check_alike(datasets: Sequence[Prepared]) -> None:
+def check_alike(datasets: Sequence[Prepared]) -> None:
+    """:class:`InputError` unless all have the same row length and tokenizer."""
     first, *others = datasets
     for other in others:
         for what in ("row_length", "tokenizer_sha256"):
             here, there = (getattr(data.info, what) for data in (first, other))
             if here != there:
                 raise InputError(
-                    f"{first.directory} has {what} {here} and {other.directory} has {there}; "
-                    "prepare them alike to train on both"
+                    f"{first.directory} has {what} {here} and {other.directory} has {there}: "
+                    f"prepare the second anew, with --row-length {first.info.row_length} "
+                    f"--tokenizer.path {first.tokenizer_path}"
                 )
 
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -86,14 +87,23 @@ def prepare(
         start = time.perf_counter()
         with bar(console, "tokenising", config.source.size()) as on_read:
             encoded = encode(corpus, tokenizer, scratch, on_read)
-        name, duplicates = dataset_name(directory), corpus.duplicates
+        name = dataset_name(directory)
         letters = Letters.of(tokenizer.normalizer, encoded.tally.characters)
         info = finish(
-            scratch, name, encoded.spools, tokenizer, recipe, duplicates, letters.share, console
+            scratch,
+            name,
+            encoded.spools,
+            tokenizer,
+            recipe,
+            Counts.of(corpus),
+            letters.share,
+            console,
         )
     tokens, seconds = sum(info.tokens.values()), time.perf_counter() - start
     say(console, f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} M a second")
     report(console, tokenizer, encoded.tally, config.tokenizer)
+    if "validation" not in info.rows:
+        say(console, "no validation split: training on it takes another folder, too, that has one")
     return info
 
 
@@ -178,13 +188,26 @@ def dataset_name(directory: StoragePath) -> str:
     return name if name[:1].isalpha() else f"data_{name}"
 
 
+class Counts(NamedTuple):
+    """What a pass over documents has counted, as :class:`Corpus` names it."""
+
+    duplicates: int
+    blank: int
+    lowest: tuple[float, ...]
+
+    @classmethod
+    def of(cls, corpus: Corpus) -> "Counts":
+        """Those of the latest pass."""
+        return cls(corpus.duplicates, corpus.blank, corpus.lowest)
+
+
 def finish(
     directory: Path,
     name: str,
     spools: dict[str, Spool],
     tokenizer: Tokenizer,
     recipe: dict[str, Any],
-    duplicates: int,
+    counts: Counts,
     changed_share: float | None,
     console: Console | None,
 ) -> PreparedInfo:
@@ -192,7 +215,7 @@ def finish(
     special = SpecialTokens.of(tokenizer)
     contents = {split: spool.read() for split, spool in spools.items()}
     documents = {split: len(each[1]) for split, each in contents.items() if len(each[1])}
-    _check_splits(documents, recipe["validation_fraction"])
+    _check_splits(documents, recipe["validation_fraction"], counts.lowest)
 
     tokens = {split: contents[split][0] for split in documents}
     row_length = recipe["row_length"]
@@ -211,7 +234,8 @@ def finish(
         vocab_size=tokenizers.vocab_size(tokenizer),
         special=special,
         documents=documents,
-        duplicates=duplicates,
+        duplicates=counts.duplicates,
+        blank=counts.blank,
         rows=num_rows,
         tokens={split: len(ids) for split, ids in tokens.items()},
         bytes={split: int(contents[split][3].sum()) for split in documents},
@@ -231,14 +255,30 @@ def finish(
     return info
 
 
-def _check_splits(documents: dict[str, int], validation_fraction: float) -> None:
-    if "train" not in documents:
+def _check_splits(
+    documents: dict[str, int], validation_fraction: float, lowest: Sequence[float]
+) -> None:
+    if not documents:
         raise InputError("the source holds no document to train on; it may be all blank")
-    if "validation" not in documents and validation_fraction > 0:
+    if documents.keys() == {"train", "validation"} or validation_fraction == 0:
+        return
+    (split, number), *_ = documents.items()
+    if number == 1:
         raise InputError(
-            f"none of {documents['train']} documents fell to validation at validation_fraction="
-            f"{validation_fraction}; raise it, make documents smaller, or set it to 0"
+            "the source holds one document, of which nothing can be held out for validation: give "
+            "more text, or make documents smaller (of text files, with --document line)"
         )
+    none = split == "train"
+    way_out = "raise it" if none else "lower it"
+    if len(lowest) == 2:  # shards of before know of none
+        least, second = lowest
+        scales = (10**digits for digits in range(1, 18))
+        scale = next(n for n in scales if math.floor(least * n) + 1 < second * n)
+        way_out = f"set it to {(math.floor(least * scale) + 1) / scale}, which holds out one"
+    raise InputError(
+        f"{'none' if none else 'all'} of {number} documents fell to validation at "
+        f"validation_fraction={validation_fraction}: {way_out}"
+    )
 
 
 def _entropy(tokens: np.ndarray, special: SpecialTokens) -> float:

@@ -33,6 +33,8 @@ class PreparedInfo:
     """Number of documents in each split."""
     duplicates: int
     """Number of documents dropped as copies."""
+    blank: int = 0
+    """Number of documents dropped as without text; 0 for data of before they were counted."""
     rows: dict[str, int]
     """Number of rows in each split."""
     tokens: dict[str, int]

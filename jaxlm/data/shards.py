@@ -11,6 +11,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.corpus import Corpus, Shard, encode, interleave, make_spools
 from jaxlm.data.fidelity import Letters, report
 from jaxlm.data.prepare import (
+    Counts,
     PrepareConfig,
     check_place,
     check_same,
@@ -70,7 +71,7 @@ def prepare_shard(
         letters = Letters.of(tokenizer.normalizer, tally.characters)
         facts = {
             "count": part.count,
-            "duplicates": corpus.duplicates,
+            **Counts.of(corpus)._asdict(),
             "letters": [letters.changed, letters.total],
             "recipe": recipe,
         }
@@ -110,7 +111,8 @@ def merge(
 
     tokenizer = tokenizers.load(shards[0])
     vocab_size = tokenizers.vocab_size(tokenizer)
-    duplicates = sum(fact["duplicates"] for fact in facts)
+    duplicates, blank = (sum(fact.get(name, 0) for fact in facts) for name in Counts._fields[:2])
+    lowest = sorted(share for fact in facts for share in fact.get("lowest", ()))
     with building(directory, INFO) as scratch:
         parts = [make_spools(shard, vocab_size) for shard in shards]
         spools = make_spools(scratch, vocab_size)
@@ -119,7 +121,8 @@ def merge(
         recipe, name = facts[0]["recipe"], dataset_name(directory)
         changed, letters = map(sum, zip(*(fact["letters"] for fact in facts), strict=True))
         share = changed / max(letters, 1)
-        info = finish(scratch, name, spools, tokenizer, recipe, duplicates, share, console)
+        counts = Counts(duplicates, blank, tuple(lowest[:2]))
+        info = finish(scratch, name, spools, tokenizer, recipe, counts, share, console)
     shutil.rmtree(folder)
     return info
 

@@ -15,11 +15,11 @@ from jaxlm.runtime.storage import StoragePath, remove, upload
 
 
 @contextmanager
-def building(target: StoragePath, last: str) -> Iterator[Path]:
+def building(target: StoragePath, last: str | None = None) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its place if all goes well, and else vanishes.
 
     For a target in a bucket, where nothing can be renamed, it is a temporary folder that is copied,
-    its file ``last`` at the end.
+    its file ``last`` at the end. What errors say of the new folder names the target.
     """
     if not isinstance(target, Path):
         with TemporaryDirectory() as folder:
@@ -39,9 +39,12 @@ def building(target: StoragePath, last: str) -> Iterator[Path]:
         if target.exists():
             target.rename(replaced)
         scratch.rename(target)
-    except OSError as error:
+    except (OSError, InputError) as error:
+        said = str(error).replace(str(scratch), str(target))
+        if isinstance(error, InputError):
+            raise InputError(said) from error
         raise InputError(
-            f"{target} cannot be written ({error}); make room there, or choose another folder"
+            f"{target} cannot be written ({said}); make room there, or choose another folder"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

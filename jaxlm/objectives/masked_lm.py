@@ -18,6 +18,7 @@ def make_loss(
     the logits at the positions ``predicted``. The batch holds ``tokens`` [batch, length], their
     ``lengths`` [batch], and ``index`` [batch], which picks each row's random numbers.
     """
+    masking.check(vocabulary)
 
     def loss(
         variables: Variables,

@@ -57,6 +57,15 @@ class ChoiceConfig:
         margin = {"token": 0, "word": 8, "span": math.ceil(3 * self.mean_span)}[self.unit]
         return min(math.ceil(max(self.rate, self.final_rate or 0) * length) + margin, length)
 
+    def check(self, vocabulary: "Vocabulary") -> None:
+        """:class:`InputError` where the tokenizer lacks what this needs."""
+        if self.unit == "word" and vocabulary.word_starts is None:
+            raise InputError(
+                "where words begin is not known of this tokenizer: set the unit of what is "
+                "predicted to token or span (task.choice.unit; or task.masking.unit and "
+                "task.eval_masking.unit)"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskingConfig(ChoiceConfig):
@@ -74,6 +83,16 @@ class MaskingConfig(ChoiceConfig):
             raise InputError(
                 f"mask_share={self.mask_share} and random_share={self.random_share} are shares of "
                 "the predicted tokens: each at least 0, together at most 1"
+            )
+
+    def check(self, vocabulary: "Vocabulary") -> None:
+        """The same, with a mask token."""
+        super().check(vocabulary)
+        if vocabulary.mask_id is None:
+            raise InputError(
+                "the tokenizer has no token [MASK] or <mask>: prepare the text anew with one that "
+                "has it, as those that are trained here have (leave out --tokenizer.path), or use "
+                "task=CausalLm and a model that writes, such as GPT-2"
             )
 
 
@@ -166,11 +185,7 @@ def choose(
         index: a number for each row: its stream of random numbers.
         progress: share of the run that is done, for ``final_rate``.
     """
-    if config.unit == "word" and vocabulary.word_starts is None:
-        raise InputError(
-            "where words begin is not known of this tokenizer: set the unit of what is predicted "
-            "to token or span (task.choice.unit; or task.masking.unit and task.eval_masking.unit)"
-        )
+    config.check(vocabulary)
     rate = config.rate_at(progress)
     num_predicted = config.num_predicted(tokens.shape[1])
 
@@ -217,11 +232,9 @@ def corrupt(
     progress: Scalar,
 ) -> Corrupted:
     """:func:`choose`, and show something else in place of what is chosen."""
+    config.check(vocabulary)
     mask_id = vocabulary.mask_id
-    if mask_id is None:
-        raise InputError(
-            "the tokenizer has no token [MASK] or <mask>; add it, or use another, or task=CausalLm"
-        )
+    assert mask_id is not None  # checked
     chosen = choose(key, tokens, lengths, index, vocabulary, config, progress=progress)
     mask_share, random_share = config.mask_share, config.random_share
 

@@ -26,6 +26,7 @@ def make_loss(
     text ``before`` each row [batch, memory], these and ``before_lengths`` [batch], how many of them
     are real, are given as ``before``.
     """
+    choice.check(vocabulary)
 
     def loss(
         variables: Variables,

@@ -34,6 +34,7 @@ def make_loss(
     the method ``generate`` the generator's at these positions. The batch is that of
     :mod:`jaxlm.objectives.masked_lm`.
     """
+    masking.check(vocabulary)
 
     def loss(
         variables: Variables,

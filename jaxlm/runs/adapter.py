@@ -1,7 +1,6 @@
 """A run's adapter as a folder in PEFT's format, and such a folder as a run."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ from jaxlm.convert.peft_save import TASK_TYPES, Adapter
 from jaxlm.convert.peft_tensors import Ours
 from jaxlm.convert.task_model import Kind, TaskModel
 from jaxlm.data import tokenizers
+from jaxlm.data.workspace import building
 from jaxlm.errors import InputError
 from jaxlm.models.model import example_inputs
 from jaxlm.nn.intercept import find_sites
@@ -29,8 +29,8 @@ from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, finetuned, finetuning, resume, steps
 from jaxlm.runs.finetuned import LABELS, FinetunedRun
-from jaxlm.runs.folder import CHECKPOINTS, is_run, read_json, write_folder
-from jaxlm.runtime.storage import StoragePath, locate, write_whole
+from jaxlm.runs.folder import CHECKPOINTS, CONFIG, is_run, read_json, write_folder
+from jaxlm.runtime.storage import StoragePath, locate, on_disk, write_whole
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.instruction import Instruction
@@ -58,7 +58,8 @@ BASE = "base"
 def export(run: FinetunedRun, out: Path, *, base: str | None = None) -> str:
     """Write what a run has learned for PEFT; returns the name of its base there.
 
-    A base that is a run of ours is written, too, into a folder in ``out``.
+    A base that is a run of ours is written, too, into a folder in ``out``, which appears when it is
+    complete.
     """
     config, tuning = run.config, run.config.tuning
     if not isinstance(tuning, LoraConfig | Ia3Config):
@@ -66,25 +67,25 @@ def export(run: FinetunedRun, out: Path, *, base: str | None = None) -> str:
             f"the run was tuned with tuning={type(tuning).__name__}, which has no adapters: "
             "merge_lora.py writes its encoder"
         )
+    out = on_disk(out)
     if out.exists():
         raise InputError(f"{out} exists: name a new folder")
     given = base or config.base
     assert given is not None  # adapters have one
-    try:
-        return _write(run, tuning, given, out)
-    except InputError:
-        shutil.rmtree(out, ignore_errors=True)  # a base may be there by then
-        raise
+    with building(out) as unfinished:
+        return _write(run, tuning, given, unfinished, out)
 
 
-def _write(run: FinetunedRun, tuning: LoraConfig | Ia3Config, given: str, out: Path) -> str:
+def _write(
+    run: FinetunedRun, tuning: LoraConfig | Ia3Config, given: str, unfinished: Path, out: Path
+) -> str:
     name, loaded = given, bases.load(given)
     if is_run(locate(given)):
         parts: dict[str, Any] = {"encoder": loaded.encoder}
         if loaded.lm_head:
             parts["head"] = loaded.lm_head
-        huggingface.save(out / BASE, parts, loaded.config, loaded.tokenizer)
-        path, given = out / BASE, str((out / BASE).resolve())
+        huggingface.save(unfinished / BASE, parts, loaded.config, loaded.tokenizer)
+        path, given = unfinished / BASE, str((out / BASE).resolve())
     else:
         path = hub.find(given)
     variables = jax.device_get(run.variables)
@@ -101,10 +102,10 @@ def _write(run: FinetunedRun, tuning: LoraConfig | Ia3Config, given: str, out: P
         collection=variables["lora" if isinstance(tuning, LoraConfig) else "ia3"],
         saved=unflatten_dict({path: every[path] for path in trained}, sep="/"),
     )
-    peft_save.save(out, adapter, params, model, given, start=start)
+    peft_save.save(unfinished, adapter, params, model, given, start=start)
     if run.labels:
-        (out / LABELS).write_text(json.dumps(list(run.labels)) + "\n", encoding="utf-8")
-    write_whole(out / "README.md", _card(model, given, run.labels))
+        (unfinished / LABELS).write_text(json.dumps(list(run.labels)) + "\n", encoding="utf-8")
+    write_whole(unfinished / "README.md", _card(model, given, run.labels))
     return given
 
 
@@ -164,8 +165,8 @@ def load(
     """
     path = hub.find(name_or_path)
     settings = peft_load.read_settings(path)
-    if (config.directory / CHECKPOINTS).exists():
-        raise InputError(f"{config.directory} holds a run: give another --name")
+    if config.directory.exists():
+        raise InputError(f"{config.directory} exists: give another --name")
     kind = KINDS[type(config.task)]
     if settings.task_type not in (None, TASK_TYPES.get(kind)):
         raise InputError(
@@ -221,12 +222,12 @@ def load(
         base_sha256=loaded.fingerprint,
         monitor=best.monitor(config).name,
     )
-    directory = config.directory
-    write_folder(directory, config, loaded.tokenizer, {LABELS: json.dumps(labels)})
-    with Checkpointer(directory / CHECKPOINTS, monitor=best.monitor(config)) as checkpointer:
-        learned = steps.put_state(state, placement).learned
-        checkpointer.save(0, learned, cursor | {"labels": list(labels)})
-    return directory
+    learned = steps.put_state(state, placement).learned
+    with building(config.directory, CONFIG) as unfinished:
+        write_folder(unfinished, config, loaded.tokenizer, {LABELS: json.dumps(labels)})
+        with Checkpointer(unfinished / CHECKPOINTS, monitor=best.monitor(config)) as checkpointer:
+            checkpointer.save(0, learned, cursor | {"labels": list(labels)})
+    return config.directory
 
 
 def _labels(path: Path, base: Path, kind: Kind, number: int | None) -> Labels:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from jaxlm import tree
 from jaxlm.config import PretrainConfig
 from jaxlm.data import tokenizers
-from jaxlm.data.loader import check_before, train_batches
+from jaxlm.data.loader import check_alike, check_before, train_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.errors import InputError
@@ -173,6 +173,8 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
     With a base, its tokenizer is the one that cuts the text; where that is gone, nothing is made.
     """
     first, wanted = locate(config.data.paths[0]), config.prepare
+    if wanted is not None and wanted.validation_fraction == 0 and len(config.data.paths) == 1:
+        raise _nothing_held_out(first, "--prepare.")
     if wanted is not None and (base is not None or config.base is None):
         if base is not None:
             own = TokenizerConfig(path=base.tokenizer_path)  # pyright: ignore[reportArgumentType]
@@ -182,6 +184,9 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
             prepare(wanted, first, console=console, way_out=way_out)
     datasets = [open_prepared(path) for path in config.data.paths]
     found = {str(d.directory): [d.info.fingerprint, d.info.tokenizer_sha256] for d in datasets}
+    check_alike(datasets)
+    if not any("validation" in dataset.info.rows for dataset in datasets):
+        raise _nothing_held_out(first, "--prepare." if wanted is not None else "--")
     distributed.check_same("data", {f"the content of {path}": x for path, x in found.items()})
     if base is not None and not phase.continues(base.tokenizer, datasets[0]):
         raise InputError(
@@ -189,6 +194,14 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
             f"it again, into another folder, with --tokenizer.path {base.tokenizer_path}"
         )
     return datasets
+
+
+def _nothing_held_out(directory: StoragePath, prefix: str) -> InputError:
+    return InputError(
+        f"{directory} has no validation split, on which a run is evaluated: prepare the text anew, "
+        f"into another folder, with {prefix}validation-fraction 0.05 (more for few documents), or "
+        "name a folder that has one in --data.paths, too"
+    )
 
 
 def base_params(

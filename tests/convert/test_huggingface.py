@@ -187,6 +187,17 @@ def bare(weights):
     return {name.removeprefix("bert."): value for name, value in encoder.items()}
 
 
+@pytest.mark.parametrize(("limit", "file"), [(100, ""), (5000, r"/out/model\.safetensors: ")])
+def test_a_full_disk_leaves_nothing(folder, limit, file, tmp_path, limit_file_size):
+    """Nor does a folder go that has the name of the new one behind a dot."""
+    found = huggingface.load(folder)
+    (tmp_path / "to" / ".out").mkdir(parents=True)
+    limit_file_size(limit)
+    with pytest.raises(InputError, match=rf"/out cannot be written \(.*{file}.*too large.*; make"):
+        huggingface.save(tmp_path / "to" / "out", found.params, found.config, found.tokenizer)
+    assert list((tmp_path / "to").iterdir()) == [tmp_path / "to" / ".out"]
+
+
 def test_layouts_of_the_same_model(folder, tmp_path):
     published = huggingface.load(folder)
     word = "bert.embeddings.word_embeddings.weight"

@@ -1,7 +1,7 @@
 import dataclasses
 import json
 import math
-import resource
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +15,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
 from jaxlm.data.shards import merge, prepare_shard
-from jaxlm.data.sources import TextFiles
+from jaxlm.data.sources import Csv, Jsonl, TextFiles
 from jaxlm.errors import InputError
 from jaxlm.tasks.vocabulary import make_vocabulary
 
@@ -295,11 +295,51 @@ def test_bad_configuration(settings, message):
 
 def test_too_little_text(tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="none of 1 documents fell to validation"):
+    with pytest.raises(InputError, match=r"one document, of which nothing .* --document line"):
         prepare(make(tmp_path, "one line", validation_fraction=0.001), out)
     with pytest.raises(InputError, match="no text to train"):
         prepare(make(tmp_path, " \n \n"), out)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+@pytest.mark.parametrize("number", [2, 30])
+@pytest.mark.parametrize(("fraction", "how_many"), [(1e-9, "none"), (1 - 1e-9, "all")])
+def test_a_fraction_that_gives_both_splits_is_named(number, fraction, how_many, tmp_path):
+    text = "\n".join(f"line {i}" for i in range(number))
+    (tmp_path / "own").mkdir()
+    tokenizers.save(tokenizers.train("wordpiece", [text], 200), tmp_path / "own/tokenizer.json")
+    tokenizer = TokenizerConfig(path=tmp_path / "own")
+    config = make(tmp_path, text, validation_fraction=fraction, tokenizer=tokenizer)
+    wanted = rf"^{how_many} of {number} documents .*: set it to ([\d.]+), which holds out one$"
+    with pytest.raises(InputError, match=wanted) as caught:
+        prepare(config, tmp_path / "out")
+    for shard in ("0/2", "1/2"):
+        prepare_shard(config, tmp_path / "parts", shard)
+    with pytest.raises(InputError, match=f"{str(caught.value).rpartition(':')[2]}$"):
+        merge(tmp_path / "parts")
+    said = re.search(wanted, str(caught.value))
+    assert said is not None
+    found = dataclasses.replace(config, validation_fraction=float(said[1]))
+    documents = {"train": number - 1, "validation": 1}
+    assert prepare(found, tmp_path / "out").documents == documents
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"text": "a b"}\n{"text": ""}\n{"text": " "}\n{"text": "a b"}\n{"text": "\\u0000"}', "x"],
+)
+def test_what_has_no_text_is_counted(content, tmp_path):
+    if content == "x":
+        (tmp_path / "in.csv").write_text('text,n\na b,1\n,2\n" ",3\na b,4\n\x01,5\n')
+        source = Csv(glob=str(tmp_path / "in.csv"), column="text")
+    else:
+        (tmp_path / "in.jsonl").write_text(content)
+        source = Jsonl(glob=str(tmp_path / "in.jsonl"))
+    tokenizer = TokenizerConfig(vocab_size=200)
+    config = PrepareConfig(source=source, tokenizer=tokenizer, validation_fraction=0.0)
+    info = prepare(config, tmp_path / "out")
+    assert (info.documents, info.duplicates, info.blank) == ({"train": 1}, 1, 3)
+    assert open_prepared(tmp_path / "out").info == info
 
 
 def test_interrupted_work_vanishes(config, tmp_path, monkeypatch):
@@ -324,18 +364,12 @@ def test_killed_work_is_not_taken_for_finished_and_is_cleared(config, tmp_path, 
 
 
 @pytest.mark.parametrize("limit", [1_000, 50_000], ids=["while tokenising", "while writing rows"])
-def test_a_full_disk(config, prepared, tmp_path, limit):
-    """Stood in for by a limit on the size of files, which both kinds of writer run into."""
+def test_a_full_disk(config, prepared, tmp_path, limit, limit_file_size):
+    """Both kinds of writer run into it."""
     config = dataclasses.replace(config, tokenizer=TokenizerConfig(path=prepared.directory))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(
-            InputError, match=r"out cannot be written \(.*File too large.*make room"
-        ):
-            prepare(config, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    limit_file_size(limit)
+    with pytest.raises(InputError, match=r"out cannot be written \(.*File too large.*make room"):
+        prepare(config, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -133,6 +133,40 @@ def test_what_is_refused_leaves_nothing(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_disk_leaves_no_adapter(run, tmp_path, monkeypatch, limit_file_size):
+    loaded = finetuned.open_finetuned(run)
+    cases = [
+        (100, True, "/base"),  # its config.json
+        (4000, True, "/base/model.safetensors"),
+        (4000, False, "/adapter_model.safetensors"),
+        (100_000, False, ""),  # only the card is longer
+    ]
+    monkeypatch.setattr(adapter, "_card", lambda *_: " " * 200_000)
+    for limit, base_is_run, file in cases:
+        monkeypatch.setattr(adapter, "is_run", lambda directory, found=base_is_run: found)
+        limit_file_size(limit)
+        with pytest.raises(InputError, match=r"cannot be written.*too large") as caught:
+            adapter.export(loaded, tmp_path / "out")
+        message = str(caught.value)
+        assert f"{tmp_path}/out{file}" in message
+        assert ".partial" not in message
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_run(folders, tmp_path, monkeypatch, limit_file_size):
+    folder, wanted = folders
+    write = adapter.write_folder
+
+    def then_limit(*given):
+        write(*given)
+        limit_file_size(100)
+
+    monkeypatch.setattr(adapter, "write_folder", then_limit)
+    with pytest.raises(InputError, match="too large"):
+        adapter.load(folder, replace(wanted, runs=tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
 def test_names_of_labels_stand_beside_it(folders, tmp_path):
     folder, wanted = folders
     named = copied(folder, tmp_path / "named")
@@ -147,7 +181,7 @@ def test_names_of_labels_stand_beside_it(folders, tmp_path):
 def test_what_cannot_be_a_run(folders, run, tmp_path):
     folder, wanted = folders
     other = replace(wanted, name="other")
-    with pytest.raises(InputError, match="holds a run: give another --name"):
+    with pytest.raises(InputError, match="run exists: give another --name"):
         adapter.load(folder, wanted)
     with pytest.raises(InputError, match="task_type='SEQ_CLS' is not what task=Tagging trains"):
         adapter.load(folder, replace(other, task=Tagging()))

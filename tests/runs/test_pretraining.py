@@ -15,9 +15,11 @@ import pytest
 from rich.console import Console
 from tiny_models import BERT
 from tiny_runs import make_config
+from tokenizers import Tokenizer, pre_tokenizers
 
 from jaxlm import tree
 from jaxlm.config import PretrainConfig
+from jaxlm.data import tokenizers
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
@@ -255,6 +257,59 @@ def test_rows_that_are_too_long_are_not_prepared_first(config: PretrainConfig, t
             replace(config, name="never", data=data, model=replace(config.model, max_length=8))
         )
     assert not new.exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("one split", r"one split has no validation split, .* --validation-fraction 0\.05"),
+        ("short", r"row_length 16 and .* has 8: .* --row-length 16 --tokenizer.path .*/tokenizer"),
+        ("tokens", r"has tokenizer_sha256 .* --row-length 16 --tokenizer.path .*/tokenizer\.json$"),
+        ("no mask", r"no token \[MASK\] or <mask>: prepare .* \(leave out --tokenizer\.path\)"),
+        ("no words", r"where words begin is not known .* task\.masking\.unit"),
+        ("unprepared", r"no validation split, .* with --prepare\.validation-fraction 0\.05"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_refused_before_anything_is_made(
+    config: PretrainConfig,
+    whole: Path,
+    other: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jaxlm.runs.pretraining.train", None)  # it is not called
+    assert config.prepare is not None
+    own, folder = tokenizers.load(whole), tmp_path / other
+    changes: dict[str, Any] = {}
+    if other in ("tokens", "no mask", "no words"):
+        if other == "no words":
+            own = tokenizers.train("bpe", ["red green blue"], 280)
+            own.pre_tokenizer = pre_tokenizers.Whitespace()
+        text = own.to_str()
+        own = Tokenizer.from_str(text.replace("[MASK]", "[M]") if other == "no mask" else text)
+        own.add_tokens(["purple"])
+    tokenizers.save(own, tmp_path / "tokenizer.json")
+    changes["tokenizer"] = TokenizerConfig(path=tmp_path)
+    changes["row_length"] = 8 if other == "short" else 16
+    changes["validation_fraction"] = 0.1 if other.startswith(("no ", "sh", "to")) else 0.0
+    wanted = replace(config.prepare, **changes)
+    if other != "unprepared":
+        prepare(wanted, folder)
+    first = (config.data.paths[0],) if other in ("short", "tokens") else ()
+    run = replace(
+        config,
+        runs=tmp_path / "runs",
+        data=replace(config.data, paths=(*first, str(folder))),
+        prepare=wanted if other == "unprepared" else None,
+    )
+    if other == "no words":
+        unit = replace(run.task.masking, unit="word")
+        run = replace(run, task=replace(run.task, masking=unit))
+    with pytest.raises(InputError, match=message):
+        pretrain(run)
+    assert not run.runs.exists()
+    assert folder.exists() == (other != "unprepared")
 
 
 def test_not_finite_gradients_stop_with_the_step_named(config: PretrainConfig) -> None:

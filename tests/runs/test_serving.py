@@ -365,6 +365,20 @@ def test_embeddings_have_the_prompt_of_queries(base):
     assert served.about == {"prompt": "a b ", "prompts": prompts}
 
 
+@pytest.mark.parametrize("limit", [500, 5000])
+def test_a_full_disk_leaves_nothing(base, limit, tmp_path, monkeypatch, limit_file_size):
+    """Nor does a folder go that has the name of the new one behind a dot."""
+    weights, tokenizer = {"x": np.ones(10_000, np.float32)}, tokenizers.load(base)
+    monkeypatch.setattr(stablehlo, "serialize", lambda *_: b"1" * 1000)
+    (tmp_path / ".out").mkdir()
+    limit_file_size(limit)
+    with pytest.raises(
+        InputError, match=r"/out cannot be written \(.*too large.*; make room there"
+    ):
+        stablehlo.write(tmp_path / "out", max, weights, (), None, tokenizer, {}, "")
+    assert list(tmp_path.iterdir()) == [tmp_path / ".out"]
+
+
 def test_without_flatbuffers(monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     with pytest.raises(InputError, match="pip install flatbuffers"):

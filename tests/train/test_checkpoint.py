@@ -457,13 +457,6 @@ def test_errors_of_the_run_pass_through(tmp_path):
         raise FileNotFoundError("a missing shard of the data")
 
 
-@pytest.fixture
-def limit_file_size():
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def fail_in_background(checkpointer, step, limit_file_size):
     limit_file_size(1000)
     checkpointer.save(step, make_state(step), {})
