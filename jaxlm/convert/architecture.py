@@ -1,6 +1,7 @@
 """How a kind of model is written in Hugging Face's layout, and reading its ``config.json``."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -79,6 +80,13 @@ class Architecture:
             copies={named(copy): named(original) for copy, original in self.copies.items()},
             task_heads={task: renamed(rows) for task, rows in self.task_heads.items()},
         )
+
+
+def check_distinct(labels: Sequence[str], where: str) -> None:
+    """Raise where two classes have one name: what is said of them by name would be of one."""
+    for name, count in Counter(labels).most_common(1):
+        if count > 1:
+            raise InputError(f"{where} names {count} classes {name!r}: give each a name of its own")
 
 
 # Or its cross-encoders would give the sigmoid of a number.

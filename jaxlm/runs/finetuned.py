@@ -336,8 +336,9 @@ def make_framer(
 ) -> Framer:
     """Rows no longer than both data and model allow."""
     assert config.model is not None
-    longest = config.model.max_length or config.data.max_length
-    return Framer(tokenizer, min(config.data.max_length, longest), source_tokenizer)
+    most = config.model.max_length
+    longest = min(config.data.max_length, most or config.data.max_length)
+    return Framer(tokenizer, longest, source_tokenizer, most)
 
 
 def open_finetuned(
