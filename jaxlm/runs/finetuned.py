@@ -336,9 +336,8 @@ def make_framer(
 ) -> Framer:
     """Rows no longer than both data and model allow."""
     assert config.model is not None
-    most = config.model.max_length
-    longest = min(config.data.max_length, most or config.data.max_length)
-    return Framer(tokenizer, longest, source_tokenizer, most)
+    most, given = config.model.max_length, config.data.max_length
+    return Framer(tokenizer, min(given, most or given), source_tokenizer, most)
 
 
 def open_finetuned(
