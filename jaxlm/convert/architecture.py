@@ -3,7 +3,8 @@
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
@@ -91,6 +92,13 @@ class Architecture:
             copies={named(copy): named(original) for copy, original in self.copies.items()},
             task_heads={task: renamed(rows) for task, rows in self.task_heads.items()},
         )
+
+
+def check_distinct(labels: Sequence[str], where: str) -> None:
+    """Raise where two classes have one name: what is said of them by name would be of one."""
+    for name, count in Counter(labels).most_common(1):
+        if count > 1:
+            raise InputError(f"{where} names {count} classes {name!r}: give each a name of its own")
 
 
 # Or its cross-encoders would give the sigmoid of a number.

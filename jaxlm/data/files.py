@@ -1,6 +1,7 @@
 """Reading files of text, with errors that name the file and the line."""
 
 import bz2
+import codecs
 import gzip
 import hashlib
 import io
@@ -19,6 +20,7 @@ from jaxlm.runtime.storage import on_disk
 
 OnRead = Callable[[int], None]  # told the number of bytes just read, for a progress bar
 _HEAD = 1 << 16
+_NO_TEXT = re.compile(rb"[\x01-\x08\x0e-\x19\x1b-\x1f\x7f]")
 _UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _UNPACKERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
 _PACKED = (".gz", ".bz2", ".xz")
@@ -202,8 +204,20 @@ def _wide(first: bytes) -> str | None:
     pairs = max(len(first) // 2, 1)
     zeros = first[0::2].count(0), first[1::2].count(0)  # of ASCII: spaces alone are a tenth of text
     if min(zeros) == 0 and max(zeros) > 0.05 * pairs and len(first) % 2 == 0:
+        # A few of them, in what is text without them, are in the text.
+        if max(zeros) < 0.4 * pairs and _is_utf8(first):
+            return None
         return "utf-16-be" if zeros[0] else "utf-16-le"
     return None
+
+
+def _is_utf8(first: bytes) -> bool:
+    """Whether it is UTF-8, which may end within a character, of letters and the like."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(first)
+    except UnicodeDecodeError:
+        return False
+    return not _NO_TEXT.search(first)
 
 
 def _narrow(text: io.TextIOWrapper, path: Path, encoding: str) -> Iterator[bytes]:

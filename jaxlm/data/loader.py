@@ -158,9 +158,9 @@ def check_alike(datasets: Sequence[Prepared]) -> None:
             here, there = (getattr(data.info, what) for data in (first, other))
             if here != there:
                 raise InputError(
-                    f"{first.directory} has {what} {here} and {other.directory} has {there}: "
-                    f"prepare the second anew, with --row-length {first.info.row_length} "
-                    f"--tokenizer.path {first.tokenizer_path}"
+                    f"{first.directory} has {what} {here!s:.12} and {other.directory} "
+                    f"{there!s:.12}: prepare the second anew, with --row-length "
+                    f"{first.info.row_length} --tokenizer.path {first.tokenizer_path}"
                 )
 
 

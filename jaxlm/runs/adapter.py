@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 from jaxlm import tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.convert import folder, hub, huggingface, peft_load, peft_save, task_model
+from jaxlm.convert.architecture import check_distinct
 from jaxlm.convert.peft_save import TASK_TYPES, Adapter
 from jaxlm.convert.peft_tensors import Ours
 from jaxlm.convert.task_model import Kind, TaskModel
@@ -243,4 +244,5 @@ def _labels(path: Path, base: Path, kind: Kind, number: int | None) -> Labels:
             found = [f"LABEL_{i}" for i in range(number or 0)]
     if not isinstance(found, list) or (number is not None and len(found) != number):
         raise InputError(f"{source} does not hold a list of the {number} labels of the head")
-    return tuple(str(label) for label in found)
+    check_distinct(labels := tuple(map(str, found)), str(source))
+    return labels

@@ -337,8 +337,8 @@ def make_framer(
 ) -> Framer:
     """Rows no longer than both data and model allow."""
     assert config.model is not None
-    longest = config.model.max_length or config.data.max_length
-    return Framer(tokenizer, min(config.data.max_length, longest), source_tokenizer)
+    most, given = config.model.max_length, config.data.max_length
+    return Framer(tokenizer, min(given, most or given), source_tokenizer, most)
 
 
 def open_finetuned(

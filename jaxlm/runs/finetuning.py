@@ -121,7 +121,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
             reader.tokenizer,
             tally(own, (_text(one, side) for one in splits.train), reader.special.unk),
             None if base else chosen,
-            longer=longer(own, longest),
+            longer=longer(own, longest, config.data.max_length),
             texts=side,
             option="--source-tokenizer" if is_own else "--tokenizer",
         )

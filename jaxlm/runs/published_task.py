@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlm.config import Config, FinetuneConfig, LabelledTask
 from jaxlm.convert import folder, hub, huggingface, layout
-from jaxlm.convert.architecture import TaskHead
+from jaxlm.convert.architecture import TaskHead, check_distinct
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
@@ -133,6 +133,7 @@ def _published(name: str) -> Path | None:
 def _config(path: Path, pairs: bool) -> FinetuneConfig:
     head = layout.read_task_head(path)
     assert head is not None  # or it would not be asked for
+    check_distinct(head.labels, f"{path / folder.CONFIG}: id2label")
     model: Any = huggingface.read_config(path)
     config = FinetuneConfig(
         name=str(path),

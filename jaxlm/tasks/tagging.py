@@ -42,6 +42,8 @@ from jaxlm.tasks.task import (
 from jaxlm.train.plots import Reference
 from jaxlm.typing import Apply, Loss
 
+_SHOWN = 5  # tags, in a line
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tagging:
@@ -99,9 +101,11 @@ class Tagging:
         return replace(self, split=self.split or find_split(one.words for one in examples))
 
     def check(self, examples: Sequence[Sentence]) -> list[str]:
-        """Tags that are words for a missing value raise; lines on spans of characters."""
+        """Tags that are words for a missing value, or mark no entity, raise; lines on spans."""
         if not self.fields.as_written:
             checks.check_missing(examples, str(self.fields.tags))
+        if self.entities:
+            _check_marks(examples)
         cut = [example.origin for example in examples if example.is_cut]
         said = [f"spans count {examples[0].unit}, and are read so"] if examples[0].unit else []
         said += checks.check_names(examples, str(self.fields.tags), self.fields.names)
@@ -112,16 +116,7 @@ class Tagging:
         ]
 
     def labels(self, examples: Sequence[Sentence]) -> Labels:
-        names = data.label_names(examples)
-        if self.entities:
-            try:
-                read_entities(names)
-            except InputError as error:
-                raise InputError(
-                    f"{error}: correct it, or give --task.no-entities for tags such as parts of "
-                    "speech, or --task.fields.names O B-PER ... for numbers"
-                ) from error
-        return names
+        return data.label_names(examples)
 
     def classes(self, examples: Sequence[Sentence]) -> list[str]:
         return [tag for example in examples for tag in example.tags or ()]
@@ -265,6 +260,28 @@ class Tagging:
 
     def _shown(self, tags: Sequence[str | None]) -> list[str | None]:
         return [tag or (OUTSIDE if self.entities else None) for tag in tags]
+
+
+def _check_marks(examples: Sequence[Sentence]) -> None:
+    """Raise where a tag marks no word of an entity, and name the first of such words."""
+    reasons: dict[str, str] = {}
+    for tag in {tag for example in examples for tag in example.tags or ()}:
+        try:
+            read_entities([tag])
+        except InputError as error:
+            reasons[tag] = str(error)
+    wrong = [(e, i) for e in examples for i, tag in enumerate(e.tags or ()) if tag in reasons]
+    if not wrong:
+        return
+    (first, i), tags = wrong[0], Counter(e.classes[i] for e, i in wrong)
+    shown = ", ".join(f"{tag!r} ({count:,})" for tag, count in tags.most_common(_SHOWN))
+    more = ", …" if len(tags) > _SHOWN else ""
+    raise InputError(
+        f"{first.origin}: {reasons[first.classes[i]]}, at word {i + 1} of the sentence, "
+        f"{first.words[i]!r:.40}; there are {shown}{more}: correct them, or give "
+        "--task.no-entities for tags such as parts of speech, or --task.fields.names O B-PER ... "
+        "for numbers"
+    )
 
 
 def _tags(

@@ -154,6 +154,14 @@ def change(folder, **more):
     path.write_text(json.dumps(json.loads(path.read_text()) | more))
 
 
+def test_classes_of_one_name_are_refused_where_they_are_used(tmp_path):
+    save(tmp_path / "m", "SequenceClassification")
+    change(tmp_path / "m", id2label={"0": "neg", "1": "pos", "2": "neg"})
+    with pytest.raises(InputError, match=r"config\.json: id2label names 2 classes 'neg': give"):
+        published_task.read_config_of(str(tmp_path / "m"))
+    assert huggingface.load(tmp_path / "m").head is not None  # a base has the names of the data
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -299,7 +299,7 @@ def test_evaluation_sees_every_row_once(prepared, num_parts, max_rows):
 
 def test_data_sets_must_be_alike(prepared, config, tmp_path):
     prepare(dataclasses.replace(config, row_length=32), tmp_path / "long")
-    with pytest.raises(InputError, match=r"row_length 16 and .* has 32"):
+    with pytest.raises(InputError, match=r"row_length 16 and .* 32: prepare"):
         train_batches([prepared, open_prepared(tmp_path / "long")], CONFIG, seed=0)
     tokenizer = TokenizerConfig(vocab_size=200)
     prepare(dataclasses.replace(config, tokenizer=tokenizer), tmp_path / "small")

@@ -173,6 +173,9 @@ def test_names_of_labels_stand_beside_it(folders, tmp_path):
     (named / "labels.json").write_text('["cat", "dog"]')
     config = replace(wanted, runs=tmp_path)
     assert finetuned.open_finetuned(adapter.load(named, config)).labels == ("cat", "dog")
+    (named / "labels.json").write_text('["cat", "cat"]')
+    with pytest.raises(InputError, match=r"labels\.json names 2 classes 'cat': give each a name"):
+        adapter.load(named, replace(config, name="other"))
     (named / "labels.json").write_text('["cat"]')
     with pytest.raises(InputError, match="does not hold a list of the 2 labels"):
         adapter.load(named, replace(config, name="other"))

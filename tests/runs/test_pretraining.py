@@ -263,8 +263,11 @@ def test_rows_that_are_too_long_are_not_prepared_first(config: PretrainConfig, t
     ("other", "message"),
     [
         ("one split", r"one split has no validation split, .* --validation-fraction 0\.05"),
-        ("short", r"row_length 16 and .* has 8: .* --row-length 16 --tokenizer.path .*/tokenizer"),
-        ("tokens", r"has tokenizer_sha256 .* --row-length 16 --tokenizer.path .*/tokenizer\.json$"),
+        ("short", r"row_length 16 and .* 8: .* --row-length 16 --tokenizer.path .*/tokenizer"),
+        (
+            "tokens",
+            r"tokenizer_sha256 \w{12} and .* \w{12}: .* --row-length 16 --tokenizer.path .*\.json$",
+        ),
         ("no mask", r"no token \[MASK\] or <mask>: prepare .* \(leave out --tokenizer\.path\)"),
         ("no words", r"where words begin is not known .* task\.masking\.unit"),
         ("unprepared", r"no validation split, .* with --prepare\.validation-fraction 0\.05"),

@@ -100,13 +100,23 @@ def test_every_word_of_a_long_sentence_has_a_tag(framer, records):
     assert [entity["text"] for entity in long["entities"]] == words[1][:9] + words[1][10:]
 
 
+def test_the_first_tag_that_marks_no_entity_is_named(tmp_path):
+    path = tmp_path / "bad.conll"
+    path.write_text("Ada\tB-PER\n\nBo\tO\nBob\tPER\nwent\tO\n\nBob\tB-\nBo\tPER\n")
+    examples = Tagging().read(Conll(path=str(path)).records())
+    message = r"bad.conll:3: tag 'PER' is neither .*, at word 2 .*'Bob'; there are 'PER' \(2\), "
+    with pytest.raises(InputError, match=message):
+        Tagging().check(examples)
+    assert Tagging().check(examples[:1]) == []
+
+
 def test_tags_that_mark_no_entities(framer, records):
     task = Tagging(entities=False)
     examples = task.read(records({"tokens": ["a", *"bcdefghabcd"], "tags": ["DT", *["NN"] * 11]}))
     labels = task.labels(examples)
     assert (labels, task.monitor) == (("DT", "NN"), "accuracy")
     with pytest.raises(InputError, match=r"'DT' is neither O .* give --task.no-entities"):
-        Tagging().labels(examples)
+        Tagging().check(examples)
     rows = task.encode(framer, examples, labels).rows  # of 12 words, in two windows
     probabilities = []
     for row in rows:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from jaxlm.data.labelled.spelling import Labelled
 from jaxlm.errors import InputError
@@ -40,6 +41,14 @@ def check_names(examples: Sequence[Labelled], name: str, names: Sequence[str] | 
         f"task.fields.names has no effect: {name} holds no numbers from 0, but labels such as "
         f"{min(classes)!r:.40}"
     ]
+
+
+def check_nuls(examples: Sequence[Any]) -> list[str]:
+    """A line where texts hold the character NUL, which nobody writes."""
+    found = [example.origin for example in examples if "\0" in example.content]
+    if not found:
+        return []
+    return [f"{len(found):,} of {len(examples):,} texts hold NUL characters, first at {found[0]}"]
 
 
 def check_single(examples: Sequence[Labelled], name: str) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jaxlm.data import files
-from jaxlm.data.labelled import formats, spelling, splits
+from jaxlm.data.labelled import checks, formats, spelling, splits
 from jaxlm.data.labelled.augment import AugmentConfig
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.pydocs import PyDocsTopics
@@ -97,7 +97,8 @@ def read_splits(
     train = read_records(config.train.records(), read, config.on_bad_row)
     if not train:
         raise InputError(f"{config.train} holds no examples")
-    notes = [*_passed_over(config.train), *check(train), *spelling.notes(train)]
+    odd = [*check(train), *checks.check_nuls(train)]
+    notes = [*_passed_over(config.train), *odd, *spelling.notes(train)]
     if config.validation is None:
         train, validation = splits.stratified(train, config.validation_fraction, config.split_seed)
     else:

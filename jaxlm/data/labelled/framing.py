@@ -32,10 +32,17 @@ class Framer:
 
     The frame is read off the tokenizer's post-processor once, so that texts can be cut to fit
     before they are framed. Names of special tokens in a text are text like any other. ``source`` is
-    the tokenizer of sources, where these have another than their targets.
+    the tokenizer of sources, where these have another than their targets. ``most`` is what the
+    model reads, beyond which no ``max_length`` helps; None: any length.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int, source: Tokenizer | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        max_length: int,
+        source: Tokenizer | None = None,
+        most: int | None = None,
+    ):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns at forks
         copy = Tokenizer.from_str(tokenizer.to_str())
         copy.no_truncation()
@@ -43,16 +50,25 @@ class Framer:
         self._frames: dict[int, _Frame] = {count: _Frame.of(copy, count) for count in (1, 2)}
         copy.encode_special_tokens = True
         self.tokenizer = tokenizer
-        self.source: Framer = self if source is None else Framer(source, max_length)
+        self.source: Framer = self if source is None else Framer(source, max_length, most=most)
         self.special = SpecialTokens.of(tokenizer)
-        self.max_length = max_length
+        self.max_length, self.most = max_length, most
         self._tokenizer = copy
         self._space = space_before(copy)
         if self.room(2) < 2:
+            is_all = most is not None and max_length >= most
+            way = "take a model that reads more" if is_all else "raise it"
             raise InputError(
                 f"max_length={max_length} leaves no room for two texts among "
-                f"{max_length - self.room(2)} special tokens; raise it"
+                f"{max_length - self.room(2)} special tokens; {way}"
             )
+
+    @property
+    def or_longer(self) -> str:
+        """The end of a message on rows that are too short: what of their length can be changed."""
+        if self.most is None or self.max_length < self.most:
+            return ", or raise data.max_length"
+        return f" (the model reads {self.most} at most, whatever data.max_length says)"
 
     def room(self, num_texts: int) -> int:
         """Tokens that one text, or two together, may have."""

@@ -167,10 +167,11 @@ def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Wi
         span = _span(question, offsets)
         size = framer.room(2) - len(asked)
         if size <= doc_stride:
+            way = f"lower it below {size}" if size > 0 else "shorten the question"
             raise InputError(
                 f"{question.origin}: question {question.id} of {len(asked)} tokens leaves {size} "
                 f"of max_length={framer.max_length} to the context, not more than "
-                f"doc_stride={doc_stride}; raise the one, or lower the other"
+                f"doc_stride={doc_stride}: {way}{framer.or_longer}"
             )
         for begin in begins(len(ids), size, doc_stride).tolist():
             part = slice(begin, begin + size)

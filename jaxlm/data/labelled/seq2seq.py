@@ -118,6 +118,8 @@ def encode(framer: Framer, pairs: Sequence[Pair], *, prefix: str = "", long: Lon
             f"{framer.max_length} tokens, the longest {longest:,} ({origin})"
         )
         way = f"--data.max-length {longest} takes them whole"
+        if framer.most is not None and longest > framer.most:
+            way = f"the model reads {framer.most} at most"
         if long == "raise" or not rows:
             raise InputError(f"{what}: {way}, --task.long cut cuts them, and skip leaves them out")
         done = "are cut at their ends" if long == "cut" else "are left out"

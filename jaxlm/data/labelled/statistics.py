@@ -67,8 +67,11 @@ def tally(examples: Examples, texts: Iterable[str], unk: int | None) -> Tally:
     return counts
 
 
-def longer(examples: Examples, most: int | None) -> str:
-    """Which maximal length cuts few tokens, as far as a model reads: ``most`` tokens."""
+def longer(examples: Examples, most: int | None, given: int) -> str:
+    """Which maximal length cuts few tokens, as far as a model reads: ``most`` tokens.
+
+    ``given`` is the one that there is.
+    """
     sizes = examples.untruncated.astype(int)
     lengths = np.arange(8, sizes.max() + 8, 8)
     cut = np.array([np.maximum(sizes - length, 0).sum() / sizes.sum() for length in lengths])
@@ -76,9 +79,12 @@ def longer(examples: Examples, most: int | None) -> str:
     if most is None or lengths[enough] <= most:
         return f"--data.max-length {lengths[enough]} cuts {cut[enough]:.1%}"
     left = np.maximum(sizes - most, 0).sum() / sizes.sum()
+    change = f"where --data.max-length {most} cuts {left:.1%}; "
+    if given >= most:
+        change = f"whatever --data.max-length {given} says; take a model that reads more, or "
     return (
-        f"the model reads {most} at most, where --data.max-length {most} cuts {left:.1%}; give the "
-        "parts of long texts as examples of their own"
+        f"the model reads {most} at most, {change}give the parts of long texts as examples of "
+        "their own"
     )
 
 

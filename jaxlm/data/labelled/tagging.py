@@ -172,7 +172,7 @@ def encode(
     if shared >= room:
         raise InputError(
             f"task.doc_stride={shared} is not below the {room} tokens of a text that have room in "
-            f"rows of {framer.max_length}: lower it, or raise data.max_length"
+            f"rows of {framer.max_length}: lower it{framer.or_longer}"
         )
     encodings = framer.encodings([sentence.words for sentence in sentences])
     for number, (sentence, encoding) in enumerate(zip(sentences, encodings, strict=True)):

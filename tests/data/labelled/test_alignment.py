@@ -73,8 +73,12 @@ def test_each_word_is_read_where_it_sees_most(framer):
 
 
 def test_windows_that_share_all_they_hold(framer):
-    with pytest.raises(InputError, match=r"doc_stride=10 is not below the 10 tokens .* rows of 12"):
+    raised = r"doc_stride=10 is not below the 10 tokens .* rows of 12: lower it, or raise data.max"
+    with pytest.raises(InputError, match=raised):
         tagging.encode(framer, [sentence("a")], (), doc_stride=10)
+    full = Framer(framer._tokenizer, 12, most=12)
+    with pytest.raises(InputError, match=r"rows of 12: lower it \(the model reads 12 at most"):
+        tagging.encode(full, [sentence("a")], (), doc_stride=10)
     assert len(tagging.encode(framer, [sentence("a " * 11)], (), doc_stride=9).rows) == 2
     assert len(tagging.encode(Framer(framer._tokenizer, 13), [sentence("a")], (), 10).rows) == 1
 

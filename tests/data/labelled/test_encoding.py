@@ -114,6 +114,8 @@ def test_names_of_special_tokens_are_text(framer):
 def test_a_max_length_without_room(tokenizer):
     with pytest.raises(InputError, match="max_length=4 leaves no room for two texts among 3"):
         Framer(tokenizer, 4)
+    with pytest.raises(InputError, match="3 special tokens; take a model that reads more"):
+        Framer(tokenizer, 4, most=4)
 
 
 def test_texts_with_classes(framer, words):

@@ -44,6 +44,11 @@ def test_pairs_that_are_cut_are_counted_and_shown(framer, words):
     assert encode(framer, PAIRS[:1], long="cut").notes == ()
 
 
+def test_no_length_is_proposed_that_the_model_does_not_read(framer):
+    full = Framer(framer._tokenizer, 12, most=12)
+    assert encode(full, PAIRS, long="cut").notes[0].endswith("ends (the model reads 12 at most)")
+
+
 def test_pairs_that_are_left_out_are_counted_and_shown(framer):
     examples = encode(framer, PAIRS, long="skip")
     assert len(examples) == len(examples.untruncated) == 1

@@ -110,6 +110,15 @@ def test_validation_is_spelled_as_training_is(tmp_path):
     assert splits.notes[0].startswith("validation: labels that look alike, or differ in case")
 
 
+def test_nuls_are_counted(tmp_path):
+    path = tmp_path / "nuls.csv"
+    rows = [f"a{i}{chr(0) if i in (3, 5) else ''},{'xy'[i % 2]}\n" for i in range(12)]
+    path.write_text("text,label\n" + "".join(rows))
+    task = Classification()
+    (note,) = read_splits(LabelledConfig(train=Table(path=str(path))), task.read, task.check).notes
+    assert note == f"2 of 12 texts hold NUL characters, first at {path}:5"
+
+
 def classes_of(values: list[object], **fields: object) -> list[tuple[str, ...]]:
     records = [
         Record(fields={"text": f"t{i}", "label": value}, origin=f"x.csv:{i + 2}")

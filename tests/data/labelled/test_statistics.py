@@ -4,7 +4,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxlm.data.labelled.examples import Examples
-from jaxlm.data.labelled.statistics import describe, render
+from jaxlm.data.labelled.statistics import describe, longer, render
 
 
 def make_examples(lengths: list[int], max_length: int) -> Examples:
@@ -21,6 +21,20 @@ def test_statistics():
     assert statistics.classes == {"b": 3, "a": 1}
     assert statistics.lengths == {8: 2, 16: 1, 20: 1}
     assert (statistics.longest, statistics.median, statistics.truncated) == (20, 8, 0.25)
+
+
+def test_no_length_is_proposed_that_the_model_does_not_read():
+    examples = make_examples([10, 100], 64)
+    assert longer(examples, None, 64) == "--data.max-length 104 cuts 0.0%"
+    assert longer(examples, 128, 64) == "--data.max-length 104 cuts 0.0%"
+    parts = "give the parts of long texts as examples of their own"
+    cut = longer(examples, 80, 64)
+    assert cut == f"the model reads 80 at most, where --data.max-length 80 cuts 18.2%; {parts}"
+    for given in (80, 128):
+        assert longer(examples, 80, given) == (
+            f"the model reads 80 at most, whatever --data.max-length {given} says; take a model "
+            f"that reads more, or {parts}"
+        )
 
 
 def test_a_very_long_text_does_not_hide_the_others():
