@@ -109,7 +109,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def _check_kinds(raw: Mapping[str, Any], source: str) -> None:
-    """Of what is read below as it stands: names and patterns, numbers, and these by pattern."""
+    """That what is read below as it stands is names, patterns, or numbers, and dicts of these."""
     for key, (what, fits) in _KINDS.items():
         value = raw.get(key)
         if key.endswith("_pattern") and key != "layers_pattern":

@@ -7,7 +7,6 @@ from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.models.model import is_attentive
-from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.objectives.masking import ChoiceConfig
 from jaxlm.peft.lora import LoraConfig
 
@@ -33,9 +32,8 @@ def idle(config: Config) -> dict[str, str]:
         put("optimizer.name is adafactor, which has none", "optimizer", "b2", "epsilon")
     if config.model is not None and is_attentive(config.model):
         put("attention (auto, or what it is told) takes its place", "model", "attention")
-    if isinstance(config.model, ModernBertConfig) and not config.model.is_local.any():
-        why = f"model.global_every={config.model.global_every} leaves no layer local"
-        put(why, "model", "window", "local_rope_base")
+        if not config.model.attends.has_window:
+            put("no layer of the model has a window", "model", "window", "local_rope_base")
     if isinstance(config, PretrainConfig):
         _of_pretraining(config, put)
     else:

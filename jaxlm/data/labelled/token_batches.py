@@ -80,7 +80,7 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Of either side."""
+        """The longest bucket of both sides."""
         return max(map(max, self.buckets))
 
     @property
