@@ -283,6 +283,12 @@ def save(
     }
     named = to_huggingface(params, config, task_head)
     tensors = {name: np.ascontiguousarray(x) for name, x in named.items()}
+    for name, x in tensors.items():
+        if not np.isfinite(x).all():
+            raise InputError(
+                f"{path}: {name} would hold numbers that are not finite: copy or download the "
+                "model again, or take an earlier step"
+            )
     unfinished = path.with_name(f".{path.name}")
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
