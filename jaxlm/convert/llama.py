@@ -118,7 +118,8 @@ def _rope(fields: Fields) -> tuple[float, Scaling | None]:
     new = fields.maybe("rope_parameters", dict)
     said = new or fields.maybe("rope_scaling", dict) or {}
     inner = Fields(said, f"{fields.source}: {'rope_parameters' if new else 'rope_scaling'}")
-    base = inner.maybe("rope_theta", NUMBER) or fields.get("rope_theta", NUMBER, 10_000.0)
+    base = inner.maybe("rope_theta", NUMBER)
+    base = fields.get("rope_theta", NUMBER, 10_000.0) if base is None else base
     part = inner.get(
         "partial_rotary_factor", NUMBER, fields.get("partial_rotary_factor", NUMBER, 1)
     )

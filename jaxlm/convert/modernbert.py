@@ -165,7 +165,8 @@ def _rope_base(fields: Fields, kind: str, old: str, default: float) -> float:
                 f"{one.source}: rope_type={type!r} is not supported, default is: write that if the "
                 "model was trained without, or take another"
             )
-    return float(said.maybe("rope_theta", NUMBER) or fields.get(old, NUMBER, default))
+    base = said.maybe("rope_theta", NUMBER)
+    return float(fields.get(old, NUMBER, default) if base is None else base)
 
 
 def write_config(config: ModernBertConfig, special: Mapping[str, int]) -> dict[str, Any]:

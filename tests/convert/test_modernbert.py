@@ -182,6 +182,8 @@ def rope(**changes):
     [
         ({"local_attention": 7}, "local_attention=7 is odd, .*: write 6, which is what transform"),
         ({"local_attention": 0}, "config.json: window=0 is not above 0"),
+        (rope(rope_theta=0), "config.json: local_rope_base=0.0 is not a finite number above 0"),
+        (rope(rope_theta=np.nan), "sliding_attention: rope_theta=nan is not a finite number"),
         (
             rope(rope_type="yarn"),
             "rope_parameters: sliding_attention: rope_type='yarn' is .*: write",
