@@ -281,6 +281,12 @@ def save(
         },
     }
     named = to_huggingface(params, config, task_head)
+    for name, x in named.items():
+        if not np.isfinite(x).all():
+            raise InputError(
+                f"{path}: {name} would hold numbers that are not finite: copy or download the "
+                "model again, or take an earlier step"
+            )
     with building(path) as unfinished:
         for name, values in configs.items():
             text = json.dumps(values, indent=2) + "\n"

@@ -349,7 +349,7 @@ def _check_finite(probabilities: Float[np.ndarray, "..."]) -> None:
     if broken.size:
         raise InputError(
             f"the probabilities of {broken.size} of {len(probabilities)} texts are not finite, "
-            f"first those of text {broken[0] + 1}: the model has diverged"
+            f"first those of text {broken[0] + 1}: the model has diverged, or is damaged"
         )
 
 

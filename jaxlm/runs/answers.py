@@ -12,6 +12,7 @@ import numpy as np
 from jaxlm.data.labelled.records import Record, json_record
 from jaxlm.data.tabular import escaped, json_text
 from jaxlm.errors import InputError
+from jaxlm.runs.finite import NotFinite
 
 Answer = dict[str, Any]
 Answered = tuple[Record, Answer]
@@ -83,8 +84,8 @@ def _each(examples: list[T], answer: Callable[[list[T]], Sequence[Answer]]) -> l
     try:
         return list(answer(examples))
     except InputError as error:
-        if len(examples) == 1:
-            return [{ERROR: str(error)}]
+        if len(examples) == 1 or (isinstance(error, NotFinite) and error.everywhere):
+            return [{ERROR: str(error)} for _ in examples]
     half = len(examples) // 2
     return [*_each(examples[:half], answer), *_each(examples[half:], answer)]
 

@@ -20,6 +20,7 @@ from jaxlm.runs import finetuned
 from jaxlm.runs.answers import Answer, Answered, answered
 from jaxlm.runs.attention import settle_model
 from jaxlm.runs.base import Base
+from jaxlm.runs.finite import require_finite
 from jaxlm.runs.folder import is_run, read_any_config
 from jaxlm.runtime.storage import locate
 from jaxlm.tasks.embedding import Embed, Embedding, make_embed
@@ -205,4 +206,10 @@ def _of_base(
         head=found.head,
         report=report,
     )
-    return Embedder(embed, about, "text", prompts=found.prompts, prompt=found.prompt)
+
+    def checked(texts: Sequence[str]) -> Float32[np.ndarray, "texts embed"]:
+        vectors = embed(texts)
+        require_finite({"embeddings": vectors}, base.encoder)
+        return vectors
+
+    return Embedder(checked, about, "text", prompts=found.prompts, prompt=found.prompt)

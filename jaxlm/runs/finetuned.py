@@ -31,6 +31,7 @@ from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, steps, thresholds
 from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
 from jaxlm.runs.base import Base
+from jaxlm.runs.finite import require_finite
 from jaxlm.runs.folder import (
     CHECKPOINTS,
     SOURCE_TOKENIZER,
@@ -272,6 +273,7 @@ class FinetunedRun:
         options: Any = {"longest": longest, "in_parts": not labelled}
         batching = make_batching(encoded, self.config.data, framer.max_length, **options)
         found = predict(placement, self.state, batching)
+        require_finite(found[1], self.state.variables)
         most = framer.max_length
         report(encoded.longer_than(most), len(examples), most, encoded.windowed)
         return found

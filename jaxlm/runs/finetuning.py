@@ -34,6 +34,7 @@ from jaxlm.peft import tuning
 from jaxlm.runs import attention, best, finetuned, resume, steps, thresholds, writing
 from jaxlm.runs import base as bases
 from jaxlm.runs.base import Base
+from jaxlm.runs.finite import require_finite
 from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER
 from jaxlm.runs.train import Job, train
 from jaxlm.runs.writing import Samples
@@ -152,6 +153,8 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         written = samples(state)
         if isinstance(task, Scored) and task.num_scored != 0:
             outputs = {**outputs, "written": written.written}
+        if int(state.step) == 0:  # nothing has been learned that could have diverged
+            require_finite(outputs, state.variables)
         metrics = {"loss": sums.means()["loss"]}
         metrics |= task.metrics(splits.validation, labels, outputs)
         best.check_measured(monitor.name, metrics)

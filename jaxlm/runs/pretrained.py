@@ -16,6 +16,7 @@ from jaxlm.config import PretrainConfig
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepared import Prepared, PreparedInfo
+from jaxlm.data.tabular import is_plain
 from jaxlm.data.windows import window_batches
 from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import Generate, GenerateConfig
@@ -26,7 +27,8 @@ from jaxlm.nn.intercept import find_sites
 from jaxlm.objectives.masking import Vocabulary
 from jaxlm.peft import quantize
 from jaxlm.runs import phase, steps
-from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
+from jaxlm.runs.answers import ERROR, Answer, Answered, answered, as_records, joined
+from jaxlm.runs.finite import not_finite
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
@@ -251,8 +253,13 @@ class Pretrained:
 
         def answer(texts: list[Given]) -> list[Answer]:
             options: dict[str, Any] = {"top_k": top_k, "generate": generate or GenerateConfig()}
-            answers = self.task.answers(config, self.variables, self.tokenizer, texts, **options)
-            return list(answers)
+            found = self.task.answers(config, self.variables, self.tokenizer, texts, **options)
+            answers = list(found)
+            broken = [i for i, one in enumerate(answers) if not is_plain(one)]
+            error = str(not_finite(self.variables)) if broken else ""
+            for i in broken:
+                answers[i] = {ERROR: error}
+            return answers
 
         return answered(records, read, answer)
 

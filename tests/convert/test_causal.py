@@ -266,6 +266,11 @@ def one_sentence(message, call):
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}},
             "rope_parameters: rope_type='yarn' is not supported; default, linear and llama3 are",
         ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+            "config.json: rope_base=0.0 is not a finite number above 0; 10000 is usual",
+        ),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported; 1"),
         ("llama", {"num_key_value_heads": 3}, "num_heads=4 is not divisible by num_kv_heads=3"),
         (

@@ -189,7 +189,8 @@ def rope(**changes):
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters has rope_type: write those"),
         (rope() | {"rope_parameters": {"full_atention": {}}}, "rope_parameters has full_atention"),
         ({"rope_parameters": {"full_attention": 5}}, "full_attention=5 is .*: write an object"),
-        (rope(rope_theta=0), "local_rope_base=0.0 is not .* above 0; 10000 is usual$"),
+        (rope(rope_theta=0), "local_rope_base=0.0 is not a finite number above 0; 10000 is usual$"),
+        (rope(rope_theta=np.nan), "sliding_attention: rope_theta=nan is not a finite number"),
         ({"max_position_embeddings": 0}, r"max_length=0 .* is max_position_embeddings"),
         (
             rope(rope_type="yarn"),

@@ -84,6 +84,37 @@ def test_heads_of_others_there_and_back(kind, task, tmp_path):
     assert not huggingface.load(tmp_path / "n").head["classifier"]["bias"].any()
 
 
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+def test_what_is_not_finite_is_no_answer(task, tmp_path):
+    """One token's embedding is damaged: other texts have their answers."""
+    save(tmp_path / "m", task)
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name] = weights[name].copy()
+    weights[name][tokenizer().token_to_id("h")] = np.nan
+    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    run = published_task.open_tuned(str(tmp_path / "m"))
+    answers = run.answer(["a b", "c h", "d"])
+    assert [set(one) >= {"error"} for one in answers] == [False, True, False]
+    assert json.dumps(answers, allow_nan=False)
+    said = r"is not finite, for its weights params/encoder/token_embed/embedding are not: copy or"
+    with pytest.raises(InputError, match=said):
+        run.answer(["h", "h a"])
+    published = huggingface.load(tmp_path / "m")
+    written = {**published.params, "head": published.head}
+    with pytest.raises(
+        InputError, match=r"word_embeddings.* would hold numbers that are not finite"
+    ):
+        huggingface.save(
+            tmp_path / "n",
+            written,
+            published.config,
+            published.tokenizer,
+            task_head=published.task_head,
+        )
+    assert not (tmp_path / "n").exists()
+
+
 def test_a_head_with_another_activation_is_written_as_what_has_it(tmp_path):
     params = drawn("SequenceClassification", 3, BERT, "distilbert")
     head = said("SequenceClassification", pooling="distilbert")

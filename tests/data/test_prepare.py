@@ -266,6 +266,8 @@ def test_another_configuration_is_refused_unless_overwritten(tmp_path):
         InputError, match=r"otherwise \(row_length 128 there and 8 here\); .*with --overwrite$"
     ):
         prepare(other, tmp_path / "out")
+    with pytest.raises(InputError, match=r"\); as a caller says$"):
+        prepare(other, tmp_path / "out", way_out="as a caller says")
     assert prepare(other, tmp_path / "out", overwrite=True).row_length == 8
     (tmp_path / "in.txt").write_text("something else\n")
     with pytest.raises(InputError, match=r"otherwise \(source_sha256 \w+ there and \w+ here\)"):

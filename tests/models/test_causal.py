@@ -396,7 +396,7 @@ def test_flops_are_those_of_the_compiled_products(kind, tied):
         (LlamaConfig, {"num_kv_heads": 5}, "num_heads=12 is not divisible by num_kv_heads=5"),
         (LlamaConfig, {"num_kv_heads": 0}, "num_heads=12 is not divisible by num_kv_heads=0"),
         (LlamaConfig, {"head_dim": 5}, "head_dim=5 is not even"),
-        (LlamaConfig, {"rope_base": 0.0}, "rope_base=0.0 is not above 0"),
+        (LlamaConfig, {"rope_base": 0.0}, "rope_base=0.0 is not a finite number above 0"),
         (LlamaConfig, {"dropout_rate": -0.1}, "dropout_rate=-0.1 is not inside"),
     ],
 )

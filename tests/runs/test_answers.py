@@ -6,6 +6,7 @@ import json
 import math
 from datetime import date
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from jaxlm.data import tabular
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.runs.answers import answered, as_records, joined, write_table
+from jaxlm.runs.finite import damaged, require_finite
 
 
 def rows(*texts, **columns):
@@ -62,6 +64,25 @@ def test_where_nothing_has_an_answer_the_file_is_another(texts):
     with pytest.raises(InputError, match=r"is empty|what is \?"):
         list(answers(rows(*texts)))
     assert list(answers([])) == []
+
+
+def test_where_nothing_is_finite_it_is_asked_once():
+    asked = []
+
+    def answer(texts):
+        asked.append(texts)
+        require_finite({"x": np.array([len(text) / 1.0 for text in texts]) * np.nan}, {})
+        return []
+
+    with pytest.raises(InputError, match="not finite, although its weights are"):
+        list(answered(rows("a", "b", "c"), lambda record: record.text("text"), answer))
+    assert asked == [["a", "b", "c"]]
+
+
+def test_weights_that_are_not_finite_are_named():
+    half = jnp.array([1, jnp.inf], jnp.bfloat16)
+    assert damaged({"a": np.ones(2, np.int8), "b": {"c": half, "d": np.ones(2)}}) == "b/c"
+    assert damaged({"a": np.ones(2, np.int8)}) is None
 
 
 def test_own_columns_are_not_overwritten():

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import tiny_xlnet
 from rich.console import Console
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import BERT
 
 from jaxlm import config as configs
@@ -101,6 +102,22 @@ def test_vectors_are_as_the_folder_says(pooling, normalized, pooled):
         np.testing.assert_allclose(vector, expected, atol=1e-5)
     assert embedder.about.startswith(f"pooling: {pooling}, {'' if normalized else 'not '}scaled")
     assert said == ["1 of 4 texts are cut at 8 tokens"]
+
+
+def test_vectors_that_are_not_finite_are_none(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("word_embeddings.weight"))
+    weights[name] = weights[name].copy()
+    weights[name][tokenizers.load(folder).token_to_id("d")] = np.nan
+    save_file(weights, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    embedder = open_embedder(str(tmp_path / "m"))
+    texts = [Record(fields={"text": text}, origin="x:1") for text in ("a", "d", "b")]
+    _, (_, broken), (_, whole) = embedder.stream(texts)
+    assert "weights token_embed/embedding are not: copy or download" in broken["error"]
+    assert np.isfinite(whole["embedding"]).all()
+    with pytest.raises(InputError, match="what the model gives is not finite"):
+        embedder(["d"])
 
 
 def test_a_dense_layer_follows_the_pooling(pooled, folder):

@@ -2,13 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxlm.config import PretrainConfig, read_file
+from jaxlm.data.labelled.records import Record
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.runs import pretrained
+from jaxlm.runs.pretrained import Pretrained
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.masked_lm import MaskedLm
@@ -18,6 +23,22 @@ from jaxlm.tasks.span_corruption import SpanCorruption
 from jaxlm.tasks.task import PretrainTask
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def test_what_is_not_finite_is_no_answer() -> None:
+    def answers(config, variables, tokenizer, texts, **options):
+        return [{"blanks": [{"probability": np.nan if "x" in t.text else 0.5}]} for t in texts]
+
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(model="m"),
+        variables={"params": {"bias": np.full(2, np.nan, np.float32)}},
+        tokenizer=None,
+        task=SimpleNamespace(answers=answers),
+    )
+    records = [Record(fields={"text": text}, origin="a:1") for text in ("a", "x", "b")]
+    (_, one), (_, two), (_, three) = Pretrained.stream(run, records)
+    assert one == three == {"blanks": [{"probability": 0.5}]}
+    assert "is not finite, for its weights params/bias are not" in two["error"]
 
 
 def prepared(vocab_size: int) -> PreparedInfo:
