@@ -319,7 +319,7 @@ class Classification:
     def plots(
         self, examples: Sequence[TextExample], labels: Labels, outputs: Outputs, folder: Path
     ) -> dict[str, str]:
-        """Of classes: which are confused, and how far probabilities can be trusted."""
+        """Which classes are confused, and how far probabilities can be trusted."""
         if self.fields.target != "class":
             return {}
         gold = np.asarray(data.label_array(examples, labels))
