@@ -109,7 +109,7 @@ def changed(config: C, argv: Sequence[str], *, prog: str) -> C:
     """The config with the changes of a command line; says on stderr what they switch off."""
     options = _split(argv)
     given = {option.name: option.words for option in options}
-    config, options = _with_model(config, options)
+    config, options = _with_model(config, options, given)
     draft = _draft(config, options)
     _check_base(config, draft, given)
     # tyro learns of the classes, which are settled by now, for its help and its suggestions.
@@ -140,14 +140,15 @@ def changed(config: C, argv: Sequence[str], *, prog: str) -> C:
     return _settle(parsed.config, config, given)
 
 
-def _with_model(config: C, options: list[_Option]) -> tuple[C, list[_Option]]:
+def _with_model(
+    config: C, options: list[_Option], given: Mapping[str, list[str]]
+) -> tuple[C, list[_Option]]:
     """Pretraining with the model of its base, where fields of it are to be others.
 
     Instead of a model that the config has, if ``--model None`` is among the options.
     """
     if not isinstance(config, PretrainConfig):
         return config, options
-    given = {option.name: option.words for option in options}
     first = next((name for name in given if name.startswith("model.")), None)
     base = _base(config, given)
     has_none = given["model"] == ["None"] if "model" in given else config.model is None
