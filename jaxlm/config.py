@@ -143,6 +143,11 @@ class PretrainConfig(RunConfig):
         if self.base_moments and self.base is None:
             raise InputError("base_moments=True, and there is no base: name a run, or leave it out")
 
+    @property
+    def packs_rows(self) -> bool:
+        """Whether documents of a row do not see each other."""
+        return self.task.isolate_documents
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
@@ -221,6 +226,11 @@ class FinetuneConfig(RunConfig):
     def may_pack(self) -> bool:
         """Whether examples of its task can share rows."""
         return isinstance(self.task, Classification | Tagging | Embedding)
+
+    @property
+    def packs_rows(self) -> bool:
+        """Whether a row holds several examples, which do not see each other."""
+        return self.data.pack or (isinstance(self.task, Instruction) and self.task.pack)
 
 
 Config = PretrainConfig | FinetuneConfig

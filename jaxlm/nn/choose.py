@@ -113,7 +113,10 @@ def obstacle(name: Attention, setting: Setting) -> str | None:
     if setting.platform != wanted:
         return f"it is a kernel for {wanted.upper()}s, and this is a {setting.platform.upper()}"
     if (rate := setting.attends.dropout_rate) > 0:
-        return f"it drops no weights, and the attention dropout rate is {rate}"
+        return (
+            f"it drops no weights, and the attention dropout rate is {rate} (set "
+            "model.attention_dropout_rate to 0, or in fine-tuning dropout_rate)"
+        )
     if setting.splits_rows:
         return "it needs whole rows, which mesh.sequence splits"
     if name == "splash":

@@ -39,7 +39,7 @@ def settle(
         wanted or config.attention,
         present=present,
         trains=trains,
-        packs_rows=_packs_rows(config),
+        packs_rows=config.packs_rows,
         splits_rows=config.mesh.sequence > 1,
     )
     return Settled(replace(config, model=model), line)
@@ -79,9 +79,3 @@ def settle_model(
     choice, changed = choose(setting, wanted), cast(Any, model)
     changed = replace(changed, attention=choice.name)
     return Settled(changed, f"attention: {choice.name}, {choice.why}")
-
-
-def _packs_rows(config: Config) -> bool:
-    """Whether documents, or examples, of a row do not see each other."""
-    fields = {**vars(config.data), **vars(config.task)}
-    return any(fields.get(name, False) for name in ("pack", "isolate_documents"))

@@ -20,7 +20,7 @@ from jaxlm.models.bilstm import BilstmConfig
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.modernbert import ModernBertConfig
-from jaxlm.runs import resume, steps
+from jaxlm.runs import finetuned, resume, steps
 from jaxlm.runs.attention import settle
 from jaxlm.train.loop import TrainConfig
 
@@ -107,6 +107,17 @@ def test_evaluation_drops_no_weights():
     config = replace(CONFIG, model=model)
     assert "not cudnn: it drops no weights" in settle(config, 512, [H100]).line
     assert settle(config, 512, [H100], trains=False).config.model.attention == "cudnn"
+
+
+def test_a_kernel_that_drops_no_weights_says_how_to_have_it():
+    dropping = replace(BERT, dtype="bfloat16", max_length=512, attention_dropout_rate=0.1)
+    config = replace(CONFIG, model=dropping)
+    with pytest.raises(InputError, match=r"set model\.attention_dropout_rate to 0, or in fine-tun"):
+        settle(config, 512, [H100], wanted="cudnn")
+    without = replace(dropping, attention_dropout_rate=0.0)
+    tuned = finetuned.with_encoder(replace(TUNED, dropout_rate=0.0), dropping, "gpu")
+    for out in (replace(config, model=without), tuned):
+        assert settle(out, 512, [H100], wanted="cudnn").config.model.attention == "cudnn"
 
 
 @pytest.mark.parametrize("config_class", [PretrainConfig, FinetuneConfig])
