@@ -56,7 +56,7 @@ class Setting:
     device: str
     """Its name, for messages."""
     capability: float | None = None
-    """The CUDA compute capability; None: unknown, or no GPU."""
+    """The CUDA compute capability; None: unknown, or no GPU of NVIDIA."""
     present: bool = True
     """False where one compiles for a device that is not there."""
     length: int
@@ -127,7 +127,9 @@ def obstacle(name: Attention, setting: Setting) -> str | None:
         return f"it computes in bfloat16, and dtype is {setting.dtype}"
     if name == "tokamax":
         return _tokamax_obstacle(setting)
-    limit = 256 if (setting.capability or 0) >= 9 else 128
+    if setting.capability is None or setting.capability < 8:
+        return f"it is for NVIDIA's GPUs from A100 on, and this is {setting.device}"
+    limit = 256 if setting.capability >= 9 else 128
     head_dim = setting.attends.head_dim
     if head_dim % 8 or head_dim > limit:
         return f"heads have {head_dim} channels, no multiple of 8 up to {limit}"

@@ -64,11 +64,10 @@ def settle_model(
                 "none: leave it out"
             )
         return Settled(model, "")
-    capability = getattr(device, "compute_capability", None)
     setting = Setting(
         platform="gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform,
         device=device.device_kind,
-        capability=None if capability is None else float(capability),
+        capability=_capability(device),
         present=present,
         length=length or 2**30,
         dtype=str(model.dtype or "float32"),
@@ -79,3 +78,11 @@ def settle_model(
     choice, changed = choose(setting, wanted), cast(Any, model)
     changed = replace(changed, attention=choice.name)
     return Settled(changed, f"attention: {choice.name}, {choice.why}")
+
+
+def _capability(device: Any) -> float | None:
+    """CUDA's; AMD's GPUs give a name, such as gfx942, in its place."""
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, TypeError, ValueError):
+        return None

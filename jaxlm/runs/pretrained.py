@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 from tokenizers import Tokenizer
@@ -247,13 +248,15 @@ class Pretrained:
         """Each record with what the model says of its text, in JSON."""
         config, numbers = self.config.model, itertools.count()
         assert config is not None  # resolved
+        # Whole on each device, of which one answers: no kernel runs on several by itself.
+        variables = jax.tree.map(lambda x: x.addressable_data(0), self.variables)
 
         def read(record: Record) -> Given:
             return Given(next(numbers), record.origin, record.text("text"))
 
         def answer(texts: list[Given]) -> list[Answer]:
             options: dict[str, Any] = {"top_k": top_k, "generate": generate or GenerateConfig()}
-            found = self.task.answers(config, self.variables, self.tokenizer, texts, **options)
+            found = self.task.answers(config, variables, self.tokenizer, texts, **options)
             answers = list(found)
             broken = [i for i, one in enumerate(answers) if not is_plain(one)]
             error = str(not_finite(self.variables)) if broken else ""

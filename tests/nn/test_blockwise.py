@@ -70,6 +70,7 @@ CASES = {
     "padding": lambda: masks.padding(jnp.array([50, 20]), LENGTH),
     "an array": lambda: visible(segments(), masks.padding(jnp.array([50, 9]), LENGTH)),
     "rows that see nothing": lambda: (jnp.arange(LENGTH) != 2)[None, None, :, None],
+    "segments that no key has": lambda: Visible(segments(), jnp.zeros_like(segments())),
 }
 
 

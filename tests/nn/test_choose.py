@@ -60,6 +60,12 @@ def test_tokamax_where_it_is_installed(monkeypatch):
         (replace(H100, dtype="float32"), "cudnn", "dtype is float32"),
         (replace(H100, attends=Attends(100)), "cudnn", "100 channels"),
         (replace(H100, packs_rows=True), "cudnn", "several documents"),
+        (
+            replace(H100, capability=7.5, device="Tesla T4"),
+            "cudnn",
+            "from A100 on, and .* Tesla T4",
+        ),
+        (replace(H100, capability=None, device="MI300X"), "cudnn", "from A100 on, and .* MI300X"),
         (replace(H100, present=False), "tokamax", "compiles on a GPU alone"),
         (replace(H100, capability=None), "tokamax", "NVIDIA H100"),
         (H100, "tokamax", "pip install"),

@@ -12,7 +12,7 @@ from jaxlm.errors import InputError
 from jaxlm.nn import hopper, masks
 from jaxlm.nn.attention import dot_product_attention, grouped_attention
 from jaxlm.nn.kernels import ranges
-from jaxlm.nn.masks import visible
+from jaxlm.nn.masks import Visible, visible
 from jaxlm.nn.splash import splash_attention
 from jaxlm.sharding import MeshConfig, make_mesh, use_mesh
 
@@ -69,6 +69,11 @@ def test_splash_on_a_mesh_with_documents_and_a_window():
 
 def test_splash_with_shared_heads_and_no_later_position():
     assert_equal_plain(interpreted, visible(after=0), length=256, kv_heads=2)
+
+
+def test_what_reads_another_row_as_long_needs_no_kernel():
+    ids = segments(256)
+    assert_equal_plain(interpreted, Visible(ids, ids[:, ::-1]), length=256)
 
 
 SEEN = {

@@ -109,6 +109,12 @@ def test_evaluation_drops_no_weights():
     assert settle(config, 512, [H100], trains=False).config.model.attention == "cudnn"
 
 
+def test_a_gpu_that_is_not_of_nvidia():
+    mi300 = SimpleNamespace(platform="gpu", device_kind="MI300X", compute_capability="gfx942")
+    config = replace(CONFIG, model=replace(BERT, dtype="bfloat16", max_length=2048))
+    assert settle(config, 2048, [mi300]).config.model.attention == "blockwise"
+
+
 def test_a_kernel_that_drops_no_weights_says_how_to_have_it():
     dropping = replace(BERT, dtype="bfloat16", max_length=512, attention_dropout_rate=0.1)
     config = replace(CONFIG, model=dropping)

@@ -5,8 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.config import PretrainConfig, read_file
 from jaxlm.data.labelled.records import Record
@@ -31,7 +34,7 @@ def test_what_is_not_finite_is_no_answer() -> None:
 
     run: Any = SimpleNamespace(
         config=SimpleNamespace(model="m"),
-        variables={"params": {"bias": np.full(2, np.nan, np.float32)}},
+        variables={"params": {"bias": jnp.full(2, jnp.nan)}},
         tokenizer=None,
         task=SimpleNamespace(answers=answers),
     )
@@ -39,6 +42,26 @@ def test_what_is_not_finite_is_no_answer() -> None:
     (_, one), (_, two), (_, three) = Pretrained.stream(run, records)
     assert one == three == {"blanks": [{"probability": 0.5}]}
     assert "is not finite, for its weights params/bias are not" in two["error"]
+
+
+def test_one_device_answers() -> None:
+    """No kernel runs on several by itself."""
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    everywhere = jax.device_put(jnp.ones(2), NamedSharding(mesh, PartitionSpec()))
+    found = []
+
+    def answers(config, variables, tokenizer, texts, **options):
+        found.extend(jax.tree.leaves(variables))
+        return [{"text": text.text} for text in texts]
+
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(model="m"),
+        variables={"params": {"bias": everywhere}},
+        tokenizer=None,
+        task=SimpleNamespace(answers=answers),
+    )
+    list(Pretrained.stream(run, [Record(fields={"text": "a"}, origin="a:1")]))
+    assert [len(x.sharding.device_set) for x in found] == [1] < [jax.device_count()]
 
 
 def prepared(vocab_size: int) -> PreparedInfo:
