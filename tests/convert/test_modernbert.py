@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 
 from jaxlm.convert import huggingface
 from jaxlm.convert.architecture import TaskHead
@@ -122,6 +123,19 @@ def test_the_tree_is_the_models_and_goes_back(kind, tmp_path):
     tokens = json.loads((saved / "tokenizer_config.json").read_text())
     assert tokens["model_input_names"] == ["input_ids", "attention_mask"]
     assert (tokens["cls_token"], tokens["sep_token"]) == ("[CLS]", "[SEP]")
+
+
+def test_a_folder_names_the_tokens_that_the_tokenizer_frames_by(tmp_path):
+    published = load(tmp_path / "m", "modernbert")
+    tokenizer = published.tokenizer
+    tokenizer.post_processor = TemplateProcessing(
+        single="a $A b", special_tokens=[(name, VOCAB[name]) for name in "ab"]
+    )
+    huggingface.save(tmp_path / "saved", params_of(published), published.config, tokenizer)
+    tokens = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert (tokens["cls_token"], tokens["sep_token"]) == ("a", "b")
+    said = json.loads((tmp_path / "saved/config.json").read_text())
+    assert (said["cls_token_id"], said["eos_token_id"]) == (VOCAB["a"], VOCAB["b"])
 
 
 def test_every_flag_is_read(tmp_path):
