@@ -256,6 +256,11 @@ def test_bad_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="is not a tokenizer file"):
         tokenizers.load(tmp_path)
+    (tmp_path / tokenizers.MODULES).write_text("[]")
+    (tmp_path / tokenizers.LENGTHS).write_text("{")
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"sentence_bert_config\.json is not JSON .*line 1"):
+        tokenizers.load(tmp_path)
     (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
     with pytest.raises(InputError, match=r"lacks the special tokens \[PAD\] \[CLS\]"):
         tokenizers.load(tmp_path / "vocab.txt")
