@@ -205,6 +205,11 @@ class Fields:
                 f"{self.source}: {key}={self.raw[key]!r} is not supported; {value!r} is"
             )
 
+    def require_tied(self, names: Iterable[str], scores: str) -> None:
+        """Raise if the table that scores the vocabulary is another, and any of it is there."""
+        if any(name.startswith(scores) for name in names):
+            self.require("tie_word_embeddings", bool, True)
+
     def name(self, key: str, known: Mapping[str, str], default: str) -> str:
         """What its value is called here."""
         value = self.get(key, str, default)

@@ -7,7 +7,7 @@ transformers, and before by ``global_attn_every_n_layers``, ``global_rope_theta`
 ``local_rope_theta``; both are read and written. A window is there what is seen on both sides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -91,10 +91,12 @@ def sizes(config: ModernBertConfig) -> Sizes:
     }
 
 
-def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, ModernBertConfig]:
-    """What a ``config.json`` describes; errors call it ``source``."""
+def read_config(
+    raw: Mapping[str, Any], source: str, names: Iterable[str] = ()
+) -> tuple[Architecture, ModernBertConfig]:
+    """What a ``config.json`` describes; errors call it ``source``. ``names``: of its tensors."""
     fields = Fields(raw, source)
-    fields.require("tie_word_embeddings", bool, True)
+    fields.require_tied(names, "decoder.")
     num_layers = fields.get("num_hidden_layers", int)
     # Since version 5 another name for half of it, which goes first.
     half = fields.maybe("sliding_window", int)

@@ -236,6 +236,15 @@ def test_models_that_do_not_fit(config, message, tmp_path):
     assert load(tmp_path / "m", KINDS[0], rope(type="default")).config.local_rope_base == 1e4
 
 
+def test_a_file_that_scores_no_vocabulary_may_say_anything_of_how(tmp_path):
+    untied = {"tie_word_embeddings": False}
+    found = load(tmp_path / "m", KINDS[0], untied, {"decoder.bias": None})
+    whole = load(tmp_path / "whole", KINDS[0])
+    jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
+    with pytest.raises(InputError, match="tie_word_embeddings=False is not supported"):
+        load(tmp_path / "m", KINDS[0], untied)
+
+
 def test_a_longer_table_is_cut_where_it_is_saved(tmp_path):
     published = load(tmp_path / "m", KINDS[0])
     config = published.config.with_vocab_size(24)
