@@ -82,7 +82,10 @@ class Architecture:
             return f"{prefix}{name.removeprefix(self.prefix)}" if begins else name
 
         def renamed(rows: Iterable[Row]) -> tuple[Row, ...]:
-            return tuple(replace(row, theirs=named(row.theirs)) for row in rows)
+            return tuple(
+                replace(row, theirs=named(row.theirs), last=row.last and named(row.last))
+                for row in rows
+            )
 
         return replace(
             self,
