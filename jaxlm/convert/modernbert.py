@@ -111,6 +111,10 @@ def read_config(
             f"{source}: local_attention={seen} is odd, and half of it is seen on each side: "
             f"write {seen - 1}, which is what transformers makes of it"
         )
+    global_base = _rope_base(fields, _KINDS[0], "global_rope_theta", 160_000.0)
+    # Null is a value of its own: as in the other layers.
+    is_null = "local_rope_theta" in raw and raw["local_rope_theta"] is None
+    local_default = global_base if is_null else 10_000.0
     values: dict[str, Any] = {
         "vocab_size": fields.get("vocab_size", int),
         "num_layers": num_layers,
@@ -120,8 +124,8 @@ def read_config(
         "max_length": fields.get("max_position_embeddings", int, 8192),
         "global_every": _global_every(fields, num_layers),
         "window": seen // 2,
-        "global_rope_base": _rope_base(fields, _KINDS[0], "global_rope_theta", 160_000.0),
-        "local_rope_base": _rope_base(fields, _KINDS[1], "local_rope_theta", 10_000.0),
+        "global_rope_base": global_base,
+        "local_rope_base": _rope_base(fields, _KINDS[1], "local_rope_theta", local_default),
         "activation": fields.name("hidden_activation", ACTIVATIONS, "gelu"),
         "head_activation": fields.name("classifier_activation", ACTIVATIONS, "gelu"),
         "pooling": fields.name("classifier_pooling", {"cls": "cls", "mean": "mean"}, "cls"),

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
-from jaxlm.convert import huggingface
+from jaxlm.convert import huggingface, modernbert
 from jaxlm.convert.architecture import TaskHead
 from jaxlm.errors import InputError
 from jaxlm.models.heads import ClassificationHead, TokenHead, WithHead, WithLmHead
@@ -243,6 +243,33 @@ def test_a_file_that_scores_no_vocabulary_may_say_anything_of_how(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
     with pytest.raises(InputError, match="tie_word_embeddings=False is not supported"):
         load(tmp_path / "m", KINDS[0], untied)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"local_rope_theta": None}, 700.0),
+        ({"local_rope_theta": 90.0}, 90.0),
+        ({}, 10_000.0),
+    ],
+    ids=str,
+)
+def test_no_base_of_windows_is_that_of_the_other_layers(said, expected):
+    """As before version 5 of transformers, in which a missing key was not null."""
+    raw, *_ = golden(KINDS[0])
+    old = {k: x for k, x in raw.items() if k not in ("rope_parameters", "local_rope_theta")}
+    _, config = modernbert.read_config(old | {"global_rope_theta": 700.0} | said, "config.json")
+    assert (config.global_rope_base, config.local_rope_base) == (700.0, expected)
+
+
+def test_another_prefix_is_that_of_all_names():
+    config = ModernBertConfig(
+        vocab_size=16, num_layers=2, hidden_dim=8, num_heads=2, mlp_dim=8, norm_bias=True
+    )
+    bare, sizes = modernbert.architecture(config).with_prefix(""), modernbert.sizes(config)
+    names = [name for row in bare.encoder for name in row.names(sizes)]
+    assert {"final_norm.weight", "final_norm.bias"} <= set(names)
+    assert not any(name.startswith("model.") for name in names)
 
 
 def test_a_longer_table_is_cut_where_it_is_saved(tmp_path):
