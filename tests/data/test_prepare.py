@@ -15,6 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 
 from jaxlm.data import tokenizers
+from jaxlm.data.loader import check_alike
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
 from jaxlm.data.shards import merge, prepare_shard
@@ -416,3 +417,11 @@ def test_the_command_line(corpus_path, tmp_path):
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: there is no file 'no/such/file'")
     assert failed.stderr.count("\n") == 1
+
+
+def test_data_of_two_frames_are_not_mixed(prepared):
+    older = dataclasses.replace(prepared.info.special, cls=5)
+    other = dataclasses.replace(prepared, info=dataclasses.replace(prepared.info, special=older))
+    check_alike([prepared, prepared])
+    with pytest.raises(InputError, match=r"by the tokens 2 and 3, and .* by 5 and 3, .*; prepare"):
+        check_alike([prepared, other])
