@@ -188,7 +188,13 @@ def evaluate_pretrained(
         paths = read_config(directory, PretrainConfig).data.paths if data is None else (data,)
         datasets = [prepared.open_prepared(path) for path in paths]
         length = datasets[0].info.row_length if stride is None else None
-        loaded = pretrained.open_pretrained(directory, step, attention=attention, row_length=length)
+        loaded = pretrained.open_pretrained(
+            directory,
+            step,
+            attention=attention,
+            row_length=length,
+            data=datasets[0].info,
+        )
         for dataset in datasets if stride is None else ():
             assert loaded.config.model is not None  # resolved
             pretrained.check_rows(directory, loaded.config.model, dataset)

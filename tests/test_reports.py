@@ -287,7 +287,7 @@ def test_a_sentence_encoder_that_lowers_its_texts(tmp_path: Path) -> None:
     huggingface.save(tmp_path / "own", {"encoder": params}, config, cased, pooling="mean")
     text = "Two threE"
     alone = huggingface.load(tmp_path / "own").tokenizer.encode(text).tokens
-    settings = tmp_path / "own" / sentence_encoder.LENGTHS
+    settings = tmp_path / "own" / tokenizers.LENGTHS
     settings.write_text(json.dumps({"max_seq_length": 16, "do_lower_case": True}))
     lowered = huggingface.load(tmp_path / "own").tokenizer
     assert lowered.encode(text).tokens == cased.encode("two three").tokens != alone
@@ -308,7 +308,7 @@ def test_a_module_without_settings_needs_no_folder(tmp_path: Path) -> None:
         {"path": path, "type": f"sentence_transformers.models.{kind}"}
         for path, kind in kinds.items()
     ]
-    (tmp_path / sentence_encoder.MODULES).write_text(json.dumps(modules))
+    (tmp_path / tokenizers.MODULES).write_text(json.dumps(modules))
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / folder.CONFIG).write_text('{"pooling_mode_cls_token": false}')
     says = sentence_encoder.read(tmp_path)

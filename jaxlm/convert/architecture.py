@@ -82,7 +82,10 @@ class Architecture:
             return f"{prefix}{name.removeprefix(self.prefix)}" if begins else name
 
         def renamed(rows: Iterable[Row]) -> tuple[Row, ...]:
-            return tuple(replace(row, theirs=named(row.theirs)) for row in rows)
+            return tuple(
+                replace(row, theirs=named(row.theirs), last=row.last and named(row.last))
+                for row in rows
+            )
 
         return replace(
             self,
@@ -204,6 +207,11 @@ class Fields:
             raise InputError(
                 f"{self.source}: {key}={self.raw[key]!r} is not supported; {value!r} is"
             )
+
+    def require_tied(self, names: Iterable[str], scores: str) -> None:
+        """Raise if the table that scores the vocabulary is another, and any of it is there."""
+        if any(name.startswith(scores) for name in names):
+            self.require("tie_word_embeddings", bool, True)
 
     def name(self, key: str, known: Mapping[str, str], default: str) -> str:
         """What its value is called here."""

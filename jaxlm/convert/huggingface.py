@@ -107,8 +107,6 @@ def unread(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publ
     architecture, config = layout.describe(path)
     says = sentence_encoder.read(path)
     tokenizer = tokenizers.load(path)
-    if says is not None and says.lowered:
-        tokenizers.lower(tokenizer)
     if isinstance(config, T5Config):
         raw, start = folder.read_config(path), SpecialTokens.of(tokenizer).cls
         t5.check_start(raw, str(path / folder.CONFIG), start)

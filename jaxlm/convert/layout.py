@@ -25,7 +25,19 @@ Known = BertConfig | Gpt2Config | LlamaConfig | ModernBertConfig | T5Config | Xl
 def read_task_head(path: Path) -> TaskHead | None:
     """What a folder's configuration says of the head of a task, if it has one that is known."""
     architecture, _ = describe(path)
-    return TaskHead.read(Fields(folder.read_config(path), str(path / folder.CONFIG)), architecture)
+    fields = Fields(folder.read_config(path), str(path / folder.CONFIG))
+    head, problem = task_head_of(fields, architecture)
+    if problem:
+        raise InputError(f"{problem}: correct it, or fine-tune from it, without this head (--base)")
+    return head
+
+
+def task_head_of(fields: Fields, architecture: Architecture) -> tuple[TaskHead | None, str]:
+    """The same, and why it cannot be read, if so: all else of the folder can."""
+    try:
+        return TaskHead.read(fields, architecture), ""
+    except InputError as error:
+        return None, str(error)
 
 
 def describe(path: Path) -> tuple[Architecture, Known]:
@@ -39,17 +51,20 @@ def describe(path: Path) -> tuple[Architecture, Known]:
         case "llama":
             return llama.read_config(raw, source)
         case "modernbert":
-            return modernbert.read_config(raw, source)
+            return modernbert.read_config(raw, source, _names(path))
         case "t5":
-            weights = folder.open_tensors(path) if folder.has_weights(path) else {}
-            return t5.read_config(raw, source, weights)
+            return t5.read_config(raw, source, _names(path))
         case "xlnet":
-            return xlnet.read_config(raw, source)
+            return xlnet.read_config(raw, source, _names(path))
         case other:
             raise InputError(
                 f"{source}: model_type={other!r} is not supported; bert, distilbert, electra, "
                 "roberta, xlm-roberta, camembert, modernbert, gpt2, llama, t5 and xlnet are"
             )
+
+
+def _names(path: Path) -> Tensors:
+    return folder.open_tensors(path) if folder.has_weights(path) else {}
 
 
 def architecture_of(config: Known, pooling: Pooling | None = None) -> Architecture:
@@ -116,7 +131,7 @@ def find(path: Path, architecture: Architecture, config: Known) -> Found:
     raw, source = folder.open_tensors(path), str(path)
     fields = Fields(folder.read_config(path), str(path / folder.CONFIG))
     architecture = architecture.of(names_task(fields))
-    task_head = TaskHead.read(fields, architecture)
+    task_head, problem = task_head_of(fields, architecture)
     sizes, names = sizes_of(config, task_head), names_of(raw, architecture, task_head)
     for copy, original in architecture.copies.items():
         if copy in names:
@@ -127,12 +142,14 @@ def find(path: Path, architecture: Architecture, config: Known) -> Found:
     rows = rows_of(names, architecture, task_head, sizes)
     unknown = names.keys() - {name for row in rows for name in row.names(sizes)}
     other = of_other_head(unknown, architecture, fields)
-    if other:
+    if problem:
+        note(f"{problem}: the head is left out, and the rest is read")
+    elif other:
         note(
             f"{source}: the head of a {fields.raw['architectures'][0]} ({len(other)} tensors) is "
             "computed in another way than any here: it is left out, and the rest is read"
         )
-        unknown -= other
+    unknown -= other
     if unknown:
         raise InputError(
             f"{source}: the tensor {names[min(unknown)]} does not belong to this architecture of "
@@ -150,7 +167,7 @@ def other_head(path: Path) -> str | None:
 
 def of_other_head(unknown: Iterable[str], architecture: Architecture, fields: Fields) -> set[str]:
     """Those of tensors without a place that make up the head of a task which is not known here."""
-    if names_task(fields) is None or TaskHead.read(fields, architecture) is not None:
+    if names_task(fields) is None or task_head_of(fields, architecture)[0] is not None:
         return set()
     inside = {row.theirs.partition(".")[0] for row in architecture.encoder}
     return {name for name in unknown if name.partition(".")[0] not in inside}

@@ -7,7 +7,7 @@ transformers, and before by ``global_attn_every_n_layers``, ``global_rope_theta`
 ``local_rope_theta``; both are read and written. A window is there what is seen on both sides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -91,10 +91,12 @@ def sizes(config: ModernBertConfig) -> Sizes:
     }
 
 
-def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, ModernBertConfig]:
-    """What a ``config.json`` describes; errors call it ``source``."""
+def read_config(
+    raw: Mapping[str, Any], source: str, names: Iterable[str] = ()
+) -> tuple[Architecture, ModernBertConfig]:
+    """What a ``config.json`` describes; errors call it ``source``. ``names``: of its tensors."""
     fields = Fields(raw, source)
-    fields.require("tie_word_embeddings", bool, True)
+    fields.require_tied(names, "decoder.")
     num_layers = fields.get("num_hidden_layers", int)
     # Since version 5 another name for half of it, which goes first.
     half = fields.maybe("sliding_window", int)
@@ -109,6 +111,10 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Mode
             f"{source}: local_attention={seen} is odd, and half of it is seen on each side: "
             f"write {seen - 1}, which is what transformers makes of it"
         )
+    global_base = _rope_base(fields, _KINDS[0], "global_rope_theta", 160_000.0)
+    # Null is a value of its own: as in the other layers.
+    is_null = "local_rope_theta" in raw and raw["local_rope_theta"] is None
+    local_default = global_base if is_null else 10_000.0
     values: dict[str, Any] = {
         "vocab_size": fields.get("vocab_size", int),
         "num_layers": num_layers,
@@ -118,8 +124,8 @@ def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, Mode
         "max_length": fields.get("max_position_embeddings", int, 8192),
         "global_every": _global_every(fields, num_layers),
         "window": seen // 2,
-        "global_rope_base": _rope_base(fields, _KINDS[0], "global_rope_theta", 160_000.0),
-        "local_rope_base": _rope_base(fields, _KINDS[1], "local_rope_theta", 10_000.0),
+        "global_rope_base": global_base,
+        "local_rope_base": _rope_base(fields, _KINDS[1], "local_rope_theta", local_default),
         "activation": fields.name("hidden_activation", ACTIVATIONS, "gelu"),
         "head_activation": fields.name("classifier_activation", ACTIVATIONS, "gelu"),
         "pooling": fields.name("classifier_pooling", {"cls": "cls", "mean": "mean"}, "cls"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm.convert import folder, layout
-from jaxlm.convert.architecture import Fields, TaskHead, names_task
+from jaxlm.convert.architecture import Fields, names_task
 from jaxlm.convert.table import Row, Sizes
 from jaxlm.errors import InputError
 
@@ -28,7 +28,7 @@ def read(path: Path) -> Report:
     architecture, config = layout.describe(path)
     raw, fields = folder.open_tensors(path), Fields(folder.read_config(path), folder.CONFIG)
     architecture = architecture.of(names_task(fields))
-    task_head = TaskHead.read(fields, architecture)
+    task_head, _ = layout.task_head_of(fields, architecture)
     sizes, names = layout.sizes_of(config, task_head), layout.names_of(raw, architecture, task_head)
     others = [f"{name}: nothing to read" for name in sorted(set(raw) - set(names.values()))]
     differences = []

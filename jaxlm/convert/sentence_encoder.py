@@ -17,14 +17,11 @@ from jaxtyping import Array, Float, Float32
 
 from jaxlm.convert import folder
 from jaxlm.data.tabular import parse_json
+from jaxlm.data.tokenizers import LENGTHS, MODULES
 from jaxlm.errors import InputError
 from jaxlm.models.pooling import Pooling
 
-MODULES, LENGTHS, PROMPTS = (
-    "modules.json",
-    "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)
+PROMPTS = "config_sentence_transformers.json"
 _MODES: dict[str, Pooling] = {
     "cls_token": "cls",
     "mean_tokens": "mean",
@@ -75,8 +72,6 @@ class SentenceEncoder:
     default_prompt: str = ""
     """What stands before a text where nothing else is asked for."""
     problem: str = ""
-    lowered: bool = False
-    """Texts are in small letters before they are tokenised."""
 
     @property
     def beyond_pooling(self) -> str:
@@ -125,7 +120,6 @@ def read(path: Path) -> SentenceEncoder | None:
         prompts=prompts,
         default_prompt=prompts.get(default, ""),
         problem=problem,
-        lowered=lengths.get("do_lower_case") is True,
     )
 
 

@@ -5,7 +5,7 @@ round, and there is one dropout rate for all. How much memory a model is run wit
 ``reuse_len``) is no part of it here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxlm.convert.architecture import (
@@ -89,13 +89,15 @@ def sizes(config: XlnetConfig) -> Sizes:
     }
 
 
-def read_config(raw: Mapping[str, Any], source: str) -> tuple[Architecture, XlnetConfig]:
-    """What a ``config.json`` describes; errors call it ``source``."""
+def read_config(
+    raw: Mapping[str, Any], source: str, names: Iterable[str] = ()
+) -> tuple[Architecture, XlnetConfig]:
+    """What a ``config.json`` describes; errors call it ``source``. ``names``: of its tensors."""
     fields = Fields(raw, source)
     width, num_heads = fields.get("d_model", int), fields.get("n_head", int)
     fields.require("d_head", int, width // max(num_heads, 1))
     fields.require("bi_data", bool, False)
-    fields.require("tie_word_embeddings", bool, True)
+    fields.require_tied(names, "lm_loss.")
     attention = fields.name("attn_type", {"bi": "bi", "uni": "uni"}, "bi")
     if attention == "uni":  # elsewhere it says nothing
         fields.require("same_length", bool, False)

@@ -15,7 +15,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.fidelity import Tally
 from jaxlm.data.files import OnRead, ignore
 from jaxlm.data.sources import Source
-from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
+from jaxlm.data.special_tokens import SpecialTokens, frame
 from jaxlm.errors import InputError
 
 SPLITS = ("train", "validation")
@@ -168,13 +168,11 @@ def _framing(tokenizer: Tokenizer) -> Tokenizer:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns when we fork later
     copy = Tokenizer.from_str(tokenizer.to_str())
     copy.encode_special_tokens = True
-    special = SpecialTokens.of(tokenizer)
-    frame = {token: tokenizer.id_to_token(token) for token in (special.cls, special.sep)}
-    first, last = frame[special.cls], frame[special.sep]
-    single = f"{first} $A {last}" if special.begins_texts else f"$A {last}"
+    around = frame(tokenizer)
+    before, after = ([tokenizer.id_to_token(i) for i in side] for side in around)
     copy.post_processor = processors.TemplateProcessing(
-        single=f"$A {last} {first}" if ends_with_cls(tokenizer) else single,
-        special_tokens=[(name, token) for token, name in frame.items()],
+        single=[*before, "$A", *after],
+        special_tokens=list(zip([*before, *after], [*around.before, *around.after], strict=True)),
     )
     return copy
 

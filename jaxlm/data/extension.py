@@ -1,19 +1,20 @@
 """Vocabulary extension: new tokens for words that a tokenizer breaks into many pieces.
 
-To WordPiece whole words are added, which it finds before their pieces. To byte-level BPE merges are
-added behind its own, as if its training went on, on the text at hand. Either way the old tokens
-keep their ids, and a text without new ones is cut as before.
+To WordPiece whole words are added, which it finds before their pieces. To BPE merges are added
+behind its own, as if its training went on, on the words of the text at hand. Either way the old
+tokens keep their ids, and a text without new ones is cut as before.
 """
 
 import heapq
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
@@ -114,7 +115,7 @@ def pieces_of_new(old: Tokenizer, new: Tokenizer) -> dict[int, list[int]] | None
 
 def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
     """How often each word with a letter is there, as the vocabulary would write it."""
-    normalizer, pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    normalizer, pre_tokenizer = tokenizer.normalizer, _split_words(tokenizer)
     counts = Counter[str]()
     if pre_tokenizer is None:
         return counts
@@ -126,6 +127,28 @@ def _count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
             if any(map(str.isalpha, text[start:end]))
         )
     return counts
+
+
+def _split_words(tokenizer: Tokenizer) -> Any:
+    """What splits texts into words: its pre-tokenizer, and more where that leaves texts whole.
+
+    As Gemma's, which leaves it to the merges that no token goes beyond a word. New merges within
+    words keep it so, as no inside of a word begins with the mark of a space.
+    """
+    normalizer, own = tokenizer.normalizer, tokenizer.pre_tokenizer
+    if own is None:
+        return None
+    text = "a a" if normalizer is None else normalizer.normalize_str("a a")
+    (first, _), *others = own.pre_tokenize_str(text)
+    if others or len(first) < 3:
+        return own
+    mark = re.escape(first[-2])  # such as ▁
+    # Where bytes are letters, white space is one, too, and some of a letter look like punctuation.
+    bytes_ = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str())["pre_tokenizer"])
+    space = r"\sĉĊč" if bytes_ else r"\s"
+    words = Regex(rf"{mark}[^{mark}{space}]*|[^{mark}{space}]+|[{space}]+")
+    more = [] if bytes_ else [pre_tokenizers.Punctuation()]
+    return pre_tokenizers.Sequence([own, pre_tokenizers.Split(words, "isolated"), *more])
 
 
 def _pieces_a_word(tokenizer: Tokenizer, counts: Counter[str]) -> float:

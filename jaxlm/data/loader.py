@@ -151,7 +151,7 @@ def eval_batches(
 
 
 def check_alike(datasets: Sequence[Prepared]) -> None:
-    """:class:`InputError` unless all have the same row length and tokenizer."""
+    """:class:`InputError` unless all have the same row length, tokenizer and frame of texts."""
     first, *others = datasets
     for other in others:
         for what in ("row_length", "tokenizer_sha256"):
@@ -162,6 +162,13 @@ def check_alike(datasets: Sequence[Prepared]) -> None:
                     f"{there!s:.12}: prepare the second anew, with --row-length "
                     f"{first.info.row_length} --tokenizer.path {first.tokenizer_path}"
                 )
+        here, there = ((one.info.special.cls, one.info.special.sep) for one in (first, other))
+        if here != there:
+            raise InputError(
+                f"{first.directory} frames its texts by the tokens {here[0]} and {here[1]}, and "
+                f"{other.directory} by {there[0]} and {there[1]}, though their tokenizer is the "
+                "same: one is of an older version; prepare both anew"
+            )
 
 
 class _Order:

@@ -1,18 +1,24 @@
 """Tokens with a meaning of their own: where texts begin and end, what is padding or hidden."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer, models
 
 from jaxlm.errors import InputError
 
 PAD, UNK, CLS, SEP, MASK = SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_BEGINS = (CLS, "<cls>", "<s>", "<|begin_of_text|>", "<|endoftext|>", "<pad>")
+_ENDS = (SEP, "<sep>", "</s>", "<|end_of_text|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids of the tokens with a meaning of their own, found by name: BERT's, RoBERTa's, GPT-2's,
-    Llama's, T5's or XLNet's, which has <s> and </s> besides, and does not use them."""
+    """Ids of the tokens with a meaning of their own.
+
+    The post-processor says what begins and ends a text. What it does not say has a name: BERT's,
+    RoBERTa's, GPT-2's, Llama's, T5's or XLNet's.
+    """
 
     pad: int
     unk: int | None
@@ -27,22 +33,18 @@ class SpecialTokens:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
         """Those of a tokenizer; :class:`InputError` names the one it lacks."""
-        sep = _find(tokenizer, SEP, "<sep>", "</s>", "<|end_of_text|>", "<|endoftext|>")
+        before, after = _own_frame(tokenizer)
+        sep = after[0] if after else _find(tokenizer, *_ENDS)
+        cls_last = not before and len(after) > 1
+        first = after[-1:] if cls_last else before[:1]
         pad = _look_up(tokenizer, PAD, "<pad>", "<|finetune_right_pad_id|>")
         return cls(
             pad=sep if pad is None else pad,  # what is padding, lengths say
             unk=_look_up(tokenizer, UNK, "<unk>"),
-            cls=_find(
-                tokenizer, CLS, "<cls>", "<s>", "<|begin_of_text|>", "<|endoftext|>", "<pad>"
-            ),
+            cls=first[0] if first else _find(tokenizer, *_BEGINS),
             sep=sep,
             mask=_look_up(tokenizer, MASK, "<mask>"),
         )
-
-    @property
-    def begins_texts(self) -> bool:
-        """Whether ``cls`` stands before what is read; in T5 it only begins what is written."""
-        return not self.cls == self.pad != self.sep
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -76,7 +78,44 @@ def _find(tokenizer: Tokenizer, *names: str) -> int:
     return found
 
 
+class Frame(NamedTuple):
+    """Ids of the tokens around a text."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def frame(tokenizer: Tokenizer, special: SpecialTokens | None = None) -> Frame:
+    """What stands around each text of pretraining, which has an end in any case.
+
+    The post-processor's tokens, as around labelled texts; on a side where it has none, Llama's end
+    or both of GPT-2's, the one that is found by name. ``special``: those that older data were
+    framed by, which all had names.
+    """
+    found = SpecialTokens.of(tokenizer)
+    special = special or found
+    before, after = _own_frame(tokenizer) if special == found else Frame((), ())
+    only_written = special.cls == special.pad != special.sep  # in T5, texts that are read lack it
+    if not before and len(after) < 2 and not only_written:
+        before = (special.cls,)
+    return Frame(before, after or (special.sep,))
+
+
 def ends_with_cls(tokenizer: Tokenizer) -> bool:
     """Whether it frames a text as XLNet's does, with the classifying token at the end."""
-    ids, cls = tokenizer.encode("a").ids, SpecialTokens.of(tokenizer).cls
-    return ids[-1:] == [cls] != ids[:1]
+    before, after = _own_frame(tokenizer)
+    return not before and len(after) > 1
+
+
+def post_processed(tokenizer: Tokenizer, num_texts: int = 1) -> Encoding:
+    """One or two texts of one token in their frame; no vocabulary has to have that token."""
+    bare = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    if tokenizer.post_processor is not None:
+        bare.post_processor = tokenizer.post_processor
+    return bare.encode("a", "a" if num_texts == 2 else None)
+
+
+def _own_frame(tokenizer: Tokenizer) -> Frame:
+    encoding = post_processed(tokenizer)
+    place = encoding.sequence_ids.index(0)
+    return Frame(tuple(encoding.ids[:place]), tuple(encoding.ids[place + 1 :]))

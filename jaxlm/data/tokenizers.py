@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     Tokenizer,
@@ -18,6 +19,9 @@ from jaxlm.data.special_tokens import SPECIALS, UNK
 from jaxlm.data.tokenizer_training import Kind, bert, train, with_specials
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, locate, on_disk
+
+MODULES, LENGTHS = "modules.json", "sentence_bert_config.json"
+"""Of a sentence encoder's folder: what follows the encoder, and how texts are cut for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +87,9 @@ def load(path: StoragePath | str) -> Tokenizer:
     """From a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder with one of them.
 
     Or with GPT-2's ``vocab.json`` and ``merges.txt``. What a ``tokenizer_config.json`` beside a
-    ``vocab.txt`` says of lower case and accents holds. Truncation and padding that the file may
-    prescribe are switched off.
+    ``vocab.txt`` says of lower case and accents holds, and that a sentence encoder's folder wants
+    lower case, whatever else the tokenizer does. Truncation and padding that the file may prescribe
+    are switched off.
     """
     path = locate(path)
     if path.is_dir():
@@ -108,7 +113,24 @@ def load(path: StoragePath | str) -> Tokenizer:
         raise InputError(f"{path} is not a tokenizer file ({error})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # Here, so that all who read the folder, and compare what they read, have the same tokenizer.
+    lengths = _beside(path, LENGTHS) if path.with_name(MODULES).is_file() else {}
+    if lengths.get("do_lower_case") is True:
+        own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
     return tokenizer
+
+
+def _beside(path: StoragePath, name: str) -> dict[str, Any]:
+    """What the file of that name in its folder says, if there is one."""
+    beside = path.with_name(name)
+    try:
+        said = json.loads(beside.read_text("utf-8-sig")) if beside.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{beside} is not JSON ({error}): correct it") from error
+    if not isinstance(said, dict):
+        raise InputError(f"{beside} holds no JSON object: correct it")
+    return said
 
 
 def _load_vocab(path: StoragePath) -> Tokenizer:
@@ -117,8 +139,7 @@ def _load_vocab(path: StoragePath) -> Tokenizer:
     if missing:
         raise InputError(f"{path} lacks the special tokens {' '.join(missing)}")
     cased = any(token != token.lower() for token in vocab if token not in SPECIALS)
-    beside = path.with_name("tokenizer_config.json")
-    said = json.loads(beside.read_text("utf-8-sig")) if beside.is_file() else {}
+    said = _beside(path, "tokenizer_config.json")
     model = models.WordPiece(vocab, unk_token=UNK)
     # A vocabulary without capitals may still be cased: Chinese or Hindi has none.
     lowercase = said.get("do_lower_case", not cased)
@@ -137,12 +158,6 @@ def _load_merges(path: StoragePath) -> Tokenizer:
     if tokenizer.token_to_id(end) is not None:
         tokenizer.add_special_tokens([end])
     return tokenizer
-
-
-def lower(tokenizer: Tokenizer) -> None:
-    """Let it see small letters alone, whatever else it does."""
-    own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
 
 
 def save(tokenizer: Tokenizer, path: StoragePath | str) -> None:

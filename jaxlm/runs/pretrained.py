@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from jaxlm import optim
 from jaxlm.config import PretrainConfig
+from jaxlm.data import tokenizers
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepared import Prepared, PreparedInfo
@@ -294,11 +295,13 @@ def open_pretrained(
     *,
     attention: Wanted | None = None,
     row_length: int | None = None,
+    data: PreparedInfo | None = None,
     spread: bool = False,
 ) -> Pretrained:
     """Read a run folder: its best checkpoint, the mean of its last, or that of ``step``.
 
     ``attention``: how it is computed, if not as suits the devices and rows of ``row_length``.
+    ``data``: what it is evaluated on, whose texts may have an older frame.
     ``spread``: parameters are split over all devices, and not whole on each.
     Raises :class:`InputError` where the folder, a file in it, or the step is missing or damaged.
     """
@@ -306,7 +309,9 @@ def open_pretrained(
     known = read_config(directory, PretrainConfig)
     config, attends = steps.for_evaluation(known, attention, row_length)
     tokenizer = read_tokenizer(directory)
-    placement = make_placement(config, make_vocabulary(tokenizer))
+    own = data is not None and data.tokenizer_sha256 == tokenizers.fingerprint(tokenizer)
+    vocabulary = make_vocabulary(tokenizer, data.special if data and own else None)
+    placement = make_placement(config, vocabulary)
     checkpoints = directory / CHECKPOINTS
     chosen = steps.chosen(config, checkpoints, Monitor(), step)
     target = {"trainable": placement.abstract_state.trainable}

@@ -60,7 +60,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     config = pretrained.resolve(config, infos, jax.default_backend(), base_model)
     config, attends = attention.settle(config, info.row_length, jax.devices())
     tokenizer = tokenizers.load(datasets[0].tokenizer_path)
-    vocabulary = make_vocabulary(tokenizer)
+    vocabulary = make_vocabulary(tokenizer, info.special)
     placement = pretrained.make_placement(config, vocabulary)
     for dataset in datasets:
         rows = dataset.source("train")

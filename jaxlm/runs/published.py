@@ -56,7 +56,8 @@ def open_published(
     config = pretrained.resolve(config, [data.info], jax.default_backend(), base.config)
     config, attends = settle(config, data.info.row_length, jax.devices(), trains=False)
     tokenizer = tokenizers.load(data.tokenizer_path)
-    placement = pretrained.make_placement(config, make_vocabulary(tokenizer))
+    vocabulary = make_vocabulary(tokenizer, data.info.special)
+    placement = pretrained.make_placement(config, vocabulary)
     params = base_params(config, placement, base, tokenizer, Console(quiet=True))
     shapes = placement.abstract_state.trainable["params"]
     if params.keys() != shapes.keys():

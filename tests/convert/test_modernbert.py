@@ -13,8 +13,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 
-from jaxlm.convert import huggingface
+from jaxlm.convert import huggingface, modernbert
 from jaxlm.convert.architecture import TaskHead
 from jaxlm.errors import InputError
 from jaxlm.models.heads import ClassificationHead, TokenHead, WithHead, WithLmHead
@@ -124,6 +125,19 @@ def test_the_tree_is_the_models_and_goes_back(kind, tmp_path):
     assert (tokens["cls_token"], tokens["sep_token"]) == ("[CLS]", "[SEP]")
 
 
+def test_a_folder_names_the_tokens_that_the_tokenizer_frames_by(tmp_path):
+    published = load(tmp_path / "m", "modernbert")
+    tokenizer = published.tokenizer
+    tokenizer.post_processor = TemplateProcessing(
+        single="a $A b", special_tokens=[(name, VOCAB[name]) for name in "ab"]
+    )
+    huggingface.save(tmp_path / "saved", params_of(published), published.config, tokenizer)
+    tokens = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
+    assert (tokens["cls_token"], tokens["sep_token"]) == ("a", "b")
+    said = json.loads((tmp_path / "saved/config.json").read_text())
+    assert (said["cls_token_id"], said["eos_token_id"]) == (VOCAB["a"], VOCAB["b"])
+
+
 def test_every_flag_is_read(tmp_path):
     plain, flags = (load(tmp_path / kind, kind).config for kind in KINDS)
     defaults = {f.name: f.default for f in fields(ModernBertConfig)}
@@ -220,6 +234,42 @@ def test_models_that_do_not_fit(config, message, tmp_path):
     # The ways out, on the same file.
     assert load(tmp_path / "m", KINDS[0], {"local_attention": 6}).config.window == 3
     assert load(tmp_path / "m", KINDS[0], rope(type="default")).config.local_rope_base == 1e4
+
+
+def test_a_file_that_scores_no_vocabulary_may_say_anything_of_how(tmp_path):
+    untied = {"tie_word_embeddings": False}
+    found = load(tmp_path / "m", KINDS[0], untied, {"decoder.bias": None})
+    whole = load(tmp_path / "whole", KINDS[0])
+    jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
+    with pytest.raises(InputError, match="tie_word_embeddings=False is not supported"):
+        load(tmp_path / "m", KINDS[0], untied)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"local_rope_theta": None}, 700.0),
+        ({"local_rope_theta": 90.0}, 90.0),
+        ({}, 10_000.0),
+    ],
+    ids=str,
+)
+def test_no_base_of_windows_is_that_of_the_other_layers(said, expected):
+    """As before version 5 of transformers, in which a missing key was not null."""
+    raw, *_ = golden(KINDS[0])
+    old = {k: x for k, x in raw.items() if k not in ("rope_parameters", "local_rope_theta")}
+    _, config = modernbert.read_config(old | {"global_rope_theta": 700.0} | said, "config.json")
+    assert (config.global_rope_base, config.local_rope_base) == (700.0, expected)
+
+
+def test_another_prefix_is_that_of_all_names():
+    config = ModernBertConfig(
+        vocab_size=16, num_layers=2, hidden_dim=8, num_heads=2, mlp_dim=8, norm_bias=True
+    )
+    bare, sizes = modernbert.architecture(config).with_prefix(""), modernbert.sizes(config)
+    names = [name for row in bare.encoder for name in row.names(sizes)]
+    assert {"final_norm.weight", "final_norm.bias"} <= set(names)
+    assert not any(name.startswith("model.") for name in names)
 
 
 def test_a_longer_table_is_cut_where_it_is_saved(tmp_path):

@@ -1,6 +1,7 @@
 """Heads of tasks, in and out; and the kin of BERT."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from jaxlm.models.heads import ClassificationHead, WithLmHead
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.pooling import POOLS
 from jaxlm.models.xlnet import XlnetConfig
+from jaxlm.runs import base as bases
 from jaxlm.runs import published_task
 from jaxlm.tree import leaves_with_path
 
@@ -196,10 +198,7 @@ def test_classes_of_one_name_are_refused_where_they_are_used(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"id2label": {"0": "a", "2": "b"}}, "id2label does not name the labels 0, 1, …"),
         ({"id2label": {"0": "a", "1": "b"}}, r"classifier.weight has the shape \(3, 16\)"),
-        ({"problem_type": "ordinal"}, "problem_type='ordinal' is not supported; single_label_cl"),
-        ({"problem_type": "regression"}, "problem_type='regression' of 3 numbers is not"),
         ({"architectures": ["BertForNextSentencePrediction"]}, "classifier.bias does not belong"),
         ({"architectures": "Bert"}, "architectures='Bert' is of the wrong type"),
     ],
@@ -210,6 +209,32 @@ def test_heads_that_do_not_fit(more, message, tmp_path):
     with pytest.raises(InputError, match=message) as raised:
         huggingface.load(tmp_path / "m")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label does not name the labels 0, 1, …"),
+        ({"problem_type": "ordinal"}, "problem_type='ordinal' is not supported; single_label_cl"),
+        ({"problem_type": "regression"}, "problem_type='regression' of 3 numbers is not"),
+    ],
+)
+def test_a_base_does_without_a_head_that_cannot_be_read(more, message, tmp_path, capsys):
+    save(tmp_path / "m", "SequenceClassification")
+    whole = huggingface.load(tmp_path / "m")
+    change(tmp_path / "m", **more)
+    capsys.readouterr()
+    found = huggingface.load(tmp_path / "m")
+    jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
+    assert (found.head, found.task_head) == (None, None)
+    said = capsys.readouterr().err
+    assert re.search(f"note: .*config.json: {message}.*: the head is left out", said)
+    assert said.count("\n") == 1
+    assert report.read(tmp_path / "m").differences == ()
+    with pytest.raises(InputError, match=rf"{message}.*: correct it, or .*--base\)$") as raised:
+        published_task.open_tuned(str(tmp_path / "m"))
+    assert "\n" not in str(raised.value)
+    assert bases.load(str(tmp_path / "m")).fingerprint  # the way out
 
 
 def test_a_head_that_is_said_and_not_there(tmp_path):

@@ -170,6 +170,11 @@ def test_models_that_do_not_fit(config, message, tmp_path):
     assert load(tmp_path / "m", "bi", {"same_length": True}).config.attention == "bi"  # idle there
 
 
+def test_a_file_that_scores_no_vocabulary_may_say_anything_of_how(tmp_path):
+    found = load(tmp_path / "m", "bi", {"tie_word_embeddings": False}, {"lm_loss.bias": None})
+    assert found.lm_head is None
+
+
 def test_texts_are_framed_with_the_classifier_behind(tmp_path):
     framer = Framer(load(tmp_path / "m", "bi").tokenizer, 8)
     one, two = framer.ids(["ab", "cdefgh"])

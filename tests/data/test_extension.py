@@ -6,7 +6,7 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from jaxlm.data import tokenizers
 from jaxlm.data.extension import extend, pieces_of_new
@@ -127,6 +127,36 @@ def test_words_are_chosen_by_the_pieces_that_they_save() -> None:
     assert min(cut.values()) > 3
     assert extend(old, texts, 9).added == ("eigenvalue", "zebra", "eigenvalues")  # no rare "quartz"
     assert (cut["eigenvalues"] - 1) * 20 > (cut["zebra"] - 1) * 20  # the control
+
+
+def whole_texts(kind: str) -> Tokenizer:
+    """A BPE whose pre-tokenizer splits nothing, as Gemma's, or one of bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*alphabet, "▁", "th", "the"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("t", "h"), ("th", "e")]))
+    if kind == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    return tokenizer
+
+
+@pytest.mark.parametrize(("kind", "mark"), [("Gemma", "▁"), ("bytes", "Ġ")])
+def test_new_tokens_stay_within_words(kind: str, mark: str) -> None:
+    old = whole_texts(kind)
+    texts = [f"see the eigenvalue  of thé {word}, eigenvalue.\nEnd" for word in OLD[0].split()]
+    extension = extend(old, texts, 200)
+    added = set(extension.added)
+    assert {f"{mark}eigenvalue", f"{mark}the", "End"} <= added
+    assert not any(mark in token[1:] or "\n" in token or "Ċ" in token for token in added)
+    assert added & {"thé", f"{mark}thé", f"{mark}thÃ©"}  # bytes of a letter are no punctuation
+    new = extension.tokenizer.encode(texts[0]).tokens
+    assert new[1:3] == [f"{mark}the", f"{mark}eigenvalue"]
+    assert extension.after < extension.before
+    pieces = pieces_of_new(old, extension.tokenizer)
+    assert pieces is not None
+    assert len(pieces) == len(added)
 
 
 def test_merges_are_those_of_counting_anew_each_time() -> None:

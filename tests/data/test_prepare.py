@@ -10,12 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_xlnet
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
 
 from jaxlm.data import tokenizers
+from jaxlm.data.loader import check_alike
 from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, prepare
 from jaxlm.data.prepared import open_prepared
 from jaxlm.data.shards import merge, prepare_shard
 from jaxlm.data.sources import Csv, Jsonl, TextFiles
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.tasks.vocabulary import make_vocabulary
 
@@ -207,7 +212,10 @@ def test_texts_of_t5_have_no_start(tmp_path):
     """There padding only begins what is written."""
     made = tokenizers.train("characters", ["abcdefgh"], 20).to_str()
     made = made.replace("[CLS]", "<s0>").replace("[PAD]", "<pad>").replace("[SEP]", "</s>")
-    (tmp_path / "tokenizer.json").write_text(made)
+    t5 = Tokenizer.from_str(made)
+    end = [("</s>", t5.token_to_id("</s>"))]
+    t5.post_processor = TemplateProcessing(single="$A </s>", special_tokens=end)
+    t5.save(str(tmp_path / "tokenizer.json"))
     given = TokenizerConfig(path=tmp_path / "tokenizer.json")
     lines = ["".join(chr(97 + i // 8**k % 8) for k in range(3)) for i in range(80)]
     prepare(make(tmp_path, "\n".join(lines), tokenizer=given), tmp_path / "out")
@@ -218,6 +226,19 @@ def test_texts_of_t5_have_no_start(tmp_path):
     assert (tokens == special.sep).sum() == prepared.info.documents["train"]
     vocabulary = make_vocabulary(tokenizers.load(prepared.tokenizer_path))
     assert (vocabulary.start_id, vocabulary.end_id) == (None, special.sep)
+
+
+def test_data_of_before_keep_their_frame(tmp_path):
+    """What its tokens are called framed a text then, whatever the post-processor said."""
+    names = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<s>", "</s>", "a"]
+    tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    now, before = SpecialTokens.of(tokenizer), SpecialTokens(pad=0, unk=3, cls=5, sep=6, mask=4)
+    found = [make_vocabulary(tokenizer, special) for special in (None, now, before)]
+    assert [(one.start_id, one.end_id) for one in found] == [(2, 1), (2, 1), (5, 6)]
+    assert [one.ordinary.tolist() for one in found] == [[5, 6, 7], [5, 6, 7], [1, 2, 7]]
 
 
 def test_literal_special_tokens_are_plain_text(tmp_path):
@@ -396,3 +417,11 @@ def test_the_command_line(corpus_path, tmp_path):
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: there is no file 'no/such/file'")
     assert failed.stderr.count("\n") == 1
+
+
+def test_data_of_two_frames_are_not_mixed(prepared):
+    older = dataclasses.replace(prepared.info.special, cls=5)
+    other = dataclasses.replace(prepared, info=dataclasses.replace(prepared.info, special=older))
+    check_alike([prepared, prepared])
+    with pytest.raises(InputError, match=r"by the tokens 2 and 3, and .* by 5 and 3, .*; prepare"):
+        check_alike([prepared, other])

@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from jaxlm.data import tokenizers
-from jaxlm.data.special_tokens import SPECIALS, SpecialTokens, sentinels
+from jaxlm.data import corpus, tokenizers
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.special_tokens import SPECIALS, SpecialTokens, frame, sentinels
 from jaxlm.data.word_starts import word_starts
 from jaxlm.errors import InputError
 
@@ -200,6 +201,45 @@ def test_gpt2_names():
     assert SpecialTokens.of(tokenizer).ids == (1,)
 
 
+FAMILIES = {  # the names, the frame of the post-processor, and that of a text
+    "BERT": (SPECIALS, "[CLS] $A [SEP]", "[CLS] a [SEP]"),
+    "BERT, bare": (SPECIALS, "", "[CLS] a [SEP]"),
+    "RoBERTa": (("<s>", "<pad>", "</s>", "<unk>", "<mask>"), "<s> $A </s>", "<s> a </s>"),
+    "XLNet": (("<s>", "</s>", "<cls>", "<sep>", "<pad>"), "$A <sep> <cls>", "a <sep> <cls>"),
+    "T5": (("<pad>", "</s>", "<unk>"), "$A </s>", "a </s>"),
+    "GPT-2": (("<|endoftext|>",), "", "<|endoftext|> a <|endoftext|>"),
+    "Llama 2": (("<unk>", "<s>", "</s>"), "<s> $A", "<s> a </s>"),
+    "Llama 3": (
+        ("<|begin_of_text|>", "<|end_of_text|>"),
+        "<|begin_of_text|> $A",
+        "<|begin_of_text|> a <|end_of_text|>",
+    ),
+    "mmBERT": (("<bos>", "<eos>", "<s>", "</s>"), "<bos> $A <eos>", "<bos> a <eos>"),
+    "no known names": (("<bos>", "<eos>"), "<bos> $A <eos>", "<bos> a <eos>"),
+    "both": (("<cls>", "<sep>", "<s>", "</s>", "<pad>"), "<s> $A </s>", "<s> a </s>"),
+    "a language": (("<s>", "</s>", "<de>"), "$A </s> <de>", "a </s> <de>"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_post_processor_frames_texts_of_pretraining(family):
+    names, template, expected = FAMILIES[family]
+    vocab = {name: i for i, name in enumerate([*names, "a", "[?]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[?]"))
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(name, vocab[name]) for name in names]
+        )
+    text = corpus._framing(tokenizer).encode("a").ids
+    assert " ".join(map(tokenizer.id_to_token, text)) == expected
+    before, after = frame(tokenizer)
+    assert (*before, vocab["a"], *after) == tuple(text)
+    assert {SpecialTokens.of(tokenizer).sep} <= set(after)
+    labelled = Framer(tokenizer, 16).frame(next(Framer(tokenizer, 16).ids(["a"]))).tokens
+    if template and "Llama" not in family:  # which ends no text that it reads
+        assert labelled.tolist() == text
+
+
 @pytest.mark.parametrize("lacking", ["[CLS]", "[SEP]"])
 def test_a_missing_special_token_is_named(lacking):
     vocab = {name: i for i, name in enumerate(SPECIALS) if name != lacking}
@@ -215,6 +255,11 @@ def test_bad_files(tmp_path):
         tokenizers.load(tmp_path / "no.json")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match="is not a tokenizer file"):
+        tokenizers.load(tmp_path)
+    (tmp_path / tokenizers.MODULES).write_text("[]")
+    (tmp_path / tokenizers.LENGTHS).write_text("{")
+    Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"sentence_bert_config\.json is not JSON .*line 1"):
         tokenizers.load(tmp_path)
     (tmp_path / "vocab.txt").write_text("[UNK]\na\n")
     with pytest.raises(InputError, match=r"lacks the special tokens \[PAD\] \[CLS\]"):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_runs import make_config
@@ -111,20 +112,25 @@ def test_a_head_that_does_not_fit_is_new(
     assert f"from {folder}: encoder; its head is new" in capsys.readouterr().out
 
 
+def write_published(folder: Path) -> Path:
+    """A BERT of transformers, with a vocabulary of small letters."""
+    folder.mkdir()
+    with safe_open(GOLDEN, framework="np") as file:
+        (folder / "config.json").write_text(file.metadata()["config"])
+    arrays, prefix = load_file(GOLDEN), "weights/"
+    weights = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+    save_file(weights, folder / "model.safetensors")
+    words = ["red", "green", "blue", "cat", "dog", *"abcdefghijklmn"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join([*special, *words]) + "\n")
+    return folder
+
+
 @pytest.mark.slow
 def test_continues_from_a_published_model_with_its_head(
     config: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    with safe_open(GOLDEN, framework="np") as file:
-        (model / "config.json").write_text(file.metadata()["config"])
-    arrays, prefix = load_file(GOLDEN), "weights/"
-    weights = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
-    save_file(weights, model / "model.safetensors")
-    words = ["red", "green", "blue", "cat", "dog", *"abcdefghijklmn"]
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    (model / "vocab.txt").write_text("\n".join([*special, *words]) + "\n")
+    model = write_published(tmp_path / "model")
     size = json.loads((model / "config.json").read_text())["vocab_size"]
     assert size % 64  # so that rows are added, which must not be likely
     assert config.prepare is not None
@@ -155,6 +161,31 @@ def test_continues_from_a_published_model_with_its_head(
     np.testing.assert_allclose(
         jax.nn.log_softmax(found)[..., :size], jax.nn.log_softmax(wanted), atol=1e-4
     )
+
+
+def test_a_base_that_reads_small_letters_alone_cuts_the_text_so(
+    config: PretrainConfig, tmp_path: Path
+) -> None:
+    """As its folder says, whatever its tokenizer does, and whoever reads it."""
+    model = write_published(tmp_path / "model")
+    (model / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    (model / "modules.json").write_text("[]")
+    (model / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    (tmp_path / "text.txt").write_text("\n".join(f"RED {a} {b}" for a in "abcde" for b in "fghij"))
+    assert config.prepare is not None
+    source = TextFiles(glob=str(tmp_path / "text.txt"), document="line")
+    wanted = replace(config.prepare, source=source, validation_fraction=0.3)
+    base = bases.load(str(model))
+    paths = replace(config.data, paths=(str(tmp_path / "made"),))
+    made = replace(config, base=str(model), prepare=wanted, data=paths)
+    (data,) = pretraining.open_data(made, base, Console(quiet=True))
+    assert data.info.unknown_share == 0
+    by_hand = replace(wanted, tokenizer=TokenizerConfig(path=base.tokenizer_path))  # pyright: ignore
+    prepare(by_hand, tmp_path / "by_hand")
+    paths = replace(config.data, paths=(str(tmp_path / "by_hand"),))
+    alone = replace(made, prepare=None, data=paths)
+    (same,) = pretraining.open_data(alone, base, Console(quiet=True))
+    assert same.info.fingerprint == data.info.fingerprint
 
 
 def test_text_of_another_tokenizer_is_refused(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 from tokenizers import Encoding, Tokenizer
 
-from jaxlm.data.special_tokens import SpecialTokens
+from jaxlm.data.special_tokens import SpecialTokens, post_processed
 from jaxlm.errors import InputError
 
 _CHUNK = 1024  # texts tokenised at once, so that few of the library's bulky encodings are alive
@@ -135,7 +135,7 @@ class _Frame:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, num_texts: int) -> "_Frame":
-        encoding = tokenizer.encode("a", "a" if num_texts == 2 else None)
+        encoding = post_processed(tokenizer, num_texts)
         owners = np.array([-1 if owner is None else owner for owner in encoding.sequence_ids])
         spans = [np.flatnonzero(owners == text)[[0, -1]] + [0, 1] for text in range(num_texts)]
         bounds = [0, *np.concatenate(spans).tolist(), len(owners)]
