@@ -376,10 +376,12 @@ def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
     assert "evals_done" not in cursor
     same = resume.resume_cursor(minutes, start | done, start)
     assert same == start | done
-    other = resume.make_cursor(minutes, **facts | {"monitor": "accuracy"})
-    changed = resume.resume_cursor(minutes, start | done, other)
-    assert not {"best", "since_best"} & changed.keys()  # of another metric
-    assert changed["share"] == 1.0
+    accepting = replace(minutes, accept_changes=True)
+    for what in ({"monitor": "accuracy"}, {"data": ["b"]}):
+        other = resume.make_cursor(minutes, **facts | what)
+        changed = resume.resume_cursor(accepting, start | done, other)
+        assert not {"best", "since_best"} & changed.keys()  # of another metric, or other data
+        assert changed["share"] == 1.0
 
 
 @pytest.mark.slow
