@@ -122,6 +122,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         ),
         batches=batches,
         examples_after=lambda seen, steps: config.data.after(seen, steps)[0],
+        next_begin=lambda seen: seen,
         evaluate=evaluation,
         monitor=monitor,
         reference=Reference(known or pretrained.unlearned(config.task, infos)),

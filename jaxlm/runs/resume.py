@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -144,6 +144,20 @@ def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
         for name in ("best", "since_best"):
             cursor.pop(name, None)
     return cursor
+
+
+def at_a_batch(
+    cursor: Cursor, next_begin: Callable[[int], int], say: Callable[[str], None]
+) -> Cursor:
+    """A cursor where a batch begins, which with other data or another seed may be further on."""
+    seen = cursor["examples_seen"]
+    begin = next_begin(seen)
+    if begin != seen:
+        say(
+            f"with what has changed no batch begins after {seen:,} examples: going on at the next, "
+            f"after {begin:,}"
+        )
+    return cursor | {"examples_seen": begin}
 
 
 def with_length(directory: StoragePath, config: Config, saved: Cursor) -> Cursor:

@@ -384,6 +384,18 @@ def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
         assert changed["share"] == 1.0
 
 
+def test_a_run_with_changes_goes_on_where_a_batch_begins() -> None:
+    said: list[str] = []
+    begin = lambda seen: -(-seen // 8) * 8
+    there = {"examples_seen": 16, "seed": 0}
+    assert resume.at_a_batch(there, begin, said.append) == there
+    assert not said
+    moved = resume.at_a_batch({"examples_seen": 1001, "seed": 0}, begin, said.append)
+    assert moved == {"examples_seen": 1008, "seed": 0}
+    (line,) = said
+    assert re.search(r"no batch begins after 1,001 examples: .* after 1,008", line)
+
+
 @pytest.mark.slow
 def test_a_run_that_trained_nothing_says_so_each_time(
     config: PretrainConfig, tmp_path: Path

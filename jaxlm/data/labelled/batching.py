@@ -45,6 +45,10 @@ class Batching(Protocol):
         """How many examples are seen after so many more batches."""
         ...
 
+    def next_begin(self, examples_seen: int) -> int:
+        """How many examples are seen where a batch begins, there or next."""
+        ...
+
     def train_batches(
         self, examples_seen: int, *, augment: Augment | None, batch_rows: BatchRows
     ) -> Iterator[Row]:
@@ -85,6 +89,10 @@ class Even:
     def after(self, examples_seen: int, steps: int) -> int:
         """How many examples are seen after so many more batches."""
         return examples_seen + steps * self.batch_size
+
+    def next_begin(self, examples_seen: int) -> int:
+        """The next multiple of ``batch_size``."""
+        return -(-examples_seen // self.batch_size) * self.batch_size
 
     def train_batches(
         self,

@@ -121,6 +121,17 @@ def test_a_run_goes_on_where_it_stopped_on_any_number_of_processes(changes):
         seen += len(labels_of(batch))
     with pytest.raises(InputError, match=r"no batch begins after 1 examples: .*data\.pack"):
         plan.train_batches(1)
+    with pytest.raises(InputError, match=r"with the data, the seed, .* with --accept-changes$"):
+        plan.train_batches(1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_tokens": 2048}])
+def test_where_the_next_batch_begins(changes):
+    """As many examples may be the middle of a row of other data, in the order of another seed."""
+    plan = batching(**changes)
+    begins = [plan.after(0, step) for step in range(40)]
+    for seen in range(begins[-1]):
+        assert plan.next_begin(seen) == next(begin for begin in begins if begin >= seen)
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -121,6 +121,16 @@ def test_resuming_is_going_on(plan):
         plan.step_of(inside)
 
 
+@each_kind
+def test_where_the_next_batch_begins(plan):
+    """As many examples may be the middle of a batch of other data, in the order of another seed."""
+    begins = [plan.after(0, step) for step in range(plan.steps(3.0))]
+    for seen in range(begins[-1]):
+        assert plan.next_begin(seen) == next(begin for begin in begins if begin >= seen)
+    even = Even(TEXTS, 4, (64,), 0)
+    assert [even.next_begin(seen) for seen in range(6)] == [0, 4, 4, 4, 4, 8]
+
+
 def test_half_an_epoch_is_half_of_its_batches():
     assert PLAN.steps(0.5) == -(-EPOCH // 2)
     assert EPOCH - 3 <= PLAN.steps(2.0) - EPOCH <= EPOCH  # one less where a batch is shared
