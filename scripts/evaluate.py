@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -272,8 +272,15 @@ def evaluate_tuned(
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
         records = records_of(loaded, data, target, encoding)
+
+        def read(records: Iterable[Record]) -> list[Any]:
+            """Those of which rows can be made as well: a question may leave its context no room."""
+            found = task.read(records)
+            task.encode(loaded.framer, spelling.alike(found[:rows], labels), labels)
+            return found
+
         examples = read_records(
-            records, task.read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
+            records, read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
         )
         where = str(data)
     examples = spelling.alike(examples[:rows], labels)

@@ -73,7 +73,9 @@ def test_each_word_is_read_where_it_sees_most(framer):
 
 
 def test_windows_that_share_all_they_hold(framer):
-    raised = r"doc_stride=10 is not below the 10 tokens .* rows of 12: lower it, or raise data.max"
+    raised = (
+        r"doc_stride=10 is not below the 10 tokens .* rows of 12: lower it, or train with a larger"
+    )
     with pytest.raises(InputError, match=raised):
         tagging.encode(framer, [sentence("a")], (), doc_stride=10)
     full = Framer(framer._tokenizer, 12, most=12)
