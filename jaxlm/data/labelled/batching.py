@@ -19,7 +19,7 @@ from jaxlm.data.labelled.batches import (
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples, Row
 from jaxlm.data.labelled.packing import pack
-from jaxlm.data.labelled.token_batches import check_tokens, make_plan
+from jaxlm.data.labelled.token_batches import check_tokens, make_plan, rows_of
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 
 
@@ -141,7 +141,8 @@ def make_batching(
 
     ``lengths`` are those that buckets are made for, where there are more than of ``examples``.
     ``in_parts``: others of the same file follow, of which many shall have the same shapes; they
-    share no rows, whose shape would be that of these examples.
+    share no rows, nor have those of one side more rows where they are shorter: such shapes would be
+    those of these examples.
     ``for_training`` batches of no more tokens than are allowed are insisted on. For examples that
     share rows ``longest`` is the longest row that the model reads, None any, and ``pieces`` are
     what rows are shared out among.
@@ -160,11 +161,12 @@ def make_batching(
         if for_training:
             check_tokens(packed.longest, size, tokens)
         return packed
-    if tokens is None and not examples.along_target:
+    if (tokens is None or in_parts) and not examples.along_target:
         lengths = examples.lengths if lengths is None else lengths
         make = buckets_read_once if in_parts else make_buckets
         buckets = make(lengths, config.num_buckets, max_length=max_length)
-        return Even(examples, size, buckets, seed)
+        # In parts, as many rows of any length as have ``tokens`` of the longest.
+        return Even(examples, rows_of(max_length, size, tokens), buckets, seed)
     plan = make_plan(
         examples,
         num_buckets=config.num_buckets,

@@ -250,6 +250,20 @@ def test_what_is_answered_in_parts_has_few_shapes(pack):
     assert len(shapes) <= 8
 
 
+def test_parts_of_a_file_have_the_same_shapes_by_tokens():
+    """Thousands of records at a time, of whatever lengths; none has more tokens than allowed."""
+    config = LabelledConfig(train=JsonLines(path="x"), batch_size=4, batch_tokens=1024)
+    shapes: list[set[tuple[int, ...]]] = []
+    for seed in range(3):
+        part = make_examples(2048, sides=1, seed=seed)
+        short = [row for row in part.rows if len(row["tokens"]) <= 64]
+        part = replace(part, rows=(short * 2)[:2048])
+        batching = make_batching(part, config, 128, in_parts=True)
+        shapes.append({batch["tokens"].shape for batch in batching.eval_batches()})
+    assert {rows for found in shapes for rows, _ in found} == {8}
+    assert len(set.union(*shapes)) <= max(map(len, shapes)) + 2
+
+
 def test_batches_that_cannot_be_made():
     with pytest.raises(InputError, match="there are no examples to make batches of"):
         make_plan(make_examples(0), **SIZES)
