@@ -236,7 +236,7 @@ def evaluate_pretrained(
         raise not_finite(loaded.variables)
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
-    for name, unlearned in pretrained.unlearned(loaded.task, infos).items():
+    for name, unlearned in pretrained.unlearned(loaded.task, infos, split).items():
         print(f"  {name:<18} {unlearned:.4f}")
     about = {"step": loaded.step, "averaged": list(loaded.averaged), "data": where, "split": split}
     return {**about, **metrics}

@@ -182,13 +182,16 @@ def measure(
     return {"loss": loss, **task.metrics(loss, infos, split), **means}
 
 
-def unlearned(task: PretrainTask, infos: Sequence[PreparedInfo]) -> dict[str, float]:
+def unlearned(
+    task: PretrainTask, infos: Sequence[PreparedInfo], split: str = "validation"
+) -> dict[str, float]:
     """Losses of what needs no learning, by name; none where the task's is not that of a token.
 
-    The unigram entropy is the mean of the data sets' own, weighted by the tokens that they are
-    taken of.
+    The unigram entropy is the mean of the data sets' own, weighted by their tokens of the split
+    that losses are of: one without it has no part in these. If none has it, it is of training's.
     """
-    tokens = [info.tokens.get("validation") or info.tokens["train"] for info in infos]
+    known = split if any(split in info.tokens for info in infos) else "train"
+    tokens = [info.tokens.get(known, 0) for info in infos]
     pairs = zip(tokens, infos, strict=True)
     entropy = sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
     return {"unigram entropy": entropy} if "perplexity" in task.metrics(0.0, infos, "train") else {}
