@@ -18,7 +18,7 @@ from jaxlm.data.labelled.batches import (
 )
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples, Row
-from jaxlm.data.labelled.packing import pack
+from jaxlm.data.labelled.packing import fits, pack
 from jaxlm.data.labelled.token_batches import check_tokens, make_plan, rows_of
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 
@@ -148,7 +148,8 @@ def make_batching(
     what rows are shared out among.
     """
     size, tokens = config.batch_size, config.batch_tokens
-    if config.pack and not in_parts:
+    # What is only evaluated may be longer than what the run was trained on: it shares no rows then.
+    if config.pack and not in_parts and (for_training or fits(examples, longest)):
         packed = pack(
             examples,
             batch_size=size,
@@ -161,6 +162,7 @@ def make_batching(
         if for_training:
             check_tokens(packed.longest, size, tokens)
         return packed
+    size = size if for_training else -(-size // pieces) * pieces
     if (tokens is None or in_parts) and not examples.along_target:
         lengths = examples.lengths if lengths is None else lengths
         make = buckets_read_once if in_parts else make_buckets
