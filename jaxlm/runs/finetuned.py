@@ -318,9 +318,8 @@ class FinetunedRun:
             (example,) = self.task.read([record], labelled=False)
             return example
 
-        if isinstance(self.task, Varied):
-            answer = by_kind(self.task.kind, answer)
-        yield from answered(records, read, answer, chunk=chunk)
+        answer_all = by_kind(self.task.kind, answer) if isinstance(self.task, Varied) else answer
+        yield from answered(records, read, answer_all, chunk=chunk)
         if seen:
             cut, total, (longest, *_), windowed = zip(*seen, strict=True)
             documents, several = map(sum, zip(*windowed, strict=True))
