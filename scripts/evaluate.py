@@ -14,7 +14,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -242,7 +242,7 @@ def evaluate_pretrained(
         raise not_finite(loaded.variables)
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
-    for name, unlearned in pretrained.unlearned(loaded.task, infos).items():
+    for name, unlearned in pretrained.unlearned(loaded.task, infos, split).items():
         print(f"  {name:<18} {unlearned:.4f}")
     about = {"step": loaded.step, "averaged": list(loaded.averaged), "data": where, "split": split}
     return {**about, **metrics}
@@ -278,8 +278,15 @@ def evaluate_tuned(
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
         records = records_of(loaded, data, target, encoding)
+
+        def read(records: Iterable[Record]) -> list[Any]:
+            """Those of which rows can be made as well: a question may leave its context no room."""
+            found = task.read(records)
+            task.encode(loaded.framer, spelling.alike(found[:rows], labels), labels)
+            return found
+
         examples = read_records(
-            records, task.read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
+            records, read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
         )
         where = str(data)
     examples = spelling.alike(examples[:rows], labels)

@@ -34,9 +34,9 @@ from jaxlm.errors import InputError, note, report_input_errors
 from jaxlm.evaluate import retrieval
 from jaxlm.nn.choose import Wanted
 from jaxlm.runs import pretrained, published_task
-from jaxlm.runs.answers import ERROR, Answer, Answered, joined, write_table
+from jaxlm.runs.answers import ERROR, Answer, Answered, joined, say_long, write_table
 from jaxlm.runs.embedder import DOCUMENTS, QUERIES, Embedder, open_embedder
-from jaxlm.runs.finetuned import FinetunedRun, say_long
+from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.writing import GREEDY_BEAM, Conversation, chosen_way
 from jaxlm.runtime.storage import on_disk, whole
 from jaxlm.tasks.instruction import Instruction

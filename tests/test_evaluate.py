@@ -7,6 +7,7 @@ import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -14,6 +15,8 @@ import tyro
 from jaxlm.config import FinetuneConfig, LabelledTask
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
+from jaxlm.data.labelled.framing import Framer
+from jaxlm.data.labelled.question_answering import Question
 from jaxlm.data.labelled.records import JsonLines, Table
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.errors import InputError
@@ -22,6 +25,7 @@ from jaxlm.runs.finetuning import finetune
 from jaxlm.runs.folder import read_config
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.multiple_choice import MultipleChoice
+from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.train.loop import TrainConfig
 
 
@@ -113,6 +117,41 @@ def test_a_folder_that_cannot_be_written_is_evaluated(
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="name another folder for --out"):
         evaluate.main(run, out=tmp_path / "file")
+
+
+def test_a_record_of_which_no_row_can_be_made_is_as_bad_as_others(
+    evaluate: types.ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Such as a question that leaves no room to its context."""
+
+    class Reached(Exception): ...
+
+    def outputs(examples: list[Question]) -> None:
+        raise Reached([example.question for example in examples])
+
+    framer = Framer(TokenizerConfig(vocab_size=60).train(["a b c ?"] * 5), 16)
+    source = JsonLines(path=str(tmp_path / "qa.jsonl"))
+    data = LabelledConfig(train=source)
+    config = types.SimpleNamespace(data=data)
+    run: dict[str, Any] = {"config": config, "framer": framer, "labels": (), "attends": ""}
+    loaded = types.SimpleNamespace(task=QuestionAnswering(), outputs=outputs, **run)
+    monkeypatch.setattr(evaluate.published_task, "open_tuned", lambda *_, **__: loaded)
+    asked = ["a ?", "a b c " * 5, "b ?"]
+    answers = {"text": ["b"], "answer_start": [2]}
+    rows = [
+        {"id": f"{i}", "question": one, "context": "a b c", "answers": answers}
+        for i, one in enumerate(asked)
+    ]
+    Path(source.path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [tmp_path, tmp_path, Path(source.path), None, None, "validation", None, None, None]
+    with pytest.raises(InputError, match=r"qa\.jsonl:2: question 1 .*1 of 3 .*--on-bad-row skip"):
+        evaluate.evaluate_tuned(*given, None, None, "auto")
+    with pytest.raises(Reached, match=r"\['a \?', 'b \?'\]"):
+        evaluate.evaluate_tuned(*given, "skip", None, "auto")
+    assert "1 of 3 records cannot be used, and are left out" in capsys.readouterr().err
 
 
 def test_the_hints_of_a_run_of_pairs_work_as_they_are(

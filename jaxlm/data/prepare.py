@@ -266,7 +266,8 @@ def _check_splits(
     if number == 1:
         raise InputError(
             "the source holds one document, of which nothing can be held out for validation: give "
-            "more text, or make documents smaller (of text files, with --document line)"
+            "more text, or make documents smaller (of text files, with --document line, or, of "
+            "those of a config, --prepare.source.document line)"
         )
     none = split == "train"
     way_out = "raise it" if none else "lower it"

@@ -2,16 +2,17 @@
 
 import csv
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from io import TextIOBase
 from itertools import chain, islice
 from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.records import Record, json_record
 from jaxlm.data.tabular import escaped, json_text
-from jaxlm.errors import InputError
+from jaxlm.errors import InputError, note
 from jaxlm.runs.finite import NotFinite
 
 Answer = dict[str, Any]
@@ -88,6 +89,33 @@ def _each(examples: list[T], answer: Callable[[list[T]], Sequence[Answer]]) -> l
             return [{ERROR: str(error)} for _ in examples]
     half = len(examples) // 2
     return [*_each(examples[:half], answer), *_each(examples[half:], answer)]
+
+
+def by_kind(
+    kind: Callable[[T], Hashable], answer: Callable[[list[T]], Sequence[Answer]]
+) -> Callable[[list[T]], list[Answer]]:
+    """What answers examples of one kind at a time, and returns their answers in the old order."""
+
+    def of_all(examples: list[T]) -> list[Answer]:
+        groups: dict[Hashable, list[int]] = {}
+        for i, example in enumerate(examples):
+            groups.setdefault(kind(example), []).append(i)
+        found = {
+            i: one
+            for own in groups.values()
+            for i, one in zip(own, answer([examples[i] for i in own]), strict=True)
+        }
+        return [found[i] for i in range(len(examples))]
+
+    return of_all
+
+
+def say_long(cut: int, total: int, longest: int, windowed: tuple[int, int]) -> None:
+    """A line, if texts were cut, and one, if they were read in windows."""
+    if cut:
+        note(f"{cut:,} of {total:,} texts are cut at {longest} tokens, as in training")
+    for line in windows.describe(*windowed):
+        note(line)
 
 
 def joined(pairs: Iterable[Answered], used: Collection[str]) -> Iterator[Answer]:

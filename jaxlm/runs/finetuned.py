@@ -15,21 +15,20 @@ from tokenizers import Tokenizer
 
 from jaxlm import optim, tree
 from jaxlm.config import FinetuneConfig
-from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.batching import Batching, make_batching
 from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import Writing
 from jaxlm.decode.generate import GenerateConfig
-from jaxlm.errors import InputError, note
+from jaxlm.errors import InputError
 from jaxlm.models.model import example_inputs, is_two_sided
 from jaxlm.nn.choose import Wanted
 from jaxlm.peft import tuning
 from jaxlm.peft.lora import LoraConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import beginning, best, steps, thresholds
-from jaxlm.runs.answers import Answer, Answered, answered, as_records, joined
+from jaxlm.runs.answers import Answer, Answered, answered, as_records, by_kind, joined, say_long
 from jaxlm.runs.base import Base
 from jaxlm.runs.finite import require_finite
 from jaxlm.runs.folder import (
@@ -44,7 +43,7 @@ from jaxlm.runs.writing import Responder, make_responder
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.sums import Sums, add_all
 from jaxlm.tasks.seq2seq import Seq2Seq
-from jaxlm.tasks.task import Labels, Outputs, Responsive, Task, Thresholded
+from jaxlm.tasks.task import Labels, Outputs, Responsive, Task, Thresholded, Varied
 from jaxlm.train import restore, stored
 from jaxlm.train.placement import Init, Placement
 from jaxlm.train.restore import Cursor
@@ -193,14 +192,6 @@ def predict(
     return add_all(sums) if sums else None, outputs
 
 
-def say_long(cut: int, total: int, longest: int, windowed: tuple[int, int]) -> None:
-    """A line, if texts were cut, and one, if they were read in windows."""
-    if cut:
-        note(f"{cut:,} of {total:,} texts are cut at {longest} tokens, as in training")
-    for line in windows.describe(*windowed):
-        note(line)
-
-
 @dataclass(frozen=True)
 class FinetunedRun:
     """A fine-tuned run, read from its folder."""
@@ -327,7 +318,8 @@ class FinetunedRun:
             (example,) = self.task.read([record], labelled=False)
             return example
 
-        yield from answered(records, read, answer, chunk=chunk)
+        answer_all = by_kind(self.task.kind, answer) if isinstance(self.task, Varied) else answer
+        yield from answered(records, read, answer_all, chunk=chunk)
         if seen:
             cut, total, (longest, *_), windowed = zip(*seen, strict=True)
             documents, several = map(sum, zip(*windowed, strict=True))

@@ -181,6 +181,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
         cursor=cursor | {"labels": list(labels)},
         batches=batches,
         examples_after=batching.after,
+        next_begin=batching.next_begin,
         evaluate=evaluation,
         monitor=monitor,
         reference=reference,

@@ -59,7 +59,7 @@ def resolve(
         model = phase.next_model(base, model, info.vocab_size, config.task, config.mesh)
     model = steps.with_vocabulary(model, info.vocab_size, config.mesh)
     model = replace(model, dtype=model.dtype or steps.default_dtype(platform))
-    require_length(model, info.row_length)
+    require_length(config, model, info.row_length)
     num_rows = sum(info.rows["train"] for info in infos)
     train = config.train.with_epochs(
         lambda epochs: config.data.steps_to(math.ceil(epochs * num_rows))
@@ -67,13 +67,19 @@ def resolve(
     return replace(config, model=model, train=train)
 
 
-def require_length(model: ModelConfig, row_length: int) -> None:
+def require_length(config: PretrainConfig, model: ModelConfig, row_length: int) -> None:
     """:class:`InputError` where rows are longer than what the model reads."""
-    if model.max_length is not None and row_length > model.max_length:
+    longest, folder = model.max_length, config.data.paths[0]
+    if longest is not None and row_length > longest:
+        shorter = f"prepare shorter rows (--prepare.row-length {longest} and another --data.paths)"
+        if config.prepare is None:  # one given with it would be of other text than the folder's
+            shorter = (
+                f"prepare the text of {folder} again, into another folder, with scripts/prepare.py "
+                f"--row-length {longest} --tokenizer.path {folder}"
+            )
         raise InputError(
             f"the data's rows of {row_length} tokens are longer than the model's max_length="
-            f"{model.max_length}: raise it (--model.max-length {row_length}), or prepare shorter "
-            f"rows (--prepare.row-length {model.max_length} and another --data.paths)"
+            f"{longest}: raise it (--model.max-length {row_length}), or {shorter}"
         )
 
 
@@ -178,13 +184,16 @@ def measure(
     return {"loss": loss, **task.metrics(loss, infos, split), **means}
 
 
-def unlearned(task: PretrainTask, infos: Sequence[PreparedInfo]) -> dict[str, float]:
+def unlearned(
+    task: PretrainTask, infos: Sequence[PreparedInfo], split: str = "validation"
+) -> dict[str, float]:
     """Losses of what needs no learning, by name; none where the task's is not that of a token.
 
-    The unigram entropy is the mean of the data sets' own, weighted by the tokens that they are
-    taken of.
+    The unigram entropy is the mean of the data sets' own, weighted by their tokens of the split
+    that losses are of: one without it has no part in these. If none has it, it is of training's.
     """
-    tokens = [info.tokens.get("validation") or info.tokens["train"] for info in infos]
+    known = split if any(split in info.tokens for info in infos) else "train"
+    tokens = [info.tokens.get(known, 0) for info in infos]
     pairs = zip(tokens, infos, strict=True)
     entropy = sum(count * info.unigram_entropy for count, info in pairs) / sum(tokens)
     return {"unigram entropy": entropy} if "perplexity" in task.metrics(0.0, infos, "train") else {}

@@ -51,7 +51,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     config = replace(config, base=config.base and bases.lasting(config.base))
     model = config.model or base_model
     if config.prepare is not None and model is not None:
-        pretrained.require_length(model, config.prepare.row_length)  # before what takes hours
+        # Before what takes hours.
+        pretrained.require_length(config, model, config.prepare.row_length)
     datasets = open_data(config, base, console)
     before = pretrained.tokens_before(config.task)
     check_before(datasets, before)
@@ -121,6 +122,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
         ),
         batches=batches,
         examples_after=lambda seen, steps: config.data.after(seen, steps)[0],
+        next_begin=lambda seen: seen,
         evaluate=evaluation,
         monitor=monitor,
         reference=Reference(known or pretrained.unlearned(config.task, infos)),

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -130,7 +130,8 @@ def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
     """Where a run resumes that was ``saved`` and would now ``start`` with these data.
 
     What belongs to other settings is dropped: of another length the share that is done, the
-    evaluations that were counted and the patience; of another ``monitor`` the best value.
+    evaluations that were counted and the patience; of another ``monitor``, and of other data, on
+    which values do not compare, the best value.
     """
     check_same(config, saved, start)
     cursor = saved | {name: start[name] for name in ("data", "seed", "length", "monitor")}
@@ -139,10 +140,24 @@ def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
         done = saved["elapsed_s"] / (60 * minutes) if minutes else 0.0
         cursor |= {"share": min(done, 1.0), "since_best": 0}
         cursor.pop("evals_done", None)
-    if saved.get("monitor", start["monitor"]) != start["monitor"]:
+    if any(saved.get(name, start[name]) != start[name] for name in ("monitor", "data")):
         for name in ("best", "since_best"):
             cursor.pop(name, None)
     return cursor
+
+
+def at_a_batch(
+    cursor: Cursor, next_begin: Callable[[int], int], say: Callable[[str], None]
+) -> Cursor:
+    """A cursor where a batch begins, which with other data or another seed may be further on."""
+    seen = cursor["examples_seen"]
+    begin = next_begin(seen)
+    if begin != seen:
+        say(
+            f"with what has changed no batch begins after {seen:,} examples: going on at the next, "
+            f"after {begin:,}"
+        )
+    return cursor | {"examples_seen": begin}
 
 
 def with_length(directory: StoragePath, config: Config, saved: Cursor) -> Cursor:

@@ -53,6 +53,8 @@ class Job:
     """The batches that follow after so many examples."""
     examples_after: Callable[[int, int], int]
     """How many examples are seen where there were some before, and so many batches followed."""
+    next_begin: Callable[[int], int]
+    """How many examples are seen where a batch begins: after so many, or next."""
     evaluate: Callable[[TrainState], dict[str, float]]
     """``loss`` and other metrics on the validation data."""
     monitor: Monitor
@@ -140,6 +142,8 @@ def _resume(
     restored = checkpointer.restore(placement.abstract_state.learned)
     saved = resume.with_length(directory, config, restored.cursor)
     cursor = resume.resume_cursor(config, saved, job.cursor)
+    if config.accept_changes:
+        cursor = resume.at_a_batch(cursor, job.next_begin, say)
     state = restored.state
     if jax.tree.leaves(placement.abstract_state.frozen):
         state = replace(state, frozen=job.init().frozen)

@@ -87,6 +87,10 @@ class MultipleChoice:
         label = self.fields.label if labelled else None
         return data.read(records, replace(self.fields, label=label))
 
+    def kind(self, example: Choice) -> int:
+        """The number of choices, which in training is the same for all examples."""
+        return len(example.choices)
+
     def check(self, examples: Sequence[Choice]) -> list[str]:
         return []
 

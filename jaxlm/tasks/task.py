@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -324,6 +324,15 @@ class Thresholded(Protocol):
 
     def with_thresholds(self, chosen: Mapping[str, float]) -> "Task":
         """The task with these."""
+        ...
+
+
+@runtime_checkable
+class Varied(Protocol):
+    """What a task has as well whose examples differ in their shapes, even of texts as long."""
+
+    def kind(self, example: Any) -> Hashable:
+        """What is the same of all examples of a batch."""
         ...
 
 

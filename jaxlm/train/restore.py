@@ -327,19 +327,21 @@ def measured(directory: StoragePath, step: int) -> dict[str, float]:
 def read_ranks(
     directory: StoragePath, monitor: Monitor, report: Report | None = None
 ) -> dict[int, Rank]:
-    """The rank of each step that was evaluated; damaged steps are passed to ``report``."""
-    ranks = {}
+    """The rank of each step that was evaluated on the data of the newest: others do not compare.
+
+    Damaged steps are passed to ``report``.
+    """
+    found: dict[int, tuple[Any, Rank | None]] = {}
     for step in list_steps(directory):
         try:
-            rank = monitor.rank(step, _read_meta(directory / str(step))["metrics"])
+            meta = _read_meta(directory / str(step))
+            found[step] = meta["cursor"].get("data"), monitor.rank(step, meta["metrics"])
         except (OSError, ValueError, KeyError) as error:
             _raise_if_unreadable(directory / str(step), error)
             if report is not None:
                 report(f"the checkpoint of step {step} is damaged and left out: {error}")
-            continue
-        if rank is not None:
-            ranks[step] = rank
-    return ranks
+    newest, _ = found[max(found)] if found else (None, None)
+    return {step: rank for step, (data, rank) in found.items() if rank and data == newest}
 
 
 @functools.cache

@@ -320,6 +320,8 @@ def test_too_little_text(tmp_path):
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"one document, of which nothing .* --document line"):
         prepare(make(tmp_path, "one line", validation_fraction=0.001), out)
+    with pytest.raises(InputError, match=r"config, --prepare\.source\.document line\)"):
+        prepare(make(tmp_path, "one line", validation_fraction=0.001), out)
     with pytest.raises(InputError, match="no text to train"):
         prepare(make(tmp_path, " \n \n"), out)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]

@@ -407,10 +407,24 @@ def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
     assert "evals_done" not in cursor
     same = resume.resume_cursor(minutes, start | done, start)
     assert same == start | done
-    other = resume.make_cursor(minutes, **facts | {"monitor": "accuracy"})
-    changed = resume.resume_cursor(minutes, start | done, other)
-    assert not {"best", "since_best"} & changed.keys()  # of another metric
-    assert changed["share"] == 1.0
+    accepting = replace(minutes, accept_changes=True)
+    for what in ({"monitor": "accuracy"}, {"data": ["b"]}):
+        other = resume.make_cursor(minutes, **facts | what)
+        changed = resume.resume_cursor(accepting, start | done, other)
+        assert not {"best", "since_best"} & changed.keys()  # of another metric, or other data
+        assert changed["share"] == 1.0
+
+
+def test_a_run_with_changes_goes_on_where_a_batch_begins() -> None:
+    said: list[str] = []
+    begin = lambda seen: -(-seen // 8) * 8
+    there = {"examples_seen": 16, "seed": 0}
+    assert resume.at_a_batch(there, begin, said.append) == there
+    assert not said
+    moved = resume.at_a_batch({"examples_seen": 1001, "seed": 0}, begin, said.append)
+    assert moved == {"examples_seen": 1008, "seed": 0}
+    (line,) = said
+    assert re.search(r"no batch begins after 1,001 examples: .* after 1,008", line)
 
 
 @pytest.mark.slow

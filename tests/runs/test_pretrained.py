@@ -112,3 +112,15 @@ def test_a_loss_that_is_not_of_a_token_is_not_compared_with_tokens(
 ) -> None:
     assert pretrained.unlearned(task, [prepared(100)]) == losses
     assert ("perplexity" in task.metrics(2.0, [prepared(100)], "train")) == bool(losses)
+
+
+def test_what_is_not_evaluated_has_no_part_in_the_entropy() -> None:
+    """A folder without a validation split may be the most of the text, and of other text."""
+    train = prepared(100)
+    one, other = (
+        replace(train, unigram_entropy=entropy, tokens={"train": 64_000, "validation": tokens})
+        for entropy, tokens in ((4.0, 300), (5.0, 100))
+    )
+    infos = [train, one, other]
+    assert pretrained.unlearned(MaskedLm(), infos) == {"unigram entropy": 4.25}
+    assert pretrained.unlearned(MaskedLm(), infos, "train") == {"unigram entropy": 5.0}

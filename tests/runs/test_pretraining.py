@@ -259,6 +259,17 @@ def test_rows_that_are_too_long_are_not_prepared_first(config: PretrainConfig, t
     assert not new.exists()
 
 
+def test_too_long_rows_of_a_folder_that_the_config_does_not_prepare(config: PretrainConfig) -> None:
+    """Shorter ones that it would prepare were of other text than the folder holds."""
+    model = replace(config.model, max_length=8)
+    own = replace(config, prepare=None, data=replace(config.data, paths=("mine",)))
+    with pytest.raises(InputError) as refused:
+        pretrained.require_length(own, model, 16)
+    assert "mine again, into another folder, with scripts/prepare.py" in str(refused.value)
+    assert "--row-length 8 --tokenizer.path mine" in str(refused.value)
+    assert "--prepare." not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -1,10 +1,13 @@
 """One of several texts."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from jaxlm.data.labelled.multiple_choice import ChoiceFields
 from jaxlm.errors import InputError
+from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.tasks.multiple_choice import MultipleChoice
 
 
@@ -26,6 +29,27 @@ def test_a_run_finds_the_right_choice(train, write, rng, records, eval_metrics):
         assert answer["choice"] == row["choices"][row["label"]]
         assert answer["probability"] == max(answer["probabilities"])
         assert sum(answer["probabilities"]) == pytest.approx(1, abs=1e-5)
+    numbers = [3, 2, 3, 4]  # of choices
+    texts = [["a", "a right", "b b", "c"][:n] for n in numbers]
+    mixed = run.answer(records(*({"context": "a", "choices": own} for own in texts)))
+    assert [len(answer["probabilities"]) for answer in mixed] == numbers
+    assert {answer["choice"] for answer in mixed} == {"a right"}
+
+
+def test_records_with_other_numbers_of_choices_are_answered_in_their_order(records):
+    """As many at a time as have equally many, which is what a batch can hold."""
+
+    def outputs(examples, labelled, report):
+        (count,) = {len(example.choices) for example in examples}
+        report(0, len(examples), 8, (0, 0))
+        return None, {"probabilities": np.eye(count, dtype=np.float32)[[-1] * len(examples)]}
+
+    run = SimpleNamespace(task=MultipleChoice(), labels=(), outputs=outputs)
+    texts = ["xyz", "xy", "pqr", "x", "abcd", "uv"]
+    given = records(*({"context": "c", "choices": list(text)} for text in texts))
+    found = [answer for _, answer in FinetunedRun.stream(run, given)]
+    assert [answer.get("choice") for answer in found] == ["z", "y", "r", None, "d", "v"]
+    assert found[3]["error"].startswith("x.jsonl:4: 1 choices where 2 are expected")
 
 
 def test_metrics_and_predictions(records):

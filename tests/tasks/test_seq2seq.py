@@ -32,6 +32,7 @@ from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.runs import base as bases
 from jaxlm.runs import finetuned, steps, writing
+from jaxlm.runs.answers import say_long
 from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuning import finetune
 from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER, TOKENIZER
@@ -166,7 +167,7 @@ def test_a_run_has_both_tokenizers(config, printed, capsys) -> None:
     model = loaded.config.model
     assert (model.source_vocab_size, model.vocab_size) == (64, 320)
     examples = [replace(PAIRS[0], source=text) for text in (126 * "red ", 127 * "red ", "blue")]
-    finetuned.say_long(*loaded.cut(examples))
+    say_long(*loaded.cut(examples))
     assert capsys.readouterr().err == "note: 1 of 3 texts are cut at 128 tokens, as in training\n"
     ids = loaded.responder.prompt(replace(PAIRS[0], source="red white"))
     reader = loaded.responder.generate.model

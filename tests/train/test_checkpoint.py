@@ -159,6 +159,32 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert list_steps(tmp_path) == [90]
 
 
+def test_metrics_on_other_data_do_not_compare(tmp_path):
+    """A run that goes on with other data is best by these, whatever it reached on the first."""
+    save = lambda checkpointer, step, data, **metrics: checkpointer.save(
+        step, make_state(step), {"examples_seen": 8 * step, "data": [data]}, metrics
+    )
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        save(checkpointer, 10, "first", loss=1.0)
+        save(checkpointer, 20, "first", loss=1.5)
+    assert best_step(tmp_path) == 10
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.restore(abstract(make_state()))
+        save(checkpointer, 30, "second")
+    assert chosen_steps(tmp_path, Monitor(), None) == []  # so the newest is read
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.restore(abstract(make_state()))
+        save(checkpointer, 40, "second", loss=2.0)
+        save(checkpointer, 50, "second", loss=3.0)
+        save(checkpointer, 60, "second", loss=3.5)
+    assert list_steps(tmp_path) == [40, 60]
+    assert best_step(tmp_path) == 40
+    with Checkpointer(tmp_path, keep=1) as checkpointer:  # and where it is resumed once more
+        checkpointer.restore(abstract(make_state()))
+        save(checkpointer, 70, "second", loss=4.0)
+    assert list_steps(tmp_path) == [40, 70]
+
+
 def test_keeps_those_whose_mean_is_a_model(tmp_path):
     saves = {0: 9.0, 10: 1.0, 20: 3.0, 25: None, 30: float("nan"), 40: 2.0, 50: 4.0, 55: None}
     save_all(tmp_path, saves, average=3, keep=1)

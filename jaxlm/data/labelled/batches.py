@@ -73,7 +73,8 @@ def train_batches(
     if examples_seen % batch_size:
         raise InputError(
             f"examples_seen={examples_seen} is not a multiple of batch_size={batch_size}; "
-            "resume with the batch size that the run began with"
+            "resume with the batch size that the run began with, or go on at the next batch that "
+            "begins, with --accept-changes"
         )
     which = _bucket_numbers(examples, buckets)
     # At most an epoch, so that copies of one example, which are equally long, seldom meet in a

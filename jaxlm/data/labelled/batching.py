@@ -18,8 +18,8 @@ from jaxlm.data.labelled.batches import (
 )
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples, Row
-from jaxlm.data.labelled.packing import pack
-from jaxlm.data.labelled.token_batches import check_tokens, make_plan
+from jaxlm.data.labelled.packing import fits, pack
+from jaxlm.data.labelled.token_batches import check_tokens, make_plan, rows_of
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 
 
@@ -43,6 +43,10 @@ class Batching(Protocol):
 
     def after(self, examples_seen: int, steps: int) -> int:
         """How many examples are seen after so many more batches."""
+        ...
+
+    def next_begin(self, examples_seen: int) -> int:
+        """How many examples are seen where a batch begins, there or next."""
         ...
 
     def train_batches(
@@ -85,6 +89,10 @@ class Even:
     def after(self, examples_seen: int, steps: int) -> int:
         """How many examples are seen after so many more batches."""
         return examples_seen + steps * self.batch_size
+
+    def next_begin(self, examples_seen: int) -> int:
+        """The next multiple of ``batch_size``."""
+        return -(-examples_seen // self.batch_size) * self.batch_size
 
     def train_batches(
         self,
@@ -133,13 +141,15 @@ def make_batching(
 
     ``lengths`` are those that buckets are made for, where there are more than of ``examples``.
     ``in_parts``: others of the same file follow, of which many shall have the same shapes; they
-    share no rows, whose shape would be that of these examples.
+    share no rows, nor have those of one side more rows where they are shorter: such shapes would be
+    those of these examples.
     ``for_training`` batches of no more tokens than are allowed are insisted on. For examples that
     share rows ``longest`` is the longest row that the model reads, None any, and ``pieces`` are
     what rows are shared out among.
     """
     size, tokens = config.batch_size, config.batch_tokens
-    if config.pack and not in_parts:
+    # What is only evaluated may be longer than what the run was trained on: it shares no rows then.
+    if config.pack and not in_parts and (for_training or fits(examples, longest)):
         packed = pack(
             examples,
             batch_size=size,
@@ -152,11 +162,13 @@ def make_batching(
         if for_training:
             check_tokens(packed.longest, size, tokens)
         return packed
-    if tokens is None and not examples.along_target:
+    size = size if for_training else -(-size // pieces) * pieces
+    if (tokens is None or in_parts) and not examples.along_target:
         lengths = examples.lengths if lengths is None else lengths
         make = buckets_read_once if in_parts else make_buckets
         buckets = make(lengths, config.num_buckets, max_length=max_length)
-        return Even(examples, size, buckets, seed)
+        # In parts, as many rows of any length as have ``tokens`` of the longest.
+        return Even(examples, rows_of(max_length, size, tokens), buckets, seed)
     plan = make_plan(
         examples,
         num_buckets=config.num_buckets,

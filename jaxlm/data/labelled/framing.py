@@ -67,7 +67,7 @@ class Framer:
     def or_longer(self) -> str:
         """The end of a message on rows that are too short: what of their length can be changed."""
         if self.most is None or self.max_length < self.most:
-            return ", or raise data.max_length"
+            return ", or train with a larger data.max_length"
         return f" (the model reads {self.most} at most, whatever data.max_length says)"
 
     def room(self, num_texts: int) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Int
 from jaxlm.data.labelled.augment import Augment
 from jaxlm.data.labelled.batches import index_of, rng_of
 from jaxlm.data.labelled.examples import Examples, Row, pad_rows
-from jaxlm.data.labelled.token_batches import rows_of
+from jaxlm.data.labelled.token_batches import no_batch, rows_of
 from jaxlm.errors import InputError
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 
@@ -80,21 +80,18 @@ class Packed:
 
     def after(self, examples_seen: int, steps: int) -> int:
         """How many examples are seen after so many more batches."""
-        rows = (self.step_of(examples_seen) + steps) * self.num_rows
-        epoch, place = divmod(rows, len(self.members))
-        return epoch * len(self.examples) + int(self._seen(epoch)[place])
+        return self._examples_after(self.step_of(examples_seen) + steps)
+
+    def next_begin(self, examples_seen: int) -> int:
+        """How many examples are seen where a batch begins, there or next."""
+        return self._examples_after(self._next_step(examples_seen))
 
     def step_of(self, examples_seen: int) -> int:
         """The batch that comes after so many examples."""
-        epoch, rest = divmod(examples_seen, len(self.examples))
-        seen = self._seen(epoch)
-        rows = epoch * len(self.members) + int(np.searchsorted(seen, rest))
-        if rest not in seen or rows % self.num_rows:
-            raise InputError(
-                f"no batch begins after {examples_seen:,} examples: resume with data.batch_size, "
-                "data.batch_tokens, data.max_length and data.pack as the run began"
-            )
-        return rows // self.num_rows
+        step = self._next_step(examples_seen)
+        if self._examples_after(step) != examples_seen:
+            raise no_batch(examples_seen, "max_length", "pack")
+        return step
 
     def train_batches(
         self,
@@ -164,6 +161,16 @@ class Packed:
                     if name not in ("example", "lengths")
                 },
             )
+
+    def _next_step(self, examples_seen: int) -> int:
+        """The first batch that no fewer examples come before."""
+        epoch, rest = divmod(examples_seen, len(self.examples))
+        rows = epoch * len(self.members) + int(np.searchsorted(self._seen(epoch), rest))
+        return -(-rows // self.num_rows)
+
+    def _examples_after(self, step: int) -> int:
+        epoch, place = divmod(step * self.num_rows, len(self.members))
+        return epoch * len(self.examples) + int(self._seen(epoch)[place])
 
     @cached_property
     def _most(self) -> int:
@@ -239,10 +246,16 @@ def pack(
         enough = next(n for n in larger if not _shape(sizes, n, longest)[0] % pieces)
         raise InputError(
             f"data.pack puts data.batch_size={batch_size} examples into {rows} rows, which cannot "
-            f"be shared out among {pieces} devices or micro-batches: --data.batch-size {enough}"
+            f"be shared out among {pieces} devices or micro-batches: give, "
+            f"with --accept-changes where the run has begun, --data.batch-size {enough}"
         )
     members = tuple(np.array(own) for own in _shared(sizes, length))
     return Packed(examples, members, length, rows, seed)
+
+
+def fits(examples: Examples, longest: int | None) -> bool:
+    """Whether the longest row that a model reads, None any, has room for each of the examples."""
+    return longest is None or bool((_sizes(examples) <= longest).all())
 
 
 def would_save(

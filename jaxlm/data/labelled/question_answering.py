@@ -166,14 +166,15 @@ def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Wi
         ids, offsets = contexts[question.context]
         span = _span(question, offsets)
         size = framer.room(2) - len(asked)
-        if size <= doc_stride:
-            way = f"lower it below {size}" if size > 0 else "shorten the question"
+        fits = len(ids) <= size
+        if not fits and size <= doc_stride:
+            stride = f", train with task.doc_stride below {size}" if size > 0 else ""
             raise InputError(
                 f"{question.origin}: question {question.id} of {len(asked)} tokens leaves {size} "
-                f"of max_length={framer.max_length} to the context, not more than "
-                f"doc_stride={doc_stride}: {way}{framer.or_longer}"
+                f"of max_length={framer.max_length} to the {len(ids):,} of its context, and windows"
+                f" share doc_stride={doc_stride}: shorten the question{stride}{framer.or_longer}"
             )
-        for begin in begins(len(ids), size, doc_stride).tolist():
+        for begin in [0] if fits else begins(len(ids), size, doc_stride).tolist():
             part = slice(begin, begin + size)
             row, start = _row(framer, asked, ids[part], span, begin)
             rows.append(row)

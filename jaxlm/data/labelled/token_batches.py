@@ -121,16 +121,14 @@ class Plan:
 
     def step_of(self, examples_seen: int) -> int:
         """The batch that comes after so many examples."""
-        # The number of examples grows with that of steps.
-        step = bisect.bisect_left(
-            range(examples_seen // min(self.rows) + 1), examples_seen, key=self.examples_after
-        )
+        step = self._next_step(examples_seen)
         if self.examples_after(step) != examples_seen:
-            raise InputError(
-                f"no batch begins after {examples_seen:,} examples: resume with data.batch_size, "
-                "data.batch_tokens and data.num_buckets as the run began"
-            )
+            raise no_batch(examples_seen, "num_buckets")
         return step
+
+    def next_begin(self, examples_seen: int) -> int:
+        """How many examples are seen where a batch begins, there or next."""
+        return self.examples_after(self._next_step(examples_seen))
 
     def train_batches(
         self,
@@ -187,6 +185,11 @@ class Plan:
     def apart(self, outputs: Row) -> Iterator[tuple[int, Row]]:
         """Each example's number, and what a model gave for its row."""
         return apart(outputs)
+
+    def _next_step(self, examples_seen: int) -> int:
+        """The first batch that no fewer examples come before; their number grows with steps."""
+        beyond = range(examples_seen // min(self.rows) + 2)
+        return bisect.bisect_left(beyond, examples_seen, key=self.examples_after)
 
     def _counts(self, epoch: int) -> list[int]:
         """Batches of each bucket before an epoch."""
@@ -263,6 +266,15 @@ def check_tokens(longest: int, batch_size: int, batch_tokens: int | None) -> Non
             f"data.batch_tokens={batch_tokens} has no room for data.batch_size={batch_size} "
             f"examples of {longest} tokens: {' or '.join(ways)}"
         )
+
+
+def no_batch(examples_seen: int, *settings: str) -> InputError:
+    """That a run resumes in the middle of a batch, since its data or ``settings`` are others."""
+    names = ", ".join(f"data.{name}" for name in ("batch_size", "batch_tokens", *settings))
+    return InputError(
+        f"no batch begins after {examples_seen:,} examples: resume with the data, the seed, {names}"
+        " as the run began, or go on at the next batch that begins, with --accept-changes"
+    )
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,13 +18,22 @@ def most_context(
     size: int,
     num_tokens: int,
 ) -> Int[np.ndarray, " places"]:
-    """For each token the window with the most tokens on its poorer side."""
+    """For each token the window with the most tokens on its poorer side, the first of equals.
+
+    Compared are the few windows that a token is in, not all: there are as many as tokens.
+    """
     ends = np.minimum(begins + size, num_tokens)
-    # Where the text ends nothing is missing.
-    left = np.where(begins == 0, num_tokens, places[:, None] - begins)
-    right = np.where(ends == num_tokens, num_tokens, ends - 1 - places[:, None])
-    inside = (places[:, None] >= begins) & (places[:, None] < ends)
-    return np.where(inside, np.minimum(left, right), -1).argmax(axis=1)
+    first = np.searchsorted(ends, places, side="right")
+    behind = np.searchsorted(begins, places, side="right")
+    best, most = np.zeros(len(places), int), np.full(len(places), -1)
+    for ahead in range(int((behind - first).max(initial=0))):
+        window = np.minimum(first + ahead, len(begins) - 1)
+        # Where the text ends nothing is missing.
+        left = np.where(begins[window] == 0, num_tokens, places - begins[window])
+        right = np.where(ends[window] == num_tokens, num_tokens, ends[window] - 1 - places)
+        context = np.where(first + ahead < behind, np.minimum(left, right), -1)
+        best, most = np.where(context > most, window, best), np.maximum(context, most)
+    return best
 
 
 def count(owners: Iterable[int]) -> tuple[int, int]:

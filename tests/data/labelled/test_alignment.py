@@ -1,10 +1,12 @@
 """Tags of words, at subwords."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
 from jaxlm.data import tokenizers
-from jaxlm.data.labelled import tagging
+from jaxlm.data.labelled import tagging, windows
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.tagging import Sentence, TagFields
@@ -72,8 +74,35 @@ def test_each_word_is_read_where_it_sees_most(framer):
     assert found[1][0] == found[72][1] == 0
 
 
+def test_the_window_with_most_context_as_it_is_defined():
+    """Of all windows the one with the most tokens on a token's poorer side."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        num_tokens, size = int(rng.integers(1, 80)), int(rng.integers(1, 30))
+        begins = windows.begins(num_tokens, size, int(rng.integers(0, size)))
+        places = np.sort(rng.integers(0, num_tokens, int(rng.integers(0, 40))))
+        ends = np.minimum(begins + size, num_tokens)
+        left = np.where(begins == 0, num_tokens, places[:, None] - begins)
+        right = np.where(ends == num_tokens, num_tokens, ends - 1 - places[:, None])
+        inside = (places[:, None] >= begins) & (places[:, None] < ends)
+        expected = np.where(inside, np.minimum(left, right), -1).argmax(axis=1)
+        found = windows.most_context(places, begins, size, num_tokens)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_windows_of_a_very_long_document_need_little_memory():
+    begins = windows.begins(100_000, 126, 31)
+    tracemalloc.start()
+    windows.most_context(np.arange(100_000), begins, 126, 100_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e7  # 200 bytes a token, where all windows for each were 8,400
+
+
 def test_windows_that_share_all_they_hold(framer):
-    raised = r"doc_stride=10 is not below the 10 tokens .* rows of 12: lower it, or raise data.max"
+    raised = (
+        r"doc_stride=10 is not below the 10 tokens .* rows of 12: lower it, or train with a larger"
+    )
     with pytest.raises(InputError, match=raised):
         tagging.encode(framer, [sentence("a")], (), doc_stride=10)
     full = Framer(framer._tokenizer, 12, most=12)

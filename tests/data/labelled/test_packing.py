@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlm.data.labelled.batching import make_batching
+from jaxlm.data.labelled.batching import Even, make_batching
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.packing import Packed, share_rows, would_save
@@ -121,6 +121,17 @@ def test_a_run_goes_on_where_it_stopped_on_any_number_of_processes(changes):
         seen += len(labels_of(batch))
     with pytest.raises(InputError, match=r"no batch begins after 1 examples: .*data\.pack"):
         plan.train_batches(1)
+    with pytest.raises(InputError, match=r"with the data, the seed, .* with --accept-changes$"):
+        plan.train_batches(1)
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_tokens": 2048}])
+def test_where_the_next_batch_begins(changes):
+    """As many examples may be the middle of a row of other data, in the order of another seed."""
+    plan = batching(**changes)
+    begins = [plan.after(0, step) for step in range(40)]
+    for seen in range(begins[-1]):
+        assert plan.next_begin(seen) == next(begin for begin in begins if begin >= seen)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -151,6 +162,11 @@ def test_rows_that_cannot_be_shared_out():
 def test_examples_that_are_longer_than_rows():
     with pytest.raises(InputError, match=r"19 tokens .* reads, 18: lower data\.max_length to 9"):
         batching(longest=18)
+    config = LabelledConfig(**CONFIG)
+    alone = make_batching(make_examples(), config, 20, longest=18, pieces=3)  # of a trained run
+    assert isinstance(alone, Even)
+    assert alone.batch_size == 18
+    assert sum(int((batch["example"] >= 0).sum()) for batch in alone.eval_batches()) == COUNT
     with pytest.raises(InputError, match=r"batch_tokens=100 has no room"):
         batching(batch_tokens=100)
     one = next(batching(np.array([5]), longest=None).train_batches(0))

@@ -121,6 +121,16 @@ def test_resuming_is_going_on(plan):
         plan.step_of(inside)
 
 
+@each_kind
+def test_where_the_next_batch_begins(plan):
+    """As many examples may be the middle of a batch of other data, in the order of another seed."""
+    begins = [plan.after(0, step) for step in range(plan.steps(3.0))]
+    for seen in range(begins[-1]):
+        assert plan.next_begin(seen) == next(begin for begin in begins if begin >= seen)
+    even = Even(TEXTS, 4, (64,), 0)
+    assert [even.next_begin(seen) for seen in range(6)] == [0, 4, 4, 4, 4, 8]
+
+
 def test_half_an_epoch_is_half_of_its_batches():
     assert PLAN.steps(0.5) == -(-EPOCH // 2)
     assert EPOCH - 3 <= PLAN.steps(2.0) - EPOCH <= EPOCH  # one less where a batch is shared
@@ -238,6 +248,20 @@ def test_what_is_answered_in_parts_has_few_shapes(pack):
         batching = make_batching(some, config, 256, in_parts=True, longest=256)
         shapes |= {batch["tokens"].shape for batch in batching.eval_batches()}
     assert len(shapes) <= 8
+
+
+def test_parts_of_a_file_have_the_same_shapes_by_tokens():
+    """Thousands of records at a time, of whatever lengths; none has more tokens than allowed."""
+    config = LabelledConfig(train=JsonLines(path="x"), batch_size=4, batch_tokens=1024)
+    shapes: list[set[tuple[int, ...]]] = []
+    for seed in range(3):
+        part = make_examples(2048, sides=1, seed=seed)
+        short = [row for row in part.rows if len(row["tokens"]) <= 64]
+        part = replace(part, rows=(short * 2)[:2048])
+        batching = make_batching(part, config, 128, in_parts=True)
+        shapes.append({batch["tokens"].shape for batch in batching.eval_batches()})
+    assert {rows for found in shapes for rows, _ in found} == {8}
+    assert len(set.union(*shapes)) <= max(map(len, shapes)) + 2
 
 
 def test_batches_that_cannot_be_made():

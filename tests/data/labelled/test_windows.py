@@ -80,8 +80,18 @@ def test_questions_number_their_windows(framer):
 
 
 def test_a_question_that_leaves_no_room(framer):
+    """Only where the context does not fit there: one window shares nothing with others."""
+    long = "who " * 6
     with pytest.raises(InputError, match=r"question q1 of 6 tokens leaves 3 of max_length=12 .*=3"):
-        question_answering.encode(framer, [question("a", None, "who " * 6)], doc_stride=3)
+        question_answering.encode(framer, [question("a b c d", None, long)], doc_stride=3)
+    with pytest.raises(InputError, match=r": shorten the question, train with .* below 3, or"):
+        question_answering.encode(framer, [question("a b c d", None, long)], doc_stride=3)
+    (row,) = question_answering.encode(
+        framer, [question("a b c", "c", long)], doc_stride=3
+    ).examples.rows
+    assert row["starts"] == row["ends"] == 10
+    with pytest.raises(InputError, match=r"leaves -1 .*: shorten the question, or train"):
+        question_answering.encode(framer, [question("a", None, "who " * 10)], doc_stride=0)
 
 
 def test_an_answer_without_tokens(framer):
