@@ -316,7 +316,7 @@ class _Work:
         By the least and the largest of each, so that a segment may be taken for another between.
         """
         q_ids, kv_ids = self._padded.q_segment_ids, self._padded.kv_segment_ids
-        if not self._padded.is_own or self._padded.more is not None:  # a query may see nothing
+        if not self._padded.same_ids or self._padded.more is not None:  # a query may see nothing
             return None
 
         def ends(ids: Array, starts: np.ndarray, size: int) -> tuple[Array, Array]:

@@ -50,7 +50,7 @@ def attend(
         raise InputError(f"{name} attention takes no bias: use attention=plain")
     seen = mask if isinstance(mask, Visible) else visible(mask=mask)
     group = seen.group
-    is_own = seen.is_own or seen.q_segment_ids is None
+    is_own = seen.same_ids or seen.q_segment_ids is None
     is_own = is_own and query.shape[1] == key.shape[1] * group and seen.more is None
     if not is_own or key.shape[1] < SHORT:
         return blockwise_attention(query, key, value, mask=mask, scale=scale)

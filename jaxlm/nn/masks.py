@@ -76,7 +76,7 @@ class Visible:
         before: how many places back a query sees, beside its own; None: all.
         after: how many places ahead; 0 is causal.
         group: consecutive queries that stand at one place, such as those of heads that share keys.
-        is_own: the ids of queries are those of keys, so that each query sees its own place.
+        same_ids: the ids of queries are those of keys, so that each query sees its own place.
     """
 
     q_segment_ids: Any = None
@@ -85,7 +85,7 @@ class Visible:
     before: int | None = flax.struct.field(pytree_node=False, default=None)
     after: int | None = flax.struct.field(pytree_node=False, default=None)
     group: int = flax.struct.field(pytree_node=False, default=1)
-    is_own: bool = flax.struct.field(pytree_node=False, default=False)
+    same_ids: bool = flax.struct.field(pytree_node=False, default=False)
 
     def part(
         self, q_start: Any, q_length: int, kv_start: Any, kv_length: int
@@ -139,14 +139,14 @@ def visible(
 
     ``mask`` holds as well. A window of radius 64 is ``before=64, after=64``.
     """
-    own = Visible(segment_ids, segment_ids, None, before, after, is_own=segment_ids is not None)
+    own = Visible(segment_ids, segment_ids, None, before, after, same_ids=segment_ids is not None)
     if mask is None:
         return own
     if not isinstance(mask, Visible):
         return replace(own, more=mask)
     if segment_ids is not None and mask.q_segment_ids is not None:
         same = segments(segment_ids, segment_ids)
-        own = replace(own, q_segment_ids=None, kv_segment_ids=None, is_own=False)
+        own = replace(own, q_segment_ids=None, kv_segment_ids=None, same_ids=False)
         mask = replace(mask, more=same if mask.more is None else mask.more & same)
     nearer = lambda a, b: b if a is None else a if b is None else min(a, b)
     ids = own if mask.q_segment_ids is None else mask
@@ -157,7 +157,7 @@ def visible(
         nearer(before, mask.before),
         nearer(after, mask.after),
         mask.group,
-        ids.is_own,
+        ids.same_ids,
     )
 
 
