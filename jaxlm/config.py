@@ -146,7 +146,7 @@ class PretrainConfig(RunConfig):
     @property
     def packs_rows(self) -> bool:
         """Whether documents of a row do not see each other."""
-        return self.task.isolate_documents
+        return getattr(self.task, "isolate_documents", False)  # a task of one's own may not ask
 
 
 @dataclass(frozen=True, kw_only=True)
