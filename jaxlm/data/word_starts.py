@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -32,6 +33,7 @@ def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " vocab"] | None:
     """
     definition = json.loads(tokenizer.to_str())
     pre_tokenizer = json.dumps(definition["pre_tokenizer"])
+    spaces_are_written = "Metaspace" in pre_tokenizer or _writes_spaces(definition["normalizer"])
     if definition["model"]["type"] == "WordPiece":
         inside = definition["model"]["continuing_subword_prefix"]
         begins = lambda token: not token.startswith(inside)
@@ -39,7 +41,7 @@ def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " vocab"] | None:
     elif "ByteLevel" in pre_tokenizer:
         begins = lambda token: token.startswith("Ġ")
         first = _first_of_bytes()
-    elif "Metaspace" in pre_tokenizer:
+    elif spaces_are_written:
         begins = lambda token: token.startswith("▁")
         first = lambda token: token[:1]
     else:
@@ -49,6 +51,15 @@ def word_starts(tokenizer: Tokenizer) -> Bool[np.ndarray, " vocab"] | None:
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
         table[i] = token in special or begins(token) or _without_spaces(first(token))
     return table
+
+
+def _writes_spaces(normalizer: dict[str, Any] | None) -> bool:
+    """Whether it replaces spaces by '▁', as Gemma's and Llama 2's."""
+    steps = (normalizer or {}).get("normalizers", [normalizer])
+    replacements = (step for step in steps if step and step["type"] == "Replace")
+    return any(
+        step["pattern"] == {"String": " "} and step["content"] == "▁" for step in replacements
+    )
 
 
 def _without_spaces(character: str) -> bool:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from jaxlm.data import corpus, tokenizers
 from jaxlm.data.labelled.framing import Framer
@@ -91,6 +91,21 @@ def test_without_spaces_no_line_is_a_word(kind, script):
     latin = tokenizers.train(kind, ["unbelievable words", "é ü"], 300)
     ids = latin.encode("unwords éü", add_special_tokens=False).ids
     assert word_starts(latin)[ids].sum() == 2
+
+
+@pytest.mark.parametrize("first", [[], [normalizers.Prepend("▁")]], ids=["Gemma", "Llama 2"])
+def test_word_starts_where_the_normalizer_writes_spaces(first):
+    vocab = {token: i for i, token in enumerate(["▁", "t", "h", "e", "th", "▁th", "中", "<0xE4>"])}
+    merges = [("t", "h"), ("▁", "th")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([*first, replace]) if first else replace
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    starts = word_starts(tokenizer)
+    encoding = tokenizer.encode("e the  the中", add_special_tokens=False)
+    begins = {"▁", "▁th", "中"}
+    assert begins <= set(encoding.tokens)
+    assert [bool(starts[i]) for i in encoding.ids] == [one in begins for one in encoding.tokens]
 
 
 def test_word_starts_that_tokens_do_not_tell(trained):
