@@ -33,10 +33,9 @@ class SpecialTokens:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "SpecialTokens":
         """Those of a tokenizer; :class:`InputError` names the one it lacks."""
-        before, after = _own_frame(tokenizer)
-        sep = after[0] if after else _find(tokenizer, *_ENDS)
-        cls_last = not before and len(after) > 1
-        first = after[-1:] if cls_last else before[:1]
+        own = own_frame(tokenizer)
+        sep = own.after[0] if own.after else _find(tokenizer, *_ENDS)
+        first = own.after[-1:] if own.ends_with_cls else own.before[:1]
         pad = _look_up(tokenizer, PAD, "<pad>", "<|finetune_right_pad_id|>")
         return cls(
             pad=sep if pad is None else pad,  # what is padding, lengths say
@@ -84,6 +83,18 @@ class Frame(NamedTuple):
     before: tuple[int, ...]
     after: tuple[int, ...]
 
+    @property
+    def ends_with_cls(self) -> bool:
+        """Whether it is as XLNet's, with the classifying token at the end."""
+        return not self.before and len(self.after) > 1
+
+
+def own_frame(tokenizer: Tokenizer) -> Frame:
+    """What its post-processor puts around a text."""
+    encoding = post_processed(tokenizer)
+    place = encoding.sequence_ids.index(0)
+    return Frame(tuple(encoding.ids[:place]), tuple(encoding.ids[place + 1 :]))
+
 
 def frame(tokenizer: Tokenizer, special: SpecialTokens | None = None) -> Frame:
     """What stands around each text of pretraining, which has an end in any case.
@@ -94,17 +105,10 @@ def frame(tokenizer: Tokenizer, special: SpecialTokens | None = None) -> Frame:
     """
     found = SpecialTokens.of(tokenizer)
     special = special or found
-    before, after = _own_frame(tokenizer) if special == found else Frame((), ())
+    own = own_frame(tokenizer) if special == found else Frame((), ())
     only_written = special.cls == special.pad != special.sep  # in T5, texts that are read lack it
-    if not before and len(after) < 2 and not only_written:
-        before = (special.cls,)
-    return Frame(before, after or (special.sep,))
-
-
-def ends_with_cls(tokenizer: Tokenizer) -> bool:
-    """Whether it frames a text as XLNet's does, with the classifying token at the end."""
-    before, after = _own_frame(tokenizer)
-    return not before and len(after) > 1
+    lacks_cls = not own.before and not own.ends_with_cls and not only_written
+    return Frame((special.cls,) if lacks_cls else own.before, own.after or (special.sep,))
 
 
 def post_processed(tokenizer: Tokenizer, num_texts: int = 1) -> Encoding:
@@ -113,9 +117,3 @@ def post_processed(tokenizer: Tokenizer, num_texts: int = 1) -> Encoding:
     if tokenizer.post_processor is not None:
         bare.post_processor = tokenizer.post_processor
     return bare.encode("a", "a" if num_texts == 2 else None)
-
-
-def _own_frame(tokenizer: Tokenizer) -> Frame:
-    encoding = post_processed(tokenizer)
-    place = encoding.sequence_ids.index(0)
-    return Frame(tuple(encoding.ids[:place]), tuple(encoding.ids[place + 1 :]))

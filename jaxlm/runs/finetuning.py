@@ -24,7 +24,7 @@ from jaxlm.data.labelled.dataset import Splits, read_splits
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.packing import would_save
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
-from jaxlm.data.special_tokens import SpecialTokens, ends_with_cls
+from jaxlm.data.special_tokens import SpecialTokens, own_frame
 from jaxlm.data.tokenizers import TokenizerConfig
 from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
@@ -231,7 +231,7 @@ def resolve(
 
 
 def _with_pooling(task: Any, base: Base | None, model: ModelConfig, tokenizer: Tokenizer) -> Any:
-    given, cls_last = vars(task).get("pooling"), ends_with_cls(tokenizer)
+    given, cls_last = vars(task).get("pooling"), own_frame(tokenizer).ends_with_cls
     if model.is_causal and given in FIRST:
         raise InputError(
             f"task.pooling={given} takes the first token, which in {type(model).__name__} has seen "
