@@ -7,7 +7,8 @@
 Half a million tokens a batch, cosine decay to a tenth of the peak, every block recomputed in the
 backward pass.
 
-Hardware and time: not yet measured; compiled for 16 TPU v5e chips (scripts/README.md).
+Hardware and time: not yet measured; compiled for 16 TPU v5e chips, on which it fits with
+--train.num-micro-batches 2 (scripts/README.md).
 Expected: not yet measured.
 """
 

@@ -8,9 +8,9 @@
     python scripts/predict.py runs/multi30k translate --file test.en --out test.hyp
 
 Line n of one file goes with line n of the other; they may be compressed. Tables and JSON lines are
-read as well: --data.train JsonLines --data.train.path pairs.jsonl --task.fields.source en
---task.fields.target de. The other way round: exchange source and target. With a vocabulary each:
---source-tokenizer.vocab-size 4096.
+read as well: --data.train JsonLines --data.train.path pairs.jsonl --data.validation None
+--task.fields.source en --task.fields.target de. The other way round: exchange source and target.
+With a vocabulary each: --source-tokenizer.vocab-size 4096.
 
 Source: Wu et al. 2021, arXiv:2105.14462, section 3 and appendix (4 layers of 128, label smoothing
 0.1, a joint vocabulary, the mean of the last 10 checkpoints). Half their batch, less than half

@@ -5,7 +5,7 @@
     python scripts/pretrain.py configs/phase2_long.py
     python scripts/pretrain.py configs/phase3_decay.py
 
-Warner et al. (2024), at a thousandth of the size: rows of 128 where they have 1,024, the
+Warner et al. (2024), at a hundredth of the size: rows of 128 where they have 1,024, the
 batch grows to its size in the first tenth, StableAdamW without another clipping, 30 % masked, and
 after the warm-up the rate is constant, so that the run can be made longer at any time
 (--train.steps) and others can branch off it. configs/modernbert_base.py has the published sizes.

@@ -3,7 +3,7 @@
     python scripts/pretrain.py configs/phase2_long.py
 
 From phase1_short.py's parameters. Layers that see all of a row turn by larger wavelengths from here
-on, as many rows as before hold as many tokens in a batch, and the rate is constant again.
+on, a batch holds as many tokens as before in an eighth of the rows, and the rate is constant again.
 
 Hardware and time: two CPU cores, ten minutes beside other work.
 Expected: validation loss 3.30 on these rows at first, 3.01 at the end; see phase2_long.png.

@@ -1,12 +1,12 @@
 """Merge a run's adapters into its encoder: ``python scripts/merge_lora.py runs/x merged``.
 
 The folder that comes out is a published encoder's in Hugging Face's layout, with its tokenizer: a
-base for further fine-tuning here, or a model for other libraries. The head of a BERT's or
-ModernBERT's task comes with it, and transformers opens it as that task's class; others are left
-behind (one over the vocabulary is the base's, and stays). A RoBERTa comes out as the BERT that
-computes the same, and what was tuned for embeddings as a sentence encoder. A README says what it
-was trained on, and what was measured. A pretrained run has nothing to merge, and comes out with its
-head over the vocabulary.
+base for further fine-tuning here, or a model for other libraries. A task's head that transformers
+has comes with it, and is opened as that task's class; another, or one that pools otherwise, is left
+behind, which is said (one over the vocabulary is the base's, and stays). A RoBERTa comes out as the
+BERT that computes the same, and what was tuned for embeddings as a sentence encoder. A README says
+what it was trained on, and what was measured. A pretrained run has nothing to merge, and comes out
+with its head over the vocabulary.
 """
 
 from jaxlm.runtime.allocator import tune_process

@@ -2,6 +2,9 @@
 
 import argparse
 import functools
+import io
+import itertools
+import json
 import os
 import re
 import runpy
@@ -175,7 +178,7 @@ config = short(real("quickstart_lora.py"))
 config = replace(config, data=LabelledConfig(train=PyDocsTopics(package="scipy"), batch_size=8))
 """
     )
-    for name in ("adapt.py", "csv_classifier.py"):
+    for name in ("adapt.py", "csv_classifier.py", "gpt_instruct.py", "multi30k.py"):
         (folder / "configs" / name).write_text(start + f'config = short(real("{name}"))\n')
     write_data(folder)
 
@@ -186,6 +189,16 @@ def write_data(folder: Path) -> None:
     rows = [f"{text},{len(text.split()[1])}\n" for text in texts]
     (folder / "reviews.csv").write_text("".join(["review,stars\n", *rows]))
     (folder / "new.csv").write_text("review\nthe blue cat\n")
+    topics = [f"{text},{topic}\n" for text, topic in zip(texts, ["io", "linalg"] * 20, strict=True)]
+    (folder / "labelled.csv").write_text("".join(["text,label\n", *topics]))
+    (folder / "sentences.txt").write_text("The [MASK] cat.\nA [MASK].\n")
+    for name, keys in {"prompts": ("prompt", "response"), "pairs": ("en", "de")}.items():
+        objects = [json.dumps(dict.fromkeys(keys, text)) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(objects))
+    (folder / "new.jsonl").write_text('{"prompt": "What is a cat?"}\n')
+    parts = {"train": texts[:30], "val": texts[30:35], "test": texts[35:]}
+    for (name, part), language in itertools.product(parts.items(), ("en", "de")):
+        (folder / f"{name}.{language}").write_text("\n".join(part))
     (folder / "mytext").mkdir()
     for path in FILES:
         name = "-".join(path.relative_to(ROOT).parts)
@@ -421,6 +434,26 @@ def test_the_readme_from_top_to_bottom(
     assert pages
     for path in pages:
         check_notebook(run_notebook(blocks(path.read_text(), "python")))
+
+
+ENCODERS = ("bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2")
+
+
+@pytest.mark.slow
+def test_the_page_of_scripts_from_pretraining_on(
+    user_folder: Path,
+    run_script: Callable[[list[str]], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In order, with tiny configs of the same names, and runs of ours for models of the hub."""
+    text = (ROOT / "scripts" / "README.md").read_text()
+    chosen = text[text.index("\n## Pretraining") : text.index("\n## Sweeps")]
+    for words in filter(None, map(script_of, commands(chosen))):
+        if not any(word.startswith("dslim/") for word in words):
+            monkeypatch.setattr("sys.stdin", io.StringIO("\n"))  # ends a chat
+            run_script(["runs/quickstart" if word in ENCODERS else word for word in words])
+    made = ("filled.jsonl", "measured/eval.json", "vectors.npy", "test.hyp", "adapter/README.md")
+    assert [name for name in made if not (user_folder / name).is_file()] == []
 
 
 def run_notebook(sources: list[str]) -> Any:

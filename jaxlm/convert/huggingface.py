@@ -92,8 +92,8 @@ def load(name_or_path: str | Path, *, cache: str | Path | None = None) -> Publis
 
     The folder holds ``config.json``, ``model.safetensors`` (or its shards and their index), and
     ``tokenizer.json``, ``vocab.txt``, or ``vocab.json`` and ``merges.txt``. Of heads of tasks those
-    are read that are the same here; a file with another is refused, as is whatever else is unknown,
-    missing or of another shape.
+    are read that are the same here; one that is computed otherwise is left out, which is said.
+    Whatever else is unknown, missing or of another shape is refused.
     ``cache`` is the folder that keeps downloads; None, the one of ``huggingface_hub``.
     """
     found = unread(name_or_path, cache=cache)

@@ -320,10 +320,11 @@ def _f1s(
     from sklearn.metrics import multilabel_confusion_matrix  # slow to import
 
     counts = multilabel_confusion_matrix(true, predicted, labels=labels)
+    whole = counts.astype(int).tolist()  # scikit-learn gives floats where none is right
     return np.array(
         [
             _precision_recall_f1(right, right + extra, right + missed)["f1"]
-            for (_, extra), (missed, right) in counts.tolist()
+            for (_, extra), (missed, right) in whole
         ]
     )
 

@@ -39,6 +39,11 @@ def test_undefined_ratios_are_zero():
     assert result["accuracy"] == result["macro_f1"] == 1.0
 
 
+def test_nothing_right():
+    result = metrics.classification(np.array([0, 0]), one_hot([1, 1], 2), "ab")
+    assert result["accuracy"] == result["macro_f1"] == 0.0
+
+
 def test_multilabel_by_hand():
     labels = np.array([[1, 0, 0], [1, 1, 0], [0, 0, 0]], np.float32)
     probabilities = np.array([[0.9, 0.1, 0.2], [0.6, 0.5, 0.3], [0.7, 0.2, 0.4]])
