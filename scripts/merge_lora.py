@@ -65,11 +65,19 @@ def main(
     head, said, left_out = publish(task, loaded.labels, params.get("head", {}), model)
     head |= params.get("lm_head", {})
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
-    pooling = (task.pooling or "mean") if isinstance(task, Embedding) else None
-    prompts = task.prompts if isinstance(task, Embedding) else None
-    card = model_card.write(loaded, run, left_out)
-    options = {"pooling": pooling, "prompts": prompts, "task_head": said, "card": card}
-    huggingface.save(out, kept, model, loaded.tokenizer, **options)
+    embeds = isinstance(task, Embedding)
+    huggingface.save(
+        out,
+        kept,
+        model,
+        loaded.tokenizer,
+        pooling=(task.pooling or "mean") if embeds else None,
+        prompts=task.prompts if embeds else None,
+        default_prompt_name=next(iter(task.prompts), None) if embeds else None,  # of queries
+        max_length=loaded.framer.max_length if embeds else None,
+        task_head=said,
+        card=model_card.write(loaded, run, left_out),
+    )
     print(
         f"{run} at step {int(loaded.state.step)}, merged, is in {out}, in float32: rounded to "
         f"bfloat16 its weights would differ by {lost:.1%} of what was added{left_out}"

@@ -226,14 +226,16 @@ def save(
     *,
     pooling: Pooling | None = None,
     prompts: Mapping[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    max_length: int | None = None,
     task_head: TaskHead | None = None,
     card: str | None = None,
 ) -> None:
     """A new folder that :func:`load`, and other libraries, read; it appears when it is complete.
 
-    With ``pooling`` it is a sentence encoder's, whose vectors have length 1. The first of its
-    ``prompts`` is the default. With a ``task_head``, ``params["head"]`` is one. ``card`` is its
-    README.
+    With ``pooling`` it is a sentence encoder's, whose vectors have length 1; ``max_length`` is how
+    many tokens of a text it reads, None: all that the model can. With a ``task_head``,
+    ``params["head"]`` is one. ``card`` is its README.
     """
     path = on_disk(path)
     if not isinstance(config, Known):
@@ -293,6 +295,7 @@ def save(
             write_whole(unfinished / "README.md", card)
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
         if pooling is not None:
-            width, longest = config.hidden_dim, config.max_length
-            sentence_encoder.write(unfinished, pooling, width, longest, prompts)
+            lengths = [length for length in (max_length, config.max_length) if length is not None]
+            longest, prompting = min(lengths, default=None), (prompts, default_prompt_name)
+            sentence_encoder.write(unfinished, pooling, config.hidden_dim, longest, *prompting)
         folder.write_tensors(unfinished / folder.WEIGHTS, named)

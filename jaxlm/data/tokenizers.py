@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import (
+    AddedToken,
     Tokenizer,
     decoders,
     models,
     normalizers,
     pre_tokenizers,
+    processors,
 )
 
 from jaxlm.data.special_tokens import SPECIALS, UNK
@@ -22,6 +24,23 @@ from jaxlm.runtime.storage import StoragePath, locate, on_disk
 
 MODULES, LENGTHS = "modules.json", "sentence_bert_config.json"
 """Of a sentence encoder's folder: what follows the encoder, and how texts are cut for it."""
+SETTINGS = "tokenizer_config.json"
+"""Of any folder of transformers: what its tokenizer's other files do not say."""
+_MODEL = "config.json"
+_END = "<|endoftext|>"  # GPT-2's only special token
+_ROBERTA = {
+    "cls_token": "<s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+_ROLES = (*_ROBERTA, "bos_token", "eos_token")
+_OTHER_PROGRAMS = {  # words are found by a dictionary, or are not cut into pieces of words
+    "tokenizer_class": ("BertJapaneseTokenizer", "RoFormerTokenizer"),
+    "word_tokenizer_type": ("mecab", "sudachi", "jumanpp"),
+    "subword_tokenizer_type": ("character", "sentencepiece"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +105,11 @@ class TokenizerConfig:
 def load(path: StoragePath | str) -> Tokenizer:
     """From a ``tokenizer.json``, a BERT ``vocab.txt``, or a folder with one of them.
 
-    Or with GPT-2's ``vocab.json`` and ``merges.txt``. What a ``tokenizer_config.json`` beside a
-    ``vocab.txt`` says of lower case and accents holds, and that a sentence encoder's folder wants
-    lower case, whatever else the tokenizer does. Truncation and padding that the file may prescribe
-    are switched off.
+    Or with GPT-2's or RoBERTa's ``vocab.json`` and ``merges.txt``. What a ``tokenizer_config.json``
+    beside these says of the names of special tokens and a space before the text holds, beside a
+    ``vocab.txt`` of lower case, accents and Chinese characters, and that a sentence encoder's
+    folder wants lower case, whatever else the tokenizer does. Truncation and padding that the file
+    may prescribe are switched off.
     """
     path = locate(path)
     if path.is_dir():
@@ -134,30 +154,84 @@ def _beside(path: StoragePath, name: str) -> dict[str, Any]:
 
 
 def _load_vocab(path: StoragePath) -> Tokenizer:
+    _refuse_other_programs(path)
     vocab = models.WordPiece.read_file(str(on_disk(path)))
     missing = [name for name in SPECIALS if name not in vocab]
     if missing:
         raise InputError(f"{path} lacks the special tokens {' '.join(missing)}")
     cased = any(token != token.lower() for token in vocab if token not in SPECIALS)
-    said = _beside(path, "tokenizer_config.json")
+    said = _beside(path, SETTINGS)
     model = models.WordPiece(vocab, unk_token=UNK)
     # A vocabulary without capitals may still be cased: Chinese or Hindi has none.
-    lowercase = said.get("do_lower_case", not cased)
-    return with_specials(bert(model, lowercase=lowercase, marks=said.get("strip_accents") is False))
+    tokenizer = bert(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=said.get("do_lower_case", not cased),
+        strip_accents=said.get("strip_accents"),
+        handle_chinese_chars=said.get("tokenize_chinese_chars") is not False,
+    )
+    return with_specials(tokenizer)
+
+
+def _refuse_other_programs(path: StoragePath) -> None:
+    for name in (SETTINGS, _MODEL):
+        said = _beside(path, name)
+        for key, others in _OTHER_PROGRAMS.items():
+            if said.get(key) in others:
+                raise InputError(
+                    f"{path.with_name(name)}: {key}={said[key]!r} splits words by a program of its "
+                    "own, which is not supported: take a model with a tokenizer.json, such as "
+                    "FacebookAI/xlm-roberta-base"
+                )
 
 
 def _load_merges(path: StoragePath) -> Tokenizer:
-    """GPT-2's byte-level BPE, which unlike ours puts no space before the text."""
+    """Byte-level BPE: GPT-2's, or RoBERTa's, which has a frame.
+
+    Unlike ours it puts no space before the text, unless that is asked for.
+    """
     merges = path.with_name("merges.txt")
     if not merges.is_file():
         raise InputError(f"{path} needs merges.txt beside it, which is not there")
+    _refuse_ends_of_words(merges)
+    said, model = _beside(path, SETTINGS), _beside(path, _MODEL)
+    space = said.get("add_prefix_space") is True
     tokenizer = Tokenizer(models.BPE.from_file(str(on_disk(path)), str(on_disk(merges))))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"  # its only special token
-    if tokenizer.token_to_id(end) is not None:
-        tokenizer.add_special_tokens([end])
+    named = {role: _named(role, said[role]) for role in _ROLES if said.get(role)}
+    roberta = {role: _named(role, name) for role, name in _ROBERTA.items()} | named
+    cls, sep = roberta["cls_token"].content, roberta["sep_token"].content
+    kinds = (said.get("tokenizer_class"), model.get("tokenizer_class"), model.get("model_type"))
+    kind = next((str(one).lower() for one in kinds if one), "")
+    vocab = tokenizer.get_vocab()
+    # Many a GPT-2 has a vocabulary with RoBERTa's names, of which it frames no text.
+    is_framed = not kind.startswith("gpt2") and {cls, sep} <= vocab.keys()
+    special = roberta.values() if is_framed else (AddedToken(_END), *named.values())
+    present = {one.content: one for one in special if one.content in vocab}
+    tokenizer.add_special_tokens(list(present.values()))
+    if is_framed:
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (sep, vocab[sep]), (cls, vocab[cls]), add_prefix_space=space
+        )
     return tokenizer
+
+
+def _refuse_ends_of_words(merges: StoragePath) -> None:
+    """Of XLM and HerBERT, whose vocabulary is not one of bytes."""
+    for number, line in enumerate(merges.read_text("utf-8").split("\n"), 1):
+        if line.rstrip().endswith("</w>"):
+            raise InputError(
+                f"{merges}:{number}: {line.strip()} marks the end of a word, as no vocabulary of "
+                "bytes does, which needs a tokenizer.json: transformers' "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained writes it"
+            )
+
+
+def _named(role: str, said: str | dict[str, Any]) -> AddedToken:
+    """The token of that role; where only its name is said, a mask replaces the space before it."""
+    own = {"content": said} if isinstance(said, str) else said
+    flags = {name: own[name] for name in ("lstrip", "rstrip", "single_word") if name in own}
+    return AddedToken(own["content"], **({"lstrip": role == "mask_token"} | flags))
 
 
 def save(tokenizer: Tokenizer, path: StoragePath | str) -> None:

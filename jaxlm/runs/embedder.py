@@ -168,8 +168,11 @@ def settings(base: Base) -> Settings:
     else:
         pooling, longest = says.pooling, says.max_length
         own = unit_length if says.normalized else as_it_is
-        scale = (lambda vectors: own(_through(says.dense, vectors))) if says.dense else own
+        kept = slice(says.truncate_dim)
+        scale = lambda vectors: own(_through(says.dense, vectors))[..., kept]
         length = "scaled to length 1" if says.normalized else "not scaled"
+        if says.truncate_dim is not None:
+            length += f", cut to the first {says.truncate_dim} numbers"
         maps = "".join(f", {one.kernel.shape[1]} by a Dense layer" for one in says.dense)
         about = f"pooling: {pooling}{maps}, {length}, as the folder of {base.name} says"
         prompts, prompt = says.prompts, says.default_prompt

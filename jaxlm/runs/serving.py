@@ -172,6 +172,7 @@ def _finetuned(loaded: FinetunedRun) -> Served:
                 texts='[("Who wrote it?", "Ada wrote it."), ("Where?", "In a small house.")]',
                 more="[[i == 1 for i in row.sequence_ids] for row in rows]",
                 answers="[context[row.offsets[i][0] : row.offsets[j][1]].strip() "
+                'if row.sequence_ids[i] == 1 else "" '
                 "for (_, context), row, (i, j) in zip(texts, rows, found)]",
                 returns="the answer in each context, empty where there is none; `found` has its "
                 "first and last token",

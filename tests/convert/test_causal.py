@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models
 from jaxlm import sharding
 from jaxlm.convert import folder, huggingface, table
 from jaxlm.data import tokenizers
+from jaxlm.data.special_tokens import SpecialTokens
 from jaxlm.errors import InputError
 from jaxlm.models.heads import WithLmHead
 from jaxlm.nn.positions import LinearScaling
@@ -237,6 +238,71 @@ def test_the_vocabulary_of_gpt2(tmp_path):
     tokenizer = tokenizers.load(tmp_path)
     assert tokenizer.encode("hi hi<|endoftext|>").ids == [2, 4, 5]
     assert tokenizer.decode([2, 4]) == "hi hi"
+
+
+ROBERTA = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+
+def bytes_and_merges(path, names, said=None, merges=("h i", "\u0120 hi")):
+    """A folder with a byte-level vocabulary, whose ids begin with ``names``."""
+    vocab = {t: i for i, t in enumerate([*names, "h", "i", "hi", "\u0120", "\u0120hi"])}
+    path.mkdir()
+    (path / "vocab.json").write_text(json.dumps(vocab))
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    if said is not None:
+        (path / "tokenizer_config.json").write_text(json.dumps(said))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        (None, ROBERTA),
+        ({"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False}, ROBERTA),
+        (
+            {"cls_token": "[C]", "sep_token": {"content": "[S]"}, "mask_token": "[M]"},
+            ("[C]", "<pad>", "[S]", "<unk>", "[M]"),
+        ),
+    ],
+)
+def test_the_vocabulary_of_roberta(said, names, tmp_path):
+    """As transformers makes its tokenizer: ``<s> A </s></s> B </s>``, of token type 0."""
+    tokenizer = tokenizers.load(bytes_and_merges(tmp_path / "x", names, said))
+    cls, _, sep, _, mask = names
+    pair = tokenizer.encode("hi", f"hi {mask}")
+    expected = [cls, "hi", sep, sep, "hi", mask, sep]  # the space is the mask's
+    assert [tokenizer.id_to_token(i) for i in pair.ids] == expected
+    assert set(pair.type_ids) == {0}
+    assert tokenizer.encode("hi hi").offsets == [(0, 0), (0, 2), (3, 5), (0, 0)]
+    found = SpecialTokens.of(tokenizer)
+    assert (found.cls, found.pad, found.sep, found.unk) == (0, 1, 2, 3)
+    assert tokenizer.decode(pair.ids) == "hihi"
+    spaced = bytes_and_merges(tmp_path / "y", names, {**(said or {}), "add_prefix_space": True})
+    assert tokenizers.load(spaced).encode("hi").tokens == [cls, "\u0120hi", sep]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "GPT2Tokenizer"}),
+        ("config.json", {"model_type": "gpt2"}),
+    ],
+)
+def test_a_gpt2_that_has_names_of_roberta_is_not_framed(name, kind, tmp_path):
+    said = {"bos_token": "<s>", "eos_token": "</s>"}
+    folder = bytes_and_merges(tmp_path / "x", ROBERTA, said)
+    (folder / name).write_text(json.dumps({**kind, **said}))
+    assert tokenizers.load(folder).encode("<s>hi</s>").tokens == ["<s>", "hi", "</s>"]
+
+
+def test_merges_of_words_are_not_read_as_those_of_bytes(tmp_path):
+    """Of XLM and HerBERT, which mark the end of a word."""
+    merges = ("h i", "h i</w>")
+    folder = bytes_and_merges(tmp_path / "x", (*ROBERTA, "i</w>", "hi</w>"), merges=merges)
+    one_sentence(
+        r"merges\.txt:3: h i</w> marks the end of a word, .*save_pretrained writes it",
+        lambda: tokenizers.load(folder),
+    )
 
 
 # Bad input.

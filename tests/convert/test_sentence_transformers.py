@@ -60,7 +60,7 @@ def test_a_published_encoder_gives_its_vectors(tmp_path):
 def test_what_is_exported_opens_there(pooling, tmp_path):
     params = {"encoder": drawn("SequenceClassification")["encoder"]}
     prompts = {"query": "a ", "document": ""}
-    options = {"pooling": pooling, "prompts": prompts}
+    options = {"pooling": pooling, "prompts": prompts, "default_prompt_name": "query"}
     huggingface.save(tmp_path / "m", params, BERT, tokenizer(), **options)
     found = open_embedder(str(tmp_path / "m"), batch_size=5, report=lambda line: None)(LETTERS)
     np.testing.assert_allclose(vectors(tmp_path / "m", LETTERS), found, rtol=0, atol=1e-5)

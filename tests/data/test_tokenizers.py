@@ -203,6 +203,37 @@ def test_a_vocabulary_without_capitals_may_be_cased(tmp_path, said, expected):
     assert tokenizers.load(tmp_path).encode("Berlin é").tokens[1:-1] == expected
 
 
+@pytest.mark.parametrize("said", [None, True, False])
+def test_chinese_characters_are_set_apart_unless_the_folder_says_not(tmp_path, said):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, "世", "世界", "界"]) + "\n")
+    if said is not None:
+        settings = json.dumps({"tokenize_chinese_chars": said})
+        (tmp_path / "tokenizer_config.json").write_text(settings)
+    expected = ["世界"] if said is False else ["世", "界"]
+    assert tokenizers.load(tmp_path).encode("世界").tokens[1:-1] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": "BertJapaneseTokenizer"}),
+        ("config.json", {"tokenizer_class": "BertJapaneseTokenizer"}),
+        ("tokenizer_config.json", {"word_tokenizer_type": "mecab"}),
+        ("tokenizer_config.json", {"subword_tokenizer_type": "character"}),
+    ],
+)
+def test_words_that_a_program_of_its_own_finds_are_refused(tmp_path, name, said):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, "a"]) + "\n")
+    (tmp_path / name).write_text(json.dumps(said))
+    (key, value), *_ = said.items()
+    message = rf"{name}: {key}={value!r} .* not supported: take a model .* tokenizer\.json"
+    with pytest.raises(InputError, match=message):
+        tokenizers.load(tmp_path)
+    plain = {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
+    (tmp_path / name).write_text(json.dumps(plain))
+    assert tokenizers.load(tmp_path).encode("a").ids == [2, 5, 3]
+
+
 def test_roberta_names():
     names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     tokenizer = Tokenizer(models.WordLevel({n: i for i, n in enumerate(names)}, unk_token="<unk>"))

@@ -63,7 +63,7 @@ def pooled(folder: Path, tmp_path: Path):
         path.mkdir()
         for file in folder.iterdir():
             (path / file.name).symlink_to(file)
-        sentence_encoder.write(path, pooling, 16, 8, prompts)
+        sentence_encoder.write(path, pooling, 16, 8, prompts, next(iter(prompts), None))
         if not normalized:
             modules = json.loads((path / "modules.json").read_text())
             (path / "modules.json").write_text(json.dumps(modules[:2]))
@@ -146,6 +146,20 @@ def test_a_dense_layer_follows_the_pooling(pooled, folder):
     (path / "2_Dense" / "config.json").write_text('{"activation_function": "x.Softsign"}')
     with pytest.raises(InputError, match="with a Dense layer with Softsign, which is not suppor"):
         open_embedder(str(path))
+
+
+def test_vectors_are_cut_after_they_are_scaled(pooled):
+    path = pooled("mean", query="d ")
+    whole = open_embedder(str(path))(TEXTS)
+    settings = path / "config_sentence_transformers.json"
+    said = json.loads(settings.read_text())
+    settings.write_text(json.dumps(said | {"truncate_dim": 5}))
+    embedder = open_embedder(str(path))
+    np.testing.assert_allclose(embedder(TEXTS), whole[:, :5], atol=1e-6)
+    assert "pooling: mean, scaled to length 1, cut to the first 5 numbers, as the" in embedder.about
+    loaded = base.load(str(path))
+    with pytest.raises(InputError, match=r"a cut to the first 5 numbers, .* --task\.pooling mean"):
+        resolve(tuned(path, Embedding()), loaded, loaded.tokenizer, "cpu")
 
 
 def test_prompts_stand_before_texts(pooled):

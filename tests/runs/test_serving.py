@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+import tiny_xlnet
 from flax.traverse_util import flatten_dict, unflatten_dict
 from golden import make_served_golden
 from tiny_heads import drawn, said, tokenizer
 from tiny_models import BERT
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.convert import huggingface, stablehlo
@@ -236,6 +237,20 @@ def test_five_lines_answer_as_the_run(name, answers, base):
         else:
             assert batch == own
     assert len({json.dumps(one) for one in wanted}) > 1  # it looks at the text
+
+
+def test_no_answer_is_none_of_the_text(base):
+    """The span (0, 0) stands for it, whatever token is first: [CLS], or one of the question."""
+    run = tuned(base, QuestionAnswering(), ())
+    bare = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))  # without a frame, as GPT-2's
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    answers, texts = serving.served(run).answers, [("a", "b c d"), ("b", "a d")]
+    for begins, words in ((True, run.tokenizer), (False, tiny_xlnet.tokenizer()), (False, bare)):
+        rows = words.encode_batch(texts)
+        assert (rows[0].sequence_ids[0] is None) == begins
+        first = rows[1].sequence_ids.index(1)
+        found = np.array([[0, 0], [first, first + 1]])
+        assert eval(answers, {"texts": texts, "rows": rows, "found": found}) == ["", "a d"]
 
 
 @pytest.mark.parametrize("archive", sorted(GOLDEN.glob("served_jax_*.zip")), ids=str)

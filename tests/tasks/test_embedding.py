@@ -52,15 +52,17 @@ def test_a_run_brings_pairs_together(train, write, records, eval_metrics, tmp_pa
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     saved = []  # what is written: its head has no parameters
 
-    def save(path, kept, *_, pooling, prompts, task_head, card):
+    def save(path, kept, *_, task_head, card, **said):
         assert task_head is None
         assert card.startswith("---")
-        saved.append((kept.keys(), pooling, prompts))
+        saved.append((kept.keys(), said))
 
     merge_lora = importlib.import_module("merge_lora")
     monkeypatch.setattr(merge_lora.huggingface, "save", save)
     merge_lora.main(run.config.directory, tmp_path / "merged")
-    assert saved == [({"encoder"}, "mean", {"query": "b ", "document": ""})]
+    prompts = {"query": "b ", "document": ""}
+    said = {"pooling": "mean", "prompts": prompts, "default_prompt_name": "query"}
+    assert saved == [({"encoder"}, said | {"max_length": run.framer.max_length})]
 
 
 def test_given_similarities_choose_what_trains_and_are_compared(framer, records):
