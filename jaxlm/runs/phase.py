@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 from tokenizers import Tokenizer
@@ -19,7 +18,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.extension import pieces_of_new
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import ModelConfig, example_inputs
 from jaxlm.runs import steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.task import PretrainTask
@@ -146,5 +145,5 @@ def _extended(
 
 def _shapes(task: PretrainTask, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     init = task.make_model(config).init
-    drawn = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    drawn = jax.eval_shape(init, jax.random.key(0), *example_inputs(config))["params"]
     return {path: tuple(leaf.shape) for path, leaf in tree.leaves_with_path(drawn)}
