@@ -92,18 +92,19 @@ def new_tokens(old: Tokenizer, new: Tokenizer) -> Pieces:
 
 
 def with_tokens(params: Mapping[str, Any], new: Pieces) -> dict[str, Any]:
-    """Encoder and head with a row for each new token: the mean of those of its pieces.
+    """Encoder and heads with a row for each new token: the mean of those of its pieces.
 
-    Of the token table, and of bias and kernel of the head, where it has them. Rows that stood for
-    no token give way.
+    Of the token table, and of bias and kernel of the head and of a generator's, where they have
+    them. Rows that stood for no token give way.
     """
 
     num_tokens = min(new) + len(new)
 
     def one(path: str, leaf: Any) -> Any:
-        if path in ("encoder/token_embed/embedding", "head/bias"):
+        own = path.removeprefix("generator/")
+        if own in ("encoder/token_embed/embedding", "head/bias"):
             return changed(leaf, lambda x: _extended(x, new), (num_tokens, *leaf.shape[1:]))
-        if path == "head/unembed/kernel":
+        if own == "head/unembed/kernel":
             shape = (*leaf.shape[:-1], num_tokens)
             return changed(leaf, lambda x: _extended(x.T, new).T, shape)
         return leaf
@@ -145,5 +146,4 @@ def _extended(
 
 def _shapes(task: PretrainTask, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     init = task.make_model(config).init
-    drawn = jax.eval_shape(init, jax.random.key(0), *example_inputs(config))["params"]
-    return {path: tuple(leaf.shape) for path, leaf in tree.leaves_with_path(drawn)}
+    return tree.shapes(jax.eval_shape(init, jax.random.key(0), *example_inputs(config))["params"])

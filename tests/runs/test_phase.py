@@ -21,6 +21,7 @@ from jaxlm.runs import phase, steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.masked_lm import MaskedLm
+from jaxlm.tasks.replaced_token import ReplacedToken
 from jaxlm.tasks.span_corruption import SpanCorruption
 from jaxlm.tasks.task import PretrainTask
 
@@ -90,6 +91,17 @@ def test_new_tokens_begin_as_the_means_of_their_pieces(name: str) -> None:
         mean = before[..., list(pieces)].mean(-1)
         np.testing.assert_allclose(after[..., number], mean, rtol=1e-4, atol=1e-4)
     assert after[..., 65:].max() < after[..., :65].min()  # no token
+
+
+def test_new_tokens_have_their_place_in_a_generator() -> None:
+    config, task = BASES["bert"][0], ReplacedToken()
+    params = params_of(config, task)
+    more = phase.with_tokens(params, NEW)
+    old, new = (x["generator"]["head"]["bias"] for x in (params, more))
+    assert new.shape == (65,)
+    np.testing.assert_array_equal(new[:57], old[:57])
+    for number, pieces in NEW.items():
+        np.testing.assert_allclose(new[number], old[list(pieces)].mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
