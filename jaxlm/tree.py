@@ -28,6 +28,11 @@ def leaves_with_path(tree: PyTree) -> list[tuple[str, Any]]:
     return [(path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf, by its path."""
+    return {path: tuple(leaf.shape) for path, leaf in leaves_with_path(tree)}
+
+
 def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
     """The tree with other leaves at some paths."""
     return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)

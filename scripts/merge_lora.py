@@ -6,7 +6,7 @@ has comes with it, and is opened as that task's class; another, or one that pool
 behind, which is said (one over the vocabulary is the base's, and stays). A RoBERTa comes out as the
 BERT that computes the same, and what was tuned for embeddings as a sentence encoder. A README says
 what it was trained on, and what was measured. A pretrained run has nothing to merge, and comes out
-with its head over the vocabulary.
+with its head over the vocabulary, if it has one.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -50,10 +50,10 @@ def main(
     """
     if isinstance(read_any_config(locate(run)), PretrainConfig):
         trained = bases.load(str(run), step=step)
-        head = {} if trained.lm_head is None else {"head": trained.lm_head}
-        whole = {"encoder": trained.encoder, **head}
-        huggingface.save(out, whole, trained.config, trained.tokenizer)
-        print(f"{run} at step {trained.step} is in {out}")
+        bases.save(trained, out)
+        left = " and ".join(trained.others)
+        left_out = f"; its {left}, which have no place there, stay behind" if left else ""
+        print(f"{run} at step {trained.step} is in {out}{left_out}")
         return
     loaded = finetuned.open_finetuned(run, step=step, base=base)
     merged = loaded.merged()

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from jaxtyping import PyTree
+
 from jaxlm.convert.architecture import NUMBER, Architecture, Fields, TaskName
 from jaxlm.convert.table import Row, Sizes, linear, norm
 from jaxlm.errors import InputError
@@ -259,6 +262,28 @@ def architecture(pooling: Pooling | None) -> Architecture:
     """What a BERT whose head pools like that is written as."""
     written: dict[Pooling | None, Architecture] = {"distilbert": DISTILBERT, "electra": ELECTRA}
     return written.get(pooling, BERT)
+
+
+def as_written(params: PyTree, pooling: Pooling | None) -> PyTree:
+    """The parameters as what such a BERT is written as has them.
+
+    A DistilBERT adds a position to every token, and so the first type, of which all its tokens are.
+    """
+    if architecture(pooling) is not DISTILBERT:
+        return params
+    encoder: Any = params["encoder"]
+    types, table = (
+        np.asarray(encoder[name]["embedding"]) for name in ("token_type_embed", "position_embed")
+    )
+    if types[1:].any():
+        raise InputError(
+            "encoder/token_type_embed/embedding has learned a type of the second texts of pairs, "
+            "for which a DistilBERT has no place: use the run from its folder, or train it with "
+            "--task.pooling bert to use it elsewhere"
+        )
+    tables = {"token_type_embed": np.zeros_like(types), "position_embed": table + types[0]}
+    new = {name: {"embedding": table} for name, table in tables.items()}
+    return {**params, "encoder": {**encoder, **new}}
 
 
 def write_config(

@@ -186,6 +186,8 @@ def to_huggingface(
     if task_head is None:
         return table.write(layout.all_rows(layout.architecture_of(config)), params, sizes)
     architecture = layout.architecture_of(config, task_head.pooling).of(task_head.task)
+    if isinstance(config, BertConfig):
+        params = bert.as_written(params, task_head.pooling)
     head = architecture.task_heads[task_head.task]
     zeros = {"bias": np.zeros(task_head.size, np.float32)}  # where a head has none
     last = {"classifier": zeros | params["head"]["classifier"]}

@@ -183,28 +183,28 @@ class Generate:
         config: GenerateConfig = GenerateConfig(),
         *,
         batch_size: int | None = None,
-        first: int = 0,
+        numbers: Iterable[int] | None = None,
     ) -> Iterator[Generation]:
         """The continuation of each text, or of the tokens of one; or the target of each source.
 
-        ``first`` is the number of the first, for its seed; ``batch_size`` is the model's unless
-        given. Sources are read all before the first target is written, those of like length
-        together.
+        ``numbers`` are theirs among all texts, for the seed of each: from 0 on unless given.
+        ``batch_size`` is the model's unless given. Sources are read all before the first target is
+        written, those of like length together.
         """
         require_several("texts", texts)
         batch_size = self._model.batch_size if batch_size is None else batch_size
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} is not above 0")
+        numbered = enumerate(texts) if numbers is None else zip(numbers, texts, strict=True)
         if self._model.read is not None:
-            sources = [self._model.source(text) for text in texts]
+            sources = [(number, self._model.source(text)) for number, text in numbered]
 
             def written(order: list[int]) -> Iterator[Generation]:
-                numbered = [(first + i, sources[i]) for i in order]
-                return self._in_batches(numbered, config, batch_size)
+                return self._in_batches([sources[i] for i in order], config, batch_size)
 
-            yield from longest_first(sources, written)
+            yield from longest_first([source for _, source in sources], written)
             return
-        yield from self._in_batches(enumerate(texts, start=first), config, batch_size)
+        yield from self._in_batches(numbered, config, batch_size)
 
     def _in_batches(
         self,

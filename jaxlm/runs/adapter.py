@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from flax.traverse_util import unflatten_dict
 
 from jaxlm import tree
 from jaxlm.config import FinetuneConfig
-from jaxlm.convert import folder, hub, huggingface, peft_load, peft_save, task_model
+from jaxlm.convert import folder, hub, peft_load, peft_save, task_model
 from jaxlm.convert.architecture import check_distinct
 from jaxlm.convert.peft_save import TASK_TYPES, Adapter
 from jaxlm.convert.peft_tensors import Ours
@@ -82,10 +81,7 @@ def _write(
 ) -> str:
     name, loaded = given, bases.load(given)
     if is_run(locate(given)):
-        parts: dict[str, Any] = {"encoder": loaded.encoder}
-        if loaded.lm_head:
-            parts["head"] = loaded.lm_head
-        huggingface.save(unfinished / BASE, parts, loaded.config, loaded.tokenizer)
+        bases.save(loaded, unfinished / BASE)
         path, given = unfinished / BASE, str((out / BASE).resolve())
     else:
         path = hub.find(given)

@@ -3,7 +3,7 @@
 import gc
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from jaxlm.config import FinetuneConfig, PretrainConfig
 from jaxlm.convert import huggingface
 from jaxlm.convert.sentence_encoder import SentenceEncoder
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.heads import EncoderDecoderLm, WithLmHead
+from jaxlm.models.model import ModelConfig, example_inputs, is_two_sided
 from jaxlm.runs import folder, pretrained
 from jaxlm.runs.folder import CHECKPOINTS, TOKENIZER, is_run
 from jaxlm.runtime.storage import StoragePath, locate
@@ -40,6 +41,9 @@ class Base:
     """``kernel`` and ``bias`` of the layer on the first token's hidden state, where published."""
     lm_head: dict[str, Any] | None
     """Parameters of the head that scores the vocabulary, where there is one."""
+    others: dict[str, Any] = field(default_factory=dict)
+    """What else a run has trained for its task, such as a head that does not score the vocabulary:
+    a further phase of that task goes on from it."""
     sentence_encoder: SentenceEncoder | None = None
     """What a published one's folder says that follows the hidden states."""
     tokenizer: Tokenizer
@@ -85,17 +89,20 @@ def load(name: str, *, step: int | None = None) -> Base:
         loaded = pretrained.open_pretrained(directory, step, spread=True)
         assert loaded.config.model is not None  # resolved
         config, tokenizer = loaded.config.model, loaded.tokenizer
-        pooler = sentence_encoder = None
+        pooler = sentence_encoder = head = None
         tokenizer_path = directory / TOKENIZER
         shapes = loaded.placement.abstract_state.trainable["params"]
-        params = _stored(shapes, directory / CHECKPOINTS, loaded.averaged)
-        encoder, head, step = params["encoder"], params.get("head"), loaded.step
+        others = _stored(shapes, directory / CHECKPOINTS, loaded.averaged)
+        encoder, step = others.pop("encoder"), loaded.step
+        if _scores_vocabulary(others.get("head", {}), config):
+            head = others.pop("head", None)
         sums = checksums(loaded.variables["params"]["encoder"])
     else:
         published = huggingface.unread(name)
         config, tokenizer, pooler = published.config, published.tokenizer, published.pooler
         tokenizer_path, sentence_encoder = published.path, published.sentence_encoder
         encoder, head, step = published.params["encoder"], published.lm_head, None
+        others = {}
         sums = host_checksums(encoder)
     digest = hashlib.sha256(repr(sorted(sums.items())).encode())
     return Base(
@@ -104,12 +111,28 @@ def load(name: str, *, step: int | None = None) -> Base:
         encoder=encoder,
         pooler=pooler,
         lm_head=head,
+        others=others,
         sentence_encoder=sentence_encoder,
         tokenizer=tokenizer,
         tokenizer_path=tokenizer_path,
         fingerprint=digest.hexdigest(),
         step=step,
     )
+
+
+def save(base: Base, path: Path) -> None:
+    """A new folder in Hugging Face's layout; of heads it has the one that scores the vocabulary."""
+    head = {} if base.lm_head is None else {"head": base.lm_head}
+    params = {"encoder": base.encoder, **head}
+    huggingface.save(path, params, base.config, base.tokenizer)
+
+
+def _scores_vocabulary(head: PyTree, config: ModelConfig) -> bool:
+    """Whether a head has the parameters of the one that the architecture has for its vocabulary."""
+    join = EncoderDecoderLm if is_two_sided(config) else WithLmHead
+    model = join(config.make(), config.make_lm_head())
+    own = jax.eval_shape(model.init, jax.random.key(0), *example_inputs(config))["params"]
+    return tree.shapes(head) == tree.shapes(own.get("head", {}))
 
 
 def _stored(shapes: PyTree, checkpoints: StoragePath, steps: Sequence[int]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A fine-tuned model put together from its configuration: what training and using it share."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -304,21 +305,27 @@ class FinetunedRun:
     ) -> Iterator[Answered]:
         """Each record with what the model says of it, in JSON; says how many were cut."""
         seen: list[tuple[int, int, int, tuple[int, int]]] = []
+        numbers, way = itertools.count(), generate or GenerateConfig()
 
-        def answer(examples: list[Any]) -> list[Answer]:
+        def answer(numbered: list[tuple[int, Any]]) -> list[Answer]:
+            own, examples = map(list, zip(*numbered, strict=True))
             if isinstance(self.task, Responsive):
-                written = list(self.responder.respond(examples, generate or GenerateConfig()))
+                written = list(self.responder.respond(examples, way, numbers=own))
                 seen.append(self.cut(examples))
                 return self.task.answers(examples, self.labels, {"written": written})
             report = lambda *counts: seen.append(counts)
             _, outputs = self.outputs(examples, labelled=False, report=report)
             return self.task.answers(examples, self.labels, outputs)
 
-        def read(record: Record) -> Any:
+        def read(record: Record) -> tuple[int, Any]:
+            number = next(numbers)  # of what cannot be read as well
             (example,) = self.task.read([record], labelled=False)
-            return example
+            return number, example
 
-        answer_all = by_kind(self.task.kind, answer) if isinstance(self.task, Varied) else answer
+        answer_all = answer
+        if isinstance(self.task, Varied):
+            kind = self.task.kind
+            answer_all = by_kind(lambda one: kind(one[1]), answer)
         yield from answered(records, read, answer_all, chunk=chunk)
         if seen:
             cut, total, (longest, *_), windowed = zip(*seen, strict=True)

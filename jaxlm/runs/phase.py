@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 from tokenizers import Tokenizer
@@ -19,7 +18,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.extension import pieces_of_new
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import ModelConfig, example_inputs
 from jaxlm.runs import steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.task import PretrainTask
@@ -93,18 +92,19 @@ def new_tokens(old: Tokenizer, new: Tokenizer) -> Pieces:
 
 
 def with_tokens(params: Mapping[str, Any], new: Pieces) -> dict[str, Any]:
-    """Encoder and head with a row for each new token: the mean of those of its pieces.
+    """Encoder and heads with a row for each new token: the mean of those of its pieces.
 
-    Of the token table, and of bias and kernel of the head, where it has them. Rows that stood for
-    no token give way.
+    Of the token table, and of bias and kernel of the head and of a generator's, where they have
+    them. Rows that stood for no token give way.
     """
 
     num_tokens = min(new) + len(new)
 
     def one(path: str, leaf: Any) -> Any:
-        if path in ("encoder/token_embed/embedding", "head/bias"):
+        own = path.removeprefix("generator/")
+        if own in ("encoder/token_embed/embedding", "head/bias"):
             return changed(leaf, lambda x: _extended(x, new), (num_tokens, *leaf.shape[1:]))
-        if path == "head/unembed/kernel":
+        if own == "head/unembed/kernel":
             shape = (*leaf.shape[:-1], num_tokens)
             return changed(leaf, lambda x: _extended(x.T, new).T, shape)
         return leaf
@@ -146,5 +146,4 @@ def _extended(
 
 def _shapes(task: PretrainTask, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     init = task.make_model(config).init
-    drawn = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
-    return {path: tuple(leaf.shape) for path, leaf in tree.leaves_with_path(drawn)}
+    return tree.shapes(jax.eval_shape(init, jax.random.key(0), *example_inputs(config))["params"])

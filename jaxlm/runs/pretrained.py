@@ -94,7 +94,7 @@ def make_placement(
 ) -> Placement:
     """The run's steps on all devices, or on ``devices``.
 
-    ``init`` takes a key and, from a base, the parameters ``encoder`` and ``head`` that are given.
+    ``init`` takes a key and, from a base, the parameters that are given.
     """
     assert config.model is not None  # resolved
     model, inputs = make_model(config), example_inputs(config.model)

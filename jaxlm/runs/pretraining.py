@@ -1,6 +1,6 @@
 """Pretraining from a configuration: the whole way from text to a run folder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,21 +213,27 @@ def base_params(
     tokenizer: Tokenizer,
     console: Console,
 ) -> dict[str, PyTree]:
-    """The base's encoder, and its head where that is the task's; says which of them is new."""
+    """The base's encoder, and its head and what else the task's model has, where shapes agree.
+
+    Says what is taken, and what is new.
+    """
     assert config.model is not None  # resolved
-    encoder, head = base.encoder, base.lm_head
+    head = {} if base.lm_head is None else {"head": base.lm_head}
+    parts = {"encoder": base.encoder, **head, **base.others}
     new = phase.new_tokens(base.tokenizer, tokenizer)
     if new:
-        params = {"encoder": encoder, **({} if head is None else {"head": head})}
-        params = phase.with_tokens(params, new)
-        encoder, head = params["encoder"], params.get("head")
-    encoder = phase.with_positions(encoder, config.model)
+        parts = phase.with_tokens(parts, new)
+    encoder = phase.with_positions(parts.pop("encoder"), config.model)
     given: dict[str, Any] = {"encoder": steps.with_rows(encoder, config.model)}
-    head = head and steps.with_bias(head, config.model)
-    wanted = placement.abstract_state.trainable["params"].get("head", {})
-    if head and _shapes(head) == _shapes(wanted):
-        given["head"] = head
-    what = "encoder and head" if "head" in given or not wanted else "encoder; its head is new"
+    wanted = placement.abstract_state.trainable["params"]
+    parts = {name: _with_bias(part, config.model) for name, part in parts.items()}
+    shapes_of = lambda params, name: tree.shapes(params.get(name, {}))
+    names = ["head", *sorted(wanted.keys() - {"encoder", "head"})]
+    known = [name for name in names if shapes_of(wanted, name) in ({}, shapes_of(parts, name))]
+    given |= {name: parts[name] for name in known if name in wanted}
+    what = _joined(["encoder", *known])
+    if fresh := [name for name in names if name not in known]:
+        what += f"; its {_joined(fresh)} {'is' if len(fresh) == 1 else 'are'} new"
     if new:
         what += f"; {len(new):,} new tokens are the means of the pieces that they were"
     if changed := phase.differences(base.config, config.model):
@@ -269,5 +275,13 @@ def base_moments(placement: Placement, base: Base) -> PyTree:
     return read.state["opt_state"]
 
 
-def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(leaf.shape) for path, leaf in tree.leaves_with_path(params)}
+def _with_bias(part: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """A head, or a generator with one, for as many rows as the model has."""
+    if "head" not in part:
+        return steps.with_bias(part, model)
+    return part | {"head": steps.with_bias(part["head"], model)}
+
+
+def _joined(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last

@@ -49,15 +49,23 @@ class Responder:
         return BeamSearch(self.generate.model)
 
     def respond(
-        self, examples: Sequence[Any], config: Writing, *, room: int | None = None
+        self,
+        examples: Sequence[Any],
+        config: Writing,
+        *,
+        room: int | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> Iterator[Generation]:
-        """The response to each; by beam search a :class:`~jaxlm.decode.beam.Hypothesis`."""
+        """The response to each; by beam search a :class:`~jaxlm.decode.beam.Hypothesis`.
+
+        ``numbers`` are theirs among all examples: from 0 on unless given.
+        """
         prompts = (self.prompt(one, room) for one in examples)
         if isinstance(config, BeamConfig):
             for best in self.search(prompts, config):
                 yield replace(_without_space(best), others=tuple(map(_without_space, best.others)))
             return
-        for written in self.generate(prompts, config):
+        for written in self.generate(prompts, config, numbers=numbers):
             yield replace(written, text=written.text.removeprefix(" "))
 
     def stream(self, example: Any, config: GenerateConfig) -> Iterator[str]:

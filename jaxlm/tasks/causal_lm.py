@@ -126,11 +126,11 @@ class CausalLm:
             if error:
                 yield from [{"error": error}] * (1 + len(others))
                 continue
-            chosen = [one.text for one in (first, *others)]
+            numbers, _, chosen = zip(first, *others, strict=True)
             written = (
                 BeamSearch(write.model)(chosen, generate)
                 if isinstance(generate, BeamConfig)
-                else write(chosen, generate, first=first.number)
+                else write(chosen, generate, numbers=numbers)
             )
             for one in written:
                 yield {

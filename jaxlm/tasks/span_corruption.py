@@ -121,18 +121,18 @@ class SpanCorruption:
 
         problems = [problem(origin, text) for _, origin, text in texts]
         pairs = list(zip(texts, problems, strict=True))
-        # Something in place of what is wrong: what is sampled depends on a text's own number.
-        sources = [_numbered(MASK if error else given.text) for given, error in pairs]
+        right = [given for given, error in pairs if not error]
+        sources = [_numbered(given.text) for given in right]
         written: Iterator[Generation] = (
             BeamSearch(model)(sources, generate)
             if isinstance(generate, BeamConfig)
-            else Generate(model)(sources, generate, first=texts[0].number)
+            else Generate(model)(sources, generate, numbers=[given.number for given in right])
         )
-        for (given, error), source, one in zip(pairs, sources, written, strict=True):
+        for given, error in pairs:
             if error:
                 yield {"error": error}
                 continue
-            ids = tokenizer.encode(source).ids
+            one, ids = next(written), tokenizer.encode(_numbered(given.text)).ids
 
             def filled(one: Generation, ids: list[int] = ids) -> dict[str, Any]:
                 found = _spans(one.tokens, names)

@@ -86,6 +86,32 @@ def test_heads_of_others_there_and_back(kind, task, tmp_path):
     assert not huggingface.load(tmp_path / "n").head["classifier"]["bias"].any()
 
 
+@pytest.mark.parametrize("task", POOLED)
+def test_a_tuned_distilbert_there_and_back(task, tmp_path):
+    """All its tokens are of one type, which all training teaches; its positions bear that there."""
+    head = said(task, pooling="distilbert")
+    params = drawn(task, 3, BERT, "distilbert")
+    params["encoder"]["token_type_embed"]["embedding"] *= 0
+    huggingface.save(tmp_path / "base", params, BERT, tokenizer(), task_head=head)
+    begun = huggingface.load(tmp_path / "base")
+    model = model_of(BERT, task, pooling="distilbert")
+    tokens = jnp.array([[2, 5, 6, 3], [2, 7, 8, 3]])
+    apply = jax.jit(lambda params: model.apply({"params": params}, tokens))
+    loss = lambda params: (apply(params) ** 2).mean()
+    tuned = {**begun.params, "head": begun.head}
+    gradients = jax.jit(jax.grad(loss))(tuned)
+    tuned = jax.tree.map(lambda x, g: np.asarray(x - 0.1 * g), tuned, gradients)
+    types = tuned["encoder"]["token_type_embed"]["embedding"]
+    assert types[0].any()
+    assert not types[1:].any()
+    huggingface.save(tmp_path / "m", tuned, BERT, tokenizer(), task_head=head)
+    found = huggingface.load(tmp_path / "m")
+    np.testing.assert_allclose(apply({**found.params, "head": found.head}), apply(tuned), rtol=1e-4)
+    tuned["encoder"]["token_type_embed"] = {"embedding": types + 1}  # as pairs teach
+    with pytest.raises(InputError, match="type of the second texts of pairs, for which a Distil"):
+        huggingface.save(tmp_path / "n", tuned, BERT, tokenizer(), task_head=head)
+
+
 @pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
 def test_what_is_not_finite_is_no_answer(task, tmp_path):
     """One token's embedding is damaged: other texts have their answers."""
@@ -120,9 +146,7 @@ def test_what_is_not_finite_is_no_answer(task, tmp_path):
 def test_a_head_with_another_activation_is_written_as_what_has_it(tmp_path):
     params = drawn("SequenceClassification", 3, BERT, "distilbert")
     head = said("SequenceClassification", pooling="distilbert")
-    with pytest.raises(
-        InputError, match="encoder/token_type_embed/embedding has learned something"
-    ):
+    with pytest.raises(InputError, match="encoder/token_type_embed/embedding has learned a type"):
         huggingface.save(tmp_path / "m", params, BERT, tokenizer(), task_head=head)
     head_params = jax.tree.map(jnp.asarray, params["head"])
     x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 4, 16)), jnp.float32)

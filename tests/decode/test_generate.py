@@ -95,8 +95,8 @@ def test_a_row_is_the_same_alone_and_in_company(attention, config):
                 other, log_probabilities=[]
             )
             np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-4)
-    (alone,) = attention([PROMPTS[3]], config, first=3)
-    assert alone.text == together[3].text
+    some = attention([PROMPTS[3], PROMPTS[1]], config, numbers=[3, 1])
+    assert [one.text for one in some] == [together[3].text, together[1].text]
 
 
 def test_rows_of_the_same_text_differ_and_seeds_do(attention):

@@ -13,12 +13,16 @@ from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
-from jaxlm.models.model import ModelConfig
+from jaxlm.models.model import ModelConfig, example_inputs
 from jaxlm.models.modernbert import ModernBertConfig
+from jaxlm.models.t5 import T5Config
+from jaxlm.models.transformer import TransformerConfig
 from jaxlm.runs import phase, steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.causal_lm import CausalLm
 from jaxlm.tasks.masked_lm import MaskedLm
+from jaxlm.tasks.replaced_token import ReplacedToken
+from jaxlm.tasks.span_corruption import SpanCorruption
 from jaxlm.tasks.task import PretrainTask
 
 SMALL = {"vocab_size": 60, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 24}
@@ -30,6 +34,8 @@ BASES: dict[str, tuple[Any, PretrainTask]] = {
     "gpt2": (GPT2, CausalLm()),
     "llama": (LLAMA, CausalLm()),
     "tied llama": (replace(LLAMA, tied=True), CausalLm()),
+    "t5": (T5Config(**SMALL), SpanCorruption()),
+    "transformer": (TransformerConfig(**SMALL), SpanCorruption()),
 }
 NEW = {
     57: (5, 7),
@@ -44,11 +50,15 @@ NEW = {
 """Of a base of 57 tokens, whose table has 60 rows."""
 
 
+def shapes_of(config: ModelConfig, task: PretrainTask) -> dict[str, Any]:
+    init = task.make_model(config).init
+    return jax.eval_shape(init, jax.random.key(0), *example_inputs(config))["params"]
+
+
 def params_of(config: ModelConfig, task: PretrainTask) -> dict[str, Any]:
-    model = task.make_model(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)
+    return jax.tree.map(draw, shapes_of(config, task))
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -61,10 +71,8 @@ def test_new_tokens_begin_as_the_means_of_their_pieces(name: str) -> None:
     encoder = steps.with_rows(phase.with_positions(more["encoder"], model), model)
     wide = {"encoder": encoder, "head": steps.with_bias(more.get("head", {}), model)}
     wide = {name: part for name, part in wide.items() if part}
-    shapes = jax.eval_shape(
-        task.make_model(model).init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
-    )
-    assert {p: x.shape for p, x in tree.leaves_with_path(shapes["params"])} == {
+    shapes = shapes_of(model, task)
+    assert {p: x.shape for p, x in tree.leaves_with_path(shapes)} == {
         p: x.shape for p, x in tree.leaves_with_path(wide)
     }
     assert model.vocab_size == 128
@@ -73,8 +81,9 @@ def test_new_tokens_begin_as_the_means_of_their_pieces(name: str) -> None:
     for number, pieces in NEW.items():
         np.testing.assert_allclose(table[number], old[list(pieces)].mean(0), rtol=1e-6)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 57, (2, 8)), jnp.int32)
+    inputs = [tokens] * len(example_inputs(config))
     before, after = (
-        task.make_model(one).apply({"params": jax.tree.map(jnp.asarray, of)}, tokens)
+        task.make_model(one).apply({"params": jax.tree.map(jnp.asarray, of)}, *inputs)
         for one, of in ((config, params), (model, wide))
     )
     np.testing.assert_allclose(after[..., :57], before[..., :57], rtol=1e-5, atol=1e-5)
@@ -82,6 +91,17 @@ def test_new_tokens_begin_as_the_means_of_their_pieces(name: str) -> None:
         mean = before[..., list(pieces)].mean(-1)
         np.testing.assert_allclose(after[..., number], mean, rtol=1e-4, atol=1e-4)
     assert after[..., 65:].max() < after[..., :65].min()  # no token
+
+
+def test_new_tokens_have_their_place_in_a_generator() -> None:
+    config, task = BASES["bert"][0], ReplacedToken()
+    params = params_of(config, task)
+    more = phase.with_tokens(params, NEW)
+    old, new = (x["generator"]["head"]["bias"] for x in (params, more))
+    assert new.shape == (65,)
+    np.testing.assert_array_equal(new[:57], old[:57])
+    for number, pieces in NEW.items():
+        np.testing.assert_allclose(new[number], old[list(pieces)].mean(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +112,8 @@ def test_new_tokens_begin_as_the_means_of_their_pieces(name: str) -> None:
         ("modernbert", {"max_length": 1024, "global_rope_base": 1e6, "local_rope_base": 1e5}),
         ("bert", {"max_length": 1024}),
         ("gpt2", {"max_length": 64, "epsilon": 1e-6}),
+        ("t5", {"dropout_rate": 0.2}),
+        ("transformer", {"dropout_rate": 0.2}),
     ],
     ids=str,
 )

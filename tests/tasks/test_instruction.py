@@ -120,6 +120,27 @@ def responder(config, tokenizer):
     return of_seed
 
 
+def test_what_is_sampled_depends_on_its_own_number(config, tokenizer) -> None:
+    """Among all that are asked: not on their chunks, nor on others that have no answer."""
+    config = replace(config, model=replace(MODEL, vocab_size=64), dropout_rate=0.0)
+    init = finetuned.make_init(config, ())
+    places = [finetuned.make_placement(config, (), init)] * 2
+    state = init(jax.random.key(0))
+    run = finetuned.FinetunedRun(config, tokenizer, (), state, *places, {}, (0,))
+    sampled = GenerateConfig(max_new_tokens=6, temperature=1.0)
+
+    def tokens(*asked: str, **options: int) -> list[list[int] | None]:
+        answers = run.answer(list(asked), generate=sampled, **options)
+        return [one.get("tokens") for one in answers]
+
+    first, second, third = tokens("a b", "a b", "a b")
+    assert len({*map(str, (first, second, third))}) == 3
+    too_long, blank = "a " * 60, ""
+    assert tokens("a b", "a b", too_long) == [first, second, None]
+    assert tokens("a b", blank, "a b") == [first, None, third]
+    assert tokens("a b", "a b", "a b", chunk=1) == [first, second, third]
+
+
 def test_all_states_share_what_is_compiled(config, tokenizer) -> None:
     of_seed, said = responder(config, tokenizer), []
     dialogue = Dialogue(turns=(Turn("user", "a b"),), origin="x:1")

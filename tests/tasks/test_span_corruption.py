@@ -153,6 +153,29 @@ def test_spans_that_are_not_written_are_none():
     assert answer["text"] == "ab<extra_id_0>c"
 
 
+def test_what_is_wrong_or_without_text_changes_no_other():
+    """The latter is counted, but not given."""
+    tokenizer = tokenizers.train("characters", ["abcdefgh"], 20, sentinels=4)
+    config = replace(config_of(tokenizer), scale_outputs=False)
+    model = TASK.make_model(config)
+    side = jnp.zeros((1, 4), jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), side, side)
+    banned = tuple(sorted(tokenizer.get_vocab().keys() - {"<extra_id_0>", "d", "e", "f", "g"}))
+    sampled = GenerateConfig(max_new_tokens=16, temperature=1.0, banned_tokens=banned)
+
+    def spans(given):
+        return list(TASK.answers(config, params, tokenizer, given, top_k=1, generate=sampled))
+
+    texts = {0: "ab[MASK]c", 1: "no blank", 3: "ab[MASK]c", 4: "[MASK]ab"}
+    given = [Given(i, f"x:{i}", text) for i, text in texts.items()]
+    found = spans(given)
+    assert "has no blank" in found[1]["error"]
+    for i in (0, 2, 3):
+        assert spans([given[i]]) == [found[i]]
+    assert found[0]["filled"] != found[2]["filled"]
+    assert "error" in spans([given[1]])[0]
+
+
 def config_of(tokenizer) -> T5Config:
     size = tokenizers.vocab_size(tokenizer)
     return T5Config(vocab_size=size, num_layers=1, hidden_dim=8, num_heads=1, head_dim=8, mlp_dim=8)
