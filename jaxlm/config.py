@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.loader import DataConfig
-from jaxlm.data.prepare import PrepareConfig, TokenizerConfig
+from jaxlm.data.prepare import PrepareConfig, TokenizerConfig, check_extension
 from jaxlm.data.tabular import parse_json
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
@@ -142,6 +142,8 @@ class PretrainConfig(RunConfig):
             )
         if self.base_moments and self.base is None:
             raise InputError("base_moments=True, and there is no base: name a run, or leave it out")
+        if self.prepare is not None and self.base is None:
+            check_extension(self.prepare, "--prepare.", "--base")
 
     @property
     def packs_rows(self) -> bool:

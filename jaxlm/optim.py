@@ -149,7 +149,7 @@ def make_optimizer(
     elif config.name == "adafactor":  # Shazeer and Stern 2018, algorithm 4, with momentum
         parts = [
             optax.scale_by_factored_rms(),
-            optax.clip_by_block_rms(1.0),
+            optax.stateless(partial(_clip_by_layer_rms, rows)),
             optax.ema(config.b1),
             decay,
         ]
@@ -265,6 +265,17 @@ def _clipped_by_rms(
 def _within_layer(axes: Axes) -> tuple[int, ...]:
     """All axes but that of a stack's layers."""
     return tuple(range(int(axes.names[:1] == ("layers",)), len(axes.names)))
+
+
+def _clip_by_layer_rms(rows: Rows, updates: PyTree, _: PyTree) -> PyTree:
+    """Scale each layer's update down to a root mean square of 1."""
+
+    def one(path: str, update: Array) -> Array:
+        within = _within_layer(rows(path, update.ndim))
+        mean = jnp.mean(jnp.square(update), within, keepdims=True)
+        return update / jnp.maximum(1, jnp.sqrt(mean))
+
+    return tree.map_with_path(one, updates)
 
 
 def _scale_by_trust_ratio(rows: Rows, updates: PyTree, params: PyTree) -> PyTree:

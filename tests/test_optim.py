@@ -39,8 +39,11 @@ GRADS = {path: normal(*leaf.shape, seed=100 + leaf.size) for path, leaf in PARAM
 LINEAR = {path for path in PARAMS if path.endswith(("kernel", "embedding"))}
 
 
-def update_of(config, params=PARAMS, grads=GRADS, num_steps=1):
-    """The last of several updates, as numpy; positive where it is to be subtracted."""
+def update_of(config, params=PARAMS, grads=GRADS, num_steps=1, growth=None):
+    """The last of several updates, as numpy; positive where it is to be subtracted.
+
+    ``growth`` multiplies the gradients after each step.
+    """
 
     @jax.jit
     def run(params, grads):
@@ -48,6 +51,7 @@ def update_of(config, params=PARAMS, grads=GRADS, num_steps=1):
         state = optimizer.init(params)
         for _ in range(num_steps):
             updates, state = optimizer.update(grads, state, params)
+            grads = grads if growth is None else jax.tree.map(jnp.multiply, grads, growth)
         return updates
 
     return jax.tree.map(lambda update: -np.asarray(update), run(params, grads))
@@ -204,18 +208,23 @@ def unstacked(leaves):
     return flat
 
 
-@pytest.mark.parametrize("name", ["adamw", "stable_adamw", "lamb", "muon"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_stack_is_updated_as_its_layers_one_by_one(name):
     config = OptimizerConfig(name=name, weight_decay=0.1, clip_norm=None)
-    # Layers of different size: one norm for the whole stack would be another.
-    scale = jnp.float32(np.array([1.0, 10.0, 0.1]))
 
-    def spread(leaf, path):
+    def spread(leaf, path, scale):
         return leaf * scale.reshape(3, *[1] * (leaf.ndim - 1)) if "/layers/" in path else leaf
 
-    params = {path: spread(leaf, path) for path, leaf in PARAMS.items()}
-    stacked = unstacked(update_of(config, params=params))
-    apart = update_of(config, params=unstacked(params), grads=unstacked(GRADS))
+    # Layers of different size, of which one grows: one norm for the whole stack would be another.
+    sizes, growing = jnp.float32(np.array([1.0, 10.0, 0.1])), jnp.float32(np.array([1.0, 5.0, 1.0]))
+    params = {path: spread(leaf, path, sizes) for path, leaf in PARAMS.items()}
+    growth = {path: spread(jnp.ones_like(leaf), path, growing) for path, leaf in PARAMS.items()}
+    given = params, GRADS, growth
+    stacked, apart = (
+        update_of(config, params, grads, num_steps=2, growth=growth)
+        for params, grads, growth in (given, map(unstacked, given))
+    )
+    stacked = unstacked(stacked)
     for path, update in apart.items():
         np.testing.assert_allclose(stacked[path], update, rtol=2e-4, atol=1e-5)
 

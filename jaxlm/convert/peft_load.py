@@ -22,7 +22,7 @@ from jaxlm.errors import InputError
 from jaxlm.nn.intercept import flatten
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.peft.tuning import learns
+from jaxlm.peft.tuning import is_bias, learns
 
 PICKLE = "adapter_model.bin"
 # What changes nothing once an adapter is trained, or is read below.
@@ -281,7 +281,7 @@ def _read_saved(
             sizes["labels"] = len(plain[names[0]])
         if row.ours.startswith("head/"):
             saved[row.ours] = row.read(plain, sizes, source)
-        elif row.ours.endswith("/bias"):
+        elif is_bias(row.ours):
             base = _write(row, weights, model)
             saved[row.ours] = row.read({**base, **plain}, sizes, source)
         else:

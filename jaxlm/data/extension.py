@@ -11,7 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -20,6 +20,7 @@ from jaxlm.data import tokenizers
 from jaxlm.errors import InputError
 
 _RARE = 5  # a token that is seen less often would learn little
+_UNKNOWN = "words with parts that it does not know, which stay so"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Extension:
     before: float
     """Mean number of pieces of a word."""
     after: float
+    unknown: int
+    """Words, frequent ones, with parts that the tokenizer does not know: no token has those."""
 
     def __str__(self) -> str:
         few = len(self.added) < self.wanted
@@ -41,6 +44,7 @@ class Extension:
         return (
             f"vocabulary: {len(self.added):,} new tokens{asked}, such as {', '.join(known[:5])}: "
             f"{self.before:.2f} pieces a word before, {self.after:.2f} with them"
+            + (f"; {_UNKNOWN}: {self.unknown:,}" if self.unknown else "")
         )
 
 
@@ -62,25 +66,32 @@ def extend(tokenizer: Tokenizer, texts: Iterable[str], number: int) -> Extension
             "the tokenizer's BPE marks where words begin or end by affixes, and cannot be extended:"
             " WordPiece and byte-level BPE can"
         )
+    unknown = _unknown_pieces(model)
+    unknown_words = sum(
+        not unknown.isdisjoint(_cut(tokenizer, word))
+        for word, count in counts.items()
+        if count >= _RARE
+    )
     vocab: dict[str, int] = model["vocab"]
     # Added tokens get the ids behind the model's when a file is read, unless the model has them.
     vocab.update({token["content"]: token["id"] for token in parts["added_tokens"]})
     if model["type"] == "WordPiece":
         added = _choose_words(model, counts, number)
     else:
-        merges = _choose_merges(tokenizer, vocab, counts, number)
+        merges = _choose_merges(_known_runs(tokenizer, counts, unknown), vocab, number)
         model["merges"] += [list(pair) for pair in merges]
         added = ["".join(pair) for pair in merges]
     if not added:
+        but = f" ({_UNKNOWN}: {unknown_words:,})" if unknown_words else ""
         raise InputError(
-            f"no word is there {_RARE} times or more and in pieces: the tokenizer needs no new "
-            "tokens for this text; leave extend_vocab out"
+            f"no word is there {_RARE} times or more and in pieces that the tokenizer knows{but}: "
+            "there are no new tokens for it in this text; leave extend_vocab out"
         )
     first = tokenizers.vocab_size(tokenizer)
     vocab.update({token: first + i for i, token in enumerate(added)})
     extended = Tokenizer.from_str(json.dumps(parts))
-    means = [_pieces_a_word(one, counts) for one in (tokenizer, extended)]
-    return Extension(extended, number, tuple(added), *means)
+    before, after = (_pieces_a_word(one, counts) for one in (tokenizer, extended))
+    return Extension(extended, number, tuple(added), before, after, unknown_words)
 
 
 def pieces_of_new(old: Tokenizer, new: Tokenizer) -> dict[int, list[int]] | None:
@@ -151,6 +162,16 @@ def _split_words(tokenizer: Tokenizer) -> Any:
     return pre_tokenizers.Sequence([own, pre_tokenizers.Split(words, "isolated"), *more])
 
 
+def _cut(tokenizer: Tokenizer, word: str) -> list[str]:
+    return [piece.value for piece in tokenizer.model.tokenize(word)]
+
+
+def _unknown_pieces(model: dict[str, Any]) -> set[str | None]:
+    """What stands for characters that the vocabulary lacks: a token for all, or their bytes."""
+    bytes_ = {f"<0x{byte:02X}>" for byte in range(256)} if model.get("byte_fallback") else set()
+    return {model["unk_token"], *bytes_}
+
+
 def _pieces_a_word(tokenizer: Tokenizer, counts: Counter[str]) -> float:
     pieces = sum(len(tokenizer.model.tokenize(word)) * count for word, count in counts.items())
     return pieces / max(counts.total(), 1)
@@ -161,6 +182,8 @@ def _choose_words(model: dict[str, Any], counts: Counter[str], number: int) -> l
     vocab, prefix = set(model["vocab"]), model["continuing_subword_prefix"]
 
     def saved(word: str) -> int:
+        if len(word) > model["max_input_chars_per_word"]:
+            return 0  # unknown however long the tokens are
         pieces, start = 0, 0
         while start < len(word):
             ends = range(len(word), start, -1)
@@ -187,14 +210,28 @@ def _choose_words(model: dict[str, Any], counts: Counter[str], number: int) -> l
     return chosen
 
 
-def _choose_merges(
-    tokenizer: Tokenizer, vocab: dict[str, int], counts: Counter[str], number: int
-) -> list[tuple[str, str]]:
-    """The pairs of pieces that are next to each other most often, merged one after the other."""
-    words = [
-        ([piece.value for piece in tokenizer.model.tokenize(word)], count)
+def _known_runs(
+    tokenizer: Tokenizer, counts: Counter[str], unknown: set[str | None]
+) -> list[tuple[list[str], int]]:
+    """The pieces of all words, with their counts, broken where a word has unknown ones.
+
+    Those are names, not letters: a token that was merged from them would be read as their names.
+    """
+    return [
+        (list(run), count)
         for word, count in counts.items()
+        for is_unknown, run in groupby(_cut(tokenizer, word), unknown.__contains__)
+        if not is_unknown
     ]
+
+
+def _choose_merges(
+    words: list[tuple[list[str], int]], vocab: dict[str, int], number: int
+) -> list[tuple[str, str]]:
+    """The pairs of pieces that are next to each other most often, merged one after the other.
+
+    ``words``: their pieces and counts; changed in place.
+    """
     pairs, where = Counter[tuple[str, str]](), defaultdict[tuple[str, str], set[int]](set)
     for i, (pieces, count) in enumerate(words):
         for pair in pairwise(pieces):

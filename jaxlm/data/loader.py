@@ -159,8 +159,8 @@ def check_alike(datasets: Sequence[Prepared]) -> None:
             if here != there:
                 raise InputError(
                     f"{first.directory} has {what} {here!s:.12} and {other.directory} "
-                    f"{there!s:.12}: prepare the second anew, with --row-length "
-                    f"{first.info.row_length} --tokenizer.path {first.tokenizer_path}"
+                    f"{there!s:.12}: prepare the second anew, with scripts/prepare.py "
+                    f"--row-length {first.info.row_length} --tokenizer.path {first.tokenizer_path}"
                 )
         here, there = ((one.info.special.cls, one.info.special.sep) for one in (first, other))
         if here != there:

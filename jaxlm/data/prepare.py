@@ -66,13 +66,16 @@ def prepare(
     overwrite: bool = False,
     console: Console | None = None,
     way_out: str = _WAY_OUT,
+    option: str | None = "--tokenizer",
 ) -> PreparedInfo:
     """Prepare all documents into ``directory``, or find that this has been done.
 
     The same configuration and text give the same files, byte for byte. The directory appears only
     when it is complete; in a bucket its ``info.json`` does. Progress goes to ``console``; None is
-    silent. ``way_out``: what to do where it was prepared otherwise, in words.
+    silent. ``way_out``: what to do where it was prepared otherwise, in words. ``option`` is what
+    chooses the tokenizer; None: a base does.
     """
+    check_extension(config)
     directory = locate(directory)
     recipe = make_recipe(config)
     check_place(directory)
@@ -101,10 +104,26 @@ def prepare(
         )
     tokens, seconds = sum(info.tokens.values()), time.perf_counter() - start
     say(console, f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds / 1e6:.2f} M a second")
-    report(console, tokenizer, encoded.tally, config.tokenizer)
+    chosen = config.tokenizer if option else None
+    report(console, tokenizer, encoded.tally, chosen, option=option or "")
     if "validation" not in info.rows:
         say(console, "no validation split: training on it takes another folder, too, that has one")
     return info
+
+
+def check_extension(config: PrepareConfig, prefix: str = "--", *others: str) -> None:
+    """:class:`InputError` where no tokenizer is named that new tokens could be added to.
+
+    Its options begin with ``prefix``; ``others`` name a tokenizer, too.
+    """
+    more, chosen = config.extend_vocab, config.tokenizer
+    if more is not None and chosen.path is None:
+        names = " or ".join([*others, f"{prefix}tokenizer.path"])
+        raise InputError(
+            f"{prefix.strip('-')}extend_vocab={more} adds to a tokenizer that is there: name it "
+            f"with {names}, or train one with more tokens, with {prefix}extend-vocab None "
+            f"{prefix}tokenizer.vocab-size {chosen.vocab_size + more}"
+        )
 
 
 def check_place(directory: StoragePath) -> None:
@@ -165,21 +184,16 @@ class _TrainingTexts:
 def _make_tokenizer(
     config: TokenizerConfig, more: int | None, corpus: Corpus, console: Console | None
 ) -> Tokenizer:
-    if config.path is not None and more is None:
+    if config.path is None:
+        texts = _TrainingTexts(corpus, config.num_documents)
+        with bar(console, f"training a {config.kind} tokenizer", None):
+            return config.train(texts)
+    if more is None:
         return tokenizers.load(config.path)
-    if config.path is not None and more is not None:
-        with bar(console, "looking for new tokens", None):
-            extended = extend(tokenizers.load(config.path), _TrainingTexts(corpus, None), more)
-        say(console, str(extended))
-        return extended.tokenizer
-    if more is not None:
-        raise InputError(
-            f"extend_vocab={more} adds to a tokenizer that is there: name it with "
-            "--tokenizer.path, or train one with more tokens, with --tokenizer.vocab-size"
-        )
-    texts = _TrainingTexts(corpus, config.num_documents)
-    with bar(console, f"training a {config.kind} tokenizer", None):
-        return config.train(texts)
+    with bar(console, "looking for new tokens", None):
+        extended = extend(tokenizers.load(config.path), _TrainingTexts(corpus, None), more)
+    say(console, str(extended))
+    return extended.tokenizer
 
 
 def dataset_name(directory: StoragePath) -> str:

@@ -91,7 +91,7 @@ class MaskingConfig(ChoiceConfig):
         if vocabulary.mask_id is None:
             raise InputError(
                 "the tokenizer has no token [MASK] or <mask>: prepare the text anew with one that "
-                "has it, as those that are trained here have (leave out --tokenizer.path), or use "
+                "has it, as those that are trained here have (leave tokenizer.path out), or use "
                 "task=CausalLm and a model that writes, such as GPT-2"
             )
 

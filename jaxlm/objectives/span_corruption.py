@@ -72,13 +72,13 @@ class SpanConfig:
         if vocabulary.spans is None:
             raise InputError(
                 "the tokenizer has no sentinels <extra_id_0>, <extra_id_1>, …, which stand for "
-                "hidden spans: prepare the text with --tokenizer.sentinels 100, or use a T5's"
+                "hidden spans: prepare the text with tokenizer.sentinels=100, or use a T5's"
             )
         if (found := len(vocabulary.spans.sentinels)) <= spans:
             raise InputError(
                 f"a row of {length} tokens has {spans} hidden spans, which with a last one need "
                 f"{spans + 1} sentinels, and the tokenizer has {found}: prepare shorter rows, or "
-                f"the text with --tokenizer.sentinels {spans + 1}"
+                f"the text with tokenizer.sentinels={spans + 1}"
             )
         return vocabulary.spans
 

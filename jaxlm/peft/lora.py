@@ -70,7 +70,7 @@ class LoraConfig:
     """dora: the length of each output's weights is learned apart from their direction (Liu et al.
     2024, arXiv:2402.09353)."""
     bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases learn as well: all, or those beside adapters."""
+    """Which biases learn as well: all (as in BitFit), or those beside adapters."""
     lr_ratio: float = 1.0
     """Learning rate of b over that of a (LoRA+, Hayou et al. 2024, arXiv:2402.12354)."""
 

@@ -34,7 +34,11 @@ class HeadOnly:
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit:
-    """The head and all biases learn (Ben Zaken et al. 2021, arXiv:2106.10199)."""
+    """The head and all biases learn (Ben Zaken et al. 2021, arXiv:2106.10199).
+
+    Those are vectors that are added to features, XLNet's of queries among them. T5's table of
+    numbers by distance, which are added to scores, is none.
+    """
 
 
 Tuning = Full | HeadOnly | BitFit | LoraConfig | Ia3Config
@@ -133,12 +137,19 @@ def learns(tuning: Tuning, path: str) -> bool:
     """Whether the variable at a path is trained."""
     if isinstance(tuning, Full) or path.startswith((HEAD, "lora/", "ia3/")):
         return True
-    if not path.endswith("/bias"):
+    if not is_bias(path):
         return False
     if isinstance(tuning, LoraConfig) and tuning.bias == "lora_only":
+        if not path.endswith("/bias"):
+            return False  # of no map, so beside no adapter
         kernel = f"{path.removesuffix('bias')}kernel"
         return any(compile_target(target).search(kernel) for target in tuning.targets)
     return isinstance(tuning, BitFit) or (isinstance(tuning, LoraConfig) and tuning.bias == "all")
+
+
+def is_bias(path: str) -> bool:
+    """Whether a parameter is a bias: a map's, a norm's, or one of attention's, as XLNet's."""
+    return path.endswith(("/bias", "_bias"))
 
 
 def lr_factor(tuning: Tuning) -> Callable[[str], float] | None:

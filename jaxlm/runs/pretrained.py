@@ -161,7 +161,8 @@ def check_rows(name: StoragePath | str, model: ModelConfig, data: Prepared) -> N
     if longest is not None and length > longest:
         raise InputError(
             f"{data.directory} has rows of {length} tokens, and {name} reads {longest} at most: "
-            f"prepare it again, into another folder, with --row-length {longest}"
+            f"prepare it again, into another folder, with scripts/prepare.py --row-length "
+            f"{longest}"
         )
 
 

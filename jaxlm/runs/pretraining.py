@@ -183,17 +183,19 @@ def open_data(config: PretrainConfig, base: Base | None, console: Console) -> li
             wanted = replace(wanted, tokenizer=own)
         with distributed.first("prepare"):  # the others find it, or make it on their own disks
             way_out = "name a new folder, or train on this one as it is, with --prepare None"
-            prepare(wanted, first, console=console, way_out=way_out)
+            option = "--prepare.tokenizer" if base is None else None
+            prepare(wanted, first, console=console, way_out=way_out, option=option)
     datasets = [open_prepared(path) for path in config.data.paths]
     found = {str(d.directory): [d.info.fingerprint, d.info.tokenizer_sha256] for d in datasets}
     check_alike(datasets)
     if not any("validation" in dataset.info.rows for dataset in datasets):
-        raise _nothing_held_out(first, "--prepare." if wanted is not None else "--")
+        raise _nothing_held_out(first, "scripts/prepare.py --" if wanted is None else "--prepare.")
     distributed.check_same("data", {f"the content of {path}": x for path, x in found.items()})
     if base is not None and not phase.continues(base.tokenizer, datasets[0]):
         raise InputError(
             f"{first} was prepared with another tokenizer than that of base={base.name}: prepare "
-            f"it again, into another folder, with --tokenizer.path {base.tokenizer_path}"
+            f"it again, into another folder, with scripts/prepare.py --tokenizer.path "
+            f"{base.tokenizer_path}"
         )
     return datasets
 

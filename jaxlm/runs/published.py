@@ -42,7 +42,8 @@ def open_published(
     if not phase.continues(base.tokenizer, data):
         raise InputError(
             f"{data.directory} was prepared with another tokenizer than that of {name}: prepare it "
-            f"again, into another folder, with --tokenizer.path {base.tokenizer_path}"
+            f"again, into another folder, with scripts/prepare.py --tokenizer.path "
+            f"{base.tokenizer_path}"
         )
     pretrained.check_rows(name, base.config, data)
     config = PretrainConfig(

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import BERT
 
 from jaxlm import tree
-from jaxlm.convert import bert, gpt2, llama, peft_load, peft_save, t5, task_model
+from jaxlm.convert import bert, gpt2, llama, peft_load, peft_save, t5, task_model, xlnet
 from jaxlm.convert.peft_save import CONFIG, ROOT, WEIGHTS, Adapter
 from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
@@ -21,6 +21,7 @@ from jaxlm.models.heads import ClassificationHead, EncoderDecoderLm, TokenHead, 
 from jaxlm.models.llama import LlamaConfig
 from jaxlm.models.model import example_inputs
 from jaxlm.models.t5 import T5Config
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.nn.intercept import find_sites
 from jaxlm.peft import ia3, lora, tuning
 from jaxlm.peft.ia3 import Ia3Config
@@ -34,6 +35,7 @@ MODELS = {
     "gpt2": (Gpt2Config(**SIZES, max_length=8), "CausalLM", gpt2.write_config),
     "llama": (LlamaConfig(**SIZES, max_length=8), "TokenClassification", llama.write_config),
     "t5": (T5, "Seq2SeqLM", lambda c: t5.write_config(c, 0)),
+    "xlnet": (XlnetConfig(**SIZES), "TokenClassification", xlnet.write_config),
 }
 
 
@@ -157,6 +159,28 @@ def test_names_and_shapes_of_ia3(make, tmp_path):
     assert "wo" in settings["feedforward_modules"]
 
 
+def test_names_and_shapes_of_biases_of_queries(make, tmp_path):
+    config = LoraConfig(targets=(r"mlp/up/kernel",), rank=2, bias="all")
+    _, tensors, settings = make("xlnet").save(tmp_path, config)
+    assert settings["bias"] == "all"
+    for name in ("r_w_bias", "r_r_bias", "r_s_bias"):  # as PEFT has them, which takes "bias" in all
+        for layer in (0, 1):
+            assert tensors[f"transformer.layer.{layer}.rel_attn.{name}"].shape == (2, 8)
+
+
+def test_a_trained_table_of_biases_is_refused(make, tmp_path):
+    """PEFT trains T5's with bias="all", by its name."""
+    made, name = make("t5"), "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    made.save(tmp_path, LoraConfig(rank=2, bias="all"))
+    tensors = load_file(tmp_path / WEIGHTS)
+    table = made.params["encoder"]["encoder_bias"]["relative_embed"]["embedding"]
+    save_file({**tensors, ROOT + name: np.asarray(table)}, tmp_path / WEIGHTS)
+    peft_load.load(tmp_path, made.params, made.model)  # as it was
+    save_file({**tensors, ROOT + name: np.asarray(table + 1)}, tmp_path / WEIGHTS)
+    with pytest.raises(InputError, match=r"relative_attention_bias\.weight, trained as a whole"):
+        peft_load.load(tmp_path, made.params, made.model)
+
+
 BACK = {
     "bert": LoraConfig(targets=(r"(query|out)/kernel", r"mlp/up/kernel"), ranks=(2, 3)),
     "bert dora": LoraConfig(rank=3, kind="dora", scaling="rslora"),
@@ -167,6 +191,7 @@ BACK = {
     "gpt2 ia3": Ia3Config(),
     "llama": LoraConfig(targets=(r"(query|gate|down)/kernel",), rank=4, alpha=7.0),
     "t5": LoraConfig(targets=(r"query/kernel", r"cross_attention/value/kernel"), rank=2),
+    "xlnet biases": LoraConfig(targets=(r"mlp/(up|down)/kernel",), rank=2, bias="all"),
 }
 
 

@@ -159,6 +159,51 @@ def test_new_tokens_stay_within_words(kind: str, mark: str) -> None:
     assert len(pieces) == len(added)
 
 
+def with_unknown(tokenizer: Tokenizer, *, byte_fallback: bool) -> Tokenizer:
+    """The same with something to write for characters that its vocabulary lacks, as Gemma's has."""
+    parts = json.loads(tokenizer.to_str())
+    vocab = parts["model"]["vocab"]
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256) if byte_fallback)]
+    vocab.update({name: len(vocab) + i for i, name in enumerate(names)})
+    parts["model"] |= {"unk_token": "<unk>", "byte_fallback": byte_fallback, "fuse_unk": True}
+    new = Tokenizer.from_str(json.dumps(parts))
+    spaces = decoders.Replace("▁", " ")
+    new.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse()])
+    return new
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_what_the_vocabulary_lacks_enters_no_token(byte_fallback: bool) -> None:
+    old = with_unknown(whole_texts("Gemma"), byte_fallback=byte_fallback)
+    text = "see theሰላምeigen ሰላም"
+    extension = extend(old, [text] * 5, 200)
+    new = extension.tokenizer
+    assert set(extension.added) >= {"see", "▁the", "eigen"}
+    assert not any("<" in token for token in extension.added)
+    assert "words with parts that it does not know, which stay so: 2" in str(extension)
+    if byte_fallback:
+        assert new.decode(new.encode(text).ids) == text
+    missing = [[x for x in one.encode(text).tokens if x[0] == "<"] for one in (old, new)]
+    assert missing[0] == missing[1] != []
+    pieces = pieces_of_new(old, new)
+    assert pieces
+    for i, ids in pieces.items():
+        assert "".join(str(old.id_to_token(piece)) for piece in ids) == new.id_to_token(i)
+    with pytest.raises(InputError, match=r"does not know.*: 2\).*leave extend_vocab out"):
+        extend(old, ["ሰላም ሰላምሰላም"] * 5, 200)
+
+
+def test_words_that_are_too_long_for_wordpiece_are_not_chosen() -> None:
+    """It takes a word of 101 letters for unknown, also where it stands in its vocabulary."""
+    old = trained("wordpiece")
+    long, longest = "e" * 101, "i" * 100
+    extension = extend(old, [f"{long} {longest} eigenvalue"] * 5, 3)
+    assert set(extension.added) == {longest, "eigenvalue"}
+    tokens = extension.tokenizer.encode(f"{long} {longest}", add_special_tokens=False).tokens
+    assert tokens == ["[UNK]", longest]
+    assert "words with parts that it does not know, which stay so: 1" in str(extension)
+
+
 def test_merges_are_those_of_counting_anew_each_time() -> None:
     old, rng = trained("bpe"), random.Random(0)
     words = ["".join(rng.choices("aceinrst", k=rng.randint(3, 9))) for _ in range(40)]

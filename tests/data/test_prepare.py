@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_xlnet
+import tyro
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -51,6 +53,24 @@ def make(tmp_path: Path, text: str, **settings) -> PrepareConfig:
     tokenizer = settings.pop("tokenizer", TokenizerConfig(vocab_size=200))
     source = TextFiles(glob=str(tmp_path / "in.txt"), document="line")
     return PrepareConfig(source=source, tokenizer=tokenizer, **settings)
+
+
+def test_new_tokens_without_a_tokenizer_are_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(tmp_path, "red green", extend_vocab=9)
+    (tmp_path / "in.txt").unlink()
+    with pytest.raises(
+        InputError, match=r"^extend_vocab=9 adds to a .* --tokenizer\.path"
+    ) as refused:
+        prepare(config, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    options = "--extend-vocab None --tokenizer.vocab-size 209"
+    assert options in str(refused.value)
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    script = importlib.import_module("prepare")
+    chosen = tyro.cli(script.Arguments, args=["--out", "x", *options.split()], config=script.FORM)
+    assert (chosen.extend_vocab, chosen.tokenizer.vocab_size) == (None, 209)
 
 
 def test_every_document_is_in_one_split_in_order(prepared, corpus_path):

@@ -11,9 +11,12 @@ from tiny_models import BERT
 
 from jaxlm import sharding, tree
 from jaxlm.models.heads import ClassificationHead, WithHead
+from jaxlm.models.model import example_inputs
+from jaxlm.models.t5 import T5Config
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.peft import tuning
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.peft.tuning import FrozenDtype
+from jaxlm.peft.tuning import BitFit, FrozenDtype
 
 LORA = LoraConfig(rank=2)
 ENCODER = replace(BERT, vocab_size=16, num_layers=4, hidden_dim=32, mlp_dim=128)
@@ -98,3 +101,27 @@ def test_biases_that_learn_beside_adapters(bias, learned):
     found = [p for p in paths if tuning.learns(config, f"params/encoder/layers/{p}")]
     assert sorted(found) == learned
     assert tuning.learns(config, "params/head/classifier/kernel")
+
+
+SIZES = {"vocab_size": 32, "num_layers": 2, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 24}
+OF_QUERIES = {f"{name}_bias" for name in ("content", "position", "segment")}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(XlnetConfig(**SIZES), {"bias"} | OF_QUERIES), (T5Config(**SIZES, head_dim=8), set())],
+    ids=["xlnet", "t5"],
+)
+def test_all_biases_learn_but_tables(config, expected):
+    model, inputs = config.make(), example_inputs(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    paths = [f"params/encoder/{path}" for path, _ in tree.leaves_with_path(shapes)]
+    for tuning_ in (BitFit(), LoraConfig(bias="all")):
+        found = {path for path in paths if tuning.learns(tuning_, path)}
+        assert {path.rpartition("/")[2] for path in found} == expected
+        assert found == {path for path in paths if path.endswith("bias")}
+    beside = LoraConfig(targets=(r"attention/\w+",), bias="lora_only")
+    found = {path for path in paths if tuning.learns(beside, path)}
+    assert not found  # they are beside no map
+    tables = {path for path in paths if "_bias/" in path}
+    assert len(tables) == (2 if isinstance(config, T5Config) else 0)  # the control

@@ -359,6 +359,18 @@ def test_other_data_are_not_prepared_by_the_config(capsys: pytest.CaptureFixture
     assert not capsys.readouterr().err
 
 
+def test_new_tokens_without_a_tokenizer_are_refused_with_options_that_work() -> None:
+    was, more = CONFIGS["quickstart"], "--prepare.extend-vocab 500"
+    with pytest.raises(InputError, match=r"prepare\.extend_vocab=500 adds to a .*") as refused:
+        changed(was, more)
+    smaller = "--prepare.extend-vocab None --prepare.tokenizer.vocab-size 4596"
+    message = str(refused.value)
+    assert "--base or --prepare.tokenizer.path" in message
+    assert smaller in message
+    for way in (f"{more} --base x --model None", f"{more} --prepare.tokenizer.path x", smaller):
+        assert changed(was, way).prepare
+
+
 def test_what_ends_a_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert changed(CSV, "--train.epochs", "2").train.epochs == 2
     changed(CSV, "--train.minutes", "2", "--train.epochs", "None")

@@ -23,12 +23,14 @@ from jaxlm.data import tokenizers
 from jaxlm.data.loader import eval_batches
 from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
+from jaxlm.data.sources import TextFiles
 from jaxlm.decode.fill_mask import FillMask
 from jaxlm.errors import InputError
 from jaxlm.optim import OptimizerConfig
 from jaxlm.runs import pretrained
+from jaxlm.runs.base import Base
 from jaxlm.runs.folder import CHECKPOINTS
-from jaxlm.runs.pretraining import pretrain
+from jaxlm.runs.pretraining import open_data, pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl
@@ -273,13 +275,20 @@ def test_too_long_rows_of_a_folder_that_the_config_does_not_prepare(config: Pret
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ("one split", r"one split has no validation split, .* --validation-fraction 0\.05"),
-        ("short", r"row_length 16 and .* 8: .* --row-length 16 --tokenizer.path .*/tokenizer"),
+        (
+            "one split",
+            r"no validation split, .* scripts/prepare\.py --validation-fraction 0\.05",
+        ),
+        (
+            "short",
+            r"row_length 16 and .* 8: .* scripts/prepare\.py --row-length 16 --tokenizer.path .*/t",
+        ),
         (
             "tokens",
-            r"tokenizer_sha256 \w{12} and .* \w{12}: .* --row-length 16 --tokenizer.path .*\.json$",
+            r"tokenizer_sha256 \w{12} and .* \w{12}: .* scripts/prepare\.py --row-length 16 "
+            r"--tokenizer.path .*\.json$",
         ),
-        ("no mask", r"no token \[MASK\] or <mask>: prepare .* \(leave out --tokenizer\.path\)"),
+        ("no mask", r"no token \[MASK\] or <mask>: prepare .* \(leave tokenizer\.path out\)"),
         ("no words", r"where words begin is not known .* task\.masking\.unit"),
         ("unprepared", r"no validation split, .* with --prepare\.validation-fraction 0\.05"),
     ],
@@ -326,6 +335,32 @@ def test_data_that_cannot_be_trained_on_is_refused_before_anything_is_made(
     assert folder.exists() == (other != "unprepared")
 
 
+@pytest.mark.parametrize(
+    ("has_base", "way_out"),
+    [
+        (False, "without --prepare.tokenizer.path, --prepare.tokenizer.kind bpe knows all"),
+        (True, "choose a base whose tokenizer knows them"),
+    ],
+)
+def test_what_preparing_advises_is_possible_here(
+    config: PretrainConfig, has_base: bool, way_out: str, tmp_path: Path
+) -> None:
+    tokenizer, path = tokenizers.train("wordpiece", ["red green"], 60), tmp_path / "tokenizer.json"
+    tokenizers.save(tokenizer, path)
+    (tmp_path / "in.txt").write_text("\n".join(f"красный red {i}" for i in range(99)))
+    source = TextFiles(glob=str(tmp_path / "in.txt"), document="line")
+    base = Mock(spec=Base, tokenizer_path=path, tokenizer=tokenizer) if has_base else None
+    assert config.prepare is not None
+    run = replace(
+        config,
+        data=replace(config.data, paths=(str(tmp_path / "out"),)),
+        prepare=replace(config.prepare, source=source, tokenizer=TokenizerConfig(path=path)),
+    )
+    said = StringIO()
+    open_data(run, base, Console(file=said, width=999))
+    assert way_out in said.getvalue()
+
+
 def test_not_finite_gradients_stop_with_the_step_named(config: PretrainConfig) -> None:
     mad = replace(
         config,
@@ -345,5 +380,7 @@ def test_rows_that_a_trained_model_cannot_read() -> None:
     """Which has as many positions as it was trained with: unlike one to be trained, no other."""
     data = Mock(spec=Prepared, directory="prepared/x", info=Mock(row_length=65))
     pretrained.check_rows("runs/x", replace(BERT, max_length=65), data)
-    with pytest.raises(InputError, match=r"x reads 64 at most: .* with --row-length 64"):
+    with pytest.raises(
+        InputError, match=r"x reads 64 at most: .* with scripts/prepare\.py --row-length 64"
+    ):
         pretrained.check_rows("runs/x", replace(BERT, max_length=64), data)
