@@ -121,8 +121,8 @@ def say_long(cut: int, total: int, longest: int, windowed: tuple[int, int]) -> N
 def joined(pairs: Iterable[Answered], used: Collection[str]) -> Iterator[Answer]:
     """Each answer behind the line of its record and those fields that were not ``used`` for it.
 
-    A field of the same name as one of the answer's is called ``given_…``, so often that no other
-    is. Without an answer all fields are there.
+    A field of the same name as one of the answer's is called ``given_…``, or ``given_given_…``
+    where another is called that. Without an answer all fields are there.
     """
     head, pairs = [], iter(pairs)
     for pair in pairs:  # up to the first answer, which has the fields that all others have
