@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlm.convert import huggingface
+from jaxlm.data import files
 from jaxlm.data.pydocs import PyDocs
 from jaxlm.data.tokenizer_training import train
 from jaxlm.models import modernbert
@@ -103,7 +104,7 @@ def read_texts(options: Options) -> list[str]:
     if options.texts is None:
         found: Iterator[str] = PyDocs().documents()
     else:
-        found = iter(options.texts.read_text(encoding="utf-8").splitlines())
+        found = files.lines(options.texts)
     short = (text for text in found if 0 < len(text.split()) <= options.most_words)
     return list(itertools.islice(short, options.count))
 

@@ -27,7 +27,7 @@ from jaxlm.config import PretrainConfig
 from jaxlm.data import files, tabular
 from jaxlm.data.labelled.dataset import Source, holds_records, in_encoding, like
 from jaxlm.data.labelled.parallel import ParallelText
-from jaxlm.data.labelled.records import Conll, Record, json_record
+from jaxlm.data.labelled.records import Conll, Record, Table, json_record
 from jaxlm.decode.beam import BeamConfig, Hypothesis
 from jaxlm.decode.generate import GenerateConfig, Generation
 from jaxlm.errors import InputError, note, report_input_errors
@@ -80,8 +80,9 @@ def main(
             has learned to respond.
         text: What to do it with; or give --file. Of chat: what the model is told beforehand.
         pair: The second text of a pair, or the context of a question.
-        file: A text or a JSON object a line (fill-mask: with "text"), - for standard input; or, as
-            .csv, .tsv, .conll, .json or named as the training data are, what training reads.
+        file: A text or a JSON object a line, - for standard input; or, as .csv, .tsv, .conll, .json
+            or named as the training data are, what fine-tuning reads. Pretrained runs read the
+            field or column "text".
         out: Where answers go: JSON lines, a table if it ends in .csv or .tsv, or, of embed, an
             array of vectors if it ends in .npy; of translate the translations alone, a line each,
             unless it ends in .jsonl, .csv or .tsv; None = JSON lines to standard output. Answers
@@ -146,7 +147,7 @@ def main(
         raise InputError(f"--int8 is for generate with a pretrained run, not for {task} with {run}")
     if task in ("embed", "search"):
         if pair is not None:
-            raise InputError(f"{task} takes one text, no --pair")
+            raise InputError(f"{task} takes one text: leave out --pair")
         opened = open_embedder(str(run), step=step, base=base, attention=attention)
         column = column or opened.column
         opened = replace(opened, column=column)
@@ -191,6 +192,8 @@ def main(
             f"{config.task.verb}"
         )
     if isinstance(config, PretrainConfig):
+        if pair is not None:
+            raise InputError(f"{task} takes one text: leave out --pair")
         loaded = pretrained.open_pretrained(run, step, attention=attention)
         loaded = loaded.quantized() if int8 else loaded
         say(loaded.attends)
@@ -203,7 +206,8 @@ def main(
             for line in loaded.task.lines(answer):
                 print(line)
             return
-        records = read_lines(file, pretrained.TEXT, encoding=encoding)
+        form = Table(path="texts.csv")  # prepared text has none that tells of a file's
+        records = read_records(form, (), pretrained.TEXT, file, encoding=encoding)
         answers = loaded.stream(records, top_k=top_k, generate=way)
         write(counted(answers), pretrained.TEXT, out)
         return
@@ -456,7 +460,7 @@ def read_lines(
     file: Path, names: Sequence[str], *, every: bool = False, encoding: str | None = None
 ) -> Iterator[Record]:
     """The file's lines: JSON objects, or texts, of which ``names`` has one; blank ones are empty
-    texts, at the end only if ``every`` one is wanted."""
+    texts, at the end only if ``every`` one is wanted. One that is neither has a fault."""
     given, name = files.lines(file, encoding=encoding), str(file)
     if name == "-":
         name = "standard input"
@@ -469,19 +473,26 @@ def read_lines(
         raise InputError(f"{name} holds no text")
     lines = lines if every else lines[: filled[-1]]
     for origin, line in lines:
-        if line.lstrip().startswith("{"):
-            try:
-                yield json_record(tabular.read_json_line(line, origin), origin)
-            except InputError as error:
-                hint = "a text that begins with { goes into an object"
-                raise InputError(f"{error}; {hint}") from error
-        else:
-            if len(names) > 1:
-                raise InputError(
-                    f"{origin}: a text where there must be {len(names)} ({', '.join(names)}): give "
-                    "a JSON object with these fields a line, or a table"
-                )
-            yield Record(fields={names[0]: line}, origin=origin)
+        try:
+            record = record_of_line(line, names, origin)
+        except InputError as error:
+            record = Record(fields={}, origin=origin, fault=error)
+        yield record
+
+
+def record_of_line(line: str, names: Sequence[str], origin: str) -> Record:
+    if line.lstrip().startswith("{"):
+        try:
+            return json_record(tabular.read_json_line(line, origin), origin)
+        except InputError as error:
+            hint = "a text that begins with { goes into an object"
+            raise InputError(f"{error}; {hint}") from error
+    if len(names) > 1:
+        raise InputError(
+            f"{origin}: a text where there must be {len(names)} ({', '.join(names)}): give a JSON "
+            "object with these fields a line, or a table"
+        )
+    return Record(fields={names[0]: line}, origin=origin)
 
 
 if __name__ == "__main__":

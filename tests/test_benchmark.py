@@ -31,6 +31,7 @@ serve(
 def scripts_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setenv("PYTHONPATH", str(SCRIPTS))
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
 
 
 def load(name):
@@ -346,6 +347,13 @@ def test_encoding_gives_the_vectors_of_transformers(tmp_path, capsys):
     assert shown.index("HF as shipped") < shown.index("jaxlm")
     lowest = float(re.search(r"40 texts of \d+ words .*lowest cosine ([\d.]+)", shown)[1])
     assert lowest > 0.99999
+
+
+def test_a_text_to_encode_is_all_of_a_line(tmp_path):
+    encode = load("benchmark_encode")
+    (tmp_path / "texts.txt").write_bytes("a\u2028b\x85c\x0cd\n\ne f\r\n".encode())
+    found = encode.read_texts(encode.Options(texts=tmp_path / "texts.txt"))
+    assert found == ["a\u2028b\x85c\x0cd", "e f"]
 
 
 def test_tables_of_a_gpu_come_one_after_the_other_whatever_fails(tmp_path):

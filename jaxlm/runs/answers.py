@@ -18,7 +18,7 @@ from jaxlm.runs.finite import NotFinite
 Answer = dict[str, Any]
 Answered = tuple[Record, Answer]
 T = TypeVar("T")
-ERROR = "error"  # the field of what has no answer
+LINE, ERROR = "line", "error"  # the fields of where it stands, and of what has no answer
 
 
 def as_records(given: Iterable[Any], names: Sequence[str]) -> Iterator[Record]:
@@ -121,23 +121,61 @@ def say_long(cut: int, total: int, longest: int, windowed: tuple[int, int]) -> N
 def joined(pairs: Iterable[Answered], used: Collection[str]) -> Iterator[Answer]:
     """Each answer behind the line of its record and those fields that were not ``used`` for it.
 
-    A field of the same name as one of the answer's is called ``given_…``. Without an answer all
-    fields are there.
+    A field of the same name as one of the answer's is called ``given_…``, or ``given_given_…``
+    where another is called that. Without an answer all fields are there.
     """
     head, pairs = [], iter(pairs)
     for pair in pairs:  # up to the first answer, which has the fields that all others have
         head.append(pair)
         if ERROR not in pair[1]:
             break
-    taken = {"line", ERROR, *(name for _, answer in head for name in answer)}
+    names = _Names(used)
+    names.meet(*head)
     for record, answer in chain(head, pairs):
+        names.meet((record, answer))
         line = re.search(r":(\d+)$", record.origin)
         others = {
-            f"given_{name}" if name in taken and name not in used else name: value
+            names[name]: value
             for name, value in record.fields.items()
             if ERROR in answer or name not in used
         }
-        yield ({"line": int(line[1])} if line else {}) | others | answer
+        yield ({LINE: int(line[1])} if line else {}) | others | answer
+
+
+class _Names:
+    """What fields of records are called beside those of answers: the same in all records."""
+
+    def __init__(self, used: Collection[str]):
+        # A field that is used for the answer may be repeated by it.
+        self._repeated = {name: name for name in used if name not in (LINE, ERROR)}
+        self._names, self._answers = dict(self._repeated), {LINE, ERROR}
+        self._taken = {*used, *self._answers}
+
+    def __getitem__(self, name: str) -> str:
+        return self._names[name]
+
+    def meet(self, *pairs: Answered) -> None:
+        """Give free names to fields that are new, and to those whose name an answer has."""
+        if more := {name for _, answer in pairs for name in _columns(answer)} - self._answers:
+            self._answers |= more
+            self._taken |= more
+            kept = {name: own for name, own in self._names.items() if own not in more}
+            self._names = kept | self._repeated
+        news = {name for record, _ in pairs for name in record.fields} - self._names.keys()
+        for name in sorted(news, key=lambda name: (name in self._taken, name)):
+            own = name
+            while own in self._taken:
+                own = f"given_{own}"
+            self._names[name] = own
+            self._taken.add(own)
+
+
+def _columns(answer: Answer) -> Iterator[str]:
+    """The names in it, and those that they are in a table."""
+    for name, value in answer.items():
+        yield name
+        if isinstance(value, dict):
+            yield from (f"{name}/{key}" for key in value)
 
 
 def write_table(

@@ -204,8 +204,7 @@ def make_samples(
             return Samples(written=[], lines=[f"  no samples: {error}"])
         pairs = zip(chosen[: task.num_samples], written, strict=False)
         news = [_sample(step, example, one) for example, one in pairs]
-        before = [json.loads(line) for line in _lines(path)]
-        kept = [one for one in before if one["step"] < step]
+        kept = [one for one in _samples_in(path) if one["step"] < step]
         lines = [json_text(one) + "\n" for one in (*kept, *news)]
         write_whole(path, "".join(lines))
         shown = [line for one in news for line in _lines_of(one, width)]
@@ -225,8 +224,10 @@ def _sample(step: int, example: Any, written: Generation) -> dict[str, Any]:
     }
 
 
-def _lines(path: StoragePath) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+def _samples_in(path: StoragePath) -> list[dict[str, Any]]:
+    # Not str.splitlines, which also splits at characters that JSON does not escape.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def _lines_of(sample: dict[str, Any], width: int) -> Iterator[str]:

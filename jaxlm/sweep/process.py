@@ -71,8 +71,8 @@ def _reason(code: int, log: Path) -> str:
     if code < 0:
         hint = ", perhaps for want of memory" if -code == signal.SIGKILL else ""
         return f"it was killed by {signal.Signals(-code).name}{hint}; its output is in {log}"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    last = lines[-1].strip() if lines else "it said nothing"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
+    last = lines[-1].strip() or "it said nothing"
     if code == 2 and last.startswith("error: "):
         return last.removeprefix("error: ")
     return f"it ended with exit code {code}: {last}; its output is in {log}"

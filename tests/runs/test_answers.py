@@ -94,6 +94,83 @@ def test_own_columns_are_not_overwritten():
     assert (found["label"], found["line"], "error" in found) == ("A", 3, False)
 
 
+def table_of(pairs, used) -> list[dict]:
+    file = io.StringIO()
+    write_table(pairs, used, file, False)
+    return list(csv.DictReader(io.StringIO(file.getvalue())))
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"label": "neg", "given_label": "x"}, {"given_given_label": "neg", "given_label": "x"}),
+        ({"given_label": "x", "label": "neg"}, {"given_given_label": "neg", "given_label": "x"}),
+        (
+            {"error": "e", "given_error": "x", "given_given_error": "y"},
+            {"given_given_given_error": "e", "given_error": "x", "given_given_error": "y"},
+        ),
+        (
+            {"probabilities/A": "0.9", "given_probabilities/A": "x", "probabilities/C": "y"},
+            {
+                "given_given_probabilities/A": "0.9",
+                "given_probabilities/A": "x",
+                "probabilities/C": "y",
+            },
+        ),
+        ({"probabilities": "p", "line": "7"}, {"given_probabilities": "p", "given_line": "7"}),
+    ],
+)
+def test_own_columns_keep_their_values_under_free_names(columns, expected):
+    records = rows("", "a", "b", **columns)
+    news = {"line", "label", "probabilities", "probabilities/A", "probabilities/B"}
+    lines = list(joined(answers(records), ["text"]))
+    table = table_of(answers(records), ["text"])
+    for record, line, row in zip(records, lines, table, strict=True):
+        expected_here = expected | {"id": record.fields["id"]}
+        assert expected_here.items() <= line.items()
+        assert (expected_here | {"text": record.fields["text"]}).items() <= row.items()
+        assert row.keys() == expected_here.keys() | news - {"probabilities"} | {"text", "error"}
+    assert (lines[2]["label"], lines[2]["line"], lines[2]["probabilities"]["A"]) == ("B", 4, 0.5)
+    assert (table[2]["label"], table[2]["line"], table[2]["probabilities/A"]) == ("B", "4", "0.5")
+
+
+def test_a_name_is_free_in_all_records():
+    """Or values of two columns would stand in one."""
+    records = [*rows("a", label="neg", given_label="x"), *rows("b", label="pos")]
+    assert [one["given_given_label"] for one in joined(answers(records), ["text"])] == [
+        "neg",
+        "pos",
+    ]
+    assert [one["given_label"] for one in table_of(answers(records), ["text"])] == ["x", ""]
+    with pytest.raises(InputError, match="the field 'given_given_label'"):
+        table_of(answers(records[::-1]), ["text"])
+    records = [*rows("a", label="neg"), *rows("b", given_label="x")]
+    first, second = joined(answers(records), ["text"])
+    assert (first["given_label"], second["given_given_label"]) == ("neg", "x")
+
+
+@pytest.mark.parametrize("name", ["line", "error"])
+def test_a_text_in_a_column_of_that_name_is_kept(name):
+    records = [Record(fields={name: text}, origin=f"x.csv:{i}") for i, text in enumerate("?a", 2)]
+    pairs = list(answered(records, lambda record: record.text(name), shout))
+    lines = list(joined(pairs, [name]))
+    assert [one["line"] for one in lines] == [2, 3]
+    assert (lines[0][f"given_{name}"], lines[0]["error"]) == ("?", "what is ?")
+    table = table_of(pairs, [name])
+    assert [(row["line"], row[f"given_{name}"], row["error"]) for row in table] == [
+        ("2", "?", "what is ?"),
+        ("3", "a", ""),
+    ]
+
+
+def test_what_only_some_answers_have_overwrites_nothing():
+    pairs = [(record, {"tags": []}) for record in rows("a", "b", words="own")]
+    pairs[1][1]["words"] = ["b"]
+    assert [one.get("given_words") for one in joined(pairs, ["text"])] == [None, "own"]
+    with pytest.raises(InputError, match="the field 'given_words'"):
+        table_of(pairs, ["text"])
+
+
 @pytest.mark.parametrize("tab", [False, True])
 def test_a_table_comes_out_of_a_table(tab):
     file = io.StringIO()

@@ -2,16 +2,23 @@
 
 import gzip
 import importlib
+import io
 import json
 import math
 import subprocess
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from jaxlm.config import read_file
 from jaxlm.data.labelled.records import Conll, JsonLines, Record, Table
 from jaxlm.errors import InputError
+from jaxlm.runs.pretrained import Pretrained
 
 
 @pytest.fixture
@@ -19,6 +26,16 @@ def predict(monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     return importlib.import_module("predict")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
 
 
 HALF = "\ud83d"
@@ -109,3 +126,75 @@ def test_evaluation_reads_in_another_encoding(predict, tmp_path):
     run = SimpleNamespace(config=SimpleNamespace(data=data))
     (record,) = evaluate.records_of(run, tmp_path / "x.csv", None, "windows-1252")
     assert record.fields == {"text": "café"}
+
+
+def parquet_of(rows: list[dict]) -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+ROWS = [{"id": "7", "text": "a, b"}, {"id": "8", "text": ""}, {"id": "9", "text": "c\nd"}]
+TABLE = 'id,text\n7,"a, b"\n8,\n9,"c\nd"\n'
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+FILES = {
+    "x.csv": TABLE,
+    "x.tsv": 'id\ttext\n7\t"a, b"\n8\t\n9\t"c\nd"\n',
+    "x.csv.gz": gzip.compress(TABLE.encode()),
+    "x.jsonl": LINES.replace('"id": "8", "text": ""', "text:"),
+    "x.json": json.dumps(ROWS, indent=1),
+    "x.parquet": parquet_of(ROWS),
+    "x.txt": LINES,
+}
+
+
+@pytest.fixture(params=["quickstart", "gpt_quickstart", "sotu_t5", "sotu_electra"])
+def pretrained_run(request, monkeypatch, predict):
+    """The verb of a pretrained run that answers in capitals."""
+
+    def answers(config, variables, tokenizer, texts, **options):
+        return [{"text": one.text, "said": one.text.upper()} for one in texts]
+
+    config = read_file(Path(__file__).parents[2] / "configs" / f"{request.param}.py")
+    run: Any = SimpleNamespace(
+        config=SimpleNamespace(model="m"),
+        variables={},
+        tokenizer=None,
+        task=SimpleNamespace(answers=answers),
+        attends="",
+    )
+    run.stream = partial(Pretrained.stream, run)
+    monkeypatch.setattr(predict.published_task, "read_config_of", lambda *_, **__: config)
+    monkeypatch.setattr(predict.pretrained, "open_pretrained", lambda *_, **__: run)
+    return config.task.verb
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pretrained_run_reads_what_a_tuned_one_does(predict, pretrained_run, name, write, capsys):
+    path, out = write(name, FILES[name]), write("out.jsonl", "")
+    predict.main(Path("run"), pretrained_run, file=path, out=out)
+    one, wrong, other = map(json.loads, out.read_text().split("\n")[:-1])
+    assert (one["id"], one["text"], one["said"]) == ("7", "a, b", "A, B")
+    assert (other["id"], other["text"], other["said"]) == ("9", "c\nd", "C\nD")
+    assert ("not JSON" if name == "x.jsonl" else "field 'text' is empty") in wrong["error"]
+    assert "1 of 3 have no answer" in capsys.readouterr().err
+
+
+def test_a_pretrained_run_reads_a_text_a_line(predict, pretrained_run, write):
+    path, out = write("x.txt", 'id,text\n\n"7\n{"text": "b"}\n{b\n'), write("y", "")
+    predict.main(Path("run"), pretrained_run, file=path, out=out)
+    answers = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert [one.get("said") for one in answers] == ["ID,TEXT", None, '"7', "B", None]
+    assert [one["line"] for one in answers] == [1, 2, 3, 4, 5]
+    assert "x.txt:5: not JSON" in answers[4]["error"]
+    assert "a text that begins with { goes into an object" in answers[4]["error"]
+
+
+def test_a_pretrained_run_takes_one_text(predict, pretrained_run):
+    with pytest.raises(InputError, match=f"^{pretrained_run} takes one text: leave out --pair$"):
+        predict.main(Path("run"), pretrained_run, "a", pair="b")
+
+
+def test_a_table_without_texts_says_what_it_has(predict, pretrained_run, write):
+    with pytest.raises(InputError, match=r"x.csv:2: no field 'text' among 'id', 'body'; .* name"):
+        predict.main(Path("run"), pretrained_run, file=write("x.csv", "id,body\n1,a\n"))

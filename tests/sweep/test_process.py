@@ -21,6 +21,10 @@ def write_script(folder: Path, body: str) -> None:
     ("body", "message"),
     [
         ("print('error: no such column', file=sys.stderr); sys.exit(2)", "^no such column$"),
+        (
+            "print('error: no column a\\u2028b', file=sys.stderr); sys.exit(2)",
+            "^no column a\u2028b$",
+        ),
         ("os.kill(os.getpid(), signal.SIGKILL)", "killed by SIGKILL, perhaps .* memory.*log.txt"),
         ("print(1); raise ValueError('odd')", "exit code 1: ValueError: odd; its output is in"),
         ("sys.exit(3)", "exit code 3: it said nothing"),

@@ -45,7 +45,8 @@ def config(tiny, write):
 
 
 def sampled(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    lines = (run / "samples.jsonl").read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
 
 
 @pytest.mark.slow

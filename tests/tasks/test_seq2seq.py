@@ -88,7 +88,7 @@ def printed(config: FinetuneConfig) -> str:
 
 
 def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
 def evaluations(config: FinetuneConfig) -> list[dict]:
@@ -351,6 +351,23 @@ def test_what_is_written_at_an_evaluation(tmp_path, num_samples, num_scored, ask
     assert len(found.written) == (3 if num_scored is None else num_scored)
     shown = ["  a → A", "    wanted: A", "  b → B", "    wanted: x y z w"]
     assert found.lines == shown[: 2 * num_samples]
+
+
+def test_samples_of_texts_with_ends_of_lines_are_kept(tmp_path) -> None:
+    """Also of those that JSON does not escape, at which str.splitlines cuts."""
+    config = replace(make_config(tmp_path), task=Seq2Seq(num_samples=1, num_scored=1))
+    config.directory.mkdir(parents=True)
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\x1dh\x1ei\r\nj"
+    samples = writing.make_samples(
+        config, lambda variables: Told(config), [Pair(source=text, target=text, origin="x:1")], 80
+    )
+    for step in (3, 7):
+        samples(TrainState(jnp.asarray(step), {}, {}, ()))
+    found = rows_of(config.directory / writing.SAMPLES)
+    assert [one["step"] for one in found] == [3, 7]
+    assert {(one["prompt"], one["response"], one["wanted"]) for one in found} == {
+        (text, text.upper(), text)
+    }
 
 
 def outputs(*texts: str) -> dict:

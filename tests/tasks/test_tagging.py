@@ -213,7 +213,7 @@ def test_predict_reads_words_without_tags_and_knows_a_closed_input(
         assert [record.texts("tokens") for record in records] == expected
     (tmp_path / "a.txt").write_text("{x y")
     with pytest.raises(InputError, match=r"a.txt:1: not JSON .* begins with { goes into an object"):
-        list(read(train, tmp_path / "a.txt"))
+        [record.texts("tokens") for record in read(train, tmp_path / "a.txt")]
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match="the standard input is closed"):
         list(read(train, Path("-")))

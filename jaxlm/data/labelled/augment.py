@@ -50,7 +50,8 @@ def make_augment(config: AugmentConfig, special: SpecialTokens, seed: int) -> Au
 
         for i in np.flatnonzero((swap < config.swap_rate)[:-1] & ordinary[:-1] & ordinary[1:]):
             tokens[[i, i + 1]] = tokens[[i + 1, i]]
-        tokens[ordinary & (mask < config.mask_rate)] = special.mask
+        if special.mask is not None:
+            tokens[ordinary & (mask < config.mask_rate)] = special.mask
         deleted = ordinary & (delete < config.deletion_rate)
         for start, end in _runs(ordinary):
             if deleted[start:end].all():

@@ -50,19 +50,25 @@ def _read_fasttext(path: Path, encoding: str | None) -> Iterator[Row]:
 
 def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """Objects a line, those of one array, or the questions of SQuAD's form."""
-    lines = (line.strip() for line in files.lines(path, encoding=encoding))
-    first = next((line for line in lines if line), "")
-    lines.close()
-    try:
-        document = first[0] == "[" or "data" in tabular.parse_json(first)
-    except json.JSONDecodeError:
-        document = not first.endswith("}")  # it goes on in the next line
-    except (IndexError, TypeError):
-        document = True
-    if document:
+    if _is_document(path, encoding):
         yield from _read_document(path, encoding)
     else:
         yield from tabular.read_json_lines(path, encoding=encoding)
+
+
+def _is_document(path: Path, encoding: str | None) -> bool:
+    """Whether it is one value, and no object a line, which may have a field 'data' as well."""
+    lines = (text for line in files.lines(path, encoding=encoding) if (text := line.strip()))
+    first = next(lines, "[")
+    if first.startswith("["):
+        return True
+    try:
+        value = tabular.parse_json(first)
+    except json.JSONDecodeError:
+        return not first.endswith("}")  # it goes on in the next line
+    if isinstance(value, dict) and not isinstance(value.get("data"), list):
+        return False
+    return next(lines, None) is None
 
 
 def _read_document(path: Path, encoding: str | None) -> Iterator[Row]:

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,15 @@ def test_masking(row, special):
     changed = masked["tokens"] != row["tokens"]
     assert (masked["tokens"][changed] == special.mask).all()
     assert changed.mean() == pytest.approx(0.2, abs=0.07)
+
+
+def test_a_tokenizer_without_a_mask_swaps_and_deletes(row, special):
+    config = AugmentConfig(swap_rate=0.1, deletion_rate=0.2)
+    bare = replace(special, mask=None)
+    one, other = (make_augment(config, names, 0)(row, 0, 0) for names in (special, bare))
+    assert same(one, other)
+    with pytest.raises(InputError, match=r"mask_rate=0.2 .* this tokenizer has not: set it to 0"):
+        make_augment(AugmentConfig(mask_rate=0.2), bare, 0)
 
 
 def test_deletion(row, special):

@@ -62,6 +62,24 @@ def test_the_first_bytes_say_what_a_file_is(tmp_path, write, source, content, na
     assert fields(other) == ROWS  # evaluated or predicted
 
 
+@pytest.mark.parametrize("source", [Table, JsonLines, Squad], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("rows", "is_wrapper"),
+    [
+        ([{"text": "one", "data": "2020"}, {"text": "two", "data": None}], False),
+        ([{"text": "one", "data": [1, 2]}, {"text": "two", "data": []}], False),
+        ([{"data": ROWS, "text": "one"}, {"data": ROWS, "text": "two"}], False),
+        ([{"text": "one", "data": "2020"}], False),
+        ([{"text": "one", "data": 3}], False),
+        ([{"version": "1", "data": ROWS}], True),
+    ],
+)
+def test_a_field_called_data_makes_no_wrapper(write, source, rows, is_wrapper):
+    for end in ("", "\n", "\n \n\n"):
+        path = write("a.jsonl", "\n\n".join(map(json.dumps, rows)) + end)
+        assert fields(source(path=path)) == (ROWS if is_wrapper else rows)
+
+
 @pytest.mark.parametrize("content", ["[ O\n{ O\n", "{ O\n", "[\tB-X\n", '"\tO\n'])
 def test_brackets_of_conll_are_words(write, content):
     (sentence,) = fields(Conll(path=write("a.conll", content)))

@@ -187,7 +187,7 @@ def test_squad(write):
         ('{"data":\n[}', r"a\.json:2: not JSON"),
         ('{"data":\n' + "9" * 5_000, r"a\.json:2: not JSON \(a number of too many digits\)"),
         ("[1]", r"a\.json: record 1: a JSON int where an object is expected"),
-        ('{"data": null}', r"a\.json: no list 'data'"),
+        ('{"data":\nnull}', r"a\.json: no list 'data'"),
         ('{"data": [{"paragraphs": [{"qas": ["x"]}]}]}', r"a\.json: .* wrong after 0 questions"),
         (squad({"id": "1", "answers": []}), r"a\.json: 'question' is missing .* after 0 questions"),
         (
