@@ -81,15 +81,14 @@ def main(
         text: What to do it with; or give --file. Of chat: what the model is told beforehand.
         pair: The second text of a pair, or the context of a question.
         file: A text or a JSON object a line, - for standard input; or, as .csv, .tsv, .conll, .json
-            or named as the training data are, what fine-tuning reads. Pretrained runs read the
-            field or column "text".
+            or named as the training data are, what fine-tuning reads.
         out: Where answers go: JSON lines, a table if it ends in .csv or .tsv, or, of embed, an
             array of vectors if it ends in .npy; of translate the translations alone, a line each,
             unless it ends in .jsonl, .csv or .tsv; None = JSON lines to standard output. Answers
             have the number of the line and the other columns of the file.
         encoding: That of --file, such as windows-1252; None = UTF-8, or that of training.
-        column: Of embed and search: the column or field with the texts; None = that of the run's
-            training, or text.
+        column: Of pretrained runs, embed and search: the column or field with the texts; None =
+            that of the run's training, or text.
         prompt: Of embed and search: the name of the prompt to put before texts, or of search before
             the query alone, such as query; '' = none. None = the folder's default, or of search its
             query, if there is one. Which it is is said.
@@ -170,15 +169,19 @@ def main(
         else:
             search(query, text, counted(embedder.stream(records)), out, top_k)
         return
+    config = published_task.read_config_of(source, pairs=pairs)
+    if column is not None and not isinstance(config, PretrainConfig):
+        raise InputError(
+            f"--column {column} is for pretrained runs, embed and search: {run} reads the fields "
+            "of its training data"
+        )
     for name, value in (
-        ("--column", column),
         ("--prompt", prompt),
         ("--file-prompt", file_prompt),
         ("--out", out if out and out.suffix == ARRAY else None),
     ):
         if value is not None:
             raise InputError(f"{name} {value} is for embed and search, not for {task}")
-    config = published_task.read_config_of(source, pairs=pairs)
     if is_chat and isinstance(config.task, Instruction):
         chat(
             published_task.open_tuned(source, step=step, base=base, attention=attention),
@@ -201,15 +204,16 @@ def main(
             if stream:
                 show_pieces(text or "", loaded.generate().stream(text or "", generate))
                 return
-            record = Record(fields={"text": text}, origin="the text given")
+            record = Record(fields={pretrained.TEXT: text}, origin="the text given")
             (answer,) = loaded.answer([record], top_k=top_k, generate=way)
             for line in loaded.task.lines(answer):
                 print(line)
             return
+        column = column or pretrained.TEXT
         form = Table(path="texts.csv")  # prepared text has none that tells of a file's
-        records = read_records(form, (), pretrained.TEXT, file, encoding=encoding)
-        answers = loaded.stream(records, top_k=top_k, generate=way)
-        write(counted(answers), pretrained.TEXT, out)
+        records = with_column(read_records(form, (), (column,), file, encoding=encoding), column)
+        answers = loaded.stream(records, column=column, top_k=top_k, generate=way)
+        write(counted(answers), (column,), out)
         return
     loaded = published_task.open_tuned(
         source, step=step, base=base, pairs=pairs, attention=attention

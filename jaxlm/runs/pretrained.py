@@ -200,7 +200,7 @@ def unlearned(
     return {"unigram entropy": entropy} if "perplexity" in task.metrics(0.0, infos, "train") else {}
 
 
-TEXT = ("text",)  # the fields of a record that are read
+TEXT = "text"  # the field of a record that is read, unless told
 
 
 @dataclass(frozen=True)
@@ -246,13 +246,14 @@ class Pretrained:
         cannot be answered has an ``error`` instead; where nothing can, :class:`InputError` is
         raised.
         """
-        records = as_records(given, TEXT)
-        return list(joined(self.stream(records, top_k=top_k, generate=generate), TEXT))
+        records = as_records(given, (TEXT,))
+        return list(joined(self.stream(records, top_k=top_k, generate=generate), (TEXT,)))
 
     def stream(
         self,
         records: Iterable[Record],
         *,
+        column: str = TEXT,
         top_k: int = 5,
         generate: Writing | None = None,
     ) -> Iterator[Answered]:
@@ -263,7 +264,7 @@ class Pretrained:
         variables = jax.tree.map(lambda x: x.addressable_data(0), self.variables)
 
         def read(record: Record) -> Given:
-            return Given(next(numbers), record.origin, record.text("text"))
+            return Given(next(numbers), record.origin, record.text(column))
 
         def answer(texts: list[Given]) -> list[Answer]:
             options: dict[str, Any] = {"top_k": top_k, "generate": generate or GenerateConfig()}

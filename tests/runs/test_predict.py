@@ -196,5 +196,10 @@ def test_a_pretrained_run_takes_one_text(predict, pretrained_run):
 
 
 def test_a_table_without_texts_says_what_it_has(predict, pretrained_run, write):
-    with pytest.raises(InputError, match=r"x.csv:2: no field 'text' among 'id', 'body'; .* name"):
-        predict.main(Path("run"), pretrained_run, file=write("x.csv", "id,body\n1,a\n"))
+    path, out = write("x.csv", "id,body\n1,a\n"), write("y", "")
+    with pytest.raises(InputError, match=r"x.csv:2: no field 'text' among 'id', 'body'.*--column"):
+        predict.main(Path("run"), pretrained_run, file=path)
+    predict.main(Path("run"), pretrained_run, file=path, column="body", out=out)
+    (one,) = map(json.loads, out.read_text().split("\n")[:-1])
+    assert (one["id"], one["said"]) == ("1", "A")
+    assert "body" not in one
