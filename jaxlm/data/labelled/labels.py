@@ -1,7 +1,5 @@
 """Labels: which there are, and their numbers."""
 
-import ast
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -11,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from jaxlm.data import tabular
-from jaxlm.data.labelled import spelling
+from jaxlm.data.labelled import lists, spelling
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 
@@ -62,21 +60,13 @@ def read_list(record: Record, name: str, separator: str) -> list[Any]:
     if not (isinstance(value, str) and text.lstrip().startswith("[")):
         return text.split(separator)
     try:
-        return tabular.parse_json(text)
-    except json.JSONDecodeError as error:
-        message = error.msg
-    try:
-        # Strings side by side, as numpy prints them, would be joined.
-        items = None if re.search(r"""['"]\s+['"]""", text) else ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        items = None
-    if not isinstance(items, list):
+        return lists.parse(text)
+    except ValueError as error:
         raise InputError(
-            f"{record.origin}: {name} is {value!r:.40}, which is not a JSON list ({message}); "
+            f"{record.origin}: {name} is {value!r:.40}, which is not a JSON list ({error}); "
             """write it as ["a", "b"], or the labels with """
             f"{separator!r} between them"
-        )
-    return items
+        ) from error
 
 
 def read_hot(record: Record, name: str | None) -> list[bool] | None:
