@@ -24,7 +24,7 @@ import tyro
 from jaxlm.config import PretrainConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
-from jaxlm.data.labelled.dataset import in_encoding, like, read_records
+from jaxlm.data.labelled.dataset import Deciding, in_encoding, like, read_records
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import BeamConfig, Writing
@@ -277,16 +277,17 @@ def evaluate_tuned(
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
-        records = records_of(loaded, data, target, encoding)
+        given = list(records_of(loaded, data, target, encoding))
+        reading = task.decided(given) if isinstance(task, Deciding) else task
 
         def read(records: Iterable[Record]) -> list[Any]:
             """Those of which rows can be made as well: a question may leave its context no room."""
-            found = task.read(records)
+            found = reading.read(records)
             task.encode(loaded.framer, spelling.alike(found[:rows], labels), labels)
             return found
 
         examples = read_records(
-            records, read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
+            given, read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
         )
         where = str(data)
     examples = spelling.alike(examples[:rows], labels)

@@ -13,6 +13,8 @@ from jaxlm.data.labelled import lists, spelling
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 
+# Numbers with a point, a comma or neither; or with separators of thousands.
+_NUMERIC = r"[-+]?[0-9]*[.,]?[0-9]*|[-+]?[0-9]{1,3}([,_][0-9]{3})+(\.[0-9]+)?"
 _SPACES = " \t\r\n"  # around a label, and not meant; what else there is, spelling.clean takes
 
 
@@ -93,11 +95,15 @@ def read_indicator(record: Record, name: str) -> bool:
 
 
 def has_decimal_commas(records: Iterable[Record], name: str) -> bool:
-    """Whether numbers are written as 3,5; three digits behind the comma may be of thousands."""
-    values = [str(record.fields.get(name, "")).strip(_SPACES) for record in records]
-    fractions = [value.partition(",")[2] for value in values if "," in value]
+    """Whether numbers are written as 3,5; three digits behind the comma may be of thousands.
+
+    What is no number either way has no say.
+    """
+    values = (str(record.fields.get(name, "")).strip(_SPACES) for record in records)
+    numbers = [x for x in values if re.search("[0-9]", x) and re.fullmatch(_NUMERIC, x)]
+    fractions = [number.partition(",")[2] for number in numbers if "," in number]
     return any(len(digits) != 3 for digits in fractions) and all(
-        re.fullmatch(r"[-+]?[0-9]+(,[0-9]+)?", value) for value in values if value
+        re.fullmatch(r"[-+]?[0-9]+(,[0-9]+)?", number) for number in numbers
     )
 
 
@@ -115,6 +121,8 @@ def read_target(record: Record, name: str, *, decimal_commas: bool = False) -> f
         hint = ""
         if re.fullmatch(r"[-+]?[0-9]{1,3}([,_][0-9]{3})+(\.[0-9]+)?", text):
             hint = f"; write {re.sub('[,_]', '', text)} for it, without separators"
+            if text.count(",") == 1 and not {".", "_"} & set(text):
+                hint += f", or {text.replace(',', '.')} if that is a decimal comma"
         elif re.fullmatch(r"[-+]?[0-9]+,[0-9]+", text):
             hint = f"; write {text.replace(',', '.')} for it, as others have a decimal point"
         raise InputError(
