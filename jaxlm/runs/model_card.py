@@ -8,6 +8,7 @@ from typing import Any
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.dataset import Source
 from jaxlm.runs.finetuned import FinetunedRun
+from jaxlm.runs.task_head import settings
 from jaxlm.train.metrics import read_jsonl
 
 # What the hub calls a use.
@@ -32,6 +33,8 @@ def write(run: FinetunedRun, directory: Path, left_out: str = "") -> str:
         header["base_model"] = config.base
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]
     labels = [f"- labels: {', '.join(run.labels)}"] if run.labels else []
+    answering = [f"{name}={value}" for name, value in settings(config.task).items()]
+    answers = [f"- answers: {', '.join(answering)}"] if answering else []
     measured = [f"| {name} | {value:.4f} |" for name, value in _metrics(directory, step).items()]
     table = ["", "| metric | on the validation data |", "|---|---:|", *measured] if measured else []
     return "\n".join(
@@ -42,6 +45,7 @@ def write(run: FinetunedRun, directory: Path, left_out: str = "") -> str:
             "",
             *_settings(config),
             *labels,
+            *answers,
             *table,
             "",
         ]
