@@ -402,6 +402,10 @@ def test_the_card_says_what_was_measured_and_no_paths(base, tmp_path):
     assert str(base.parent) not in card
     (tmp_path / "eval.json").write_text('{"step": 0, "data": "x", "accuracy": 0.8, "loss": null}')
     assert "| accuracy | 0.8000 |" in model_card.write(run, tmp_path)
+    for other in ({"options": {"rows": 10}}, {"averaged": [5, 0]}, {"path": "x"}, {"step": 5}):
+        measured = {"step": 0, "averaged": [0], "accuracy": 0.9} | other
+        (tmp_path / "eval.json").write_text(json.dumps(measured))
+        assert "| accuracy | 0.7500 |" in model_card.write(run, tmp_path)
 
 
 LONG = ["a b c d e f g h " * 4, "h g f e d c b a " * 5]
