@@ -13,8 +13,9 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ import tyro
 from jaxlm.config import PretrainConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
-from jaxlm.data.labelled.dataset import in_encoding, like, read_records
+from jaxlm.data.labelled.dataset import Deciding, in_encoding, like, read_records
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import BeamConfig, Writing
@@ -68,8 +69,9 @@ def main(
 
     Of a pretrained run: loss, perplexity, and accuracy at masks. Of a fine-tuned run: its task's
     metrics; the most wrong examples in wrong.jsonl; confusion.png and reliability.png, where there
-    are classes. On the run's own validation data these files are in the run folder, on others in
-    a folder of theirs in its eval/.
+    are classes. On all of the run's own validation data, measured as by default, these files are
+    in the run folder; else in its eval/, in a folder for each data set and each other --split,
+    --rows, --stride, --step, --int8, --generate and --beam, which eval.json says (`options`).
 
     Args:
         directory: The run folder, or a published model's (of one with a task's head also its name
@@ -86,7 +88,8 @@ def main(
             than rows give. None = rows as they are.
         step: Which checkpoint; None = the best, or the mean of the last, as the run's config says.
         base: The encoder of an adapter, if it has moved: a run folder, a folder or a hub name.
-        out: The folder for these files; None = in the run folder, or of a published model in eval/.
+        out: The folder for these files; None = in the run folder or its eval/, or of a published
+            model in eval/.
         int8: Of a pretrained run: round weights, and what they multiply, to 8 bits.
         attention: How it is computed, whatever training used; auto = as suits devices and rows.
         on_bad_row: Whether records of labelled data that cannot be used end it, or are left out;
@@ -101,12 +104,14 @@ def main(
     if encoding is not None and data is None:
         raise InputError(f"--encoding {encoding} is that of --data: leave it out")
     way = chosen_way(generate, beam)
+    options = options_of(rows, stride, step, int8, generate, beam)
     folder = locate(directory)
     is_tuned = published_task.is_tuned(str(directory))
     if is_tuned and data is None and not is_run(folder):
         raise InputError(f"{directory} is no run, and has no data of its own: give some (--data)")
     if not is_run(folder) and (is_tuned or (folder / CONFIG).is_file()) and out is None:
-        out = Path("eval") / directory.name  # a published model's folder is not ours to write in
+        # A published model's folder is not ours to write in.
+        out = Path("eval") / named(directory.name, options)
     with tempfile.TemporaryDirectory() as scratch:
         if is_tuned:
             if int8:
@@ -133,12 +138,14 @@ def main(
             result = evaluate_pretrained(folder, data, split, rows, stride, step, int8, attention)
         if data is not None:
             result["path"] = os.fspath(absolute(locate(data)))
+        if options:
+            result["options"] = options
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in result.items()
         }
         (Path(scratch) / EVAL).write_text(json.dumps(finite, indent=2) + "\n")
-        into = locate(out) if out else folder_of(folder, data, split)
+        into = locate(out) if out else folder_of(folder, data, split, options)
         try:
             into.mkdir(parents=True, exist_ok=True)
             upload(Path(scratch), into)
@@ -151,24 +158,51 @@ def main(
         print(f"  in {into}: {', '.join(sorted(path.name for path in Path(scratch).iterdir()))}")
 
 
-def folder_of(run: StoragePath, data: Path | None, split: str) -> StoragePath:
-    """Where the files of an evaluation go: each data set has a folder, the run's own is the run's.
+def options_of(
+    rows: int | None,
+    stride: int | None,
+    step: int | None,
+    int8: bool,
+    generate: GenerateConfig,
+    beam: BeamConfig,
+) -> dict[str, Any]:
+    """What metrics depend on and is not as by default, in JSON."""
+    given = {"rows": rows, "stride": stride, "step": step, "int8": int8 or None}
+    found = {name: value for name, value in given.items() if value is not None}
+    for name, config, usual in (("generate", generate, GREEDY), ("beam", beam, GREEDY_BEAM)):
+        others = {k: v for k, v in vars(config).items() if v != vars(usual)[k]}
+        found |= {f"{name}.{k}": v for k, v in others.items()}
+    return json.loads(json.dumps(found))
 
-    Data sets of one name get numbers; each finds its own again.
+
+def named(name: str, options: Mapping[str, Any]) -> str:
+    """The name of a folder with these options: the rows 10 of x are x-rows-10."""
+    parts = (k if v is True else f"{k}-{v}" for k, v in options.items())
+    return "-".join([name, *(re.sub(r"[^\w.]+", "-", part).strip("-")[:40] for part in parts)])
+
+
+def folder_of(
+    run: StoragePath, data: Path | None, split: str, options: Mapping[str, Any]
+) -> StoragePath:
+    """Where the files of an evaluation go: the run's own are of its validation data by default.
+
+    What has the same name gets numbers; each finds its own again.
     """
-    if data is None and split == "validation":
+    if data is None and split == "validation" and not options:
         return run
     path = None if data is None else os.fspath(absolute(locate(data)))
     name = split if data is None else (data.stem or data.name)
     if data is not None and split != "validation" and data.is_dir():
         name = f"{name}-{split}"
+    name = named(name, options)
     for number in itertools.count(1):
         folder = run / "eval" / (name if number == 1 else f"{name}-{number}")
         try:
-            known = json.loads((folder / EVAL).read_text(encoding="utf-8")).get("path")
+            known = json.loads((folder / EVAL).read_text(encoding="utf-8"))
+            same = known.get("path") == path and known.get("options", {}) == options
         except (OSError, ValueError, AttributeError):
             return folder
-        if known == path:
+        if same:
             return folder
     raise AssertionError
 
@@ -277,16 +311,17 @@ def evaluate_tuned(
     if data is None:
         examples, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
-        records = records_of(loaded, data, target, encoding)
+        given = list(records_of(loaded, data, target, encoding))
+        reading = task.decided(given) if isinstance(task, Deciding) else task
 
         def read(records: Iterable[Record]) -> list[Any]:
             """Those of which rows can be made as well: a question may leave its context no room."""
-            found = task.read(records)
+            found = reading.read(records)
             task.encode(loaded.framer, spelling.alike(found[:rows], labels), labels)
             return found
 
         examples = read_records(
-            records, read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
+            given, read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
         )
         where = str(data)
     examples = spelling.alike(examples[:rows], labels)

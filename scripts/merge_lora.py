@@ -3,10 +3,11 @@
 The folder that comes out is a published encoder's in Hugging Face's layout, with its tokenizer: a
 base for further fine-tuning here, or a model for other libraries. A task's head that transformers
 has comes with it, and is opened as that task's class; another, or one that pools otherwise, is left
-behind, which is said (one over the vocabulary is the base's, and stays). A RoBERTa comes out as the
-BERT that computes the same, and what was tuned for embeddings as a sentence encoder. A README says
-what it was trained on, and what was measured. A pretrained run has nothing to merge, and comes out
-with its head over the vocabulary, if it has one.
+behind, which is said (one over the vocabulary is the base's, and stays). What its answers depend on
+beside weights, such as thresholds, is under "jaxlm" in the folder's config.json, which only jaxlm
+reads. A RoBERTa comes out as the BERT that computes the same, and what was tuned for embeddings as
+a sentence encoder. A README says what it was trained on, and what was measured. A pretrained run
+has nothing to merge, and comes out with its head over the vocabulary, if it has one.
 """
 
 from jaxlm.runtime.allocator import tune_process
@@ -62,7 +63,8 @@ def main(
     model = loaded.config.model
     assert model is not None  # resolved
     task = loaded.task
-    head, said, left_out = publish(task, loaded.labels, params.get("head", {}), model)
+    longest = loaded.framer.max_length
+    head, said, left_out = publish(task, loaded.labels, params.get("head", {}), model, longest)
     head |= params.get("lm_head", {})
     kept = {"encoder": params["encoder"]} | ({"head": head} if head else {})
     embeds = isinstance(task, Embedding)

@@ -19,6 +19,8 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.question_answering import Question
 from jaxlm.data.labelled.records import JsonLines, Table
 from jaxlm.data.prepare import TokenizerConfig
+from jaxlm.decode.beam import BeamConfig
+from jaxlm.decode.generate import GenerateConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.runs.finetuning import finetune
@@ -87,10 +89,65 @@ def test_each_data_set_has_a_folder_of_its_own(
         path.parent.name: json.loads(path.read_text()).get("path")
         for path in run.glob("eval/*/eval.json")
     }
-    assert found == {"dev": str(first), "dev-2": str(second), "train": None}
+    assert found == {"dev": str(first), "dev-2": str(second), "train-rows-10": None}
     printed = capsys.readouterr().out
     assert f"in {run / 'eval' / 'dev-2'}: confusion.png, eval.json" in printed
     assert printed.count("attention: plain, rows of up to ") == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "options"),
+    [
+        ({"rows": 2}, "validation-rows-2", {"rows": 2}),
+        ({"rows": 3}, "validation-rows-3", {"rows": 3}),
+        ({"step": 1}, "validation-step-1", {"step": 1}),
+        (
+            {"generate": GenerateConfig(stop_strings=("/x",), temperature=0.5)},
+            "validation-generate.temperature-0.5-generate.stop_strings-x",
+            {"generate.temperature": 0.5, "generate.stop_strings": ["/x"]},
+        ),
+        ({"beam": BeamConfig(size=3)}, "validation-beam.size-3", {"beam.size": 3}),
+        ({"split": "train"}, "train", {}),
+    ],
+)
+def test_an_evaluation_in_another_way_leaves_the_runs_own(
+    evaluate: types.ModuleType, run: Path, given: dict[str, Any], name: str, options: dict[str, Any]
+) -> None:
+    evaluate.main(run)
+    before = content(run)
+    assert "options" not in json.loads(before["eval.json"])
+    for _ in range(2):  # the second finds the first's folder
+        evaluate.main(run, **given)
+    assert content(run) == before
+    found = json.loads((run / "eval" / name / "eval.json").read_text())
+    assert found.get("options", {}) == options
+    assert not (run / "eval" / f"{name}-2").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"stride": 64}, "validation-stride-64"),
+        ({"int8": True}, "validation-int8"),
+        ({"rows": 9, "int8": True}, "validation-rows-9-int8"),
+        ({"rows": 9, "data": Path("a/b.csv")}, "b-rows-9"),
+        ({"data": Path("a/validation-rows-9.csv")}, "validation-rows-9"),
+        ({}, None),
+    ],
+)
+def test_options_name_the_folder(
+    evaluate: types.ModuleType, tmp_path: Path, given: dict[str, Any], name: str | None
+) -> None:
+    data, usual = given.pop("data", None), {"rows": None, "stride": None, "step": None}
+    writing = {"generate": evaluate.GREEDY, "beam": evaluate.GREEDY_BEAM}
+    options = evaluate.options_of(**(usual | {"int8": False} | writing | given))
+    folder = evaluate.folder_of(tmp_path, data, "validation", options)
+    assert folder == (tmp_path / "eval" / name if name else tmp_path)
+    if name:  # of other data or options, the same name gets a number
+        folder.mkdir(parents=True)
+        (folder / "eval.json").write_text('{"path": "elsewhere", "options": {"rows": 1}}')
+        again = evaluate.folder_of(tmp_path, data, "validation", options)
+        assert again == tmp_path / "eval" / f"{name}-2"
 
 
 def test_a_folder_that_cannot_be_written_is_evaluated(

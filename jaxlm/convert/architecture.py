@@ -13,6 +13,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.pooling import Pooling
 
 C = TypeVar("C")
+OWN = "jaxlm"  # the key of a config.json for what other libraries have no name for
 NUMBER = (int, float)
 _CALLED: dict[Any, str] = {
     int: "a whole number",
@@ -118,6 +119,9 @@ class TaskHead:
     problem_type: Problem | None = None
     pooling: Pooling | None = None
     """How it makes one vector of a row; None: it makes none."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What answers depend on beside the weights, and other libraries do not have: fields of the
+    task, in JSON, and ``max_length``, the tokens in the longest row."""
 
     @property
     def size(self) -> int:
@@ -154,7 +158,10 @@ class TaskHead:
         if task in POOLED:
             known = {one: one for one in architecture.poolings}
             pooling = fields.name("classifier_pooling", known, architecture.poolings[0])
-        return cls(task=task, labels=labels, problem_type=problem, pooling=pooling)
+        settings = fields.get(OWN, dict, {})
+        return cls(
+            task=task, labels=labels, problem_type=problem, pooling=pooling, settings=settings
+        )
 
     def write_config(self, architecture: Architecture) -> dict[str, Any]:
         """The keys of a ``config.json`` that tell of it."""
@@ -165,6 +172,7 @@ class TaskHead:
             "problem_type": self.problem_type,
             "sentence_transformers": _NUMBER if self.problem_type == "regression" else None,
             "classifier_pooling": self.pooling if self.pooling in ("cls", "mean") else None,
+            OWN: dict(self.settings),
         }
         kept = {key: value for key, value in said.items() if value}
         asks = self.task == "QuestionAnswering"

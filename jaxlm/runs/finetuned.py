@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from jaxlm import optim, tree
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.batching import Batching, make_batching
-from jaxlm.data.labelled.dataset import Splits, read_splits
+from jaxlm.data.labelled.dataset import Splits, read_splits, reading
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import Writing
@@ -230,7 +230,7 @@ class FinetunedRun:
     def splits(self) -> Splits:
         """The examples that it was trained on and chosen by; raises if they are others now."""
         data = self.config.data
-        splits = read_splits(data, self.task.read)
+        splits = read_splits(data, reading(self.task))
         if self.cursor["data"] not in ([], [splits.fingerprint]):  # none of an imported adapter
             raise InputError(
                 f"{data.train} or the validation data have changed since {self.config.name} was "

@@ -20,7 +20,7 @@ from jaxlm.data.fidelity import report
 from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batching import Even, make_batching
-from jaxlm.data.labelled.dataset import Splits, read_splits
+from jaxlm.data.labelled.dataset import Splits, read_splits, reading
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.packing import would_save
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
@@ -57,7 +57,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     console = console or make_console(quiet=jax.process_index() > 0)
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
-        splits = read_splits(config.data, config.task.read, config.task.check)
+        splits = read_splits(config.data, reading(config.task), config.task.check)
     config = finetuned.settled(config, splits.train)
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))

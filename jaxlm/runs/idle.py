@@ -73,11 +73,14 @@ def _of_fine_tuning(config: FinetuneConfig, put: Any) -> None:
     if isinstance(fields, TextFields):
         names = ("separator", "names", "as_written")
         if fields.label is None:
-            put("task.fields.label is None", "task.fields", "target", *names)
+            names = ("target", "decimal_commas", *names)
+            put("task.fields.label is None", "task.fields", *names)
         elif fields.target == "number":
             put("task.fields.target is number", "task.fields", *names)
-        elif fields.target == "class" and "," not in fields.label:
-            put("task.fields.target is class", "task.fields", "separator")
+        else:
+            put(f"task.fields.target is {fields.target}", "task.fields", "decimal_commas")
+            if fields.target == "class" and "," not in fields.label:
+                put("task.fields.target is class", "task.fields", "separator")
     if config.dropout_rate is not None and config.model is not None:
         rates = [name for name in vars(config.model) if name.endswith("dropout_rate")]
         put(f"dropout_rate={config.dropout_rate} takes its place", "model", *rates)

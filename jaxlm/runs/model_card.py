@@ -8,6 +8,7 @@ from typing import Any
 from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled.dataset import Source
 from jaxlm.runs.finetuned import FinetunedRun
+from jaxlm.runs.task_head import settings
 from jaxlm.train.metrics import read_jsonl
 
 # What the hub calls a use.
@@ -23,7 +24,10 @@ _USES = {
 
 
 def write(run: FinetunedRun, directory: Path, left_out: str = "") -> str:
-    """The card of a run; its metrics are those of its last evaluation, or of its training."""
+    """The card of a run; its metrics are those of its last evaluation, or of its training.
+
+    An evaluation of some of the examples, or with other options, is none of the run's.
+    """
     config, step = run.config, int(run.state.step)
     header = {"library_name": "transformers", "tags": ["jaxlm"]}
     if config.task.verb in _USES:
@@ -32,7 +36,9 @@ def write(run: FinetunedRun, directory: Path, left_out: str = "") -> str:
         header["base_model"] = config.base
     lines = [f"{key}: {json.dumps(value)}" for key, value in header.items()]
     labels = [f"- labels: {', '.join(run.labels)}"] if run.labels else []
-    measured = [f"| {name} | {value:.4f} |" for name, value in _metrics(directory, step).items()]
+    answering = [f"{name}={value}" for name, value in settings(config.task).items()]
+    answers = [f"- answers: {', '.join(answering)}"] if answering else []
+    measured = [f"| {name} | {value:.4f} |" for name, value in _metrics(run, directory).items()]
     table = ["", "| metric | on the validation data |", "|---|---:|", *measured] if measured else []
     return "\n".join(
         [
@@ -42,6 +48,7 @@ def write(run: FinetunedRun, directory: Path, left_out: str = "") -> str:
             "",
             *_settings(config),
             *labels,
+            *answers,
             *table,
             "",
         ]
@@ -71,8 +78,9 @@ def _name(source: Source) -> str:
     return ", ".join(Path(str(one)).name for one in paths)
 
 
-def _metrics(directory: Path, step: int) -> dict[str, float]:
-    """On its own validation data at that step: finite numbers by name."""
+def _metrics(run: FinetunedRun, directory: Path) -> dict[str, float]:
+    """On all of its own validation data, of these parameters: finite numbers by name."""
+    step, averaged = int(run.state.step), list(run.averaged)
     found: dict[str, Any] = {}
     if (directory / "metrics.jsonl").is_file():
         for line in read_jsonl(directory / "metrics.jsonl"):
@@ -81,7 +89,8 @@ def _metrics(directory: Path, step: int) -> dict[str, float]:
                 found |= {name.removeprefix("eval/"): value for name, value in own.items()}
     if (directory / "eval.json").is_file():
         evaluated = json.loads((directory / "eval.json").read_text(encoding="utf-8"))
-        if evaluated.get("step") == step and "path" not in evaluated:
+        same = evaluated.get("step") == step and evaluated.get("averaged", averaged) == averaged
+        if same and "path" not in evaluated and "options" not in evaluated:
             found |= {k: v for k, v in evaluated.items() if k not in ("step", "examples")}
     return {
         name: float(value)

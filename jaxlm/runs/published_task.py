@@ -1,18 +1,20 @@
 """A published model with the head of a task, used as a run is: evaluated, and asked.
 
 What a run folder says and such a folder does not, such as how records look, is as usual: ``text``
-and ``label``, and for two texts ``pair``.
+and ``label``, and for two texts ``pair``. What else answers depend on is as usual, too, or as in
+the run that the folder was merged from, where it says so.
 """
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.config import Config, FinetuneConfig, LabelledTask
+from jaxlm.config import Config, FinetuneConfig, LabelledTask, decode
 from jaxlm.convert import folder, hub, huggingface, layout
-from jaxlm.convert.architecture import TaskHead, check_distinct
+from jaxlm.convert.architecture import OWN, TaskHead, check_distinct
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
 from jaxlm.data.labelled.records import Table
@@ -24,7 +26,9 @@ from jaxlm.runs import finetuned, steps
 from jaxlm.runs.base import Base
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import is_run, read_any_config
+from jaxlm.runs.task_head import ANSWERING
 from jaxlm.runtime.storage import locate
+from jaxlm.tasks.by_label import by_label
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.multiple_choice import MultipleChoice
 from jaxlm.tasks.question_answering import QuestionAnswering
@@ -135,14 +139,17 @@ def _config(path: Path, pairs: bool) -> FinetuneConfig:
     assert head is not None  # or it would not be asked for
     check_distinct(head.labels, f"{path / folder.CONFIG}: id2label")
     model: Any = huggingface.read_config(path)
+    task, max_length = _with_settings(_task(head, pairs), head, f"{path / folder.CONFIG}: {OWN}")
     config = FinetuneConfig(
         name=str(path),
         base=None,
         data=LabelledConfig(
-            train=Table(path="texts.csv"), max_length=model.max_length or _LONGEST, num_buckets=8
+            train=Table(path="texts.csv"),
+            max_length=max_length or model.max_length or _LONGEST,
+            num_buckets=8,
         ),
         model=model,
-        task=_task(head, pairs),
+        task=task,
         tuning=Full(),
         dropout_rate=0.0,
         train=TrainConfig(steps=1),
@@ -165,6 +172,27 @@ def _task(head: TaskHead, pairs: bool) -> LabelledTask:
         case "QuestionAnswering":
             return QuestionAnswering(null_threshold=None)
     return MultipleChoice(pooling=pooling)
+
+
+def _with_settings(
+    task: LabelledTask, head: TaskHead, where: str
+) -> tuple[LabelledTask, int | None]:
+    """The task as a folder that was merged has it, and the tokens in the longest row it says."""
+    hints = {name: get_type_hints(type(task))[name] for name in ANSWERING[head.task]}
+    hints["max_length"] = int
+    if unknown := head.settings.keys() - hints.keys():
+        known = ", ".join(hints)
+        raise InputError(f"{where} has {min(unknown)!r}, which is none of {known}: leave it out")
+    values = {k: decode(hints[k], x, f"{where}.{k}") for k, x in head.settings.items()}
+    max_length = values.pop("max_length", None)
+    try:
+        if max_length is not None and max_length < 1:
+            raise InputError(f"max_length={max_length} is not above 0")
+        if "thresholds" in values:
+            by_label(values["thresholds"], head.labels, 0.5, "thresholds")
+        return replace(task, **values), max_length
+    except InputError as error:
+        raise InputError(f"{where}: {error}: correct it, or leave it out") from error
 
 
 def _are_entities(labels: Labels) -> bool:

@@ -1,11 +1,13 @@
 """The head of a fine-tuned run, as the classes of Hugging Face's transformers have it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxlm.config import encode
 from jaxlm.convert import huggingface
 from jaxlm.convert.architecture import Problem, TaskHead, TaskName
 from jaxlm.models.model import ModelConfig
@@ -15,6 +17,19 @@ from jaxlm.tasks.question_answering import QuestionAnswering
 from jaxlm.tasks.tagging import Tagging
 from jaxlm.tasks.task import Labels, Task
 
+# Fields that answers depend on, beside weights and what else a folder says.
+ANSWERING: dict[TaskName, tuple[str, ...]] = {
+    "SequenceClassification": ("thresholds",),
+    "TokenClassification": ("entities", "split", "doc_stride"),
+    "QuestionAnswering": ("doc_stride", "num_best", "max_answer_length", "null_threshold"),
+    "MultipleChoice": (),
+}
+NAMES: dict[type, TaskName] = {
+    Classification: "SequenceClassification",
+    MultipleChoice: "MultipleChoice",
+    Tagging: "TokenClassification",
+    QuestionAnswering: "QuestionAnswering",
+}
 Head = Mapping[str, Mapping[str, Float[np.ndarray, "..."]]]  # its parameters
 
 
@@ -26,9 +41,25 @@ class Published(NamedTuple):
     left_out: str = ""
 
 
-def publish(task: Task, labels: Labels, head: Head, model: ModelConfig) -> Published:
-    """What of a run's head other libraries can have."""
+def settings(task: Task) -> dict[str, Any]:
+    """What is set of a task's :data:`ANSWERING`, in JSON."""
+    is_open = isinstance(task, Classification) and task.chooses_thresholds  # not chosen yet
+    names = () if is_open or type(task) not in NAMES else ANSWERING[NAMES[type(task)]]
+    set_ones = {name: encode(vars(task)[name]) for name in names}
+    return {name: value for name, value in set_ones.items() if value not in (None, [])}
+
+
+def publish(
+    task: Task, labels: Labels, head: Head, model: ModelConfig, max_length: int | None = None
+) -> Published:
+    """What of a run's head other libraries can have.
+
+    ``max_length``: the tokens in the run's longest row, to be kept for answers like the run's.
+    """
     found = _publish(task, labels, head, model)
+    if found.said is not None:
+        longest = {} if max_length is None else {"max_length": max_length}
+        found = found._replace(said=replace(found.said, settings=settings(task) | longest))
     bias = found.head.get("classifier", {}).get("bias")
     if found.said is None or bias is None or not np.any(bias):
         return found
@@ -39,14 +70,8 @@ def publish(task: Task, labels: Labels, head: Head, model: ModelConfig) -> Publi
 
 
 def _publish(task: Task, labels: Labels, head: Head, model: ModelConfig) -> Published:
-    names: dict[type, TaskName] = {
-        Classification: "SequenceClassification",
-        MultipleChoice: "MultipleChoice",
-        Tagging: "TokenClassification",
-        QuestionAnswering: "QuestionAnswering",
-    }
     pooling = vars(task).get("pooling") or "bert"
-    known = huggingface.poolings(model, names[type(task)]) if type(task) in names else None
+    known = huggingface.poolings(model, NAMES[type(task)]) if type(task) in NAMES else None
     if known is None:  # then a layer of it, which only BERT's have
         pooler = {name: leaf for name, leaf in head.items() if name == "pooler"}
         if pooler and not huggingface.keeps_pooler(model):

@@ -138,6 +138,9 @@ class Classification:
         label = self.fields.label if labelled else None
         return data.read(records, dataclasses.replace(self.fields, label=label))
 
+    def decided(self, records: Sequence[Record]) -> "Classification":
+        return dataclasses.replace(self, fields=data.decided(self.fields, records))
+
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         """Labels that nobody meant raise."""
         fields, name = self.fields, str(self.fields.label)
@@ -157,14 +160,17 @@ class Classification:
     ) -> "Classification":
         """With the mean and the deviation of numbers in training data, unless they are given.
 
-        Runs of before had none, and learn numbers as they are.
+        Runs of before had none, and learn numbers as they are. And with how numbers are written.
         """
-        if self.fields.target != "number" or self.scale is not None:
+        if self.fields.target != "number":
             return self
-        if isinstance(before, Classification):
-            return dataclasses.replace(self, scale=before.scale)
-        numbers = _numbers(examples)
-        return dataclasses.replace(self, scale=(numbers.mean().item(), numbers.std().item() or 1.0))
+        was = before if isinstance(before, Classification) else None
+        fields, numbers = (
+            data.settled(self.fields, examples, was and was.fields),
+            _numbers(examples),
+        )
+        own = was.scale if was else (numbers.mean().item(), numbers.std().item() or 1.0)
+        return dataclasses.replace(self, fields=fields, scale=self.scale or own)
 
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         """The classes or labels; none for numbers."""

@@ -120,11 +120,16 @@ class Embedding:
         fields = self.fields if labelled else replace(self.fields, pair=None, label=None)
         return data.read(records, fields)
 
+    def decided(self, records: Sequence[Record]) -> "Embedding":
+        return replace(self, fields=data.decided(self.fields, records))
+
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         return []
 
     def settled(self, examples: Sequence[TextExample], before: Task | None = None) -> "Embedding":
-        return self
+        """With how numbers are written."""
+        was = before.fields if isinstance(before, Embedding) else None
+        return replace(self, fields=data.settled(self.fields, examples, was))
 
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         return ()

@@ -1,5 +1,6 @@
 """What is exported answers without jaxlm, as jaxlm answers."""
 
+import importlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import jax
@@ -32,7 +34,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.peft.lora import LoraConfig
-from jaxlm.runs import finetuned, model_card, pretrained, serving
+from jaxlm.runs import finetuned, model_card, pretrained, published_task, serving
 from jaxlm.runs.embedder import open_embedder
 from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.pretrained import Pretrained
@@ -415,3 +417,74 @@ def test_the_card_says_what_was_measured_and_no_paths(base, tmp_path):
     assert str(base.parent) not in card
     (tmp_path / "eval.json").write_text('{"step": 0, "data": "x", "accuracy": 0.8, "loss": null}')
     assert "| accuracy | 0.8000 |" in model_card.write(run, tmp_path)
+    for other in ({"options": {"rows": 10}}, {"averaged": [5, 0]}, {"path": "x"}, {"step": 5}):
+        measured = {"step": 0, "averaged": [0], "accuracy": 0.9} | other
+        (tmp_path / "eval.json").write_text(json.dumps(measured))
+        assert "| accuracy | 0.7500 |" in model_card.write(run, tmp_path)
+
+
+LONG = ["a b c d e f g h " * 4, "h g f e d c b a " * 5]
+SEVERAL = TextFields(target="labels")
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "usual"),
+    [
+        (Classification(fields=SEVERAL, thresholds=("x=0.25",)), ("x", "y"), {"thresholds": ()}),
+        (QuestionAnswering(null_threshold=0.35), (), {"null_threshold": None}),
+        (QuestionAnswering(null_threshold=None, max_answer_length=2), (), {"max_answer_length": 9}),
+        (Tagging(split="space", doc_stride=9), ("O", "B-X", "I-X"), {"split": "punctuation"}),
+    ],
+    ids=["thresholds", "null_threshold", "max_answer_length", "split"],
+)
+def test_what_is_merged_answers_as_the_run(task, labels, usual, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    merge_lora = importlib.import_module("merge_lora")
+    run = tuned(base, task, labels)
+    monkeypatch.setattr(merge_lora.finetuned, "open_finetuned", lambda *_, **__: run)
+    monkeypatch.setattr(merge_lora, "read_any_config", lambda _: run.config)
+    merge_lora.main(base, tmp_path / "merged")
+    letters = [" ".join(one) for one in permutations("abcd")] + LONG
+    asks = isinstance(task, QuestionAnswering)
+    pairs = [(text[0], text) for text in letters] + [(text, "h") for text in letters]
+    texts = pairs if asks else [f"{text}, d" for text in letters]
+    answers = run.answer(texts)
+    merged = published_task.open_tuned(str(tmp_path / "merged"))
+    assert merged.answer(texts) == near(answers)
+    other = replace(run, config=replace(run.config, task=replace(task, **usual)))
+    assert other.answer(texts) != near(answers)  # the control
+    for name in usual:
+        assert f"{name}=" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def near(value):
+    """The same, of which numbers may differ in their last digits."""
+    match value:
+        case float():
+            return pytest.approx(value, rel=1e-4)
+        case dict():
+            return {name: near(x) for name, x in value.items()}
+        case list():
+            return [near(x) for x in value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"thresholds": ["z=0.3"]}, "jaxlm: thresholds: 'z' is none of the labels O, B-X"),
+        ({"thresholds": "x"}, "jaxlm.thresholds='x' is not of type"),
+        ({"threshold": 1}, "jaxlm has 'threshold', which is none of thresholds, max_length"),
+        ({"max_length": 0}, "jaxlm: max_length=0 is not above 0: correct it"),
+        (["x=0.3"], "jaxlm=.* is of the wrong type: write an object"),
+    ],
+)
+def test_wrong_settings_of_a_folder_are_named(settings, message, tmp_path):
+    head = said("SequenceClassification", problem_type="multi_label_classification")
+    params = drawn("SequenceClassification")
+    huggingface.save(tmp_path / "m", params, BERT, tokenizer(), task_head=head)
+    path = tmp_path / "m" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"jaxlm": settings}))
+    with pytest.raises(InputError, match=rf"config\.json: {message}"):
+        published_task.open_tuned(str(tmp_path / "m"))

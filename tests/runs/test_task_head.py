@@ -117,6 +117,8 @@ def test_heads_pool_as_the_config_says(base):
 
 HEAD = {"classifier": {"kernel": np.ones((8, 1), np.float32), "bias": np.ones(1, np.float32)}}
 NUMBER = TextFields(target="number")
+LABELS = TextFields(target="labels")
+ASKED = {"doc_stride": 32, "num_best": 20, "max_answer_length": 30}
 
 
 @pytest.mark.parametrize(
@@ -124,21 +126,24 @@ NUMBER = TextFields(target="number")
     [
         (
             Classification(pooling="mean"),
-            ("SequenceClassification", ("a", "b"), "single_label_classification", "mean"),
+            ("SequenceClassification", ("a", "b"), "single_label_classification", "mean", {}),
         ),
         (
-            Classification(pooling="cls", fields=TextFields(target="labels")),
-            ("SequenceClassification", ("a", "b"), "multi_label_classification", "cls"),
+            Classification(pooling="cls", fields=LABELS, thresholds=("chosen",)),
+            ("SequenceClassification", ("a", "b"), "multi_label_classification", "cls", {}),
         ),
-        (MultipleChoice(pooling="cls"), ("MultipleChoice", (), None, "cls")),
-        (Tagging(), ("TokenClassification", ("a", "b"), None, None)),
-        (QuestionAnswering(), ("QuestionAnswering", (), None, None)),
+        (MultipleChoice(pooling="cls"), ("MultipleChoice", (), None, "cls", {})),
+        (Tagging(), ("TokenClassification", ("a", "b"), None, None, {"entities": True})),
+        (
+            QuestionAnswering(null_threshold=None),
+            ("QuestionAnswering", (), None, None, ASKED),
+        ),
     ],
 )
 def test_what_is_told_of_a_head(task, expected):
     labels = ("a", "b") if isinstance(task, Classification | Tagging) else ()
     published = publish(task, labels, HEAD, MODERN)
-    names = ("task", "labels", "problem_type", "pooling")
+    names = ("task", "labels", "problem_type", "pooling", "settings")
     assert published.said == TaskHead(**dict(zip(names, expected, strict=True)))
     assert (published.head, published.left_out) == (HEAD, "")
 

@@ -83,7 +83,7 @@ def test_numbers_are_learned_by_their_deviation_and_answered_in_their_unit(frame
     examples = raw.read(records(*({"text": "a", "label": price} for price in prices)))
     task = raw.settled(examples)
     assert task.scale == (np.mean(prices), np.std(prices))
-    assert task.settled(examples[:2]) is task  # the scale that a run has stays
+    assert task.settled(examples[:2]) == task  # the scale that a run has stays
     learned = np.array([row["labels"] for row in task.encode(framer, examples, ()).rows])
     assert learned.dtype == np.float32
     assert (learned.mean(), learned.std()) == pytest.approx((0, 1), abs=1e-6)

@@ -137,9 +137,9 @@ def test_it_is_evaluated_and_asked(config, printed, scripts, capsys) -> None:
     said = capsys.readouterr().out
     assert "4 examples of " in said
     assert "  bleu: nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:" in said
-    found = json.loads((run / "eval" / "a" / "eval.json").read_text())
+    found = json.loads((run / "eval" / "a-rows-4" / "eval.json").read_text())
     assert found["chrf_signature"].startswith("nrefs:1|")
-    rows = rows_of(run / "eval" / "a" / TRANSLATIONS)
+    rows = rows_of(run / "eval" / "a-rows-4" / TRANSLATIONS)
     assert [(one["source"], one["reference"]) for one in rows] == list(WORDS.items())
     written = {one["source"]: " ".join(one["translation"].split()) for one in rows}
 
@@ -250,7 +250,9 @@ def test_beams_are_evaluated_and_shown(config, printed, scripts, capsys) -> None
     predict.main(run, "translate", file=folder / "c.en", out=folder / "c.csv", beam=beam)
     assert "score" in (folder / "c.csv").read_text().splitlines()[0]
     evaluate.main(run, data=folder / "c.en", target=folder / "c.en", beam=beam)
-    rows = rows_of(run / "eval" / "c" / TRANSLATIONS)
+    rows = rows_of(
+        run / "eval" / "c-beam.size-3-beam.n_best-2-beam.max_new_tokens-12" / TRANSLATIONS
+    )
     assert [" ".join(one["translation"].split()) for one in rows] == best
     capsys.readouterr()
     predict.main(run, "translate", "red", beam=beam)

@@ -31,6 +31,9 @@ class TextFields:
     """Stands between the labels of one record, where they are no list."""
     names: tuple[str, ...] | None = None
     """Names of labels that the data give as numbers from 0, or as rows of 0 and 1."""
+    decimal_commas: bool | None = None
+    """Numbers are written as 3,5, so that 1,250 is one and a quarter; those with a point are read
+    as well. None: as the data show, and what training data show holds for what is evaluated."""
     as_written: bool = False
     """Take labels as they stand: do not make those one that differ in case, accents' encoding,
     invisible characters or quotation marks, and refuse neither NaN and None nor a class for each
@@ -84,11 +87,7 @@ class TextExample:
 def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
     """The examples of all records."""
     examples, rows, records = [], [], list(records)
-    commas = (
-        fields.target == "number"
-        and fields.label is not None
-        and labels.has_decimal_commas(records, fields.label)
-    )
+    commas = bool(decided(fields, records).decimal_commas)
     for record in records:
         text = record.text(fields.text)
         pair = None if fields.pair is None else record.text(fields.pair)
@@ -100,6 +99,25 @@ def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
     if len({row and len(row) for row in rows}) == 1 and rows[0] is not None:
         examples = [_hot(e, row, fields) for e, row in zip(examples, rows, strict=True)]
     return examples if fields.as_written else spelling.alike(examples)
+
+
+def decided(fields: TextFields, records: Sequence[Record]) -> TextFields:
+    """With how numbers are written, as these records show together; one alone may not."""
+    if fields.target != "number" or fields.label is None or fields.decimal_commas is not None:
+        return fields
+    return replace(fields, decimal_commas=labels.has_decimal_commas(records, fields.label))
+
+
+def settled(
+    fields: TextFields, examples: Sequence[TextExample], before: TextFields | None = None
+) -> TextFields:
+    """With decimal commas where numbers of the training data have them, or as a run before had."""
+    if fields.target != "number" or fields.decimal_commas is not None:
+        return fields
+    if before is not None:
+        return replace(fields, decimal_commas=before.decimal_commas)
+    is_so = any("," in text for example in examples for text in example.written)
+    return replace(fields, decimal_commas=True) if is_so else fields
 
 
 def _hot(example: TextExample, row: Sequence[bool], fields: TextFields) -> TextExample:

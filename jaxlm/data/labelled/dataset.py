@@ -3,10 +3,10 @@
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxlm.data import files
 from jaxlm.data.labelled import checks, formats, spelling, splits
@@ -26,6 +26,7 @@ from jaxlm.data.labelled.spelling import Labelled
 from jaxlm.errors import InputError, note
 
 _ENDINGS = (".jsonl", ".json", ".conll", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+Read = Callable[[Iterable[Record]], list[Any]]
 Source = Table | JsonLines | Conll | Squad | TfdsRecords | PyDocsTopics | ParallelText
 
 
@@ -85,9 +86,31 @@ class Splits(NamedTuple):
     notes: tuple[str, ...] = ()  # what a user should know of them, a line each
 
 
+@runtime_checkable
+class Deciding(Protocol):
+    """A task that reads each record by what all of them show."""
+
+    def read(self, records: Iterable[Record]) -> list[Any]:
+        """The examples."""
+        ...
+
+    def decided(self, records: Sequence[Record]) -> "Deciding":
+        """The task with what these records decide, to read them one by one as well."""
+        ...
+
+    def settled(self, examples: Sequence[Any]) -> "Deciding":
+        """The task with what the training data decide for other data."""
+        ...
+
+
+def reading(task: Any) -> Read | Deciding:
+    """What :func:`read_splits` and :func:`read_records` take, of any task."""
+    return task if isinstance(task, Deciding) else task.read
+
+
 def read_splits(
     config: LabelledConfig,
-    read: Callable[[Iterable[Record]], list[Any]],
+    read: Read | Deciding,
     check: Callable[[list[Any]], list[str]] = lambda _: [],
 ) -> Splits:
     """The examples of a configuration; ``read`` makes them of records.
@@ -102,6 +125,7 @@ def read_splits(
     if config.validation is None:
         train, validation = splits.stratified(train, config.validation_fraction, config.split_seed)
     else:
+        read = read.settled(train) if isinstance(read, Deciding) else read
         validation = read_records(config.validation.records(), read, config.on_bad_row)
         if not validation:
             raise InputError(f"{config.validation} holds no examples")
@@ -128,7 +152,7 @@ def _passed_over(source: Source) -> list[str]:
 
 def read_records(
     records: Iterable[Record],
-    read: Callable[[Iterable[Record]], list[Any]],
+    read: Read | Deciding,
     on_bad_row: Literal["raise", "skip"],
     option: str = "--data.on-bad-row",
 ) -> list[Any]:
@@ -137,6 +161,7 @@ def read_records(
     What no record is to blame for, or all of them are, is raised as it is: a wrong setting.
     """
     records = list(records)
+    read = read.decided(records).read if isinstance(read, Deciding) else read
     try:
         return read(records)
     except InputError as error:

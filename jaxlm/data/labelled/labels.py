@@ -1,7 +1,5 @@
 """Labels: which there are, and their numbers."""
 
-import ast
-import json
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -11,10 +9,12 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from jaxlm.data import tabular
-from jaxlm.data.labelled import spelling
+from jaxlm.data.labelled import lists, spelling
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 
+# Numbers with a point, a comma or neither; or with separators of thousands.
+_NUMERIC = r"[-+]?[0-9]*[.,]?[0-9]*|[-+]?[0-9]{1,3}([,_][0-9]{3})+(\.[0-9]+)?"
 _SPACES = " \t\r\n"  # around a label, and not meant; what else there is, spelling.clean takes
 
 
@@ -62,21 +62,13 @@ def read_list(record: Record, name: str, separator: str) -> list[Any]:
     if not (isinstance(value, str) and text.lstrip().startswith("[")):
         return text.split(separator)
     try:
-        return tabular.parse_json(text)
-    except json.JSONDecodeError as error:
-        message = error.msg
-    try:
-        # Strings side by side, as numpy prints them, would be joined.
-        items = None if re.search(r"""['"]\s+['"]""", text) else ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        items = None
-    if not isinstance(items, list):
+        return lists.parse(text)
+    except ValueError as error:
         raise InputError(
-            f"{record.origin}: {name} is {value!r:.40}, which is not a JSON list ({message}); "
+            f"{record.origin}: {name} is {value!r:.40}, which is not a JSON list ({error}); "
             """write it as ["a", "b"], or the labels with """
             f"{separator!r} between them"
-        )
-    return items
+        ) from error
 
 
 def read_hot(record: Record, name: str | None) -> list[bool] | None:
@@ -103,11 +95,15 @@ def read_indicator(record: Record, name: str) -> bool:
 
 
 def has_decimal_commas(records: Iterable[Record], name: str) -> bool:
-    """Whether numbers are written as 3,5; three digits behind the comma may be of thousands."""
-    values = [str(record.fields.get(name, "")).strip(_SPACES) for record in records]
-    fractions = [value.partition(",")[2] for value in values if "," in value]
+    """Whether numbers are written as 3,5; three digits behind the comma may be of thousands.
+
+    What is no number either way has no say.
+    """
+    values = (str(record.fields.get(name, "")).strip(_SPACES) for record in records)
+    numbers = [x for x in values if re.search("[0-9]", x) and re.fullmatch(_NUMERIC, x)]
+    fractions = [number.partition(",")[2] for number in numbers if "," in number]
     return any(len(digits) != 3 for digits in fractions) and all(
-        re.fullmatch(r"[-+]?[0-9]+(,[0-9]+)?", value) for value in values if value
+        re.fullmatch(r"[-+]?[0-9]+(,[0-9]+)?", number) for number in numbers
     )
 
 
@@ -125,6 +121,8 @@ def read_target(record: Record, name: str, *, decimal_commas: bool = False) -> f
         hint = ""
         if re.fullmatch(r"[-+]?[0-9]{1,3}([,_][0-9]{3})+(\.[0-9]+)?", text):
             hint = f"; write {re.sub('[,_]', '', text)} for it, without separators"
+            if text.count(",") == 1 and not {".", "_"} & set(text):
+                hint += f", or {text.replace(',', '.')} if that is a decimal comma"
         elif re.fullmatch(r"[-+]?[0-9]+,[0-9]+", text):
             hint = f"; write {text.replace(',', '.')} for it, as others have a decimal point"
         raise InputError(

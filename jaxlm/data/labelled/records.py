@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlm.data import files, tabular
-from jaxlm.data.labelled import formats
+from jaxlm.data.labelled import formats, lists
 from jaxlm.data.labelled.formats import Row
 from jaxlm.data.tfds import Tfds
 from jaxlm.errors import InputError, note
@@ -62,10 +62,10 @@ class Record:
         return text
 
     def texts(self, name: str) -> list[str]:
-        """A field that holds a list of texts, or text that is split at white space."""
+        """A field that holds a list of texts, also as text, or text to be split at white space."""
         value = self.value(name)
         if isinstance(value, str):
-            value = value.split()
+            value = lists.split(value, f"{self.origin}: field {name!r}")
         if not isinstance(value, list):
             raise InputError(f"{self.origin}: field {name!r} is {value!r:.40}, which is not a list")
         what = f"an entry of field {name!r}"

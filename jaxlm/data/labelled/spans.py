@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxlm.data.labelled import offsets
 from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.words import split_finely
 from jaxlm.errors import InputError
 
 _INSIDE = re.compile("[a-zA-Z0-9\u00c0-\u024f\u0370-\u052f]{2}")
@@ -51,7 +52,9 @@ def as_words(record: Record, words: str, tags: str | None, unit: str = "") -> Re
     """The same record, with words and BIO tags if it has none but a ``text`` with spans.
 
     A span is [start, end, type], or an object with ``start``, ``end`` and ``label``. A word is
-    letters and digits, or another character; a span that begins or ends inside of one cuts it.
+    letters and digits with their marks, or another character; a span that begins or ends inside of
+    one cuts it. That words do not depend on spans but for this is why they are cut more finely than
+    :func:`~jaxlm.data.labelled.words.split_words` does: "John" of "John's" is a name.
     ``unit`` is what spans are counted in.
     """
     text = record.fields.get("text")
@@ -72,7 +75,7 @@ def as_words(record: Record, words: str, tags: str | None, unit: str = "") -> Re
             )
     cuts = {edge for start, end, _ in spans for edge in (start, end)}
     found: list[tuple[str, str]] = []
-    for word in re.finditer(r"\w+|[^\w\s]", text):
+    for word in split_finely(text):
         inner = (cut for cut in cuts if word.start() < cut < word.end())
         edges = [word.start(), *sorted(inner), word.end()]
         for start, end in pairwise(edges):

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from jaxlm.data.labelled import labels, spans, spelling, windows
+from jaxlm.data.labelled import labels, lists, spans, spelling, windows
 from jaxlm.data.labelled.examples import Examples, Row
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
@@ -19,7 +19,8 @@ class TagFields:
     """Which fields of a record are what."""
 
     words: str = "tokens"
-    """A list of words, or words separated by spaces."""
+    """A list of words, which may stand in a cell as JSON or Python write it, or words separated by
+    spaces."""
     tags: str | None = "tags"
     """As many tags; None: the records have none."""
     names: tuple[str, ...] | None = None
@@ -92,8 +93,7 @@ def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -
     for record in records:
         origin, given = record.origin, None
         is_cut = fields.tags is not None and spans.are_cut(record, fields.words, unit)
-        name = fields.words if fields.words in record.fields else "text"
-        if fields.tags is None and isinstance(record.fields.get(name), str):
+        if fields.tags is None and (name := _plain(record, fields.words)):
             given = record.text(name)
             words = split_words(given, split)
         else:
@@ -127,6 +127,14 @@ def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -
     return sentences if fields.as_written else spelling.alike(sentences)
 
 
+def _plain(record: Record, words: str) -> str:
+    """The field that holds text to be split into words, if one does, and "" if none does."""
+    name = words if words in record.fields else "text"
+    value, where = record.fields.get(name), f"{record.origin}: field {name!r}"
+    is_list = name == words and isinstance(value, str) and lists.read(value, where) is not None
+    return name if isinstance(value, str) and not is_list else ""
+
+
 @cache
 def _clean(tag: str) -> str:
     return spelling.clean(tag)
@@ -135,6 +143,8 @@ def _clean(tag: str) -> str:
 def _tags(record: Record, name: str, names: tuple[str, ...] | None) -> tuple[str, ...]:
     """The tags; numbers get their names, or raise where there are none."""
     value = record.value(name)
+    if isinstance(value, str):
+        value = lists.read(value, f"{record.origin}: field {name!r}", kind=int)
     if isinstance(value, list) and all(type(tag) is int for tag in value):
         if names is None and value:
             raise InputError(

@@ -1,8 +1,10 @@
 """From a text to words, split as those of training data are."""
 
 import re
+import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Literal
 
 Split = Literal["space", "punctuation", "characters"]
@@ -10,7 +12,7 @@ Split = Literal["space", "punctuation", "characters"]
 _CHINESE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _ALONE = "。，、；：！？「」『』（）《》…"  # which no space need follow
 _ABBREVIATION = re.compile(r"(\w\.){2,}")  # such as U.S., which keeps its last point
-_MARKED = re.compile(r"\w[.,;:!?]$")
+_JOINERS = "\u200c\u200d"
 _MARKS = frozenset(".,;:!?。，、；：！？")
 
 
@@ -42,6 +44,24 @@ def _apart(part: str) -> list[str]:
     return [*part[:start], *([part[start:end]] if start < end else []), *part[end:]]
 
 
+@cache
+def _combining() -> str:
+    """What belongs to the character before it: vowel signs, accents that stand apart, joiners."""
+    characters = map(chr, range(sys.maxunicode + 1))
+    return _JOINERS + "".join(c for c in characters if unicodedata.category(c)[0] == "M")
+
+
+@cache
+def _pattern(pattern: str) -> re.Pattern[str]:
+    """With ``MARKS`` for what belongs to the character before it, which is not in Python's \\w."""
+    return re.compile(pattern.replace("MARKS", _combining()))
+
+
+def split_finely(text: str) -> Iterator[re.Match[str]]:
+    """Where in a text each run of letters and digits stands, and each other visible character."""
+    return _pattern(r"\w[\wMARKS]*|[^\w\s][MARKS]*").finditer(text)
+
+
 def _is_mark(character: str) -> bool:
     return unicodedata.category(character) in ("Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sc")
 
@@ -52,7 +72,7 @@ def find_split(sentences: Iterable[list[str]]) -> Split:
     for words in sentences:
         for word in words:
             alone += word in _MARKS
-            attached += bool(_MARKED.search(word))
+            attached += bool(_pattern(r"\w[MARKS]*[.,;:!?]$").search(word))
             if re.match(f"[{_CHINESE}]", word):
                 single += len(word) == 1
                 longer += len(word) > 1

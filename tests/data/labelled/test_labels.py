@@ -2,8 +2,12 @@ import numpy as np
 import pytest
 
 from jaxlm.data.labelled import labels
-from jaxlm.data.labelled.records import Record
+from jaxlm.data.labelled.classification import TextFields
+from jaxlm.data.labelled.dataset import LabelledConfig, read_records, read_splits, reading
+from jaxlm.data.labelled.records import Record, Table
 from jaxlm.errors import InputError
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.embedding import Embedding
 
 
 def record(value) -> Record:
@@ -97,3 +101,55 @@ def test_targets():
     for value in ("nan", "inf", "x", None, True, "", "1e39", "-1e400", 10**400):
         with pytest.raises(InputError, match=r"a.csv:7: label is .* not a finite float32 number"):
             labels.read_target(record(value), "label")
+
+
+NUMBERS = TextFields(target="number")
+SIMILARITIES = TextFields(pair="text", target="number")
+with_numbers = pytest.mark.parametrize(
+    "task", [Classification(fields=NUMBERS), Embedding(fields=SIMILARITIES, min_similarity=0.0)]
+)
+
+
+def numbered(*values: str) -> list[Record]:
+    return [Record(fields={"text": "a", "label": x}, origin=f"{i}") for i, x in enumerate(values)]
+
+
+@with_numbers
+@pytest.mark.parametrize("bad", ["", "n/a", "1.250,5", "12.03.2021"])
+def test_good_numbers_do_not_depend_on_bad_ones(task, bad):
+    records = numbered("1,250", "3,5", bad, "-2,125", "4")
+    with pytest.raises(InputError, match=r"^2: .* 1 of 5 records cannot be used"):
+        read_records(records, reading(task), "raise")
+    found = read_records(records, reading(task), "skip")
+    assert [example.label for example in found] == [1.25, 3.5, -2.125, 4]
+
+
+@with_numbers
+def test_one_number_alone_is_read_as_all_are(task):
+    records = numbered("4.5", "3,5", "1,250", "2")
+    with pytest.raises(InputError, match=r"^1: .* write 3\.5 for it.*; 2: .* 2 of 4 records"):
+        read_records(records, reading(task), "raise")
+    found = read_records(records, reading(task), "skip")
+    assert [example.label for example in found] == [4.5, 2]
+
+
+@with_numbers
+def test_how_numbers_are_written_in_training_holds_for_other_data(task, tmp_path):
+    for name, rows in (("train", ["3,5", "4"]), ("dev", ["1,250", "2,500"]), ("thousands", ["7"])):
+        lines = ["text;label", *(f"{name} {i};{x}" for i, x in enumerate(rows))]
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    train, dev, other = (
+        Table(path=str(tmp_path / f"{name}.csv"), delimiter=";")
+        for name in ("train", "dev", "thousands")
+    )
+    splits = read_splits(LabelledConfig(train=train, validation=dev), reading(task))
+    assert [example.label for example in splits.validation] == [1.25, 2.5]
+    kept = task.settled(splits.train)
+    assert kept.fields.decimal_commas is True
+    assert [example.label for example in kept.read(dev.records())] == [1.25, 2.5]
+    assert kept.settled([], task).fields.decimal_commas is True  # a run of before keeps its own
+    assert task.settled(splits.train, task).fields.decimal_commas is None
+    assert task.settled(splits.train, kept).fields.decimal_commas is True
+    # What training data leave open stays so.
+    with pytest.raises(InputError, match=r"write 1250 for it, .* or 1\.250 if that is a decimal"):
+        read_splits(LabelledConfig(train=other, validation=dev), reading(task))

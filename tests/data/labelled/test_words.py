@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxlm.data.labelled import tagging
+from jaxlm.data.labelled import spans, tagging
 from jaxlm.data.labelled.records import Conll, Record
 from jaxlm.data.labelled.tagging import TagFields
 from jaxlm.data.labelled.words import find_split, split_words
@@ -26,6 +26,28 @@ def test_punctuation_stands_apart(text, words):
     assert split_words(text, "space") == text.split()
 
 
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("हिन्दी में लिखो।", 4),
+        ("Zoe\u0308 Mu\u0308ller, Ha Nô\u0323i", 5),
+        ("می\u200cخواهم (آن)", 4),
+        ("தமிழ் ภาษาไทย ශ්\u200dරී", 3),
+    ],
+)
+def test_words_of_texts_with_spans_keep_their_marks(text, count):
+    record = spans.as_words(Record(fields={"text": text}, origin="x"), "tokens", None)
+    assert record.fields["tokens"] == split_words(text, "punctuation")
+    assert len(record.fields["tokens"]) == count
+
+
+def test_marks_belong_to_the_character_before_them():
+    record = Record(fields={"text": "I ❤\ufe0fNY", "label": [[4, 6, "LOC"]]}, origin="x")
+    record = spans.as_words(record, "tokens", "tags")
+    assert record.fields["tokens"] == ["I", "❤\ufe0f", "NY"]
+    assert record.fields["tags"] == ["O", "O", "B-LOC"]
+
+
 def test_chinese_characters_stand_apart():
     assert split_words("他说ABC，Tokyo。", "characters") == [*"他说", "ABC", "，", "Tokyo", "。"]
 
@@ -35,6 +57,7 @@ def test_the_split_of_training_data():
     assert find_split(apart) == "punctuation"
     assert find_split([["John", "lives", "in", "York."], ["well,", "Smith", "too!"]]) == "space"
     assert find_split([["john"]]) == "punctuation"
+    assert find_split([["हिन्दी,", "Zoe\u0308."], ["."]]) == "space"
     assert find_split([[*"他说北京。"]]) == "characters"
     assert find_split([["他", "北京", "中国人", "。"]]) == "punctuation"
 
