@@ -25,6 +25,7 @@ from jaxlm.data.prepare import TokenizerConfig, prepare
 from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.decode.fill_mask import FillMask
 from jaxlm.errors import InputError
+from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.runs import pretrained
 from jaxlm.runs.folder import CHECKPOINTS
@@ -32,7 +33,7 @@ from jaxlm.runs.pretraining import pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl
-from jaxlm.train.restore import list_steps
+from jaxlm.train.restore import best_step, list_steps
 from jaxlm.train.view import View
 
 STEPS = 6
@@ -175,6 +176,18 @@ def test_changes_are_accepted_when_asked_for(
     assert max(list_steps(tmp_path / whole.name / CHECKPOINTS)) == STEPS + 1
     pretrain(longer)  # the run has the new settings now
     assert "complete" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_best_is_of_what_was_evaluated_alike(
+    config: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / whole.name)
+    task = replace(config.task, eval_masking=MaskingConfig(rate=0.9))
+    longer = replace(config, runs=tmp_path, train=replace(config.train, steps=STEPS + 2))
+    pretrain(replace(longer, task=task, accept_changes=True))
+    assert "the best checkpoint is chosen anew" in capsys.readouterr().out
+    assert best_step(tmp_path / whole.name / CHECKPOINTS) > STEPS
 
 
 def test_resume_with_another_model_names_the_shapes(config: PretrainConfig, whole: Path) -> None:
