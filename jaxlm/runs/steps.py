@@ -72,7 +72,7 @@ def check_batch(
         raise InputError(
             f"data.{name}={batch_size} is not divisible by {parts // num_micro_batches} devices"
             f" (data * fsdp) times train.num_micro_batches={num_micro_batches}: the next that is, "
-            f"is {(batch_size // parts + 1) * parts}"
+            f"is {(batch_size // parts + 1) * parts}; with --accept-changes where the run has begun"
         )
 
 

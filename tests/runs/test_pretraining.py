@@ -244,7 +244,7 @@ def test_not_a_run_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"batch_size": 12}}, r"batch_size=12 is not divisible by 8 devices"),
+        ({"data": {"batch_size": 12}}, r"=12 is not divisible by 8 .* 16; with --accept-changes"),
         ({"data": {"ramp_sizes": (20,)}}, r"data.ramp_sizes=20 is not divisible by 8 .* is 24"),
         ({"model": {"max_length": 8}}, r"rows of 16 tokens.*max_length=8"),
         ({"model": {"vocab_size": 20}}, r"vocab_size=20 is smaller than the tokenizer's"),
@@ -339,15 +339,25 @@ def test_data_that_cannot_be_trained_on_is_refused_before_anything_is_made(
     assert folder.exists() == (other != "unprepared")
 
 
-def test_not_finite_gradients_stop_with_the_step_named(config: PretrainConfig) -> None:
+def test_not_finite_gradients_stop_with_the_step_named(
+    config: PretrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And with a way out that works."""
     mad = replace(
         config,
         name="mad",
         optimizer=OptimizerConfig(peak_lr=1e30, clip_norm=None, warmup_share=0.0),
-        train=replace(config.train, steps=50, max_skipped=3, num_evals=1),
+        train=replace(config.train, steps=8, max_skipped=3, num_evals=1),
     )
-    with pytest.raises(InputError, match=r"not finite in 3 steps in a row, up to step \d+"):
+    said = r"not finite in 3 steps in a row, .* step \d+: lower .*peak_lr, with --accept-changes,"
+    with pytest.raises(InputError, match=said):
         pretrain(mad)
+    calm = replace(mad, optimizer=replace(mad.optimizer, peak_lr=1e-3))
+    with pytest.raises(InputError, match=r"optimizer\.peak_lr=1e\+30 there"):
+        pretrain(calm)
+    pretrain(replace(calm, accept_changes=True))
+    assert "resuming from step 0 " in capsys.readouterr().out
+    assert max(list_steps(mad.directory / CHECKPOINTS)) == 8
 
 
 def test_jax_sees_eight_devices() -> None:
