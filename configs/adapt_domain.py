@@ -12,8 +12,9 @@ with its own tokenizer, all in one command:
         --optimizer.name stable_adamw --optimizer.peak-lr 1e-4 --train.minutes None --train.epochs 2
 
 Without new tokens: --prepare.extend-vocab None. What is new in it beside adapt.py: the vocabulary,
-30 % masked in training, and a short warm-up. Muon suits the quickstart's model, which it was trained with, and
-StableAdamW at a fifth of the rate of pretraining, or less, those that AdamW has trained.
+30 % masked in training, and a short warm-up. Muon suits the quickstart's model, which it was
+trained with, and StableAdamW at a fifth of the rate of pretraining, or less, those that AdamW has
+trained.
 
 Hardware and time: two CPU cores, one minute.
 Expected: validation loss 3.6 after 341 steps, where the quickstart's model has 5.4 with the new

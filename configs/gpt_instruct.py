@@ -11,7 +11,8 @@ look of the text: --task.template.user "Question: {message}\\n"; another base: -
 
 Hardware and time: two CPU cores, one minute for ten epochs over 157 prompts.
 Expected: depends on the data; on the seed tasks of Self-Instruct the validation loss falls from
-6.52 to 5.81, on a base trained for six minutes (configs/README.md). So small a model does not answer: it learns how responses look.
+6.52 to 5.81, on a base trained for six minutes (configs/README.md). So small a model does not
+answer: it learns how responses look.
 """
 
 from jaxlm.config import FinetuneConfig

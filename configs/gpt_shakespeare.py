@@ -3,9 +3,10 @@
     python scripts/pretrain.py configs/gpt_shakespeare.py
 
 `shakespeare.txt` is the text to learn, for the figure below nine tenths of Tiny Shakespeare
-(configs/README.md, "Shakespeare", has the command that cuts it). Sizes and training are those of nanoGPT's
-recipe for a CPU (Karpathy 2022), 1.5 million characters in rows of 64, here in 3,000 batches of 8
-where there they are 2,000 of 12. Paragraphs share rows and see each other, as they do there.
+(configs/README.md, "Shakespeare", has the command that cuts it). Sizes and training are those of
+nanoGPT's recipe for a CPU (Karpathy 2022), 1.5 million characters in rows of 64, here in 3,000
+batches of 8 where there they are 2,000 of 12. Paragraphs share rows and see each other, as they do
+there.
 
 Hardware and time: two CPU cores, two minutes.
 Expected: loss 1.85 on the tenth that is kept apart (configs/README.md).

@@ -217,7 +217,7 @@ def _load_merges(path: StoragePath) -> Tokenizer:
 
 
 def _refuse_ends_of_words(merges: StoragePath) -> None:
-    """Of XLM and HerBERT, whose vocabulary is not one of bytes."""
+    """XLM's and HerBERT's are such: their vocabularies are not of bytes."""
     for number, line in enumerate(merges.read_text("utf-8").split("\n"), 1):
         if line.rstrip().endswith("</w>"):
             raise InputError(

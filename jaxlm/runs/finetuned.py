@@ -35,6 +35,7 @@ from jaxlm.runs.finite import require_finite
 from jaxlm.runs.folder import (
     CHECKPOINTS,
     SOURCE_TOKENIZER,
+    begun,
     check_tokenizer,
     read_config,
     read_json,
@@ -66,9 +67,8 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
 
 def settled(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
     """The config whose task has what it left to the training examples, or to the run so far."""
-    is_there = restore.list_steps(config.directory / CHECKPOINTS)
-    before = read_config(config.directory, FinetuneConfig).task if is_there else None
-    return replace(config, task=config.task.settled(examples, before))
+    before = begun(config)
+    return replace(config, task=config.task.settled(examples, before and before.task))
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> nn.Module:

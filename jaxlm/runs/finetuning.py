@@ -35,7 +35,7 @@ from jaxlm.runs import attention, best, finetuned, resume, steps, thresholds, wr
 from jaxlm.runs import base as bases
 from jaxlm.runs.base import Base
 from jaxlm.runs.finite import require_finite
-from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER
+from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER, begun
 from jaxlm.runs.train import Job, train
 from jaxlm.runs.writing import Samples
 from jaxlm.runtime import distributed
@@ -214,13 +214,15 @@ def resolve(
     source_tokenizer: Tokenizer | None = None,
 ) -> FinetuneConfig:
     """Fill in what the config leaves to the base, the data and the platform."""
+    before = begun(config)
+    own = before and before.model
     if base is not None:
-        model: Any = steps.base_model(base.config, config.mesh)
+        model: Any = steps.base_model(base.config, config.mesh, own)
     else:
         assert config.model is not None
         size = tokenizers.vocab_size(tokenizer)
         source_size = source_tokenizer and tokenizers.vocab_size(source_tokenizer)
-        model = steps.with_vocabulary(config.model, size, config.mesh, source_size)
+        model = steps.with_vocabulary(config.model, size, config.mesh, source_size, own)
     task = _with_prompt(_with_pooling(config.task, base, model, tokenizer), base)
     if isinstance(task, Classification) and task.head_bias is None:
         task = replace(task, head_bias=not model.is_causal)

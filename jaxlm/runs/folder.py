@@ -12,7 +12,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.tabular import parse_json
 from jaxlm.errors import InputError
 from jaxlm.runtime.storage import StoragePath, whole, write_whole
-from jaxlm.train.restore import Cursor
+from jaxlm.train.restore import Cursor, list_steps
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 SOURCE_TOKENIZER = "source_tokenizer.json"  # where sources have one of their own
@@ -50,6 +50,12 @@ def read_config(directory: StoragePath, kind: type[C]) -> C:
             f"{kind.__name__} is expected"
         )
     return config
+
+
+def begun(config: C) -> C | None:
+    """The config of the run that its folder holds already, if one has begun there."""
+    is_there = list_steps(config.directory / CHECKPOINTS)
+    return read_config(config.directory, type(config)) if is_there else None
 
 
 def read_json(path: StoragePath) -> Any:

@@ -25,7 +25,7 @@ from jaxlm.tasks.task import PretrainTask
 from jaxlm.train.stored import changed
 
 POSITIONS = "encoder/position_embed/embedding"
-_VOCABULARY = ("vocab_size", "num_tokens")  # which tokenizer and mesh decide
+_VOCABULARY = ("vocab_size", "num_tokens")  # which tokenizer and the first mesh decide
 _CHOSEN = ("dtype", "attention", "unroll", "remat")  # how it is computed
 Pieces = Mapping[int, Sequence[int]]  # a new token -> the tokens of the base that it was before
 
@@ -36,12 +36,14 @@ def next_model(
     num_tokens: int,
     task: PretrainTask,
     mesh: MeshConfig,
+    own: ModelConfig | None = None,
 ) -> Any:
     """The base's model with ``num_tokens`` tokens or more, and as ``given``, where that can be.
 
+    ``own`` is that of the run so far, whose number of rows it keeps.
     Raises :class:`InputError` where the parameters of the base would not fit.
     """
-    model = steps.base_model(_with_tokens(base, num_tokens), mesh)
+    model = steps.base_model(_with_tokens(base, num_tokens), mesh, own)
     if given is None:
         return model
     if type(given) is not type(model):

@@ -31,7 +31,7 @@ from jaxlm.peft import quantize
 from jaxlm.runs import phase, steps
 from jaxlm.runs.answers import ERROR, Answer, Answered, answered, as_records, joined
 from jaxlm.runs.finite import not_finite
-from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
+from jaxlm.runs.folder import CHECKPOINTS, begun, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.permutation_lm import PermutationLm
@@ -55,9 +55,11 @@ def resolve(
     """Fill in what the config leaves to the base, the data and the platform; raise on a clash."""
     info = infos[0]  # the others are cut alike
     model: Any = config.model
+    before = begun(config)
+    own = before and before.model
     if base is not None:
-        model = phase.next_model(base, model, info.vocab_size, config.task, config.mesh)
-    model = steps.with_vocabulary(model, info.vocab_size, config.mesh)
+        model = phase.next_model(base, model, info.vocab_size, config.task, config.mesh, own)
+    model = steps.with_vocabulary(model, info.vocab_size, config.mesh, own=own)
     model = replace(model, dtype=model.dtype or steps.default_dtype(platform))
     require_length(config, model, info.row_length)
     num_rows = sum(info.rows["train"] for info in infos)

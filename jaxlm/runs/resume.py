@@ -1,9 +1,13 @@
 """What a run stands on, and whether and how it resumes with the settings of today."""
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import jax
 
@@ -15,9 +19,10 @@ from jaxlm.runs.folder import read_config
 from jaxlm.runtime import distributed
 from jaxlm.runtime.storage import StoragePath
 from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.embedding import Embedding
 from jaxlm.train import restore
 from jaxlm.train.loop import TrainConfig
-from jaxlm.train.restore import Cursor
+from jaxlm.train.restore import Cursor, compares
 
 # Fields that may change when a run resumes: where things lie (contents have fingerprints), how they
 # are computed, and what is kept and shown.
@@ -28,6 +33,10 @@ _FREE = (
 )
 # And of a finished run, which is extended, or one not yet begun: its length.
 _LENGTH = r"train\.(steps|epochs|minutes|num_evals)"
+# Fields of a task, a model and adapters on which metrics do not depend, rounding apart.
+_UNMEASURED = (
+    r".*dropout_rate|initializer_std|init|lr_ratio|dtype|attention|unroll|remat|split|num_samples"
+)
 
 
 def make_cursor(
@@ -39,7 +48,10 @@ def make_cursor(
     monitor: str,
     source_tokenizer_sha256: str | None = None,
 ) -> Cursor:
-    """Where a run stands at its start, and what it stands on: fingerprints of ``data``."""
+    """Where a run stands at its start, and what it stands on: fingerprints of ``data``.
+
+    ``evaluation`` is one of all else that its metrics depend on.
+    """
     return {
         "examples_seen": 0,
         "tokens_seen": 0.0,
@@ -49,6 +61,7 @@ def make_cursor(
         "length": _length(config.train),
         "monitor": monitor,
         "data": list(data),
+        "evaluation": _evaluation(config),
         "tokenizer_sha256": tokenizer_sha256,
         "source_tokenizer_sha256": source_tokenizer_sha256,
         "base_sha256": base_sha256,
@@ -130,17 +143,18 @@ def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
     """Where a run resumes that was ``saved`` and would now ``start`` with these data.
 
     What belongs to other settings is dropped: of another length the share that is done, the
-    evaluations that were counted and the patience; of another ``monitor``, and of other data, on
-    which values do not compare, the best value.
+    evaluations that were counted and the patience; of another ``monitor``, of other data, and of
+    another evaluation, where values do not compare, the best value.
     """
     check_same(config, saved, start)
-    cursor = saved | {name: start[name] for name in ("data", "seed", "length", "monitor")}
+    now = ("data", "evaluation", "seed", "length", "monitor")
+    cursor = saved | {name: start[name] for name in now}
     if saved.get("length", start["length"]) != start["length"]:
         minutes = config.train.minutes
         done = saved["elapsed_s"] / (60 * minutes) if minutes else 0.0
         cursor |= {"share": min(done, 1.0), "since_best": 0}
         cursor.pop("evals_done", None)
-    if any(saved.get(name, start[name]) != start[name] for name in ("monitor", "data")):
+    if saved.get("monitor", start["monitor"]) != start["monitor"] or not compares(saved, start):
         for name in ("best", "since_best"):
             cursor.pop(name, None)
     return cursor
@@ -165,6 +179,34 @@ def with_length(directory: StoragePath, config: Config, saved: Cursor) -> Cursor
     before = read_config(directory, type(config))
     monitor = configs.flatten(before).get("monitor") or "loss"
     return {"length": _length(before.train), "monitor": monitor} | saved
+
+
+def _evaluation(config: Config) -> str:
+    """A sha256 of the settings that metrics depend on."""
+    config = configs.from_json(configs.to_json(config))  # whole numbers given for others are these
+    parts: list[Any] = [config.task.for_evaluation(), config.model]
+    if isinstance(config, PretrainConfig):
+        parts.append(config.train.eval_rows)
+    else:
+        parts += [config.tuning, config.data.max_length]
+        if isinstance(config.task, Embedding):  # its loss is that of a batch
+            data = config.data
+            parts += [data.batch_size, data.batch_tokens, data.num_buckets, data.pack]
+    text = json.dumps([_as_given(part) for part in parts], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_given(part: Any) -> Any:
+    """In JSON, without fields at their defaults, so that one of a later version changes nothing."""
+    if not dataclasses.is_dataclass(part):
+        return configs.encode(part)
+    fields: dict[str, Any] = {"type": type(part).__name__}
+    for field in dataclasses.fields(part):
+        make, value = field.default_factory, getattr(part, field.name)
+        default = field.default if make is dataclasses.MISSING else make()
+        if value != default and not re.fullmatch(_UNMEASURED, field.name):
+            fields[field.name] = _as_given(value)
+    return fields
 
 
 def _length(train: TrainConfig) -> list[int | float | None]:

@@ -72,7 +72,7 @@ def check_batch(
         raise InputError(
             f"data.{name}={batch_size} is not divisible by {parts // num_micro_batches} devices"
             f" (data * fsdp) times train.num_micro_batches={num_micro_batches}: the next that is, "
-            f"is {(batch_size // parts + 1) * parts}"
+            f"is {(batch_size // parts + 1) * parts}; with --accept-changes where the run has begun"
         )
 
 
@@ -87,19 +87,27 @@ def default_dtype(platform: str) -> Literal["float32", "bfloat16"]:
 
 
 def with_vocabulary(
-    model: ModelConfig, tokenizer_size: int, mesh: MeshConfig, source_size: int | None = None
+    model: ModelConfig,
+    tokenizer_size: int,
+    mesh: MeshConfig,
+    source_size: int | None = None,
+    own: ModelConfig | None = None,
 ) -> Any:
     """A model with rows for all tokens; ``source_size`` of sources is that of their own tokenizer.
 
-    Raises where some token would have no row, or sources no table.
+    ``own`` is the model of the run so far, whose numbers of rows it keeps. Raises where some token
+    would have no row, or sources no table.
     """
+    rows = vars(own) if own is not None else {}
     changes: dict[str, Any] = {
-        "vocab_size": resolve_vocab_size(model.vocab_size, tokenizer_size, mesh)
+        "vocab_size": resolve_vocab_size(
+            model.vocab_size, tokenizer_size, mesh, own=rows.get("vocab_size")
+        )
     }
-    own = model.source_vocab_size if has_source_vocab(model) else None
-    if source_size is None and own is not None:
+    given = model.source_vocab_size if has_source_vocab(model) else None
+    if source_size is None and given is not None:
         raise InputError(
-            f"model.source_vocab_size={own} is for sources with a tokenizer of their own, and "
+            f"model.source_vocab_size={given} is for sources with a tokenizer of their own, and "
             "there is one tokenizer: leave it out, or, to translate, give source_tokenizer"
         )
     if source_size is not None:
@@ -108,17 +116,20 @@ def with_vocabulary(
                 f"source_tokenizer is given, and a {type(model).__name__} has one vocabulary for "
                 "all it reads and writes: leave it out, or use --model TransformerConfig"
             )
-        changes["source_vocab_size"] = resolve_vocab_size(
-            own, source_size, mesh, "source_vocab_size"
-        )
+        name = "source_vocab_size"
+        changes[name] = resolve_vocab_size(given, source_size, mesh, name, rows.get(name))
     return dataclasses.replace(model, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def resolve_vocab_size(
-    given: int | None, tokenizer_size: int, mesh: MeshConfig, name: str = "vocab_size"
+    given: int | None,
+    tokenizer_size: int,
+    mesh: MeshConfig,
+    name: str = "vocab_size",
+    own: int | None = None,
 ) -> int:
     """The model's: as given, else padded. Raises where some token would have no row."""
-    vocab_size = given or padded_vocab_size(tokenizer_size, mesh)
+    vocab_size = given or padded_vocab_size(tokenizer_size, mesh, own)
     if vocab_size < tokenizer_size:  # lookups would clip ids, without a word
         raise InputError(
             f"model.{name}={vocab_size} is smaller than the tokenizer's vocabulary of "
@@ -127,16 +138,25 @@ def resolve_vocab_size(
     return vocab_size
 
 
-def padded_vocab_size(size: int, mesh: MeshConfig) -> int:
-    """Rounded up to a multiple of 64, for speed, and of the shards that the mesh makes of it."""
+def padded_vocab_size(size: int, mesh: MeshConfig, own: int | None = None) -> int:
+    """Rounded up to a multiple of 64, for speed, and of the shards that the mesh makes of it.
+
+    A run that resumes, maybe on another mesh, keeps its ``own`` number of rows, if it suffices.
+    """
+    if own is not None and own >= size:
+        return own
     multiple = math.lcm(64, max(mesh.tensor, 1))
     return math.ceil(size / multiple) * multiple
 
 
-def base_model(published: ModelConfig, mesh: MeshConfig) -> Any:
-    """A base's encoder for this mesh: its token table is filled up as pretraining would."""
+def base_model(published: ModelConfig, mesh: MeshConfig, own: ModelConfig | None = None) -> Any:
+    """A base's encoder for this mesh: its token table is filled up as pretraining would.
+
+    ``own`` is the model of the run so far, whose number of rows it keeps.
+    """
     assert published.vocab_size is not None
-    rows = padded_vocab_size(published.vocab_size, mesh)
+    before = None if own is None else own.vocab_size
+    rows = padded_vocab_size(published.vocab_size, mesh, before)
     model: Any = published.with_vocab_size(rows)  # a dataclass, which its protocol cannot say
     free = {"attention": None} if is_attentive(published) else {}
     return dataclasses.replace(model, dtype=None, **free)

@@ -142,6 +142,8 @@ def _resume(
     restored = checkpointer.restore(placement.abstract_state.learned)
     saved = resume.with_length(directory, config, restored.cursor)
     cursor = resume.resume_cursor(config, saved, job.cursor)
+    if saved.get("best") is not None and "best" not in cursor:
+        say("what was measured before does not compare: the best checkpoint is chosen anew")
     if config.accept_changes:
         cursor = resume.at_a_batch(cursor, job.next_begin, say)
     state = restored.state

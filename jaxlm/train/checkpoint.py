@@ -26,7 +26,7 @@ _LOSS = Monitor()
 class Checkpointer:
     """Writes the checkpoints of one run; a context manager, entered by all processes together.
 
-    Kept are the newest ``keep`` and, of those that were evaluated on the data of today, the newest
+    Kept are the newest ``keep`` and, of those that were evaluated as the run is today, the newest
     ``average`` and the best by ``monitor``. What an earlier run, killed, left half-written is
     removed. A full or read-only disk raises InputError: at once, or,
     when it shows in the background, from the next ``save`` or at the end; finished steps stay.
@@ -50,7 +50,7 @@ class Checkpointer:
         self._report = report
         self._head = math.inf  # the step this run continues from, or saved last
         self._ranks = restore.read_ranks(self._directory, monitor)
-        self._data: object = None  # that of the ranks, by its fingerprints
+        self._cursor: Cursor = {}  # which says what the ranks were measured on
         restore.quiet_orbax()
         with _disk_faults(self._directory):
             if jax.process_index() == 0:
@@ -94,9 +94,9 @@ class Checkpointer:
         """
         metrics = {name: float(value) for name, value in (metrics or {}).items()}
         rank = self.monitor.rank(step, metrics)
-        if cursor.get("data") != self._data:  # what was measured on other data does not compare
+        if not restore.compares(self._cursor, cursor):
             self._ranks.clear()
-            self._data = cursor.get("data")
+        self._cursor = cursor
         with _disk_faults(self._directory):
             self._manager.wait_until_finished()
             saved = self._manager.all_steps()
@@ -137,7 +137,7 @@ class Checkpointer:
         with _disk_faults(self._directory):
             self._manager.wait_until_finished()
         restored = restore.restore(self._directory, target, step, whole=True, report=self._report)
-        self._head, self._data = restored.step, restored.cursor.get("data")
+        self._head, self._cursor = restored.step, restored.cursor
         return restored
 
 

@@ -133,7 +133,7 @@ def fit(
         if skipped >= config.max_skipped:
             raise InputError(
                 f"gradients were not finite in {skipped} steps in a row, up to step {step}: lower "
-                "optimizer.peak_lr; the same command resumes from the newest checkpoint"
+                "optimizer.peak_lr, with --accept-changes, to resume from the newest checkpoint"
             )
 
     def save(metrics: dict[str, float]) -> None:

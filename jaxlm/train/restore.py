@@ -41,6 +41,7 @@ from jaxlm.train.checksum import checksums
 Report = Callable[[str], object]
 Rank = tuple[float, float, float]
 Cursor = dict[str, Any]  # JSON: how many examples were seen, of which data, under which seed
+_MEASURED = ("data", "evaluation")  # what metrics were measured on, and how
 
 
 @dataclass(frozen=True)
@@ -324,24 +325,29 @@ def measured(directory: StoragePath, step: int) -> dict[str, float]:
         return {}
 
 
+def compares(one: Cursor, other: Cursor) -> bool:
+    """Whether metrics compare: of the same data, evaluated alike, as far as cursors say it."""
+    return all(one[name] == other[name] for name in _MEASURED if name in one and name in other)
+
+
 def read_ranks(
     directory: StoragePath, monitor: Monitor, report: Report | None = None
 ) -> dict[int, Rank]:
-    """The rank of each step that was evaluated on the data of the newest: others do not compare.
+    """The rank of each step that was evaluated, but of those that do not compare with the newest.
 
     Damaged steps are passed to ``report``.
     """
-    found: dict[int, tuple[Any, Rank | None]] = {}
+    found: dict[int, tuple[Cursor, Rank | None]] = {}
     for step in list_steps(directory):
         try:
             meta = _read_meta(directory / str(step))
-            found[step] = meta["cursor"].get("data"), monitor.rank(step, meta["metrics"])
+            found[step] = meta["cursor"], monitor.rank(step, meta["metrics"])
         except (OSError, ValueError, KeyError) as error:
             _raise_if_unreadable(directory / str(step), error)
             if report is not None:
                 report(f"the checkpoint of step {step} is damaged and left out: {error}")
-    newest, _ = found[max(found)] if found else (None, None)
-    return {step: rank for step, (data, rank) in found.items() if rank and data == newest}
+    newest, _ = found[max(found)] if found else ({}, None)
+    return {step: rank for step, (own, rank) in found.items() if rank and compares(own, newest)}
 
 
 @functools.cache

@@ -36,9 +36,12 @@ from jaxlm.runs import base as bases
 from jaxlm.runs import command_line, pretrained, pretraining, resume
 from jaxlm.runs.folder import read_config
 from jaxlm.runs.pretraining import pretrain
+from jaxlm.tasks.causal_lm import CausalLm
+from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.masked_lm import MaskedLm
 from jaxlm.train import restore
-from jaxlm.train.loop import evaluate
+from jaxlm.train.loop import TrainConfig, evaluate
 from jaxlm.train.metrics import read_jsonl
 from jaxlm.train.restore import list_steps
 
@@ -413,6 +416,72 @@ def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
         changed = resume.resume_cursor(accepting, start | done, other)
         assert not {"best", "since_best"} & changed.keys()  # of another metric, or other data
         assert changed["share"] == 1.0
+
+
+TUNED = FinetuneConfig(
+    name="tuned",
+    base="b",
+    model=BertConfig(),
+    data=LabelledConfig(train=Table(path="x.csv")),
+    task=Classification(pooling="mean"),
+    tuning=LoraConfig(),
+    train=TrainConfig(steps=1),
+)
+EMBEDS = replace(TUNED, task=Embedding())
+
+
+@pytest.mark.parametrize(
+    ("of", "change", "compares"),
+    [
+        (None, {"task": MaskedLm(eval_masking=MaskingConfig(rate=0.3))}, False),
+        (None, {"task": MaskedLm(isolate_documents=True)}, False),
+        (None, {"task": CausalLm()}, False),
+        (None, {"train": {"eval_rows": 64}}, False),
+        (None, {"model": {"epsilon": 1e-6}}, False),
+        (None, {"task": MaskedLm(masking=MaskingConfig(rate=0.3))}, True),
+        (None, {"task": MaskedLm(eval_masking=MaskingConfig(rate=0.15))}, True),
+        (None, {"model": {"dropout_rate": 0.0, "remat": "full"}}, True),
+        (None, {"optimizer": OptimizerConfig(peak_lr=1e-5), "data": {"batch_size": 32}}, True),
+        (TUNED, {"task": Classification(pooling="max")}, False),
+        (TUNED, {"data": {"max_length": 16}}, False),
+        (TUNED, {"tuning": LoraConfig(alpha=1.0)}, False),
+        (TUNED, {"task": Classification(pooling="mean", label_smoothing=0.1)}, True),
+        (TUNED, {"tuning": LoraConfig(dropout_rate=0.1)}, True),
+        (TUNED, {"data": {"batch_size": 16}, "train": {"eval_rows": 64}}, True),
+        (EMBEDS, {"data": {"batch_size": 16}}, False),
+        (EMBEDS, {"task": Embedding(temperature=1.0)}, False),
+    ],
+)
+def test_what_is_evaluated_otherwise_does_not_compare(
+    config: PretrainConfig, of: FinetuneConfig | None, change: dict[str, Any], compares: bool
+) -> None:
+    """The best so far is kept exactly where today's evaluation would measure the same."""
+    before = replace(of or config, accept_changes=True)
+    parts = {
+        name: replace(vars(before)[name], **part) if isinstance(part, dict) else part
+        for name, part in change.items()
+    }
+    facts = {"data": ["a"], "tokenizer_sha256": "b", "base_sha256": None, "monitor": "loss"}
+    saved = resume.make_cursor(before, **facts) | {"best": [0.0, 3.0, 3.0], "since_best": 1}
+    after = replace(before, **parts)
+    start = resume.make_cursor(after, **facts)
+    cursor = resume.resume_cursor(after, saved, start)
+    assert ("best" in cursor, "since_best" in cursor) == (compares, compares)
+    assert cursor["evaluation"] == start["evaluation"]
+    del saved["evaluation"]  # of an older version, where it is not known
+    assert "best" in resume.resume_cursor(after, saved, start)
+
+
+def test_evaluations_have_the_fingerprints_of_before(config: PretrainConfig) -> None:
+    """Those of runs that exist: in whatever Python, and whatever fields are new by then."""
+    facts = {"data": ["a"], "tokenizer_sha256": "b", "base_sha256": None, "monitor": "loss"}
+    found = [resume.make_cursor(x, **facts)["evaluation"][:8] for x in (config, TUNED, EMBEDS)]
+    assert found == ["2e2175bb", "d758ab2f", "a667dc6e"]
+    whole = replace(EMBEDS, task=Embedding(temperature=1.0))
+    number = replace(EMBEDS, task=Embedding(temperature=1.0))
+    object.__setattr__(number.task, "temperature", 1)  # as a config file may say it
+    one, other = (resume.make_cursor(x, **facts)["evaluation"] for x in (whole, number))
+    assert one == other
 
 
 def test_a_run_with_changes_goes_on_where_a_batch_begins() -> None:

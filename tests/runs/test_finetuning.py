@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import make_config
 
 from jaxlm import tree
-from jaxlm.config import FinetuneConfig
+from jaxlm.config import FinetuneConfig, to_json
 from jaxlm.convert import huggingface
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig
@@ -29,6 +29,7 @@ from jaxlm.data.labelled.records import Record, Table
 from jaxlm.data.prepare import TokenizerConfig
 from jaxlm.errors import InputError
 from jaxlm.models.bilstm import BilstmConfig
+from jaxlm.models.transformer import TransformerConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.ia3 import Ia3Config
 from jaxlm.peft.lora import LoraConfig
@@ -39,6 +40,7 @@ from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
+from jaxlm.tasks.seq2seq import Seq2Seq
 from jaxlm.train import restore
 from jaxlm.train.loop import TrainConfig
 from jaxlm.train.metrics import read_jsonl
@@ -259,13 +261,32 @@ def test_a_frozen_base_may_be_small(config: FinetuneConfig, kept, dtype, tmp_pat
 
 def test_a_vocabulary_grows_to_be_split(config: FinetuneConfig) -> None:
     published = base.load(config.base)
-    split = replace(config, mesh=MeshConfig(tensor=5))
+    split = replace(config, name="split", mesh=MeshConfig(tensor=5))
     resolved = resolve(split, published, published.tokenizer, "cpu")
     given = beginning.given(resolved, finetuned.make_model(resolved, ("0", "1")), published)
     table = np.asarray(given["encoder"]["token_embed"]["embedding"])
     assert (published.config.vocab_size, len(table)) == (24, 320)
     np.testing.assert_array_equal(table[:24], published.encoder["token_embed"]["embedding"])
     np.testing.assert_array_equal(table[24:], 0)
+
+
+def test_a_run_keeps_its_vocabulary_on_another_mesh(config: FinetuneConfig, tmp_path: Path) -> None:
+    published = base.load(config.base)
+    task, model = Seq2Seq(), TransformerConfig(hidden_dim=8, num_heads=2, mlp_dim=8)
+    own = TokenizerConfig(vocab_size=60)
+    new = replace(config, base=None, tuning=Full(), task=task, model=model, source_tokenizer=own)
+    cases = (config, published, None), (new, None, published.tokenizer)
+    for number, (one, of, sources) in enumerate(cases):
+        one = replace(one, runs=tmp_path, name=str(number), mesh=MeshConfig(tensor=5))
+        begun = resolve(one, of, published.tokenizer, "cpu", sources)
+        (one.directory / CHECKPOINTS / "0").mkdir(parents=True)
+        (one.directory / "config.json").write_text(to_json(begun))
+        for given in (one.model, begun.model):
+            moved = replace(one, mesh=MeshConfig(), model=given)
+            resumed = resolve(moved, of, published.tokenizer, "cpu", sources)
+            assert resumed.model == begun.model
+            assert vars(resumed.model).get("source_vocab_size", 320) == 320
+            assert resumed.model.vocab_size == 320
 
 
 def test_every_linear_map_below_the_head_can_be_adapted(config: FinetuneConfig) -> None:

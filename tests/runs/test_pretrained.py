@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.config import PretrainConfig, read_file
+from jaxlm.config import PretrainConfig, read_file, to_json
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
@@ -94,6 +94,34 @@ def test_the_vocabulary_is_padded_to_what_the_mesh_divides(tensor: int, padded: 
     assert resolved.model.vocab_size == padded
     assert padded % 64 == padded % tensor == 0
     assert padded - 30_522 < 64 * tensor
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_a_run_keeps_its_vocabulary_on_another_mesh(tmp_path: Path, base: bool) -> None:
+    """Its tables have as many rows, whatever mesh they were padded for."""
+    config = read_file(CONFIGS / "quickstart.py")
+    assert isinstance(config, PretrainConfig)
+    of_base = replace(config.model, vocab_size=30_528) if base else None
+    model = None if base else config.model
+    config = replace(config, runs=tmp_path, name="x", model=model, base="b" if base else None)
+    on = lambda tensor, **others: pretrained.resolve(
+        replace(config, mesh=MeshConfig(tensor=tensor), **others),
+        [prepared(30_522)],
+        "cpu",
+        of_base,
+    )
+    begun = on(5)
+    (config.directory / "config.json").parent.mkdir()
+    (config.directory / "config.json").write_text(to_json(begun))
+    assert on(1).model.vocab_size == 30_528  # nothing has been trained there
+    (config.directory / "checkpoints" / "0").mkdir(parents=True)
+    for resumed in (on(1), on(1, model=begun.model), on(8)):
+        assert resumed.model.vocab_size == begun.model.vocab_size == 30_720
+    if not base:
+        given = replace(begun.model, vocab_size=30_528)
+        assert on(1, model=given).model.vocab_size == 30_528
+    info = prepared(30_721)  # with more tokens: refused for its tokenizer, later
+    assert pretrained.resolve(config, [info], "cpu", of_base).model.vocab_size == 30_784
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from jaxlm.data.prepared import Prepared, open_prepared
 from jaxlm.data.sources import TextFiles
 from jaxlm.decode.fill_mask import FillMask
 from jaxlm.errors import InputError
+from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.runs import pretrained
 from jaxlm.runs.base import Base
@@ -34,7 +35,7 @@ from jaxlm.runs.pretraining import open_data, pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.train.loop import evaluate
 from jaxlm.train.metrics import read_jsonl
-from jaxlm.train.restore import list_steps
+from jaxlm.train.restore import best_step, list_steps
 from jaxlm.train.view import View
 
 STEPS = 6
@@ -179,6 +180,18 @@ def test_changes_are_accepted_when_asked_for(
     assert "complete" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_the_best_is_of_what_was_evaluated_alike(
+    config: PretrainConfig, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / whole.name)
+    task = replace(config.task, eval_masking=MaskingConfig(rate=0.9))
+    longer = replace(config, runs=tmp_path, train=replace(config.train, steps=STEPS + 2))
+    pretrain(replace(longer, task=task, accept_changes=True))
+    assert "the best checkpoint is chosen anew" in capsys.readouterr().out
+    assert best_step(tmp_path / whole.name / CHECKPOINTS) > STEPS
+
+
 def test_resume_with_another_model_names_the_shapes(config: PretrainConfig, whole: Path) -> None:
     model = replace(config.model, mlp_dim=64)
     with pytest.raises(InputError, match=r"32.*64|64.*32"):
@@ -233,7 +246,7 @@ def test_not_a_run_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"batch_size": 12}}, r"batch_size=12 is not divisible by 8 devices"),
+        ({"data": {"batch_size": 12}}, r"=12 is not divisible by 8 .* 16; with --accept-changes"),
         ({"data": {"ramp_sizes": (20,)}}, r"data.ramp_sizes=20 is not divisible by 8 .* is 24"),
         ({"model": {"max_length": 8}}, r"rows of 16 tokens.*max_length=8"),
         ({"model": {"vocab_size": 20}}, r"vocab_size=20 is smaller than the tokenizer's"),
@@ -361,15 +374,25 @@ def test_what_preparing_advises_is_possible_here(
     assert way_out in said.getvalue()
 
 
-def test_not_finite_gradients_stop_with_the_step_named(config: PretrainConfig) -> None:
+def test_not_finite_gradients_stop_with_the_step_named(
+    config: PretrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And with a way out that works."""
     mad = replace(
         config,
         name="mad",
         optimizer=OptimizerConfig(peak_lr=1e30, clip_norm=None, warmup_share=0.0),
-        train=replace(config.train, steps=50, max_skipped=3, num_evals=1),
+        train=replace(config.train, steps=8, max_skipped=3, num_evals=1),
     )
-    with pytest.raises(InputError, match=r"not finite in 3 steps in a row, up to step \d+"):
+    said = r"not finite in 3 steps in a row, .* step \d+: lower .*peak_lr, with --accept-changes,"
+    with pytest.raises(InputError, match=said):
         pretrain(mad)
+    calm = replace(mad, optimizer=replace(mad.optimizer, peak_lr=1e-3))
+    with pytest.raises(InputError, match=r"optimizer\.peak_lr=1e\+30 there"):
+        pretrain(calm)
+    pretrain(replace(calm, accept_changes=True))
+    assert "resuming from step 0 " in capsys.readouterr().out
+    assert max(list_steps(mad.directory / CHECKPOINTS)) == 8
 
 
 def test_jax_sees_eight_devices() -> None:

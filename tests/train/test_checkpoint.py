@@ -159,10 +159,15 @@ def test_keeps_the_newest_and_the_best(tmp_path):
     assert list_steps(tmp_path) == [90]
 
 
-def test_metrics_on_other_data_do_not_compare(tmp_path):
-    """A run that goes on with other data is best by these, whatever it reached on the first."""
-    save = lambda checkpointer, step, data, **metrics: checkpointer.save(
-        step, make_state(step), {"examples_seen": 8 * step, "data": [data]}, metrics
+@pytest.mark.parametrize("basis", ["data", "evaluation"])
+def test_metrics_on_other_data_do_not_compare(tmp_path, basis):
+    """A run that goes on with other data is best by these, whatever it reached on the first.
+
+    So is one that is evaluated otherwise.
+    """
+    same = {"data": ["same"], "evaluation": "same"}
+    save = lambda checkpointer, step, value, **metrics: checkpointer.save(
+        step, make_state(step), {"examples_seen": 8 * step} | same | {basis: value}, metrics
     )
     with Checkpointer(tmp_path, keep=1) as checkpointer:
         save(checkpointer, 10, "first", loss=1.0)
@@ -183,6 +188,20 @@ def test_metrics_on_other_data_do_not_compare(tmp_path):
         checkpointer.restore(abstract(make_state()))
         save(checkpointer, 70, "second", loss=4.0)
     assert list_steps(tmp_path) == [40, 70]
+
+
+def test_metrics_of_older_versions_compare(tmp_path):
+    """Which did not save how they were measured."""
+    save = lambda checkpointer, step, cursor, loss: checkpointer.save(
+        step, make_state(step), {"examples_seen": 8 * step, "data": ["a"]} | cursor, {"loss": loss}
+    )
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        save(checkpointer, 10, {}, 1.0)
+    with Checkpointer(tmp_path, keep=1) as checkpointer:
+        checkpointer.restore(abstract(make_state()))
+        save(checkpointer, 20, {"evaluation": "x"}, 2.0)
+        save(checkpointer, 30, {"evaluation": "x"}, 3.0)
+    assert (list_steps(tmp_path), best_step(tmp_path)) == ([10, 30], 10)
 
 
 def test_keeps_those_whose_mean_is_a_model(tmp_path):
