@@ -14,6 +14,7 @@ import jax
 from jaxlm import config as configs
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
+from jaxlm.models.model import is_attentive
 from jaxlm.peft.tuning import Full
 from jaxlm.runs.folder import read_config
 from jaxlm.runtime import distributed
@@ -28,15 +29,15 @@ from jaxlm.train.restore import Cursor, compares
 # are computed, and what is kept and shown.
 _FREE = (
     r"name|attention|runs|resume|accept_changes|wandb|baseline|placement|base|mesh\..*|prepare(\..*)?"
-    r"|data\.paths|task\.split|data\.(train|validation)\.(path|data_dir|source|target)|model\.(remat|unroll|attention)"
+    r"|data\.paths|task\.split|data\.(train|validation)\.(path|data_dir|source|target)|model\.(remat|unroll)"
     r"|train\.(num_micro_batches|save_every|keep|average|log_every|max_skipped)"
 )
+# And of a model whose attention can be computed in several ways: how. XLNet's says what sees what.
+_ATTENTION = r"model\.attention"
 # And of a finished run, which is extended, or one not yet begun: its length.
 _LENGTH = r"train\.(steps|epochs|minutes|num_evals)"
 # Fields of a task, a model and adapters on which metrics do not depend, rounding apart.
-_UNMEASURED = (
-    r".*dropout_rate|initializer_std|init|lr_ratio|dtype|attention|unroll|remat|split|num_samples"
-)
+_UNMEASURED = r".*dropout_rate|initializer_std|init|lr_ratio|dtype|unroll|remat|split|num_samples"
 
 
 def make_cursor(
@@ -98,6 +99,7 @@ def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
     before, now = configs.flatten(began), configs.flatten(config)
     any_length = saved["share"] >= 1 or saved["examples_seen"] == 0
     free = f"{_FREE}|{_LENGTH}" if any_length else _FREE
+    free += f"|{_ATTENTION}" if is_attentive(config.model) else ""
     changed = [
         f"{path}={before.get(path)} there and {now.get(path)} here"
         for path in sorted({*before, *now})
@@ -204,7 +206,8 @@ def _as_given(part: Any) -> Any:
     for field in dataclasses.fields(part):
         make, value = field.default_factory, getattr(part, field.name)
         default = field.default if make is dataclasses.MISSING else make()
-        if value != default and not re.fullmatch(_UNMEASURED, field.name):
+        is_how = field.name == "attention" and is_attentive(part)
+        if value != default and not is_how and not re.fullmatch(_UNMEASURED, field.name):
             fields[field.name] = _as_given(value)
     return fields
 

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny_models import BERT
 from tiny_runs import make_config
 
 from jaxlm.config import FinetuneConfig, PretrainConfig
@@ -29,6 +30,7 @@ from jaxlm.errors import InputError
 from jaxlm.models.bert import BertConfig
 from jaxlm.models.heads import WithLmHead
 from jaxlm.models.llama import LlamaConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.objectives.masking import MaskingConfig
 from jaxlm.optim import OptimizerConfig
 from jaxlm.peft.tuning import LoraConfig
@@ -428,6 +430,7 @@ TUNED = FinetuneConfig(
     train=TrainConfig(steps=1),
 )
 EMBEDS = replace(TUNED, task=Embedding())
+XLNET = XlnetConfig(num_layers=1, hidden_dim=16, num_heads=2, mlp_dim=32)
 
 
 @pytest.mark.parametrize(
@@ -482,6 +485,33 @@ def test_evaluations_have_the_fingerprints_of_before(config: PretrainConfig) -> 
     object.__setattr__(number.task, "temperature", 1)  # as a config file may say it
     one, other = (resume.make_cursor(x, **facts)["evaluation"] for x in (whole, number))
     assert one == other
+
+
+@pytest.mark.parametrize(
+    ("model", "changed", "is_how"),
+    [
+        (replace(BERT, attention=None), {"attention": "blockwise"}, True),
+        (XLNET, {"attention": "uni"}, False),
+    ],
+)
+def test_attention_may_change_where_it_is_how_and_not_what_sees_what(
+    config: PretrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    model: Any,
+    changed: dict[str, Any],
+    is_how: bool,
+) -> None:
+    before, after = (replace(config, model=one) for one in (model, replace(model, **changed)))
+    facts = {"data": ["a"], "tokenizer_sha256": "b", "base_sha256": None, "monitor": "loss"}
+    saved, start = (resume.make_cursor(x, **facts) for x in (before, after))
+    assert (saved == start) == is_how
+    monkeypatch.setattr(resume, "read_config", lambda *_: before)
+    saved |= {"examples_seen": 8, "share": 0.5}
+    if is_how:
+        resume.check_config(Path("x"), after, saved)
+    else:
+        with pytest.raises(InputError, match=r"model\.attention=bi there and uni here"):
+            resume.check_config(Path("x"), after, saved)
 
 
 def test_a_run_with_changes_goes_on_where_a_batch_begins() -> None:
