@@ -236,6 +236,8 @@ def base_params(
     what = _joined(["encoder", *known])
     if fresh := [name for name in names if name not in known]:
         what += f"; its {_joined(fresh)} {'is' if len(fresh) == 1 else 'are'} new"
+    if left := sorted(parts.keys() - wanted.keys()):
+        what += f"; its {_joined(left)}, for which this task has no place, is left behind"
     if new:
         what += f"; {len(new):,} new tokens are the means of the pieces that they were"
     if changed := phase.differences(base.config, config.model):

@@ -118,7 +118,11 @@ def test_a_further_phase_has_its_head_and_generator(
     ("task", "said"),
     [
         (ReplacedToken(generator_share=1.0), "encoder and head; its generator is new"),
-        (MaskedLm(), "encoder; its head is new"),
+        (
+            MaskedLm(),
+            "encoder; its head is new; its generator, for which this task has no place, is left "
+            "behind",
+        ),
     ],
 )
 def test_what_has_another_shape_is_new(
