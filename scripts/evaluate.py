@@ -178,7 +178,8 @@ def options_of(
 def named(name: str, options: Mapping[str, Any]) -> str:
     """The name of a folder with these options: the rows 10 of x are x-rows-10."""
     parts = (k if v is True else f"{k}-{v}" for k, v in options.items())
-    return "-".join([name, *(re.sub(r"[^\w.]+", "-", part).strip("-")[:40] for part in parts)])
+    joined = "-".join([name, *(re.sub(r"[^\w.]+", "-", part).strip("-")[:40] for part in parts)])
+    return os.fsencode(joined)[:200].decode(errors="ignore")  # file systems allow 255 bytes
 
 
 def folder_of(
@@ -255,7 +256,7 @@ def evaluate_pretrained(
         if dataset.info.tokenizer_sha256 != loaded.cursor["tokenizer_sha256"]:
             raise InputError(
                 f"{dataset.directory} was prepared with another tokenizer than the run's: prepare "
-                f"it again with --tokenizer.path {directory / TOKENIZER}"
+                f"it again with scripts/prepare.py --tokenizer.path {directory / TOKENIZER}"
             )
     batch_size = loaded.config.data.batch_size
     model = loaded.config.model

@@ -141,6 +141,8 @@ def main(
         raise InputError(f"--out {out} is the file that is read: name another")
     if encoding is not None and file is None:
         raise InputError(f"--encoding {encoding} is that of a --file: leave it out")
+    if column is not None and file is None:
+        raise InputError(f"--column {column} is that of a --file: leave it out")
     source, pairs = str(run), pair is not None
     if int8 and (task != "generate" or published_task.is_tuned(source)):
         raise InputError(f"--int8 is for generate with a pretrained run, not for {task} with {run}")
@@ -346,14 +348,16 @@ def read_records(
 
 
 def with_column(records: Iterable[Record], column: str) -> Iterator[Record]:
-    """The records, the first of which must have that field."""
-    for number, record in enumerate(records):
-        if number == 0 and column not in record.fields and record.fault is None:
-            raise InputError(
-                f"{record.origin}: no field {column!r} among "
-                f"{', '.join(map(repr, record.fields))}: name the one of the text with --column"
-            )
-        yield record
+    """The records, of which one of the first must have that field."""
+    records = iter(records)
+    first = list(itertools.islice(records, 100))
+    whole = [record for record in first if record.fault is None]
+    if whole and not any(column in record.fields for record in whole):
+        raise InputError(
+            f"{whole[0].origin}: no field {column!r} among "
+            f"{', '.join(map(repr, whole[0].fields))}: name the one of the text with --column"
+        )
+    yield from itertools.chain(first, records)
 
 
 def search(

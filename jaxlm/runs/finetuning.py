@@ -63,7 +63,10 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config, splits)
     source_tokenizer = make_source_tokenizer(config, splits)
-    config = resolve(config, base, tokenizer, jax.default_backend(), source_tokenizer)
+    own = begun(config)
+    config = resolve(
+        config, base, tokenizer, jax.default_backend(), source_tokenizer, own and own.model
+    )
     task = config.task
     console.print(_pooled(task, base), soft_wrap=True, end="")
     labels = task.labels(splits.train)
@@ -212,10 +215,12 @@ def resolve(
     tokenizer: Tokenizer,
     platform: str,
     source_tokenizer: Tokenizer | None = None,
+    own: ModelConfig | None = None,
 ) -> FinetuneConfig:
-    """Fill in what the config leaves to the base, the data and the platform."""
-    before = begun(config)
-    own = before and before.model
+    """Fill in what the config leaves to the base, the data and the platform.
+
+    ``own``: the model of the run so far, whose rows of the vocabulary stay, on any mesh.
+    """
     if base is not None:
         model: Any = steps.base_model(base.config, config.mesh, own)
     else:

@@ -18,7 +18,7 @@ from jaxlm.data import tokenizers
 from jaxlm.data.extension import pieces_of_new
 from jaxlm.data.prepared import Prepared
 from jaxlm.errors import InputError
-from jaxlm.models.model import ModelConfig, example_inputs
+from jaxlm.models.model import ModelConfig, example_inputs, is_attentive
 from jaxlm.runs import steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.task import PretrainTask
@@ -26,7 +26,7 @@ from jaxlm.train.stored import changed
 
 POSITIONS = "encoder/position_embed/embedding"
 _VOCABULARY = ("vocab_size", "num_tokens")  # which tokenizer and the first mesh decide
-_CHOSEN = ("dtype", "attention", "unroll", "remat")  # how it is computed
+_CHOSEN = ("dtype", "unroll", "remat")  # how it is computed
 Pieces = Mapping[int, Sequence[int]]  # a new token -> the tokens of the base that it was before
 
 
@@ -73,10 +73,11 @@ def next_model(
 
 def differences(base: ModelConfig, model: ModelConfig) -> list[str]:
     """The fields of a model that are not its base's, but those that the run decides."""
+    decided = (*_VOCABULARY, *_CHOSEN, *(("attention",) if is_attentive(base) else ()))
     return [
         f"{name}={vars(model)[name]} (there {value})"
         for name, value in vars(base).items()
-        if name not in (*_VOCABULARY, *_CHOSEN) and vars(model)[name] != value
+        if name not in decided and vars(model)[name] != value
     ]
 
 

@@ -31,7 +31,7 @@ from jaxlm.peft import quantize
 from jaxlm.runs import phase, steps
 from jaxlm.runs.answers import ERROR, Answer, Answered, answered, as_records, joined
 from jaxlm.runs.finite import not_finite
-from jaxlm.runs.folder import CHECKPOINTS, begun, check_tokenizer, read_config, read_tokenizer
+from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
 from jaxlm.tasks.permutation_lm import PermutationLm
@@ -51,12 +51,14 @@ def resolve(
     infos: Sequence[PreparedInfo],
     platform: str,
     base: ModelConfig | None = None,
+    own: ModelConfig | None = None,
 ) -> PretrainConfig:
-    """Fill in what the config leaves to the base, the data and the platform; raise on a clash."""
+    """Fill in what the config leaves to the base, the data and the platform; raise on a clash.
+
+    ``own``: the model of the run so far, whose rows of the vocabulary stay, on any mesh.
+    """
     info = infos[0]  # the others are cut alike
     model: Any = config.model
-    before = begun(config)
-    own = before and before.model
     if base is not None:
         model = phase.next_model(base, model, info.vocab_size, config.task, config.mesh, own)
     model = steps.with_vocabulary(model, info.vocab_size, config.mesh, own=own)

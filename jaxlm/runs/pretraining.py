@@ -58,7 +58,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
     check_before(datasets, before)
     infos = [dataset.info for dataset in datasets]
     info = infos[0]
-    config = pretrained.resolve(config, infos, jax.default_backend(), base_model)
+    own = folder.begun(config)
+    config = pretrained.resolve(config, infos, jax.default_backend(), base_model, own and own.model)
     config, attends = attention.settle(config, info.row_length, jax.devices())
     tokenizer = tokenizers.load(datasets[0].tokenizer_path)
     vocabulary = make_vocabulary(tokenizer, info.special)

@@ -14,7 +14,7 @@ import jax
 from jaxlm import config as configs
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import is_attentive
+from jaxlm.models.model import Attentive
 from jaxlm.peft.tuning import Full
 from jaxlm.runs.folder import read_config
 from jaxlm.runtime import distributed
@@ -99,7 +99,7 @@ def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
     before, now = configs.flatten(began), configs.flatten(config)
     any_length = saved["share"] >= 1 or saved["examples_seen"] == 0
     free = f"{_FREE}|{_LENGTH}" if any_length else _FREE
-    free += f"|{_ATTENTION}" if is_attentive(config.model) else ""
+    free += f"|{_ATTENTION}" if isinstance(config.model, Attentive) else ""
     changed = [
         f"{path}={before.get(path)} there and {now.get(path)} here"
         for path in sorted({*before, *now})
@@ -206,7 +206,7 @@ def _as_given(part: Any) -> Any:
     for field in dataclasses.fields(part):
         make, value = field.default_factory, getattr(part, field.name)
         default = field.default if make is dataclasses.MISSING else make()
-        is_how = field.name == "attention" and is_attentive(part)
+        is_how = field.name == "attention" and isinstance(part, Attentive)
         if value != default and not is_how and not re.fullmatch(_UNMEASURED, field.name):
             fields[field.name] = _as_given(value)
     return fields

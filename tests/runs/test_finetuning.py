@@ -36,7 +36,7 @@ from jaxlm.peft.lora import LoraConfig
 from jaxlm.peft.tuning import BitFit, Full, HeadOnly
 from jaxlm.runs import base, beginning, finetuned, pretrained
 from jaxlm.runs.finetuning import finetune, resolve
-from jaxlm.runs.folder import CHECKPOINTS
+from jaxlm.runs.folder import CHECKPOINTS, begun
 from jaxlm.runs.pretraining import pretrain
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.classification import Classification
@@ -278,13 +278,15 @@ def test_a_run_keeps_its_vocabulary_on_another_mesh(config: FinetuneConfig, tmp_
     cases = (config, published, None), (new, None, published.tokenizer)
     for number, (one, of, sources) in enumerate(cases):
         one = replace(one, runs=tmp_path, name=str(number), mesh=MeshConfig(tensor=5))
-        begun = resolve(one, of, published.tokenizer, "cpu", sources)
+        first = resolve(one, of, published.tokenizer, "cpu", sources)
         (one.directory / CHECKPOINTS / "0").mkdir(parents=True)
-        (one.directory / "config.json").write_text(to_json(begun))
-        for given in (one.model, begun.model):
+        (one.directory / "config.json").write_text(to_json(first))
+        for given in (one.model, first.model):
             moved = replace(one, mesh=MeshConfig(), model=given)
-            resumed = resolve(moved, of, published.tokenizer, "cpu", sources)
-            assert resumed.model == begun.model
+            own = begun(moved)
+            assert own is not None
+            resumed = resolve(moved, of, published.tokenizer, "cpu", sources, own.model)
+            assert resumed.model == first.model
             assert vars(resumed.model).get("source_vocab_size", 320) == 320
             assert resumed.model.vocab_size == 320
 

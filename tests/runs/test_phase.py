@@ -13,10 +13,11 @@ from jaxlm import tree
 from jaxlm.errors import InputError
 from jaxlm.models.gpt2 import Gpt2Config
 from jaxlm.models.llama import LlamaConfig
-from jaxlm.models.model import ModelConfig, example_inputs
+from jaxlm.models.model import ModelConfig, example_inputs, is_attentive
 from jaxlm.models.modernbert import ModernBertConfig
 from jaxlm.models.t5 import T5Config
 from jaxlm.models.transformer import TransformerConfig
+from jaxlm.models.xlnet import XlnetConfig
 from jaxlm.runs import phase, steps
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.causal_lm import CausalLm
@@ -104,6 +105,12 @@ def test_new_tokens_have_their_place_in_a_generator() -> None:
         np.testing.assert_allclose(new[number], old[list(pieces)].mean(), rtol=1e-6)
 
 
+def test_what_sees_what_is_a_difference() -> None:
+    config = XlnetConfig(**SMALL)
+    (said,) = phase.differences(replace(config, attention="uni"), config)
+    assert said == "attention=bi (there uni)"
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -128,7 +135,7 @@ def test_fields_that_no_shape_depends_on_may_be_others(name: str, change: dict[s
         for field in vars(config)
         if field in changed
     ]
-    settled = {"attention": "plain"} if "attention" in vars(config) else {}
+    settled = {"attention": "plain"} if is_attentive(config) else {}
     assert phase.differences(replace(config, **settled), config) == []  # which no user has chosen
     assert model.dtype == change.get("dtype")
     assert (model.vocab_size, phase.differences(config, config)) == (64, [])

@@ -190,6 +190,27 @@ def test_a_pretrained_run_reads_a_text_a_line(predict, pretrained_run, write):
     assert "a text that begins with { goes into an object" in answers[4]["error"]
 
 
+@pytest.mark.parametrize("first", ['{"text": "[] b"}', "[] b"])
+def test_a_text_a_line_may_begin_as_json_does(predict, pretrained_run, write, first):
+    path, out = write("x.txt", f"{first}\n\nc\n"), write("y", "")
+    predict.main(Path("run"), pretrained_run, file=path, out=out)
+    answers = [json.loads(line) for line in out.read_text().split("\n")[:-1]]
+    assert [one.get("said") for one in answers] == ["[] B", None, "C"]
+
+
+def test_a_column_is_that_of_a_file(predict, pretrained_run):
+    with pytest.raises(InputError, match=r"^--column body is that of a --file: leave it out$"):
+        predict.main(Path("run"), pretrained_run, "a", column="body")
+
+
+def test_a_record_without_the_text_is_one_error(predict, pretrained_run, write):
+    path, out = write("x.jsonl", '{"id": 1}\n{"text": "a"}\n'), write("y", "")
+    predict.main(Path("run"), pretrained_run, file=path, out=out)
+    one, other = map(json.loads, out.read_text().split("\n")[:-1])
+    assert (one["id"], other["said"]) == (1, "A")
+    assert "error" in one
+
+
 def test_a_pretrained_run_takes_one_text(predict, pretrained_run):
     with pytest.raises(InputError, match=f"^{pretrained_run} takes one text: leave out --pair$"):
         predict.main(Path("run"), pretrained_run, "a", pair="b")

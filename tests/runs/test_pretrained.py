@@ -15,7 +15,7 @@ from jaxlm.config import PretrainConfig, read_file, to_json
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.prepared import PreparedInfo
 from jaxlm.data.special_tokens import SpecialTokens
-from jaxlm.runs import pretrained
+from jaxlm.runs import folder, pretrained
 from jaxlm.runs.pretrained import Pretrained
 from jaxlm.sharding import MeshConfig
 from jaxlm.tasks.causal_lm import CausalLm
@@ -104,12 +104,12 @@ def test_a_run_keeps_its_vocabulary_on_another_mesh(tmp_path: Path, base: bool) 
     of_base = replace(config.model, vocab_size=30_528) if base else None
     model = None if base else config.model
     config = replace(config, runs=tmp_path, name="x", model=model, base="b" if base else None)
-    on = lambda tensor, **others: pretrained.resolve(
-        replace(config, mesh=MeshConfig(tensor=tensor), **others),
-        [prepared(30_522)],
-        "cpu",
-        of_base,
-    )
+
+    def on(tensor: int, size: int = 30_522, **others: Any) -> Any:
+        run = replace(config, mesh=MeshConfig(tensor=tensor), **others)
+        own = folder.begun(run)
+        return pretrained.resolve(run, [prepared(size)], "cpu", of_base, own and own.model)
+
     begun = on(5)
     (config.directory / "config.json").parent.mkdir()
     (config.directory / "config.json").write_text(to_json(begun))
@@ -120,8 +120,9 @@ def test_a_run_keeps_its_vocabulary_on_another_mesh(tmp_path: Path, base: bool) 
     if not base:
         given = replace(begun.model, vocab_size=30_528)
         assert on(1, model=given).model.vocab_size == 30_528
-    info = prepared(30_721)  # with more tokens: refused for its tokenizer, later
-    assert pretrained.resolve(config, [info], "cpu", of_base).model.vocab_size == 30_784
+    assert on(1, 30_721).model.vocab_size == 30_784  # more: refused for its tokenizer, later
+    another = pretrained.resolve(config, [prepared(30_522)], "cpu", of_base)
+    assert another.model.vocab_size == 30_528  # that is not to resume the run of that name
 
 
 @pytest.mark.parametrize(

@@ -200,10 +200,13 @@ def fingerprint(config: LabelledConfig) -> str:
 def holds_records(source: Source, path: Path, names: Collection[str] = ()) -> bool:
     """Whether a file is no plain text, by a known ending, that of ``source``, or what it holds.
 
-    A .txt file is plain text where its header has none of ``names``.
+    A .txt file is plain text where its header has none of ``names``, and where it holds objects a
+    line, as texts may stand between them.
     """
     ending = files.ending(path)
     kind = formats.kind_of(path, None) if path.is_file() else None
+    if kind == "json" and ending in ("", ".txt"):
+        return formats.is_document(path)
     if ending in _ENDINGS or kind in ("arrow", "json"):
         return True
     if ending != _ending(source) or path.is_fifo():

@@ -10,7 +10,8 @@ from jaxlm.data import files, tabular
 from jaxlm.errors import InputError
 
 Row = tuple[str, dict[str, Any] | InputError]  # where it stands, and its fields or its error
-_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*[{\]])')  # a word of CoNLL may be a bracket, too
+# A word of CoNLL may be a bracket, too.
+_JSON = re.compile(r'\s*(\{\s*["}]|\[\s*(\{\s*["}]|\]\s*$))')
 _FASTTEXT = re.compile(r"__label__\S+\s")
 
 
@@ -50,13 +51,13 @@ def _read_fasttext(path: Path, encoding: str | None) -> Iterator[Row]:
 
 def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
     """Objects a line, those of one array, or the questions of SQuAD's form."""
-    if _is_document(path, encoding):
+    if is_document(path, encoding):
         yield from _read_document(path, encoding)
     else:
         yield from tabular.read_json_lines(path, encoding=encoding)
 
 
-def _is_document(path: Path, encoding: str | None) -> bool:
+def is_document(path: Path, encoding: str | None = None) -> bool:
     """Whether it is one value, and no object a line, which may have a field 'data' as well."""
     lines = (text for line in files.lines(path, encoding=encoding) if (text := line.strip()))
     first = next(lines, "[")

@@ -103,7 +103,7 @@ def has_decimal_commas(records: Iterable[Record], name: str) -> bool:
     numbers = [x for x in values if re.search("[0-9]", x) and re.fullmatch(_NUMERIC, x)]
     fractions = [number.partition(",")[2] for number in numbers if "," in number]
     return any(len(digits) != 3 for digits in fractions) and all(
-        re.fullmatch(r"[-+]?[0-9]+(,[0-9]+)?", number) for number in numbers
+        re.fullmatch(r"[-+]?[0-9]*(,[0-9]*)?", number) for number in numbers
     )
 
 

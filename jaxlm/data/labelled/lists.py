@@ -1,8 +1,11 @@
 """Lists that stand as text in a cell of a table."""
 
 import ast
+import io
 import json
 import re
+import tokenize
+from itertools import pairwise
 from typing import Any
 
 from jaxlm.data import tabular
@@ -19,13 +22,19 @@ def parse(text: str) -> list[Any]:
     except json.JSONDecodeError as error:
         message = error.msg
     try:
-        # Strings side by side, as numpy prints them, would be joined.
-        items = None if re.search(r"""['"]\s+['"]""", text) else ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        items = None if _joins_strings(text) else ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
         items = None
     if not isinstance(items, list):
         raise ValueError(message)
     return items
+
+
+def _joins_strings(text: str) -> bool:
+    """Whether strings stand side by side, as numpy prints them, which Python would join."""
+    tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    return (tokenize.STRING, tokenize.STRING) in pairwise(kinds)
 
 
 def read(text: str, where: str, *, kind: type = str) -> list[Any] | None:

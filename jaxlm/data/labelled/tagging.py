@@ -131,7 +131,7 @@ def _plain(record: Record, words: str) -> str:
     """The field that holds text to be split into words, if one does, and "" if none does."""
     name = words if words in record.fields else "text"
     value, where = record.fields.get(name), f"{record.origin}: field {name!r}"
-    is_list = name == words and isinstance(value, str) and lists.read(value, where) is not None
+    is_list = name == words and isinstance(value, str) and bool(lists.read(value, where))
     return name if isinstance(value, str) and not is_list else ""
 
 

@@ -124,6 +124,11 @@ def test_good_numbers_do_not_depend_on_bad_ones(task, bad):
     assert [example.label for example in found] == [1.25, 3.5, -2.125, 4]
 
 
+@pytest.mark.parametrize("odd", ["3,", ",5"])
+def test_decimal_commas_beside_which_digits_are_left_out(odd):
+    assert labels.has_decimal_commas(numbered("3,5", "1,250", odd), "label")
+
+
 @with_numbers
 def test_one_number_alone_is_read_as_all_are(task):
     records = numbered("4.5", "3,5", "1,250", "2")

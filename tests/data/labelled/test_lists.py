@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from jaxlm.data.labelled import tagging
+from jaxlm.data.labelled import lists, tagging
 from jaxlm.data.labelled.records import Conll, JsonLines, Record, Table
 from jaxlm.data.labelled.tagging import TagFields
 from jaxlm.data.labelled.words import Split
@@ -48,6 +48,18 @@ def test_an_ordinary_text_may_begin_with_a_bracket():
         for tags in ("tags", None):
             (sentence,) = tagging.read([record], TagFields(tags=tags))
             assert sentence.words == text.split()
+
+
+def test_a_text_of_brackets_alone_can_be_tagged():
+    for text in ("[]", "[ ]"):
+        record = Record(fields={"tokens": text}, origin="x")
+        (sentence,) = tagging.read([record], TagFields(tags=None))
+        assert sentence.words == text.split()
+
+
+@pytest.mark.parametrize("words", [["a", " ", "b"], ["'", " "], ['He said " ', "x"]])
+def test_white_space_in_a_string_is_none_between_strings(words):
+    assert lists.parse(str(words)) == words
 
 
 @pytest.mark.parametrize(
