@@ -333,7 +333,7 @@ def compares(one: Cursor, other: Cursor) -> bool:
 def read_ranks(
     directory: StoragePath, monitor: Monitor, report: Report | None = None
 ) -> dict[int, Rank]:
-    """The rank of each step that was evaluated, but of those that do not compare with the newest.
+    """The rank of each step that was evaluated, from the newest back to one that does not compare.
 
     Damaged steps are passed to ``report``.
     """
@@ -346,8 +346,15 @@ def read_ranks(
             _raise_if_unreadable(directory / str(step), error)
             if report is not None:
                 report(f"the checkpoint of step {step} is damaged and left out: {error}")
-    newest, _ = found[max(found)] if found else ({}, None)
-    return {step: rank for step, (own, rank) in found.items() if rank and compares(own, newest)}
+    known: Cursor = {}  # what the steps from here on say; some of older versions do not
+    ranks: dict[int, Rank] = {}
+    for step, (own, rank) in reversed(found.items()):
+        if not compares(own, known):
+            break
+        known |= own
+        if rank is not None:
+            ranks[step] = rank
+    return dict(reversed(ranks.items()))
 
 
 @functools.cache
