@@ -130,7 +130,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     config, attends = attention.settle(config, row_length, jax.devices())
     if attends:
         console.print(Text(attends), soft_wrap=True)
-    placement = finetuned.make_placement(config, labels, finetuned.make_init(config, labels))
+    begun_with = restore.trained(config.directory / CHECKPOINTS)
+    init = finetuned.make_init(config, labels, begun_with)
+    placement = finetuned.make_placement(config, labels, init)
     shapes = placement.abstract_state
     moments = round(tree.num_params(shapes.opt_state) / max(tree.num_params(shapes.trainable), 1))
     console.print(tuning.table(shapes.trainable, shapes.frozen, moments))

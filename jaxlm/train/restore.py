@@ -121,10 +121,22 @@ def chosen_steps(
 
 def peek(directory: StoragePath) -> Cursor:
     """Cursor of the newest checkpoint whose metadata are whole: it holds for all steps of a run."""
+    return _newest(directory, "cursor")
+
+
+def trained(directory: StoragePath) -> frozenset[str]:
+    """Paths of the variables that a run trains, as its checkpoints hold them; none before these."""
+    saved = _newest(directory, "leaves") if list_steps(directory) else {}
+    top = "trainable/"
+    return frozenset(path.removeprefix(top) for path in saved if path.startswith(top))
+
+
+def _newest(directory: StoragePath, part: str) -> dict[str, Any]:
+    """A part of the metadata of the newest checkpoint that has them whole."""
     reason = "it holds none"
     for step in reversed(list_steps(directory)):
         try:
-            return _read_meta(directory / str(step))["cursor"]
+            return _read_meta(directory / str(step))[part]
         except (OSError, ValueError, KeyError) as error:
             _raise_if_unreadable(directory / str(step), error)
             reason = str(error)
