@@ -65,10 +65,11 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
     return replace(config, model=model, dropout_rate=rate, monitor=best.monitor(config).name)
 
 
-def settled(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
-    """The config whose task has what it left to the training examples, or to the run so far."""
+def settled(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:
+    """The config whose task has what it left to the training data, or to the run so far."""
     before = begun(config)
-    return replace(config, task=config.task.settled(examples, before and before.task))
+    task = config.task if before or splits.task is None else splits.task
+    return replace(config, task=task.settled(splits.train, before and before.task))
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> nn.Module:

@@ -58,7 +58,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
         splits = read_splits(config.data, reading(config.task), config.task.check)
-    config = finetuned.settled(config, splits.train)
+    config = finetuned.settled(config, splits)
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config, splits)
