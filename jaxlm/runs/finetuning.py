@@ -247,11 +247,13 @@ def _with_pooling(task: Any, base: Base | None, model: ModelConfig, tokenizer: T
             "token last: use last, mean or max"
         )
     says = base and base.sentence_encoder
-    if says and says.beyond_pooling and task.with_pooling(None) != task:
+    # A head reads whole vectors: the cut is one of those that are answers.
+    lost = says and (says.beyond_pooling or (isinstance(task, Embedding) and says.cut))
+    if lost and task.with_pooling(None) != task:
         assert base is not None
         raise InputError(
-            f"{base.name} makes one vector of a text with {says.beyond_pooling}, which is not "
-            "supported: choose how, such as --task.pooling mean"
+            f"{base.name} makes one vector of a text with {lost}, which is not supported: choose "
+            "how, such as --task.pooling mean"
         )
     default: Pooling | None = "last" if model.is_causal or cls_last else None
     if has_transform(model) and not isinstance(task, Embedding):
