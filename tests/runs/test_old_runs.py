@@ -76,7 +76,7 @@ def test_biases_of_queries_stay_frozen_where_a_run_began_so(
     tuned: Tuning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = tiny_xlnet.tokenizer()
-    sizes = {"num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 16}
+    sizes: Any = {"num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 16}
     model = XlnetConfig(vocab_size=tokenizers.vocab_size(tokenizer), **sizes)
     shapes = jax.eval_shape(model.make().init, jax.random.key(0), *example_inputs(model))["params"]
     rng = np.random.default_rng(0)
