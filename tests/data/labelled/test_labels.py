@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -169,7 +171,7 @@ def test_it_holds_too_where_what_shows_it_is_not_trained_on(task, tmp_path):
     config = FinetuneConfig(
         name="x", runs=tmp_path, base="b", data=data, task=task, train=TrainConfig(steps=1)
     )
-    found = finetuned.settled(config, splits).task
+    found: Any = finetuned.settled(config, splits).task
     assert found.fields.decimal_commas is True
     if isinstance(found, Classification):
         numbers = [example.label for example in splits.train]
