@@ -63,6 +63,7 @@ def main(
         prompts=says.prompts if says else None,
         default_prompt_name=says.default_prompt_name if says else None,
         max_length=says.max_length if says else None,
+        truncate_dim=says.truncate_dim if says else None,
         task_head=published.task_head,
     )
     print(f"{source} is in {out}")

@@ -52,9 +52,7 @@ def main(
     if isinstance(read_any_config(locate(run)), PretrainConfig):
         trained = bases.load(str(run), step=step)
         bases.save(trained, out)
-        left = " and ".join(trained.others)
-        left_out = f"; its {left}, which have no place there, stay behind" if left else ""
-        print(f"{run} at step {trained.step} is in {out}{left_out}")
+        print(f"{run} at step {trained.step} is in {out}{trained.left_behind}")
         return
     loaded = finetuned.open_finetuned(run, step=step, base=base)
     merged = loaded.merged()

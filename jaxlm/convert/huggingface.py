@@ -230,14 +230,15 @@ def save(
     prompts: Mapping[str, str] | None = None,
     default_prompt_name: str | None = None,
     max_length: int | None = None,
+    truncate_dim: int | None = None,
     task_head: TaskHead | None = None,
     card: str | None = None,
 ) -> None:
     """A new folder that :func:`load`, and other libraries, read; it appears when it is complete.
 
-    With ``pooling`` it is a sentence encoder's, whose vectors have length 1; ``max_length`` is how
-    many tokens of a text it reads, None: all that the model can. With a ``task_head``,
-    ``params["head"]`` is one. ``card`` is its README.
+    With ``pooling`` it is a sentence encoder's, whose vectors have length 1, and of which
+    ``truncate_dim`` numbers are kept; ``max_length`` is how many tokens of a text it reads, None:
+    all that the model can. With a ``task_head``, ``params["head"]`` is one. ``card`` is its README.
     """
     path = on_disk(path)
     if not isinstance(config, Known):
@@ -298,6 +299,6 @@ def save(
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
         if pooling is not None:
             lengths = [length for length in (max_length, config.max_length) if length is not None]
-            longest, prompting = min(lengths, default=None), (prompts, default_prompt_name)
-            sentence_encoder.write(unfinished, pooling, config.hidden_dim, longest, *prompting)
+            longest, more = min(lengths, default=None), (prompts, default_prompt_name, truncate_dim)
+            sentence_encoder.write(unfinished, pooling, config.hidden_dim, longest, *more)
         folder.write_tensors(unfinished / folder.WEIGHTS, named)

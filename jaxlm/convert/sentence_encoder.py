@@ -94,9 +94,13 @@ class SentenceEncoder:
     @property
     def beyond_pooling(self) -> str:
         """What a task that pools cannot take over; empty: nothing."""
-        cut = self.truncate_dim
-        less = "" if cut is None else f"a cut to the first {cut} numbers"
-        return self.problem or ("a Dense layer" if self.dense else less)
+        return self.problem or ("a Dense layer" if self.dense else "")
+
+    @property
+    def cut(self) -> str:
+        """What it leaves out of vectors that are answers; empty: nothing."""
+        number = self.truncate_dim
+        return "" if number is None else f"a cut to the first {number} numbers"
 
 
 def read(path: Path) -> SentenceEncoder | None:
@@ -211,8 +215,9 @@ def write(
     max_length: int | None,
     prompts: Mapping[str, str] | None = None,
     default_prompt_name: str | None = None,
+    truncate_dim: int | None = None,
 ) -> None:
-    """Make a model's folder that of a sentence encoder, with vectors of length 1."""
+    """Make a model's folder that of a sentence encoder, with vectors of length 1 before any cut."""
     kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": _SCALE}
     modules = [
         {
@@ -234,7 +239,11 @@ def write(
         MODULES: modules,
         f"1_Pooling/{folder.CONFIG}": config,
         LENGTHS: {"max_seq_length": max_length, "do_lower_case": False},
-        PROMPTS: {"prompts": prompts or {}, "default_prompt_name": default_prompt_name},
+        PROMPTS: {
+            "prompts": prompts or {},
+            "default_prompt_name": default_prompt_name,
+            "truncate_dim": truncate_dim,
+        },
     }
     for where in kinds:
         (path / where).mkdir(exist_ok=True)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -68,12 +68,14 @@ def prepare(
     frozen_dtype: FrozenDtype = "float32",
     *,
     split_layers: bool = False,
+    trained: Collection[str] = (),
 ) -> tuple[Params, Params]:
     """The variables that learn, and the frozen ones, from a model's ``params``.
 
     ``call(variables)`` calls the model, to find out what can be adapted; nothing is computed.
     ``split_layers`` saves memory where the model unrolls its layers (``nn.stack.Layers``). What of
-    ``params`` is :func:`kept` already stays as it is.
+    ``params`` is :func:`kept` already stays as it is. ``trained`` are the variables of a run that
+    has begun: attention's biases that it left frozen, as all runs once did, stay so.
     """
     given, params = params, plain(params)
     sites = find_sites(call, {"params": params})
@@ -86,7 +88,8 @@ def prepare(
             variables["params"] = lora.unmerge(params, variables["lora"], tuning)
     elif isinstance(tuning, Ia3Config):
         variables["ia3"] = ia3.init_at(params, sites, tuning)
-    trainable, frozen = tree.partition(variables, partial(learns, tuning))
+    stays = lambda path: trained and path.endswith("_bias") and path not in trained
+    trainable, frozen = tree.partition(variables, lambda x: learns(tuning, x) and not stays(x))
     if frozen_dtype == "bfloat16":
         frozen = tree.map_with_path(_to_bfloat16, frozen)
     elif frozen_dtype == "int8" and frozen:

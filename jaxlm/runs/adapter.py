@@ -1,7 +1,7 @@
 """A run's adapter as a folder in PEFT's format, and such a folder as a run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,11 +55,17 @@ BASE = "base"
 """Folder beside an adapter that holds its base, where that is a run of ours."""
 
 
-def export(run: FinetunedRun, out: Path, *, base: str | None = None) -> str:
+def export(
+    run: FinetunedRun,
+    out: Path,
+    *,
+    base: str | None = None,
+    say: Callable[[str], object] = print,
+) -> str:
     """Write what a run has learned for PEFT; returns the name of its base there.
 
     A base that is a run of ours is written, too, into a folder in ``out``, which appears when it is
-    complete.
+    complete; what of it has no place there is said.
     """
     config, tuning = run.config, run.config.tuning
     if not isinstance(tuning, LoraConfig | Ia3Config):
@@ -73,12 +79,16 @@ def export(run: FinetunedRun, out: Path, *, base: str | None = None) -> str:
     given = base or config.base
     assert given is not None  # adapters have one
     with building(out) as unfinished:
-        return _write(run, tuning, given, unfinished, out)
+        named, left = _write(run, tuning, given, unfinished, out)
+    if left:
+        say(f"{given} is in {named}{left}")
+    return named
 
 
 def _write(
     run: FinetunedRun, tuning: LoraConfig | Ia3Config, given: str, unfinished: Path, out: Path
-) -> str:
+) -> tuple[str, str]:
+    """The name of the base there, and what of it is left behind."""
     name, loaded = given, bases.load(given)
     if is_run(locate(given)):
         bases.save(loaded, unfinished / BASE)
@@ -103,7 +113,7 @@ def _write(
     if run.labels:
         (unfinished / LABELS).write_text(json.dumps(list(run.labels)) + "\n", encoding="utf-8")
     write_whole(unfinished / "README.md", _card(model, given, run.labels))
-    return given
+    return given, loaded.left_behind
 
 
 def _task_model(path: Path, task: Task, labels: int | None, params: Ours) -> TaskModel:

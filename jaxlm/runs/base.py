@@ -54,6 +54,12 @@ class Base:
     step: int | None = None
     """Of a run, the newest checkpoint that they are from."""
 
+    @property
+    def left_behind(self) -> str:
+        """What :func:`save` does not write, as the end of a line on it; empty: nothing."""
+        left = " and ".join(self.others)
+        return f"; its {left}, which have no place there, stay behind" if left else ""
+
 
 def lasting(name: str) -> str:
     """The name of a base as it is found from any folder: that of a local one is absolute."""

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -65,10 +65,11 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
     return replace(config, model=model, dropout_rate=rate, monitor=best.monitor(config).name)
 
 
-def settled(config: FinetuneConfig, examples: Sequence[Any]) -> FinetuneConfig:
-    """The config whose task has what it left to the training examples, or to the run so far."""
+def settled(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:
+    """The config whose task has what it left to the training data, or to the run so far."""
     before = begun(config)
-    return replace(config, task=config.task.settled(examples, before and before.task))
+    task = config.task if before or splits.task is None else splits.task
+    return replace(config, task=task.settled(splits.train, before and before.task))
 
 
 def make_model(config: FinetuneConfig, labels: Labels) -> nn.Module:
@@ -83,8 +84,11 @@ def adapted_apply(config: FinetuneConfig, labels: Labels) -> Apply:
     return tuning.adapt(config.tuning, make_model(config, labels).apply)
 
 
-def make_init(config: FinetuneConfig, labels: Labels) -> Init:
-    """What makes step 0: the parameters that are given, of a base, a new head, and new adapters."""
+def make_init(config: FinetuneConfig, labels: Labels, trained: Collection[str] = ()) -> Init:
+    """What makes step 0: the parameters that are given, of a base, a new head, and new adapters.
+
+    ``trained`` is :func:`restore.trained` of a run that has begun.
+    """
     assert config.model is not None  # resolved
     model, inputs = make_model(config, labels), example_inputs(config.model)
     split_layers = config.model.unrolls_layers
@@ -97,6 +101,7 @@ def make_init(config: FinetuneConfig, labels: Labels) -> Init:
             lambda variables: model.apply(variables, *inputs),
             config.frozen_dtype,
             split_layers=split_layers,
+            trained=trained,
         )
         if not trainable:
             raise InputError(
@@ -116,7 +121,8 @@ def make_state(
     key = jax.random.key(config.train.seed)
     if isinstance(config.tuning, LoraConfig) and config.tuning.init == "pissa":
         # Of whole matrices, on one device: XLA's CPUs may wait for each other in an SVD for ever.
-        return steps.put_state(make_init(config, labels)(key, stored.read(given)), placement)
+        init = make_init(config, labels, tree.shapes(placement.abstract_state.trainable))
+        return steps.put_state(init(key, stored.read(given)), placement)
     keep = [tuning.kept] if tuning.may_keep(config.tuning, config.frozen_dtype) else []
     return placement.init(key, placement.put_params(given, *keep))
 
@@ -177,9 +183,7 @@ def flops_per_token(config: FinetuneConfig, trainable: PyTree, row_length: int) 
 
 
 def predict(
-    placement: Placement,
-    state: TrainState,
-    batching: Batching,
+    placement: Placement, state: TrainState, batching: Batching
 ) -> tuple[Sums | None, Outputs]:
     """Sums over all examples, if they are labelled, and the outputs for each, in their order."""
     sums, rows = [], {}
@@ -297,11 +301,7 @@ class FinetunedRun:
         return list(joined(pairs, names))
 
     def stream(
-        self,
-        records: Iterable[Record],
-        *,
-        chunk: int = 4096,
-        generate: Writing | None = None,
+        self, records: Iterable[Record], *, chunk: int = 4096, generate: Writing | None = None
     ) -> Iterator[Answered]:
         """Each record with what the model says of it, in JSON; says how many were cut."""
         seen: list[tuple[int, int, int, tuple[int, int]]] = []
@@ -384,7 +384,7 @@ def open_finetuned(
                 "that one with --base"
             )
     config, attends = steps.for_evaluation(config, attention)
-    init = make_init(config, labels)
+    init = make_init(config, labels, restore.trained(checkpoints))
     placement = make_placement(config, labels, init)
     unlabelled = make_placement(config, labels, init, labelled=False)
     chosen = steps.chosen(config, checkpoints, best.monitor(config), step)

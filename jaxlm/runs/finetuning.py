@@ -58,7 +58,7 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
         splits = read_splits(config.data, reading(config.task), config.task.check)
-    config = finetuned.settled(config, splits.train)
+    config = finetuned.settled(config, splits)
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config, splits)
@@ -133,7 +133,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     config, attends = attention.settle(config, row_length, jax.devices())
     if attends:
         console.print(Text(attends), soft_wrap=True)
-    placement = finetuned.make_placement(config, labels, finetuned.make_init(config, labels))
+    begun_with = restore.trained(config.directory / CHECKPOINTS)
+    init = finetuned.make_init(config, labels, begun_with)
+    placement = finetuned.make_placement(config, labels, init)
     shapes = placement.abstract_state
     moments = round(tree.num_params(shapes.opt_state) / max(tree.num_params(shapes.trainable), 1))
     console.print(tuning.table(shapes.trainable, shapes.frozen, moments))
@@ -250,11 +252,13 @@ def _with_pooling(task: Any, base: Base | None, model: ModelConfig, tokenizer: T
             "token last: use last, mean or max"
         )
     says = base and base.sentence_encoder
-    if says and says.beyond_pooling and task.with_pooling(None) != task:
+    # A head reads whole vectors: the cut is one of those that are answers.
+    lost = says and (says.beyond_pooling or (isinstance(task, Embedding) and says.cut))
+    if lost and task.with_pooling(None) != task:
         assert base is not None
         raise InputError(
-            f"{base.name} makes one vector of a text with {says.beyond_pooling}, which is not "
-            "supported: choose how, such as --task.pooling mean"
+            f"{base.name} makes one vector of a text with {lost}, which is not supported: choose "
+            "how, such as --task.pooling mean"
         )
     default: Pooling | None = "last" if model.is_causal or cls_last else None
     if has_transform(model) and not isinstance(task, Embedding):

@@ -155,6 +155,9 @@ class Classification:
             return said + checks.check_single(examples, name)
         return said + checks.check_several(examples, name, fields.separator, fields.names)
 
+    def shown(self, examples: Sequence[TextExample]) -> "Classification":
+        return dataclasses.replace(self, fields=data.settled(self.fields, examples))
+
     def settled(
         self, examples: Sequence[TextExample], before: Task | None = None
     ) -> "Classification":

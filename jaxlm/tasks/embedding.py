@@ -126,6 +126,9 @@ class Embedding:
     def check(self, examples: Sequence[TextExample]) -> list[str]:
         return []
 
+    def shown(self, examples: Sequence[TextExample]) -> "Embedding":
+        return replace(self, fields=data.settled(self.fields, examples))
+
     def settled(self, examples: Sequence[TextExample], before: Task | None = None) -> "Embedding":
         """With how numbers are written."""
         was = before.fields if isinstance(before, Embedding) else None

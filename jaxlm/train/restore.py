@@ -121,10 +121,22 @@ def chosen_steps(
 
 def peek(directory: StoragePath) -> Cursor:
     """Cursor of the newest checkpoint whose metadata are whole: it holds for all steps of a run."""
+    return _newest(directory, "cursor")
+
+
+def trained(directory: StoragePath) -> frozenset[str]:
+    """Paths of the variables that a run trains, as its checkpoints hold them; none before these."""
+    saved = _newest(directory, "leaves") if list_steps(directory) else {}
+    top = "trainable/"
+    return frozenset(path.removeprefix(top) for path in saved if path.startswith(top))
+
+
+def _newest(directory: StoragePath, part: str) -> dict[str, Any]:
+    """A part of the metadata of the newest checkpoint that has them whole."""
     reason = "it holds none"
     for step in reversed(list_steps(directory)):
         try:
-            return _read_meta(directory / str(step))["cursor"]
+            return _read_meta(directory / str(step))[part]
         except (OSError, ValueError, KeyError) as error:
             _raise_if_unreadable(directory / str(step), error)
             reason = str(error)
@@ -333,7 +345,7 @@ def compares(one: Cursor, other: Cursor) -> bool:
 def read_ranks(
     directory: StoragePath, monitor: Monitor, report: Report | None = None
 ) -> dict[int, Rank]:
-    """The rank of each step that was evaluated, but of those that do not compare with the newest.
+    """The rank of each step that was evaluated, from the newest back to one that does not compare.
 
     Damaged steps are passed to ``report``.
     """
@@ -346,8 +358,15 @@ def read_ranks(
             _raise_if_unreadable(directory / str(step), error)
             if report is not None:
                 report(f"the checkpoint of step {step} is damaged and left out: {error}")
-    newest, _ = found[max(found)] if found else ({}, None)
-    return {step: rank for step, (own, rank) in found.items() if rank and compares(own, newest)}
+    known: Cursor = {}  # what the steps from here on say; some of older versions do not
+    ranks: dict[int, Rank] = {}
+    for step, (own, rank) in reversed(found.items()):
+        if not compares(own, known):
+            break
+        known |= own
+        if rank is not None:
+            ranks[step] = rank
+    return dict(reversed(ranks.items()))
 
 
 @functools.cache

@@ -113,7 +113,7 @@ def test_what_is_no_number_above_0_is_named(name, said, tmp_path):
 def test_a_cut_of_the_vectors_is_read(tmp_path):
     found = sentence_encoder.read(write(tmp_path, {}, **{PROMPTS: {"truncate_dim": 3}}))
     assert (found.truncate_dim, found.problem) == (3, "")
-    assert found.beyond_pooling == "a cut to the first 3 numbers"
+    assert (found.beyond_pooling, found.cut) == ("", "a cut to the first 3 numbers")
     assert sentence_encoder.read(write(tmp_path, {}, **{PROMPTS: {}})).truncate_dim is None
 
 
@@ -188,8 +188,10 @@ def test_other_folders(tmp_path):
 def test_what_is_written_is_read(pooling, tmp_path):
     prompts = {"query": "q: ", "document": "d: "}
     for given, default in (({}, None), (prompts, None), (prompts, "query"), (prompts, "document")):
-        sentence_encoder.write(tmp_path, pooling, 16, 128, given, default)
+        cut = 8 if given else None
+        sentence_encoder.write(tmp_path, pooling, 16, 128, given, default, cut)
         found = sentence_encoder.read(tmp_path)
+        assert found.truncate_dim == cut
         assert (found.pooling, found.normalized, found.max_length) == (pooling, True, 128)
         assert (found.prompts, found.default_prompt_name) == (given, default)
         assert found.default_prompt == given.get(default, "")
@@ -201,6 +203,7 @@ def test_what_is_written_is_read(pooling, tmp_path):
         ({"max_seq_length": 5}, {"prompts": {"query": "a ", "b": ""}}, 5),
         ({}, {"prompts": {"b": "", "query": "a "}, "default_prompt_name": "query"}, 6),
         ({"max_seq_length": 5}, {}, 5),
+        ({"max_seq_length": 5}, {"truncate_dim": 4}, 5),
     ],
 )
 def test_a_folder_written_anew_says_the_same(lengths, said, longest, tmp_path, monkeypatch):
@@ -217,16 +220,6 @@ def test_a_folder_written_anew_says_the_same(lengths, said, longest, tmp_path, m
     before, after = map(sentence_encoder.read, (old, new))
     assert before == after
     assert after.max_length == settings(base.load(str(new))).max_length == longest < BERT.max_length
-
-
-def test_a_cut_is_not_written_anew(tmp_path, monkeypatch):
-    params = {"encoder": drawn("SequenceClassification")["encoder"]}
-    huggingface.save(tmp_path / "old", params, BERT, tokenizer(), pooling="mean")
-    (tmp_path / "old" / PROMPTS).write_text('{"truncate_dim": 4}')
-    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process would start anew
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
-    with pytest.raises(InputError, match="a cut to the first 4 numbers, which cannot be written"):
-        importlib.import_module("convert").main(str(tmp_path / "old"), tmp_path / "new")
 
 
 def test_the_hub_is_asked_for_all_that_is_read(tmp_path):

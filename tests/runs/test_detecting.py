@@ -69,6 +69,7 @@ def test_it_is_published_without_its_head(
 def test_adapters_of_it_are_written_with_it(
     base: bases.Base, params: dict[str, Any], tmp_path: Path
 ) -> None:
+    said: list[str] = []
     config = FinetuneConfig(
         name="adapted",
         base=base.name,
@@ -83,7 +84,9 @@ def test_adapters_of_it_are_written_with_it(
     state = finetuned.make_state(config, labels, base, placement)
     places: Any = (placement, placement)
     loaded = finetuned.FinetunedRun(config, base.tokenizer, labels, state, *places, {}, (0,))
-    named = adapter.export(loaded, tmp_path / "out")
+    named = adapter.export(loaded, tmp_path / "out", say=said.append)
+    left = "its generator and head, which have no place there, stay behind"
+    assert said == [f"{base.name} is in {tmp_path / 'out' / 'base'}; {left}"]
     assert (tmp_path / "out" / WEIGHTS).is_file()
     check_published(Path(named), params)
 

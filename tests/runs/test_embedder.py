@@ -160,6 +160,9 @@ def test_vectors_are_cut_after_they_are_scaled(pooled):
     loaded = base.load(str(path))
     with pytest.raises(InputError, match=r"a cut to the first 5 numbers, .* --task\.pooling mean"):
         resolve(tuned(path, Embedding()), loaded, loaded.tokenizer, "cpu")
+    for task in (Classification(), MultipleChoice(), Embedding(pooling="mean")):
+        found = resolve(tuned(path, task), loaded, loaded.tokenizer, "cpu").task
+        assert vars(found)["pooling"] == "mean"
 
 
 def test_prompts_stand_before_texts(pooled):

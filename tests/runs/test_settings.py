@@ -232,7 +232,7 @@ def listed(tree: Any) -> str:
 def read_of(config: FinetuneConfig) -> str:
     """What fine-tuning reads: examples, rows of tokens, their lengths, and the first batches."""
     splits = read_splits(config.data, config.task.read, config.task.check)
-    config = finetuned.settled(config, splits.train)
+    config = finetuned.settled(config, splits)
     made = (finetuning.make_tokenizer, finetuning.make_source_tokenizer)
     tokenizer, source_tokenizer = (make(config, splits) for make in made)
     config = finetuning.resolve(config, None, tokenizer, "cpu", source_tokenizer)

@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm.data.labelled import batches, batching
 from jaxlm.data.labelled.classification import TextFields
+from jaxlm.data.labelled.dataset import Splits
 from jaxlm.errors import InputError
 from jaxlm.runs import best, finetuned
 from jaxlm.tasks.classification import Classification
@@ -151,6 +152,7 @@ def test_a_run_learns_prices(train, write, records):
     values = [a["value"] for a in run.answer(records({"text": "f a b x"}, {"text": "h a b x"}))]
     assert values == pytest.approx([92_000, 252_000], rel=0.1)
     others = task.read(records({"text": "a", "label": 1}, {"text": "b", "label": 2}))
+    others = Splits(others, [], 0, "")
     again = replace(run.config, task=task)
     assert finetuned.settled(again, others).task.scale == run.task.scale  # of the run there is
     fresh = replace(again, name="fresh")

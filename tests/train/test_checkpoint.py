@@ -204,6 +204,19 @@ def test_metrics_of_older_versions_compare(tmp_path):
     assert (list_steps(tmp_path), best_step(tmp_path)) == ([10, 30], 10)
 
 
+def test_the_best_is_looked_for_back_to_a_step_that_does_not_compare(tmp_path):
+    """One that says nothing compares with both its neighbours, and they with each other or not."""
+    for name, cursors, best in (
+        ("unknown first", [{}, {"evaluation": "x"}, {"evaluation": "y"}], 30),
+        ("unknown between", [{"evaluation": "x"}, {}, {"evaluation": "y"}], 20),
+        ("known alike", [{"evaluation": "x"}, {}, {"evaluation": "x"}], 10),
+    ):
+        with Checkpointer(tmp_path / name, keep=3) as checkpointer:
+            for step, cursor in zip((10, 20, 30), cursors, strict=True):
+                checkpointer.save(step, make_state(), cursor, {"loss": float(step)})
+        assert best_step(tmp_path / name) == best, name
+
+
 def test_keeps_those_whose_mean_is_a_model(tmp_path):
     saves = {0: 9.0, 10: 1.0, 20: 3.0, 25: None, 30: float("nan"), 40: 2.0, 50: 4.0, 55: None}
     save_all(tmp_path, saves, average=3, keep=1)

@@ -84,6 +84,7 @@ class Splits(NamedTuple):
     duplicates: int  # training examples left out because validation has the same text
     fingerprint: str  # of what the examples were read from, and how they were split
     notes: tuple[str, ...] = ()  # what a user should know of them, a line each
+    task: Any = None  # a deciding one, with what all that was read for training shows
 
 
 @runtime_checkable
@@ -98,8 +99,8 @@ class Deciding(Protocol):
         """The task with what these records decide, to read them one by one as well."""
         ...
 
-    def settled(self, examples: Sequence[Any]) -> "Deciding":
-        """The task with what the training data decide for other data."""
+    def shown(self, examples: Sequence[Any]) -> "Deciding":
+        """The task with what all training data decide of how other data are read."""
         ...
 
 
@@ -122,11 +123,11 @@ def read_splits(
         raise InputError(f"{config.train} holds no examples")
     odd = [*check(train), *checks.check_nuls(train)]
     notes = [*_passed_over(config.train), *odd, *spelling.notes(train)]
+    task = read.shown(train) if isinstance(read, Deciding) else None
     if config.validation is None:
         train, validation = splits.stratified(train, config.validation_fraction, config.split_seed)
     else:
-        read = read.settled(train) if isinstance(read, Deciding) else read
-        validation = read_records(config.validation.records(), read, config.on_bad_row)
+        validation = read_records(config.validation.records(), task or read, config.on_bad_row)
         if not validation:
             raise InputError(f"{config.validation} holds no examples")
         known = (label for e in train if isinstance(e, Labelled) for label in e.classes)
@@ -143,7 +144,7 @@ def read_splits(
     notes += splits.copies(train)
     if config.few_shot is not None:
         train = splits.few_shot(train, config.few_shot, config.split_seed)
-    return Splits(train, validation, len(duplicates), fingerprint(config), tuple(notes))
+    return Splits(train, validation, len(duplicates), fingerprint(config), tuple(notes), task)
 
 
 def _passed_over(source: Source) -> list[str]:

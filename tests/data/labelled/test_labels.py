@@ -1,13 +1,18 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
+from jaxlm.config import FinetuneConfig
 from jaxlm.data.labelled import labels
 from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import LabelledConfig, read_records, read_splits, reading
 from jaxlm.data.labelled.records import Record, Table
 from jaxlm.errors import InputError
+from jaxlm.runs import finetuned
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
+from jaxlm.train.loop import TrainConfig
 
 
 def record(value) -> Record:
@@ -158,3 +163,21 @@ def test_how_numbers_are_written_in_training_holds_for_other_data(task, tmp_path
     # What training data leave open stays so.
     with pytest.raises(InputError, match=r"write 1250 for it, .* or 1\.250 if that is a decimal"):
         read_splits(LabelledConfig(train=other, validation=dev), reading(task))
+
+
+@with_numbers
+def test_it_holds_too_where_what_shows_it_is_not_trained_on(task, tmp_path):
+    path = tmp_path / "train.csv"
+    rows = [f"text {i};{x}" for i, x in enumerate(["3,5", *range(4, 24)])]
+    path.write_text("\n".join(["text;label", *rows]))
+    data = LabelledConfig(train=Table(path=str(path), delimiter=";"), few_shot=2)
+    splits = read_splits(data, reading(task))
+    assert "3,5" not in [text for example in splits.train for text in example.written]
+    config = FinetuneConfig(
+        name="x", runs=tmp_path, base="b", data=data, task=task, train=TrainConfig(steps=1)
+    )
+    found: Any = finetuned.settled(config, splits).task
+    assert found.fields.decimal_commas is True
+    if isinstance(found, Classification):
+        numbers = [example.label for example in splits.train]
+        assert found.scale == (np.mean(numbers), np.std(numbers))  # of what is trained on
