@@ -35,7 +35,6 @@ from jaxlm.runs.finite import require_finite
 from jaxlm.runs.folder import (
     CHECKPOINTS,
     SOURCE_TOKENIZER,
-    begun,
     check_tokenizer,
     read_config,
     read_json,
@@ -65,9 +64,10 @@ def with_encoder(config: FinetuneConfig, model: Any, platform: str) -> FinetuneC
     return replace(config, model=model, dropout_rate=rate, monitor=best.monitor(config).name)
 
 
-def settled(config: FinetuneConfig, splits: Splits) -> FinetuneConfig:
-    """The config whose task has what it left to the training data, or to the run so far."""
-    before = begun(config)
+def settled(
+    config: FinetuneConfig, splits: Splits, before: FinetuneConfig | None = None
+) -> FinetuneConfig:
+    """The config whose task has what it left to the training data, or to the run so far, if any."""
     task = config.task if before or splits.task is None else splits.task
     return replace(config, task=task.settled(splits.train, before and before.task))
 

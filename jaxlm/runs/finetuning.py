@@ -58,15 +58,14 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     resume.check_processes(config, config.directory / CHECKPOINTS)
     with distributed.first("data"):  # the others find what had to be downloaded and prepared
         splits = read_splits(config.data, reading(config.task), config.task.check)
-    config = finetuned.settled(config, splits)
+    before = begun(config)
+    config = finetuned.settled(config, splits, before)
     base = None if config.base is None else bases.load(config.base)
     config = replace(config, base=base and bases.lasting(base.name))
     tokenizer = base.tokenizer if base else make_tokenizer(config, splits)
     source_tokenizer = make_source_tokenizer(config, splits)
-    own = begun(config)
-    config = resolve(
-        config, base, tokenizer, jax.default_backend(), source_tokenizer, own and own.model
-    )
+    own = before and before.model
+    config = resolve(config, base, tokenizer, jax.default_backend(), source_tokenizer, own)
     task = config.task
     console.print(_pooled(task, base), soft_wrap=True, end="")
     labels = task.labels(splits.train)

@@ -14,7 +14,7 @@ import jax
 from jaxlm import config as configs
 from jaxlm.config import Config, FinetuneConfig, PretrainConfig
 from jaxlm.errors import InputError
-from jaxlm.models.model import Attentive
+from jaxlm.models.model import is_attentive
 from jaxlm.peft.tuning import Full
 from jaxlm.runs.folder import read_config
 from jaxlm.runtime import distributed
@@ -99,7 +99,7 @@ def check_config(directory: StoragePath, config: Config, saved: Cursor) -> None:
     before, now = configs.flatten(began), configs.flatten(config)
     any_length = saved["share"] >= 1 or saved["examples_seen"] == 0
     free = f"{_FREE}|{_LENGTH}" if any_length else _FREE
-    free += f"|{_ATTENTION}" if isinstance(config.model, Attentive) else ""
+    free += f"|{_ATTENTION}" if config.model and is_attentive(config.model) else ""
     changed = [
         f"{path}={before.get(path)} there and {now.get(path)} here"
         for path in sorted({*before, *now})
@@ -202,11 +202,12 @@ def _as_given(part: Any) -> Any:
     """In JSON, without fields at their defaults, so that one of a later version changes nothing."""
     if not dataclasses.is_dataclass(part):
         return configs.encode(part)
+    model: Any = part  # if it has attention
     fields: dict[str, Any] = {"type": type(part).__name__}
     for field in dataclasses.fields(part):
         make, value = field.default_factory, getattr(part, field.name)
         default = field.default if make is dataclasses.MISSING else make()
-        is_how = field.name == "attention" and isinstance(part, Attentive)
+        is_how = field.name == "attention" and is_attentive(model)
         if value != default and not is_how and not re.fullmatch(_UNMEASURED, field.name):
             fields[field.name] = _as_given(value)
     return fields

@@ -11,6 +11,7 @@ from jaxlm.data.labelled.classification import TextFields
 from jaxlm.data.labelled.dataset import Splits
 from jaxlm.errors import InputError
 from jaxlm.runs import best, finetuned
+from jaxlm.runs.folder import begun
 from jaxlm.tasks.classification import Classification
 
 FILLERS = ["", " a", " a b", " a b c", " a b c d e", " f", " f g", " b b", " e", " c c d"]
@@ -154,7 +155,8 @@ def test_a_run_learns_prices(train, write, records):
     others = task.read(records({"text": "a", "label": 1}, {"text": "b", "label": 2}))
     others = Splits(others, [], 0, "")
     again = replace(run.config, task=task)
-    assert finetuned.settled(again, others).task.scale == run.task.scale  # of the run there is
+    there = begun(again)
+    assert finetuned.settled(again, others, there).task.scale == run.task.scale
     fresh = replace(again, name="fresh")
     assert finetuned.settled(fresh, others).task.scale == (1.5, 0.5)
 
