@@ -74,7 +74,7 @@ def main(
         pooling=(task.pooling or "mean") if embeds else None,
         prompts=task.prompts if embeds else None,
         default_prompt_name=next(iter(task.prompts), None) if embeds else None,  # of queries
-        max_length=loaded.framer.max_length if embeds else None,
+        max_length=longest if embeds else None,
         task_head=said,
         card=model_card.write(loaded, run, left_out),
     )

@@ -299,6 +299,13 @@ def save(
         tokenizers.save(tokenizer, unfinished / "tokenizer.json")
         if pooling is not None:
             lengths = [length for length in (max_length, config.max_length) if length is not None]
-            longest, more = min(lengths, default=None), (prompts, default_prompt_name, truncate_dim)
-            sentence_encoder.write(unfinished, pooling, config.hidden_dim, longest, *more)
+            sentence_encoder.write(
+                unfinished,
+                pooling,
+                config.hidden_dim,
+                min(lengths, default=None),
+                prompts,
+                default_prompt_name,
+                truncate_dim,
+            )
         folder.write_tensors(unfinished / folder.WEIGHTS, named)

@@ -168,12 +168,13 @@ class Classification:
         if self.fields.target != "number":
             return self
         was = before if isinstance(before, Classification) else None
-        fields, numbers = (
-            data.settled(self.fields, examples, was and was.fields),
-            _numbers(examples),
-        )
-        own = was.scale if was else (numbers.mean().item(), numbers.std().item() or 1.0)
-        return dataclasses.replace(self, fields=fields, scale=self.scale or own)
+        fields, scale = data.settled(self.fields, examples, was and was.fields), self.scale
+        if scale is None and was is not None:
+            scale = was.scale
+        elif scale is None:
+            numbers = _numbers(examples)
+            scale = numbers.mean().item(), numbers.std().item() or 1.0
+        return dataclasses.replace(self, fields=fields, scale=scale)
 
     def labels(self, examples: Sequence[TextExample]) -> Labels:
         """The classes or labels; none for numbers."""
