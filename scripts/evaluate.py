@@ -15,8 +15,9 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ import tyro
 from jaxlm.config import PretrainConfig
 from jaxlm.data import prepared
 from jaxlm.data.labelled import parallel, spelling
-from jaxlm.data.labelled.dataset import Deciding, in_encoding, like, read_records
+from jaxlm.data.labelled.dataset import encode_usable, in_encoding, like, read_records, reading
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.records import Record
 from jaxlm.decode.beam import BeamConfig, Writing
@@ -309,24 +310,16 @@ def evaluate_tuned(
     """On labelled examples."""
     loaded = published_task.open_tuned(str(directory), step=step, base=base, attention=attention)
     task, labels = loaded.task, loaded.labels
+    options: Any = (on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row")
     if data is None:
-        examples, where = getattr(loaded.splits(), split), f"its {split} data"
+        found, where = getattr(loaded.splits(), split), f"its {split} data"
     else:
         given = list(records_of(loaded, data, target, encoding))
-        reading = task.decided(given) if isinstance(task, Deciding) else task
-
-        def read(records: Iterable[Record]) -> list[Any]:
-            """Those of which rows can be made as well: a question may leave its context no room."""
-            found = reading.read(records)
-            task.encode(loaded.framer, spelling.alike(found[:rows], labels), labels)
-            return found
-
-        examples = read_records(
-            given, read, on_bad_row or loaded.config.data.on_bad_row, "--on-bad-row"
-        )
-        where = str(data)
-    examples = spelling.alike(examples[:rows], labels)
-    for note in spelling.notes(examples):
+        found, where = read_records(given, reading(task), *options), str(data)
+    found = spelling.alike(found[:rows], labels)
+    encode = partial(task.for_evaluation().encode, loaded.framer, labels=labels)
+    examples, encoded = encode_usable(encode, found, *options)
+    for note in (*spelling.notes(examples), *encoded.notes):
         print(f"note: {note}")
     if loaded.attends:
         print(loaded.attends)

@@ -20,7 +20,7 @@ from jaxlm.data.fidelity import report
 from jaxlm.data.labelled import windows
 from jaxlm.data.labelled.augment import make_augment
 from jaxlm.data.labelled.batching import Even, make_batching
-from jaxlm.data.labelled.dataset import Splits, read_splits, reading
+from jaxlm.data.labelled.dataset import Splits, encode_usable, read_splits, reading
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.packing import would_save
 from jaxlm.data.labelled.statistics import describe, longer, render, tally
@@ -71,8 +71,13 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     labels = task.labels(splits.train)
     best.check_monitor(config, labels, splits.validation)
     framer = finetuned.make_framer(config, tokenizer, source_tokenizer)
-    examples = task.encode(framer, splits.train, labels)
-    validation = task.for_evaluation().encode(framer, splits.validation, labels)
+    bad = config.data.on_bad_row
+    encode = partial(task.encode, framer, labels=labels)
+    used, examples = encode_usable(encode, splits.train, bad)
+    splits = splits._replace(train=used)
+    encode = partial(task.for_evaluation().encode, framer, labels=labels)
+    used, validation = encode_usable(encode, splits.validation, bad)
+    splits = splits._replace(validation=used)
     lengths = np.concatenate([examples.lengths, validation.lengths])
     longest = config.model and config.model.max_length
     pieces = steps.pieces(config.train.num_micro_batches, sharding.make_mesh(config.mesh))

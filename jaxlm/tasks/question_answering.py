@@ -120,11 +120,20 @@ class QuestionAnswering:
         """
         encoded = data.encode(framer, examples, self.doc_stride)
         rows = encoded.examples.rows
+        long = set()
         for row, window in zip(rows, encoded.windows, strict=True):
             row["question"] = np.array(window.example, np.int32)
             row["offsets"] = window.offsets.T
+            if row["ends"] - row["starts"] >= self.max_answer_length:
+                long.add(window.example)
+        notes = encoded.examples.notes
+        if long:
+            notes += (
+                f"answers to {len(long):,} questions have more tokens than "
+                f"task.max_answer_length={self.max_answer_length}, and are never predicted",
+            )
         along_length = encoded.examples.along_length | {"offsets"}
-        return replace(encoded.examples, along_length=along_length)
+        return replace(encoded.examples, along_length=along_length, notes=notes)
 
     def abstract_batch(self, rows: int, length: int, num_labels: int) -> AbstractBatch:
         """First and last tokens of answers, and where answers may be."""

@@ -1,6 +1,7 @@
 """Answers in the windows of contexts."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.question_answering import SpanFields
 from jaxlm.data.labelled.records import Squad
 from jaxlm.errors import InputError
+from jaxlm.runs.finetuned import open_finetuned
+from jaxlm.runs.finetuning import finetune
 from jaxlm.tasks.question_answering import QuestionAnswering
 
 CONTEXT = "a b c d e f g h john smith lives in new york . a b"  # of which a window holds 7
@@ -146,6 +149,27 @@ def test_a_run_answers_in_order(train, tmp_path, rng, records, eval_metrics):
     for question, answer in zip(questions, answers, strict=True):
         assert question["context"][answer["start"] : answer["end"]] == answer["answer"]
     assert np.mean([answer["answer"] == "john" for answer in answers]) > 0.9
+
+
+def test_answers_that_are_longer_than_any_prediction_are_counted(framer, records):
+    task = QuestionAnswering(doc_stride=3, max_answer_length=2)
+    examples = task.read(records(asked("john smith"), asked("new york ."), asked()))
+    (note,) = task.encode(framer, examples, ()).notes
+    assert "answers to 1 questions have more tokens than task.max_answer_length=2" in note
+
+
+def test_a_question_without_room_is_left_out_of_training_too(tiny, write, capfd):
+    rows = [asked("john", f"{CONTEXT} {i}", f"q{i}") for i in range(16)]
+    rows[3] |= {"question": "who " * 16}
+    config = tiny(QuestionAnswering(doc_stride=3), write(rows), 16)
+    config = replace(config, train=replace(config.train, steps=1))
+    with pytest.raises(InputError, match=r"data\.jsonl:4: question q3 .*1 of .*--data.on-bad-row"):
+        finetune(config)
+    config = replace(config, data=replace(config.data, on_bad_row="skip"))
+    loaded = open_finetuned(finetune(config))
+    said = capfd.readouterr()
+    assert "records cannot be used, and are left out: " in said.out + said.err
+    assert loaded.config.data.on_bad_row == "skip"
 
 
 def test_bad_input(framer, records):

@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jaxlm.data import files
 from jaxlm.data.labelled import checks, formats, spelling, splits
 from jaxlm.data.labelled.augment import AugmentConfig
+from jaxlm.data.labelled.examples import Examples
 from jaxlm.data.labelled.parallel import ParallelText
 from jaxlm.data.labelled.pydocs import PyDocsTopics
 from jaxlm.data.labelled.records import (
@@ -27,6 +28,7 @@ from jaxlm.errors import InputError, note
 
 _ENDINGS = (".jsonl", ".json", ".conll", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 Read = Callable[[Iterable[Record]], list[Any]]
+T = TypeVar("T")
 Source = Table | JsonLines | Conll | Squad | TfdsRecords | PyDocsTopics | ParallelText
 
 
@@ -163,26 +165,52 @@ def read_records(
     """
     records = list(records)
     read = read.decided(records).read if isinstance(read, Deciding) else read
+    return _of_usable(read, records, on_bad_row, option)
+
+
+def encode_usable(
+    encode: Callable[[Sequence[Any]], Examples],
+    examples: Sequence[Any],
+    on_bad_row: Literal["raise", "skip"],
+    option: str = "--data.on-bad-row",
+) -> tuple[list[Any], Examples]:
+    """The same for rows: the examples of which they can be made, and these rows.
+
+    A record can be read and have none: a question may leave its context no room. Messages that do
+    not begin with a record's place, such as one on all that are too long, are raised as they are.
+    """
+    make = lambda some: (list(some), encode(some))
+    return _of_usable(make, examples, on_bad_row, option, str.startswith)
+
+
+def _of_usable(
+    make: Callable[[list[Any]], T],
+    found: Sequence[Any],
+    on_bad_row: Literal["raise", "skip"],
+    option: str,
+    blames: Callable[[str, str], bool] = lambda message, origin: True,
+) -> T:
     try:
-        return read(records)
+        return make(list(found))
     except InputError as error:
         bad, reasons = set(), defaultdict(list)
-        for i, record in enumerate(records):
+        for i, one in enumerate(found):
             try:
-                read([record])
-            except InputError as one:
-                bad.add(i)
-                reasons[str(one).removeprefix(f"{record.origin}: ")].append(record.origin)
-        if not bad or len(bad) == len(records):
+                make([one])
+            except InputError as reason:
+                if blames(str(reason), one.origin):
+                    bad.add(i)
+                    reasons[str(reason).removeprefix(f"{one.origin}: ")].append(one.origin)
+        if not bad or len(bad) == len(found):
             raise
         named = "; ".join(f"{_some(places)}: {why}" for why, places in list(reasons.items())[:3])
-        what = f"{len(bad):,} of {len(records):,} records cannot be used"
+        what = f"{len(bad):,} of {len(found):,} records cannot be used"
         if on_bad_row == "raise":
             raise InputError(
                 f"{named}: {what}, correct them, or leave them out with {option} skip"
             ) from error
     note(f"{what}, and are left out: {named}")
-    return read([record for i, record in enumerate(records) if i not in bad])
+    return make([one for i, one in enumerate(found) if i not in bad])
 
 
 def _some(places: list[str]) -> str:

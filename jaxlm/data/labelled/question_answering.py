@@ -1,6 +1,6 @@
 """Questions whose answer is a span of a context (Rajpurkar et al. 2016, 2018)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,11 +162,13 @@ def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Wi
     all_ids = framer.ids([question.question for question in questions])
     rows: list[dict[str, np.ndarray]] = []
     windows: list[Window] = []
+    torn: list[int] = []  # tokens of each answer that no window holds
     for number, (question, asked) in enumerate(zip(questions, all_ids, strict=True)):
         ids, offsets = contexts[question.context]
         span = _span(question, offsets)
         size = framer.room(2) - len(asked)
         fits = len(ids) <= size
+        first_row = len(rows)
         if not fits and size <= doc_stride:
             stride = f", train with task.doc_stride below {size}" if size > 0 else ""
             raise InputError(
@@ -181,14 +183,26 @@ def encode(framer: Framer, questions: Sequence[Question], doc_stride: int) -> Wi
             spans = np.full((len(row["tokens"]), 2), -1, np.int32)
             spans[start : start + len(offsets[part])] = offsets[part]
             windows.append(Window(example=number, offsets=spans))
+        if span is not None and not any(row["ends"] for row in rows[first_row:]):
+            torn.append(span[1] - span[0] + 1)
     examples = Examples(
         rows=rows,
         along_length=frozenset({"tokens", "token_type_ids", "allowed"}),
         pad=framer.special.pad,
         untruncated=np.array([row["lengths"] for row in rows], np.int32),
         windowed=count(window.example for window in windows),
+        notes=tuple(_torn(torn, doc_stride, framer)),
     )
     return Windows(examples=examples, windows=windows)
+
+
+def _torn(sizes: Sequence[int], doc_stride: int, framer: Framer) -> Iterator[str]:
+    if sizes:
+        yield (
+            f"no window holds the whole answer to {len(sizes):,} questions (of up to "
+            f"{max(sizes):,} tokens), which count as without one in the loss: raise "
+            f"task.doc_stride={doc_stride}, which windows share{framer.or_longer}"
+        )
 
 
 def _span(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:

@@ -1,9 +1,12 @@
 """Pairs of texts as a model reads them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from jaxlm.data import tokenizers
+from jaxlm.data.labelled.dataset import encode_usable
 from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.seq2seq import Pair, PairFields, encode, num_cut, read, source_ids
@@ -61,6 +64,10 @@ def test_pairs_that_are_left_out_are_counted_and_shown(framer):
 def test_pairs_that_are_too_long_are_refused(framer, long, pairs):
     with pytest.raises(InputError, match=r"the longest 17 \(x:2\): --data.max-length 17 takes"):
         encode(framer, pairs, long=long)
+    with pytest.raises(
+        InputError, match=r"^2 of .*the longest 17 \(x:2\): .*skip leaves them out$"
+    ):
+        encode_usable(partial(encode, framer, long=long), pairs, "skip")
 
 
 def test_sources_with_a_tokenizer_of_their_own(tokenizer, words):

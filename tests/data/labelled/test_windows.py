@@ -94,6 +94,24 @@ def test_a_question_that_leaves_no_room(framer):
         question_answering.encode(framer, [question("a", None, "who " * 10)], doc_stride=0)
 
 
+def test_an_answer_that_no_window_holds_is_counted(framer):
+    """Its windows share fewer tokens than it has, and not each such answer lies across an end."""
+    words = [*"abcdefghijkl"]
+    questions = [question(" ".join(words), " ".join(words[i : i + 4])) for i in range(8)]
+    for stride in (1, 4):
+        encoded = question_answering.encode(framer, questions, doc_stride=stride)
+        rows, notes = encoded.examples.rows, encoded.examples.notes
+        pairs = zip(encoded.windows, rows, strict=True)
+        found = {window.example for window, row in pairs if row["ends"]}
+        if stride == 4:
+            assert len(found) == 8
+            assert not notes
+        else:
+            assert 0 < len(found) < 8
+            assert f" to {8 - len(found)} questions (of up to 4 tokens)" in notes[0]
+            assert "raise task.doc_stride=1, which windows share, or train with" in notes[0]
+
+
 def test_an_answer_without_tokens(framer):
     with pytest.raises(InputError, match=r"a.json: the tokenizer drops all of the answer"):
         question_answering.encode(framer, [question("a \u200d b", "\u200d")], doc_stride=3)
