@@ -21,6 +21,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer_config.json",  # whether that is lower-cased
+    "added_tokens.json",
     "modules.json",  # and what else a sentence encoder has
     "*_*/config.json",
     "*_*/model.safetensors",

@@ -26,7 +26,8 @@ MODULES, LENGTHS = "modules.json", "sentence_bert_config.json"
 """Of a sentence encoder's folder: what follows the encoder, and how texts are cut for it."""
 SETTINGS = "tokenizer_config.json"
 """Of any folder of transformers: what its tokenizer's other files do not say."""
-_MODEL = "config.json"
+_MODEL, _ADDED = "config.json", "added_tokens.json"
+_FLAGS = ("lstrip", "rstrip", "single_word")
 _END = "<|endoftext|>"  # GPT-2's only special token
 _ROBERTA = {
     "cls_token": "<s>",
@@ -107,9 +108,10 @@ def load(path: StoragePath | str) -> Tokenizer:
 
     Or with GPT-2's or RoBERTa's ``vocab.json`` and ``merges.txt``. What a ``tokenizer_config.json``
     beside these says of the names of special tokens and a space before the text holds, beside a
-    ``vocab.txt`` of lower case, accents and Chinese characters, and that a sentence encoder's
-    folder wants lower case, whatever else the tokenizer does. Truncation and padding that the file
-    may prescribe are switched off.
+    ``vocab.txt`` of lower case, accents and Chinese characters, that tokens were added to a
+    vocabulary (as does ``added_tokens.json``), and that a sentence encoder's folder wants lower
+    case, whatever else the tokenizer does. Truncation and padding that the file may prescribe are
+    switched off.
     """
     path = locate(path)
     if path.is_dir():
@@ -122,9 +124,9 @@ def load(path: StoragePath | str) -> Tokenizer:
         raise InputError(f"there is no tokenizer file {path}")
     try:
         if path.suffix == ".txt":
-            tokenizer = _load_vocab(path)
+            tokenizer = _with_added(_load_vocab(path), path)
         elif path.name == "vocab.json":
-            tokenizer = _load_merges(path)
+            tokenizer = _with_added(_load_merges(path), path)
         else:
             tokenizer = Tokenizer.from_str(path.read_text("utf-8-sig"))
     except InputError:
@@ -170,6 +172,28 @@ def _load_vocab(path: StoragePath) -> Tokenizer:
         handle_chinese_chars=said.get("tokenize_chinese_chars") is not False,
     )
     return with_specials(tokenizer)
+
+
+def _with_added(tokenizer: Tokenizer, path: StoragePath) -> Tokenizer:
+    """With the tokens that were added to a vocabulary, which stand beside it."""
+    said = _beside(path, SETTINGS).get("added_tokens_decoder") or {}
+    added = {int(i): token for i, token in said.items()}
+    where = path.with_name(SETTINGS if added else _ADDED)
+    added = added or {i: {"content": token} for token, i in _beside(path, _ADDED).items()}
+    for i, token in sorted(added.items()):
+        if tokenizer.token_to_id(token["content"]) is None:
+            is_special = token.get("special", False)
+            flags = {name: token[name] for name in (*_FLAGS, "normalized") if name in token}
+            flags = {"normalized": not is_special, **flags}
+            tokenizer.add_tokens([AddedToken(token["content"], special=is_special, **flags)])
+        if tokenizer.token_to_id(token["content"]) != i:
+            raise InputError(
+                f"{where}: the token {token['content']!r} has the number {i}, and would get "
+                f"{tokenizer.token_to_id(token['content'])} after those of {path.name}, which needs"
+                " a tokenizer.json: transformers' AutoTokenizer.from_pretrained(FOLDER)"
+                ".save_pretrained writes it"
+            )
+    return tokenizer
 
 
 def _refuse_other_programs(path: StoragePath) -> None:
@@ -230,7 +254,7 @@ def _refuse_ends_of_words(merges: StoragePath) -> None:
 def _named(role: str, said: str | dict[str, Any]) -> AddedToken:
     """The token of that role; where only its name is said, a mask replaces the space before it."""
     own = {"content": said} if isinstance(said, str) else said
-    flags = {name: own[name] for name in ("lstrip", "rstrip", "single_word") if name in own}
+    flags = {name: own[name] for name in _FLAGS if name in own}
     return AddedToken(own["content"], **({"lstrip": role == "mask_token"} | flags))
 
 

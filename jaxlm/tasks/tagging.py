@@ -56,7 +56,8 @@ class Tagging:
     a part of speech."""
     split: Split | None = None
     """Where a text that is given to be tagged is split into words: at white space, at punctuation
-    as well, or at Chinese characters, too; None: as the training data are."""
+    as well, or at Chinese characters, too; fine: letters and digits are words, and each other
+    character, as where tags are from spans of characters; None: as the training data are."""
     doc_stride: int | None = None
     """Tokens that neighbouring windows of a long document share; each word is learnt and tagged in
     the window that shows most around it. None: a quarter of a row."""
@@ -98,7 +99,10 @@ class Tagging:
 
     def settled(self, examples: Sequence[Sentence], before: Task | None = None) -> "Tagging":
         """Texts will be split as the training data are."""
-        return replace(self, split=self.split or find_split(one.words for one in examples))
+        split = self.split or (before.split if isinstance(before, Tagging) else None)
+        if split is None and any(example.of_spans for example in examples):
+            split = "fine"
+        return replace(self, split=split or find_split(example.words for example in examples))
 
     def check(self, examples: Sequence[Sentence]) -> list[str]:
         """Tags that are words for a missing value, or mark no entity, raise; lines on spans."""

@@ -213,6 +213,42 @@ def test_chinese_characters_are_set_apart_unless_the_folder_says_not(tmp_path, s
     assert tokenizers.load(tmp_path).encode("世界").tokens[1:-1] == expected
 
 
+ADDED = [
+    ("added_tokens.json", {"us er": 10, "Covid": 9, "[USR]": 8}),
+    (
+        "tokenizer_config.json",
+        {
+            "added_tokens_decoder": {
+                "10": {"content": "us er"},
+                "4": {"content": "[MASK]", "special": True, "normalized": False},
+                "9": {"content": "Covid", "normalized": True},
+                "8": {"content": "[USR]", "special": True},
+            }
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), ADDED, ids=["file", "settings"])
+def test_tokens_that_were_added_to_a_vocabulary(tmp_path, name, said):
+    """What transformers 5.24 makes of both."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, "the", "cat", "##s"]) + "\n")
+    (tmp_path / name).write_text(json.dumps(said))
+    tokenizer = tokenizers.load(tmp_path)
+    ids = tokenizer.encode("the cats [USR] Covid covids us er the[MASK]").ids
+    assert ids == [2, 5, 6, 7, 8, 9, 9, 1, 10, 5, 4, 3]
+    assert tokenizers.vocab_size(tokenizer) == 11
+
+
+@pytest.mark.parametrize("number", [9, 7])
+def test_an_added_token_without_its_number_is_refused(tmp_path, number):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIALS, "the", "cat", "##s"]) + "\n")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"Covid": number}))
+    message = rf"added_tokens\.json: the token 'Covid' has the number {number}, and would get 8"
+    with pytest.raises(InputError, match=message):
+        tokenizers.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -1,6 +1,5 @@
 """Texts whose entities are spans of characters, as annotation tools write them: words and tags."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -11,7 +10,6 @@ from jaxlm.data.labelled.records import Record
 from jaxlm.data.labelled.words import split_finely
 from jaxlm.errors import InputError
 
-_INSIDE = re.compile("[a-zA-Z0-9\u00c0-\u024f\u0370-\u052f]{2}")
 _FIELDS = ("label", "labels", "entities", "spans")  # of doccano, spaCy and Prodigy
 
 
@@ -24,46 +22,50 @@ def unit_of(records: Sequence[Record], words: str) -> str:
 
 
 def are_cut(record: Record, words: str, unit: str) -> bool:
-    """Whether a span begins or ends inside of a word of Latin, Greek or Cyrillic letters."""
-    text, found = record.fields.get("text"), _given(record, words)
-    if not isinstance(text, str):
+    """Whether a span begins or ends inside of a word."""
+    text = record.fields.get("text")
+    if words in record.fields or not isinstance(text, str):
         return False
     places = offsets.places(text, unit)
-    for span in found:
-        match span:
-            case [int(start), int(end), *_] | {"start": int(start), "end": int(end)}:
-                edges = [offsets.at(places, edge) for edge in (start, end)]
-                if any(x < 0 or _INSIDE.fullmatch(text[max(x - 1, 0) : x + 1]) for x in edges):
-                    return True
-    return False
+    inside = {x for word in split_finely(text) for x in range(word.start() + 1, word.end())}
+    _, given = _given(record) or ("", [])
+    edges = (edge for span in given if (found := _edges(span)) for edge in found[:2])
+    return any((x := offsets.at(places, edge)) < 0 or x in inside for edge in edges)
 
 
-def _name(record: Record) -> str | None:
-    return next((name for name in _FIELDS if name in record.fields), None)
+def _given(record: Record) -> tuple[str, list[Any]] | None:
+    """The field with spans, and these; a text has further fields, such as the label of all of it.
+
+    None: there is no such field.
+    """
+    held = {name: record.fields[name] for name in _FIELDS if name in record.fields}
+    lists = {name: x for name, x in held.items() if isinstance(x, list)}
+    alike = {name: x for name, x in lists.items() if any(isinstance(y, list | dict) for y in x)}
+    spans = {name: x for name, x in alike.items() if any(map(_edges, x))}
+    if len(set(map(str, spans.values()))) > 1:
+        raise InputError(
+            f"{record.origin}: {' and '.join(spans)} hold other spans each: leave one of them out"
+        )
+    for found in (spans, alike, {name: [] for name, x in held.items() if not x}, lists):
+        for name, given in found.items():
+            return name, given
+    for name, text in held.items():
+        raise InputError(f"{record.origin}: {name} is {text!r:.40}, which is no list of spans")
+    return None
 
 
-def _given(record: Record, words: str) -> Sequence[Any]:
-    name = _name(record)
-    spans = None if name is None or words in record.fields else record.fields[name]
-    return spans if isinstance(spans, list) else []
-
-
-def as_words(record: Record, words: str, tags: str | None, unit: str = "") -> Record:
+def as_words(record: Record, words: str, tags: str, unit: str = "") -> Record:
     """The same record, with words and BIO tags if it has none but a ``text`` with spans.
 
-    A span is [start, end, type], or an object with ``start``, ``end`` and ``label``. A word is
-    letters and digits with their marks, or another character; a span that begins or ends inside of
-    one cuts it. That words do not depend on spans but for this is why they are cut more finely than
-    :func:`~jaxlm.data.labelled.words.split_words` does: "John" of "John's" is a name.
+    A span is [start, end, type], or an object with ``start``, ``end`` and ``label``. A word is as
+    :func:`~jaxlm.data.labelled.words.split_finely` has it, for "John" of "John's" is a name; a span
+    that begins or ends inside of one cuts it. Else words do not depend on spans.
     ``unit`` is what spans are counted in.
     """
     text = record.fields.get("text")
-    if words in record.fields or not isinstance(text, str):
+    if words in record.fields or not isinstance(text, str) or (held := _given(record)) is None:
         return record
-    name = _name(record)
-    if tags is not None and name is None:
-        return record
-    given = (record.fields[name] if name and tags else None) or []
+    name, given = held
     places = offsets.places(text, unit)
     spans = [_span(span, text, places, f"{record.origin}: {name}") for span in given]
     spans = sorted(set(spans))
@@ -83,23 +85,29 @@ def as_words(record: Record, words: str, tags: str | None, unit: str = "") -> Re
             first = own is not None and not text[own[0] : start].strip()
             tag = "O" if own is None else f"{'B' if first else 'I'}-{own[2]}"
             found.append((text[start:end], tag))
-    fields: dict[str, Any] = {words: [word for word, _ in found]}
-    if tags is not None:
-        fields[tags] = [tag for _, tag in found]
+    fields: dict[str, Any] = {words: [word for word, _ in found], tags: [tag for _, tag in found]}
     return replace(record, fields=record.fields | fields)
 
 
-def _span(span: Any, text: str, places: Sequence[int], where: str) -> tuple[int, int, str]:
+def _edges(span: Any) -> tuple[int, int, str] | None:
     match span:
         case [int(start), int(end), str(kind)]:
-            pass
+            return start, end, kind
         case {"start": int(start), "end": int(end), "label": str(kind)}:
-            pass
-        case _:
-            raise InputError(
-                f"{where} holds {span!r:.60}, which is neither [start, end, type] nor an object "
-                "with start, end and label"
-            )
+            return start, end, kind
+        case {"start_offset": int(start), "end_offset": int(end), "label": str(kind)}:
+            return start, end, kind
+    return None
+
+
+def _span(span: Any, text: str, places: Sequence[int], where: str) -> tuple[int, int, str]:
+    found = _edges(span)
+    if found is None:
+        raise InputError(
+            f"{where} holds {span!r:.60}, which is neither [start, end, type] nor an object "
+            "with start, end and label"
+        )
+    start, end, kind = found
     given, (start, end) = [start, end, kind], (offsets.at(places, x) for x in (start, end))
     if not 0 <= start < end or not text[start:end].strip():
         raise InputError(

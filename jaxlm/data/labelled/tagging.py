@@ -45,6 +45,8 @@ class Sentence:
     """What the file counts spans of characters in, if it is not characters."""
     is_cut: bool = False
     """A span begins or ends inside of a word."""
+    of_spans: bool = False
+    """Words and tags are made of a text with spans of characters."""
 
     @property
     def text(self) -> str:
@@ -91,13 +93,15 @@ def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -
     records = list(records)
     unit = "" if fields.tags is None else spans.unit_of(records, fields.words)
     for record in records:
-        origin, given = record.origin, None
+        origin, given, of_spans = record.origin, None, False
         is_cut = fields.tags is not None and spans.are_cut(record, fields.words, unit)
         if fields.tags is None and (name := _plain(record, fields.words)):
             given = record.text(name)
             words = split_words(given, split)
         else:
-            record = spans.as_words(record, fields.words, fields.tags, unit)
+            if fields.tags is not None:
+                own, record = record, spans.as_words(record, fields.words, fields.tags, unit)
+                of_spans = record is not own
             words = record.texts(fields.words)
         if not words or not all(words):
             raise InputError(f"{origin}: {'an empty word' if words else 'no words'}; remove it")
@@ -122,6 +126,7 @@ def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -
                 given=given,
                 unit=unit,
                 is_cut=is_cut,
+                of_spans=of_spans,
             )
         )
     return sentences if fields.as_written else spelling.alike(sentences)

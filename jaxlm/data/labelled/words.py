@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Literal
 
-Split = Literal["space", "punctuation", "characters"]
+Split = Literal["space", "punctuation", "characters", "fine"]
 
 _CHINESE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+# Thai and Lao, Burmese, Khmer, which have no spaces between words either.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff" + _CHINESE
 _ALONE = "。，、；：！？「」『』（）《》…"  # which no space need follow
 _ABBREVIATION = re.compile(r"(\w\.){2,}")  # such as U.S., which keeps its last point
 _JOINERS = "\u200c\u200d"
@@ -21,8 +23,10 @@ def split_words(text: str, split: Split) -> list[str]:
 
     ``space``: at white space; ``punctuation``: marks at the ends of words are words as well;
     ``characters``: so is each Chinese character and kana. A text in which points or commas stand
-    alone is split already.
+    alone is split already. ``fine``: as :func:`split_finely` does.
     """
+    if split == "fine":
+        return [word.group() for word in split_finely(text)]
     parts = text.split()
     if split == "space" or not {".", ","}.isdisjoint(parts):
         return parts
@@ -54,12 +58,17 @@ def _combining() -> str:
 @cache
 def _pattern(pattern: str) -> re.Pattern[str]:
     """With ``MARKS`` for what belongs to the character before it, which is not in Python's \\w."""
-    return re.compile(pattern.replace("MARKS", _combining()))
+    return re.compile(pattern.replace("MARKS", _combining()).replace("UNSPACED", _UNSPACED))
 
 
 def split_finely(text: str) -> Iterator[re.Match[str]]:
-    """Where in a text each run of letters and digits stands, and each other visible character."""
-    return _pattern(r"\w[\wMARKS]*|[^\w\s][MARKS]*").finditer(text)
+    """Where in a text each run of letters and digits stands, and each other visible character.
+
+    So does each letter of scripts that have no spaces between words.
+    """
+    letter = r"(?![UNSPACED])"
+    pattern = rf"{letter}\w(?:{letter}[\wMARKS])*|\S[MARKS]*"
+    return _pattern(pattern).finditer(text)
 
 
 def _is_mark(character: str) -> bool:

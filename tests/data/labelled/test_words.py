@@ -6,6 +6,8 @@ from jaxlm.data.labelled import spans, tagging
 from jaxlm.data.labelled.records import Conll, Record
 from jaxlm.data.labelled.tagging import TagFields
 from jaxlm.data.labelled.words import find_split, split_words
+from jaxlm.errors import InputError
+from jaxlm.tasks.tagging import Tagging
 
 
 @pytest.mark.parametrize(
@@ -32,13 +34,68 @@ def test_punctuation_stands_apart(text, words):
         ("हिन्दी में लिखो।", 4),
         ("Zoe\u0308 Mu\u0308ller, Ha Nô\u0323i", 5),
         ("می\u200cخواهم (آن)", 4),
-        ("தமிழ் ภาษาไทย ශ්\u200dරී", 3),
+        ("தமிழ் ශ්\u200dරී", 2),
     ],
 )
 def test_words_of_texts_with_spans_keep_their_marks(text, count):
-    record = spans.as_words(Record(fields={"text": text}, origin="x"), "tokens", None)
+    record = Record(fields={"text": text, "label": []}, origin="x")
+    record = spans.as_words(record, "tokens", "tags")
     assert record.fields["tokens"] == split_words(text, "punctuation")
     assert len(record.fields["tokens"]) == count
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "words"),
+    [
+        ("他住在ABC市。", [3, 7, "LOC"], "他|住|在|ABC|市|。"),
+        ("東京大学の山田さん", [5, 7, "PER"], "東|京|大|学|の|山|田|さ|ん"),
+        ("คนที่เมือง", [2, 5, "LOC"], "ค|น|ที่|เ|มื|อ|ง"),
+        ("រស់នៅ U.S.-based", [6, 10, "LOC"], "រ|ស់|នៅ|U|.|S|.|-|based"),
+        ("Anna's pro-Trump O'Neill", [0, 4, "PER"], "Anna|'|s|pro|-|Trump|O|'|Neill"),
+        ("Zoe\u0308's", [0, 4, "PER"], "Zoe\u0308|'|s"),
+    ],
+)
+def test_words_do_not_depend_on_spans(text, span, words):
+    """Nor on whether there are any: what is trained on is what texts to be tagged are cut into."""
+    given = [{"text": text, "label": label} for label in ([span], [])]
+    task = Tagging().settled(Tagging().read([Record(fields=given[0], origin="x")]))
+    assert task.split == "fine"
+    for fields in given:
+        record = Record(fields=fields, origin="x")
+        for labelled in (True, False):
+            (one,) = task.read([record], labelled=labelled)
+            assert one.words == words.split("|")
+            assert not one.is_cut
+
+
+@pytest.mark.parametrize("text", ["Anna met Bob", "Анна у Боба", "هو والقاهرة", "foo_bar baz"])
+def test_a_span_inside_of_a_word_is_noticed_in_any_script(text):
+    (one,) = Tagging().read([Record(fields={"text": text, "label": [[1, 2, "X"]]}, origin="x")])
+    assert one.is_cut
+
+
+@pytest.mark.parametrize("empty", [None, []])
+def test_spans_are_in_the_field_that_has_them(empty):
+    for others in ({"label": empty}, {"label": "sports"}, {"labels": ["a", "b"]}):
+        spans_of = {"entities": [{"start_offset": 0, "end_offset": 4, "label": "PER"}]}
+        fields = {"text": "Anna went", **others, **spans_of}
+        (one,) = Tagging().read([Record(fields=fields, origin="x")])
+        assert one.tags == ["B-PER", "O"]
+        (none,) = Tagging().read([Record(fields=fields | {"entities": []}, origin="x")])
+        assert none.tags == ["O", "O"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label": "sports"}, "x: label is 'sports', which is no list of spans"),
+        ({"label": [["0", 4, "PER"]], "entities": []}, "x: label holds .* neither"),
+        ({"label": [[0, 4, "A"]], "spans": [[0, 4, "B"]]}, "x: label and spans hold other spans"),
+    ],
+)
+def test_what_is_no_list_of_spans(fields, message):
+    with pytest.raises(InputError, match=message):
+        Tagging().read([Record(fields={"text": "Anna went", **fields}, origin="x")])
 
 
 def test_marks_belong_to_the_character_before_them():
