@@ -372,8 +372,6 @@ def open_finetuned(
             f"{json.dumps(cursor['labels'])} there"
         )
     labels = tuple(names)
-    if isinstance(config.task, Thresholded) and config.task.chooses_thresholds:
-        config = replace(config, task=thresholds.read(config.task, directory))
     loaded = None
     if config.base is not None and not isinstance(config.tuning, tuning.Full):
         loaded = base if isinstance(base, Base) else bases.load(base or config.base)
@@ -394,5 +392,7 @@ def open_finetuned(
     frozen = make_state(config, labels, loaded, placement).frozen if is_frozen else {}
     state = TrainState(jnp.asarray(restored.step), restored.state["trainable"], frozen, ())
     averaged = tuple(chosen or [restored.step])
+    if isinstance(config.task, Thresholded) and config.task.chooses_thresholds:
+        config = replace(config, task=thresholds.read(config.task, directory, averaged))
     about = restored.cursor, averaged, source_tokenizer, attends
     return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, *about)

@@ -35,12 +35,12 @@ from jaxlm.runs import attention, best, finetuned, resume, steps, thresholds, wr
 from jaxlm.runs import base as bases
 from jaxlm.runs.base import Base
 from jaxlm.runs.finite import require_finite
-from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER, begun
+from jaxlm.runs.folder import CHECKPOINTS, SOURCE_TOKENIZER, begun, read_json
 from jaxlm.runs.train import Job, train
 from jaxlm.runs.writing import Samples
 from jaxlm.runtime import distributed
 from jaxlm.runtime.console import make_console
-from jaxlm.runtime.storage import StoragePath, write_whole
+from jaxlm.runtime.storage import StoragePath
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.task import Labels, Responsive, Scored, Thresholded
@@ -69,6 +69,9 @@ def finetune(config: FinetuneConfig, *, console: Console | None = None) -> Stora
     task = config.task
     console.print(_pooled(task, base), soft_wrap=True, end="")
     labels = task.labels(splits.train)
+    if before:  # whose tags may lack those that no example has
+        kept = tuple(read_json(config.directory / finetuned.LABELS))
+        labels = kept if set(task.classes(splits.train)) <= set(kept) < set(labels) else labels
     best.check_monitor(config, labels, splits.validation)
     framer = finetuned.make_framer(config, tokenizer, source_tokenizer)
     bad = config.data.on_bad_row
@@ -373,10 +376,10 @@ def _choose_thresholds(
     loaded = finetuned.open_finetuned(directory, base=base)
     assert isinstance(loaded.task, Thresholded)
     _, outputs = loaded.outputs(examples)
-    before = loaded.task.metrics(examples, loaded.labels, outputs)
+    before = loaded.task.with_thresholds({}).metrics(examples, loaded.labels, outputs)
     chosen = loaded.task.chosen_thresholds(examples, loaded.labels, outputs)
     if jax.process_index() == 0:
-        write_whole(directory / thresholds.THRESHOLDS, json.dumps(chosen))
+        thresholds.write(directory, loaded.averaged, chosen)
     task = loaded.task.with_thresholds(chosen)
     after = task.metrics(examples, loaded.labels, outputs)
     values = ", ".join(f"{label} {value:.3f}" for label, value in list(chosen.items())[:20])

@@ -31,7 +31,6 @@ from jaxlm.runs.finetuned import FinetunedRun
 from jaxlm.runs.folder import is_run, read_any_config
 from jaxlm.runs.pretrained import Pretrained
 from jaxlm.runtime.storage import locate
-from jaxlm.tasks.by_label import by_label
 from jaxlm.tasks.classification import Classification
 from jaxlm.tasks.embedding import Embedding
 from jaxlm.tasks.masked_lm import MaskedLm
@@ -207,7 +206,7 @@ def _classifier(
             activation, labelled = jax.nn.softmax, {"labels": labels}
             answers, returns = _NAMED, "the probability of each label"
         case "labels":
-            thresholds = by_label(task.thresholds, labels, 0.5, "task.thresholds").tolist()
+            thresholds = task.thresholds_of(tuple(labels)).tolist()
             named = dict(zip(labels, thresholds, strict=True))
             activation, labelled = jax.nn.sigmoid, {"labels": labels, "thresholds": named}
             answers = _NAMED

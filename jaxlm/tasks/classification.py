@@ -181,7 +181,7 @@ class Classification:
         names = data.label_names(examples)
         if self.class_weights not in ((), ("balanced",)):
             self._weights(np.zeros(0, int), names)
-        self._thresholds(names)  # both raise where they name another label
+        self.thresholds_of(names)  # both raise where they name another label
         return names
 
     def classes(self, examples: Sequence[TextExample]) -> list[str]:
@@ -212,7 +212,7 @@ class Classification:
             return len(numbers) / (len(labels) * counts)
         return by_label(self.class_weights, labels, 1.0, "task.class_weights")
 
-    def _thresholds(self, labels: Labels) -> Float[np.ndarray, "labels"]:
+    def thresholds_of(self, labels: Labels) -> Float[np.ndarray, "labels"]:
         """The threshold of each label: 0.5 before they are chosen."""
         given = () if self.chooses_thresholds else self.thresholds
         return by_label(given, labels, 0.5, "task.thresholds")
@@ -260,7 +260,7 @@ class Classification:
             return metrics.regression(_numbers(examples), self._values(outputs))
         gold: Any = data.label_array(examples, labels)
         if self.fields.target == "labels":
-            thresholds = self._thresholds(labels)
+            thresholds = self.thresholds_of(labels)
             return metrics.multilabel(gold, outputs["probabilities"], threshold=thresholds)
         return metrics.classification(gold, outputs["probabilities"], labels)
 
@@ -322,7 +322,7 @@ class Classification:
             outputs["probabilities"],
         )
         if self.fields.target == "labels":
-            thresholds = self._thresholds(labels)
+            thresholds = self.thresholds_of(labels)
             return report.labelled(texts, gold, probabilities, thresholds, labels, origins)
         return report.classified(texts, gold, probabilities, labels, origins)
 
@@ -366,7 +366,7 @@ class Classification:
         row = outputs["probabilities"][i].tolist()
         probabilities = dict(zip(labels, row, strict=True))
         if self.fields.target == "labels":
-            above = np.array(row) > self._thresholds(labels)
+            above = np.array(row) > self.thresholds_of(labels)
             chosen: Any = [name for name, is_above in zip(labels, above, strict=True) if is_above]
             return {"labels": chosen, "probabilities": probabilities}
         best = max(probabilities, key=probabilities.__getitem__)

@@ -169,7 +169,7 @@ class MultipleChoice:
                     gold=example.choices[example.label],
                     predicted=example.choices[best],
                     probability=float(row[best]),
-                    text=example.context,
+                    text=" ".join(filter(None, (example.context, example.question))),
                     origin=example.origin,
                     right=best == example.label,
                 )

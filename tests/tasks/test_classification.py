@@ -243,6 +243,8 @@ def test_chosen_thresholds_are_kept_with_the_run(train, write, records, tmp_path
     run = train(Classification(fields=fields, thresholds=("chosen",), pooling="mean"), write(rows))
     assert run.labels == ("odd", "up")
     kept = json.loads((run.config.directory / "thresholds.json").read_text())
+    assert kept["steps"] == list(run.averaged)
+    kept = kept["thresholds"]
     assert run.task.thresholds == tuple(f"{name}={kept[name]!r}" for name in ("odd", "up"))
     answers = list(run.answer(records({"text": "good a x"}, {"text": "bad b y"})))
     for answer in answers:

@@ -63,8 +63,9 @@ def test_metrics_and_predictions(records):
     assert task.baselines(examples[1:], examples, ()) == {"always choice 1": {"accuracy": 0.5}}
     right, wrong = task.predictions(examples, (), outputs)
     assert (right.right, wrong.right) == (True, False)
-    assert right.gold == right.predicted == wrong.predicted == "q x"
-    assert (wrong.gold, wrong.loss) == ("q y", pytest.approx(np.log(4)))
+    assert right.gold == right.predicted == wrong.predicted == "x"
+    assert (wrong.text, wrong.gold, wrong.loss) == ("c q", "y", pytest.approx(np.log(4)))
+    assert [one["choice"] for one in task.answers(examples, (), outputs)] == ["x", "x"]
 
 
 def test_bad_input(records):

@@ -1,5 +1,6 @@
 """Classes, sets of labels, or numbers for single texts and for pairs of texts."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -56,6 +57,8 @@ class TextExample:
     origin: str
     written: tuple[str, ...] = ()
     """The labels as they stand in the file."""
+    as_written: bool = False
+    """They are taken so."""
 
     @property
     def content(self) -> str:
@@ -93,12 +96,21 @@ def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
         pair = None if fields.pair is None else record.text(fields.pair)
         label, written = _label(record, fields, commas)
         examples.append(
-            TextExample(text=text, pair=pair, label=label, origin=record.origin, written=written)
+            TextExample(
+                text=text,
+                pair=pair,
+                label=label,
+                origin=record.origin,
+                written=written,
+                as_written=fields.as_written,
+            )
         )
         rows.append(labels.read_hot(record, fields.label) if fields.target == "labels" else None)
-    if len({row and len(row) for row in rows}) == 1 and rows[0] is not None:
-        examples = [_hot(e, row, fields) for e, row in zip(examples, rows, strict=True)]
-    return examples if fields.as_written else spelling.alike(examples)
+    width = _width(rows, fields.names)
+    if width is not None:
+        found = zip(records, examples, rows, strict=True)
+        examples = [_hot(record, example, row, width, fields) for record, example, row in found]
+    return spelling.alike(examples)
 
 
 def decided(fields: TextFields, records: Sequence[Record]) -> TextFields:
@@ -120,8 +132,28 @@ def settled(
     return replace(fields, decimal_commas=True) if is_so else fields
 
 
-def _hot(example: TextExample, row: Sequence[bool], fields: TextFields) -> TextExample:
+def _width(rows: Sequence[list[bool] | None], names: Sequence[str] | None) -> int | None:
+    """How many zeros and ones each row is to have; None: rows are lists of labels.
+
+    One that has either twice is no list of the labels 0 and 1.
+    """
+    sure = Counter(len(row) for row in rows if row and len(row) > len(set(row)))
+    if sure:
+        return len(names) if names else sure.most_common(1)[0][0]
+    lengths = {len(row) if row else None for row in rows}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _hot(
+    record: Record, example: TextExample, row: list[bool] | None, width: int, fields: TextFields
+) -> TextExample:
     """With the labels whose places hold 1."""
+    if row is None or len(row) != width:
+        why = "one for each of --task.fields.names" if fields.names else "as others have"
+        raise InputError(
+            f"{record.origin}: {fields.label} is {record.fields[str(fields.label)]!r:.40}, where "
+            f"{width} zeros and ones are expected, {why}: correct it"
+        )
     numbers = [str(i) for i, is_one in enumerate(row) if is_one]
     own = [labels.named(i, fields.names, str(fields.label), example.origin) for i in numbers]
     return replace(example, label=tuple(own), written=())
@@ -164,13 +196,14 @@ def label_array(
 ) -> Shaped[np.ndarray, "examples *labels"]:
     """int32 [examples] of classes, float32 [examples, labels] of labels, float32 [examples]."""
     own, origins = [e.label for e in examples], [e.origin for e in examples]
+    exact = examples[0].as_written
     match own[0]:
         case float():
             return np.array(own, np.float32)
         case tuple():
-            return labels.indicators_of([e.classes for e in examples], names, origins)
+            return labels.indicators_of([e.classes for e in examples], names, origins, exact)
         case _:
-            return labels.numbers_of([e.stratum for e in examples], names, origins)
+            return labels.numbers_of([e.stratum for e in examples], names, origins, exact)
 
 
 def encode(

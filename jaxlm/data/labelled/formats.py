@@ -54,7 +54,8 @@ def read_json(path: Path, encoding: str | None = None) -> Iterator[Row]:
     if is_document(path, encoding):
         yield from _read_document(path, encoding)
     else:
-        yield from tabular.read_json_lines(path, encoding=encoding)
+        for origin, entry in tabular.read_json_lines(path, encoding=encoding):
+            yield origin, entry if isinstance(entry, InputError) else _with_columns(entry)
 
 
 def is_document(path: Path, encoding: str | None = None) -> bool:
@@ -99,14 +100,18 @@ def _read_document(path: Path, encoding: str | None) -> Iterator[Row]:
 
 
 def _flat(entry: Any, path: Path, number: int) -> Row:
-    """A record as it is; answers in a list are turned into lists of their texts and starts."""
     origin = f"{path}: record {number}"
     if not isinstance(entry, dict):
         raise InputError(f"{origin}: a JSON {type(entry).__name__} where an object is expected")
+    return origin, _with_columns(entry)
+
+
+def _with_columns(entry: dict[str, Any]) -> dict[str, Any]:
+    """A record as it is, but answers in a list as lists of their texts and starts."""
     match entry.get("answers"):
-        case [{"text": _}, *_] as answers:
-            entry = entry | {"answers": _columns(answers)}
-    return origin, entry
+        case [{"text": _, "answer_start": _}, *_] as answers:
+            return entry | {"answers": _columns(answers)}
+    return entry
 
 
 def _columns(answers: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

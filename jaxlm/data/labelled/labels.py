@@ -164,17 +164,24 @@ def named(label: str, names: Sequence[str] | None, name: str, origin: str) -> st
 
 
 def discover_tags(tags: Iterable[str]) -> tuple[str, ...]:
-    """The distinct tags, sorted; where they are BIO, each type has its B- and its I- tag."""
+    """The distinct tags, sorted; those of entities with all tags of each type, such as B- and I-.
+
+    A data set that is evaluated may have some that training happens to lack.
+    """
     names = set(tags)
-    if names <= {"O"} | {name for name in names if name[:2] in ("B-", "I-")}:
-        types = {name[2:] for name in names - {"O"}}
-        names |= {prefix + kind for prefix in ("B-", "I-") for kind in types}
+    marks, types = {name[:2] for name in names - {"O"}}, {name[2:] for name in names - {"O"}}
+    for scheme in ("BI", "BIES", "BILU", "BMES"):
+        if marks and marks <= {f"{mark}-" for mark in scheme}:
+            return discover(names | {f"{mark}-{kind}" for mark in scheme for kind in types})
     return discover(names)
 
 
-def number_of(label: str, names: Sequence[str], origin: str) -> int:
-    """The number of a label, or of the only one alike; one that training did not have raises."""
-    found = label if label in names else spelling.find(label, names)
+def number_of(label: str, names: Sequence[str], origin: str, exact: bool = False) -> int:
+    """The number of a label, or of the only one alike; one that training did not have raises.
+
+    ``exact``: what is alike is another label.
+    """
+    found = label if label in names else None if exact else spelling.find(label, names)
     if found is None:
         known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
         raise InputError(
@@ -185,19 +192,22 @@ def number_of(label: str, names: Sequence[str], origin: str) -> int:
 
 
 def numbers_of(
-    labels: Sequence[str], names: Sequence[str], origins: Sequence[str]
+    labels: Sequence[str], names: Sequence[str], origins: Sequence[str], exact: bool = False
 ) -> Int32[np.ndarray, " examples"]:
     """The number of each example's label."""
     pairs = zip(labels, origins, strict=True)
-    return np.array([number_of(label, names, origin) for label, origin in pairs], np.int32)
+    return np.array([number_of(label, names, origin, exact) for label, origin in pairs], np.int32)
 
 
 def indicators_of(
-    labels: Sequence[tuple[str, ...]], names: Sequence[str], origins: Sequence[str]
+    labels: Sequence[tuple[str, ...]],
+    names: Sequence[str],
+    origins: Sequence[str],
+    exact: bool = False,
 ) -> Float32[np.ndarray, "examples labels"]:
     """1 for each label that an example has, and 0 for the others."""
     table = np.zeros((len(labels), len(names)), np.float32)
     for row, (own, origin) in enumerate(zip(labels, origins, strict=True)):
         for label in own:
-            table[row, number_of(label, names, origin)] = 1
+            table[row, number_of(label, names, origin, exact)] = 1
     return table

@@ -34,11 +34,19 @@ class Choice:
     choices: tuple[str, ...]
     label: int | None
     origin: str
+    question: str | None = None
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """What follows the context: the question, if there is one, and each choice."""
+        if self.question is None:
+            return self.choices
+        return tuple(f"{self.question} {choice}" for choice in self.choices)
 
     @property
     def content(self) -> str:
         """All text."""
-        return "\n".join((self.context, *self.choices))
+        return "\n".join((self.context, *self.endings))
 
     @property
     def stratum(self) -> str:
@@ -63,6 +71,7 @@ def read(records: Iterable[Record], fields: ChoiceFields) -> list[Choice]:
                 choices=choices,
                 label=None if fields.label is None else _label(record, fields.label, len(choices)),
                 origin=record.origin,
+                question=None if fields.question is None else record.text(fields.question),
             )
         )
     return examples
@@ -81,9 +90,6 @@ def _choices(record: Record, fields: ChoiceFields) -> tuple[str, ...]:
             raise InputError(f"{record.origin}: an empty choice in field {name!r}")
     else:
         choices = [record.text(name) for name in fields.choices]
-    if fields.question is not None:
-        question = record.text(fields.question)
-        choices = [f"{question} {choice}" for choice in choices]
     return tuple(choices)
 
 
@@ -105,7 +111,7 @@ def encode(framer: Framer, examples: Sequence[Choice]) -> Examples:
     ``labels`` too, where they are known.
     """
     contexts = framer.ids([example.context for example in examples])
-    all_choices = framer.ids([choice for example in examples for choice in example.choices])
+    all_choices = framer.ids([choice for example in examples for choice in example.endings])
     rows, sizes = [], []
     for example, context in zip(examples, contexts, strict=True):
         choices = [next(all_choices) for _ in example.choices]

@@ -106,6 +106,9 @@ def _placed(context: str, given: Sequence[tuple[str, int]]) -> tuple[list[int], 
 def _answers(record: Record, fields: SpanFields) -> list[str]:
     if fields.answers is None:
         return []
+    whole = fields.answers.rpartition("/")[0]
+    if fields.answers not in record.fields and record.fields.get(whole) == []:
+        return []  # of a list of objects none is left to have fields
     value = record.value(fields.answers)
     if isinstance(value, str):
         return [value] if value.strip() else []

@@ -30,6 +30,11 @@ class Labelled(Protocol):
         ...
 
     @property
+    def as_written(self) -> bool:
+        """Whether they are taken as they stand."""
+        ...
+
+    @property
     def origin(self) -> str:
         """Where it is from."""
         ...
@@ -65,9 +70,11 @@ def find(label: str, names: Iterable[str]) -> str | None:
 def alike(examples: Sequence[T], known: Iterable[str] = ()) -> list[T]:
     """The examples, with one name for labels that differ in case alone: the most frequent.
 
-    Labels that are alike to one of ``known`` get its name, and others stay.
+    Labels that are alike to one of ``known`` get its name, and others stay, as do those that are
+    taken as they stand.
     """
-    counts = Counter(label for e in examples if isinstance(e, Labelled) for label in e.classes)
+    labelled = [e for e in examples if isinstance(e, Labelled) and not e.as_written]
+    counts = Counter(label for e in labelled for label in e.classes)
     groups: dict[str, list[str]] = defaultdict(list)
     known = list(dict.fromkeys(known))
     for label in known or sorted(counts, key=lambda label: (-counts[label], label)):
@@ -80,7 +87,10 @@ def alike(examples: Sequence[T], known: Iterable[str] = ()) -> list[T]:
     names = {label: name for label, name in names.items() if label != name}
     if not names:
         return list(examples)
-    return [cast(T, e.respelled(names)) if isinstance(e, Labelled) else e for e in examples]
+    return [
+        cast(T, e.respelled(names)) if isinstance(e, Labelled) and not e.as_written else e
+        for e in examples
+    ]
 
 
 def notes(examples: Iterable[object]) -> list[str]:

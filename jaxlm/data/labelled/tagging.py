@@ -39,6 +39,8 @@ class Sentence:
     origin: str
     written: tuple[str, ...] = ()
     """The tags as they stand in the file."""
+    as_written: bool = False
+    """They are taken so."""
     given: str | None = None
     """The text that the words were cut from; None: they were given as words."""
     unit: str = ""
@@ -123,13 +125,14 @@ def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -
                 tags=tags,
                 origin=origin,
                 written=written,
+                as_written=fields.as_written,
                 given=given,
                 unit=unit,
                 is_cut=is_cut,
                 of_spans=of_spans,
             )
         )
-    return sentences if fields.as_written else spelling.alike(sentences)
+    return spelling.alike(sentences)
 
 
 def _plain(record: Record, words: str) -> str:
@@ -197,7 +200,8 @@ def encode(
         best = windows.most_context(firsts, begins, room, len(ids))
         numbers = np.zeros(len(sentence.words), np.int32)
         if sentence.tags is not None:
-            all_numbers = [labels.number_of(tag, names, sentence.origin) for tag in sentence.tags]
+            where, exact = sentence.origin, sentence.as_written
+            all_numbers = [labels.number_of(tag, names, where, exact) for tag in sentence.tags]
             numbers = np.array(all_numbers, np.int32)
         for window, begin in enumerate(begins.tolist()):
             framed = framer.frame(ids[begin : begin + room])

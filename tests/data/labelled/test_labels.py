@@ -45,6 +45,17 @@ def test_bio_tags_come_in_pairs():
     assert labels.discover_tags(["NN", "B-x"]) == ("B-x", "NN")
 
 
+@pytest.mark.parametrize(
+    ("tags", "scheme"),
+    [("B-x E-x S-y O", "BIES"), ("S-x S-y", "BIES"), ("U-x L-y", "BILU"), ("B-x M-y", "BMES")],
+)
+def test_each_type_has_all_tags_of_its_scheme(tags, scheme):
+    """Of which those that training lacks may be in what is evaluated."""
+    own = set(tags.split())
+    expected = {f"{mark}-{kind}" for mark in scheme for kind in "xy"} | (own & {"O"})
+    assert set(labels.discover_tags(own)) == expected
+
+
 def test_an_unknown_label_names_its_place_and_those_known():
     numbers = labels.numbers_of(["b", "a"], ("a", "b"), ["x:1", "x:2"])
     assert (numbers.tolist(), numbers.dtype) == ([1, 0], np.int32)

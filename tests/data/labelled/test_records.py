@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 from jaxlm.data.labelled.dataset import holds_records, like
 from jaxlm.data.labelled.records import Conll, JsonLines, Record, Squad, Table, TfdsRecords
 from jaxlm.errors import InputError
+from jaxlm.tasks.question_answering import QuestionAnswering
 
 
 def read(source) -> list[Record]:
@@ -161,6 +162,20 @@ def test_the_kind_of_another_file_follows_from_its_name(source, name, expected):
 
 def squad(*questions: dict) -> str:
     return json.dumps({"data": [{"paragraphs": [{"context": "In Rome.", "qas": questions}]}]})
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_squad_in_a_flat_list_or_a_line_each(write, ending):
+    answers = [{"text": "Anna", "answer_start": 0}], []
+    lines = [
+        json.dumps({"id": f"{i}", "question": "Who?", "context": "Anna went", "answers": one})
+        for i, one in enumerate(answers)
+    ]
+    text = f"[{', '.join(lines)}]" if ending == "json" else "\n".join(lines)
+    path = write(f"a.{ending}", text)
+    for source in (Squad(path=path), JsonLines(path=path)):
+        asked, none = QuestionAnswering().read(list(source.records()))
+        assert (asked.answers, asked.starts, none.answers) == (("Anna",), (0,), ())
 
 
 def test_squad(write):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from jaxlm.data.labelled import labels, spelling
-from jaxlm.data.labelled.classification import TextFields
+from jaxlm.data.labelled.classification import TextFields, label_array
 from jaxlm.data.labelled.dataset import LabelledConfig, read_splits
 from jaxlm.data.labelled.records import Conll, JsonLines, Record, Table
 from jaxlm.data.labelled.tagging import TagFields
@@ -142,6 +142,33 @@ def test_lists_of_labels_and_rows_of_zeros_and_ones():
         classes_of([[2]], names=("x", "y"))
     with pytest.raises(InputError, match=r"""write it as \["a", "b"\], or the labels with '\|'"""):
         classes_of(["['a' 'b']"])  # numpy's form, which Python reads as one text
+
+
+ROWS = [[0, 1, 0, 0], [1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("odd", [[0, 0, 1], [0, 0, 0, 2], [1], [], "[0, 1, 0, 0, 0]"], ids=str)
+@pytest.mark.parametrize("names", [None, ("A", "B", "C", "D")])
+def test_a_row_of_zeros_and_ones_that_is_like_no_other_is_named(odd, names):
+    with pytest.raises(InputError, match=r"x\.csv:4: label is .* where 4 zeros and ones are"):
+        classes_of([*ROWS, odd], names=names)
+    if names:  # which say how many there are, of each record by itself
+        with pytest.raises(InputError, match=r"one for each of --task\.fields\.names: correct it"):
+            classes_of([[0, 0, 1]], names=names)
+
+
+def test_labels_are_taken_as_they_stand_in_validation_too(tmp_path):
+    train, other = tmp_path / "train.csv", tmp_path / "validation.csv"
+    train.write_text("text,label\nt,IT\nu,en\nv,IT\nw,en\n")
+    other.write_text("text,label\na,it\nb,en\n")
+    config = LabelledConfig(train=Table(path=str(train)), validation=Table(path=str(other)))
+    task = Classification(fields=TextFields(as_written=True))
+    splits = read_splits(config, task.read, task.check)
+    assert (task.classes(splits.validation), splits.notes) == (["it", "en"], ())
+    names = task.labels(splits.train)
+    with pytest.raises(InputError, match="label 'it' is not among those"):
+        label_array(splits.validation, names)
+    assert spelling.alike(splits.validation, names) == splits.validation
 
 
 def test_another_separator_is_seen():
