@@ -82,7 +82,7 @@ def _metrics(run: FinetunedRun, directory: Path) -> dict[str, float]:
     """On all of its own validation data, of these parameters: finite numbers by name."""
     step, averaged = int(run.state.step), list(run.averaged)
     found: dict[str, Any] = {}
-    if (directory / "metrics.jsonl").is_file():
+    if len(averaged) == 1 and (directory / "metrics.jsonl").is_file():
         for line in read_jsonl(directory / "metrics.jsonl"):
             if line.get("step") == step:
                 own = {k: v for k, v in line.items() if k.startswith("eval/")}

@@ -256,7 +256,8 @@ def loss_of_base(config: PretrainConfig, base: Base, tokenizer: Tokenizer) -> di
         return {}
     before = folder.read_config(directory, PretrainConfig)
     texts = [one.prepare and one.prepare.source for one in (before, config)]
-    if None in texts or texts[0] != texts[1] or before.task != config.task:
+    is_mean = before.train.average is not None  # of checkpoints, each of which was measured
+    if None in texts or texts[0] != texts[1] or before.task != config.task or is_mean:
         return {}
     lines = read_jsonl(directory / METRICS)
     losses = [

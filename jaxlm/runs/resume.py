@@ -153,7 +153,8 @@ def resume_cursor(config: Config, saved: Cursor, start: Cursor) -> Cursor:
     cursor = saved | {name: start[name] for name in now}
     if saved.get("length", start["length"]) != start["length"]:
         minutes = config.train.minutes
-        done = saved["elapsed_s"] / (60 * minutes) if minutes else 0.0
+        # Where nothing was trained, time went into compiling alone.
+        done = saved["elapsed_s"] / (60 * minutes) if minutes and saved["examples_seen"] else 0.0
         cursor |= {"share": min(done, 1.0), "since_best": 0}
         cursor.pop("evals_done", None)
     if saved.get("monitor", start["monitor"]) != start["monitor"] or not compares(saved, start):

@@ -1,5 +1,6 @@
 """Learning curves: what configs reach with more and more examples of each class."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from jaxlm.runtime.console import make_console
 from jaxlm.runtime.storage import on_disk, write_whole
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.sweep import alone, parse
-from jaxlm.sweep.trials import Plan, Result, run_all, watched
+from jaxlm.sweep.trials import AllFailed, Plan, Result, failures, paragraph, run_all, watched
 
 Scores = dict[str, dict[int, list[float]]]  # config → examples per class → a score for each seed
 
@@ -110,37 +111,52 @@ def curve(
         raise InputError(f"the configs are judged by different metrics, {' and '.join(metrics)}")
     directory = on_disk(plans[0].config.runs / asked.name)
     scores: Scores = {}
+    failed: list[str] = []
     bases: dict[str, tuple[str, Path]] = {}
 
     with alone(directory):
         try:
             for plan in plans:
-                own = scores.setdefault(plan.config.name, {})
+                name = plan.config.name
+                own = scores.setdefault(name, {})
 
-                def record(results: Sequence[Result], own: dict[int, list[float]] = own) -> None:
+                def record(
+                    results: Sequence[Result],
+                    own: dict[int, list[float]] = own,
+                    name: str = name,
+                ) -> None:
                     newest = results[-1]
+                    failed.extend(failures([newest], of=f"{name}/"))
                     if newest.error is None:
                         size = newest.trial.settings["data.few_shot"]
                         own.setdefault(size, []).append(newest.score)
 
-                console.print(f"{plan.config.name}, seed {plan.config.train.seed}")
-                run_all(plan, run_trial, console, record, bases)
+                console.print(f"{name}, seed {plan.config.train.seed}")
+                with contextlib.suppress(AllFailed):  # the others may not
+                    run_all(plan, run_trial, console, record, bases)
         except KeyboardInterrupt:
             console.print("stopped: the same command resumes from here")
             raise
         finally:
             if any(scores.values()):
-                summarize(directory, scores, metrics[0], console)
+                summarize(directory, scores, metrics[0], console, failed)
+    if not any(scores.values()):
+        raise AllFailed(f"all {len(failed)} trials failed, the first: {failed[0]}")
     return directory
 
 
-def summarize(directory: Path, scores: Scores, metric: str, console: Console) -> None:
+def summarize(
+    directory: Path, scores: Scores, metric: str, console: Console, failed: Sequence[str] = ()
+) -> None:
     """Print the table, and write it and the plot."""
     write_whole(directory / "curve.json", json.dumps({metric: scores}, indent=2) + "\n")
     drawn = {name: own for name, own in scores.items() if own}
     columns = {name: {str(n): own[n] for n in sorted(own)} for name, own in drawn.items()}
     title = f"{metric} by examples per class, mean ± sd over seeds"
-    write_whole(directory / "curve.md", f"# {title}\n\n{report.summary_markdown(columns)}")
+    text = f"# {title}\n\n{report.summary_markdown(columns)}{paragraph(failed)}"
+    write_whole(directory / "curve.md", text)
     console.print(f"\n{title}", soft_wrap=True)
     console.print(report.summary_table(columns))
+    for sentence in failed:
+        console.print(sentence, markup=False, soft_wrap=True)
     plots.plot_learning_curves(drawn, directory / "curve.png", y_label=metric)

@@ -29,6 +29,7 @@ NOT_SWEPT = {
     "monitor": "--metric sets it, for all trials alike",
     "runs": "all trials are in one folder",
     "resume": "an unfinished trial is always resumed",
+    "train.average": "trials are compared by single checkpoints",
     "accept_changes": "a trial has the settings that its name says",
 }
 

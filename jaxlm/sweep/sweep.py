@@ -24,7 +24,7 @@ from jaxlm.runtime.storage import write_whole
 from jaxlm.sweep import space
 from jaxlm.sweep.process import RunTrial
 from jaxlm.sweep.space import short_label, shown
-from jaxlm.sweep.trials import Plan, Result, cost, run_all, watched
+from jaxlm.sweep.trials import Plan, Result, cost, failures, paragraph, run_all, watched
 
 T = TypeVar("T")
 
@@ -130,15 +130,12 @@ def sweep(plan: Plan, run_trial: RunTrial, console: Console | None = None) -> Pa
 def summarize(plan: Plan, results: Sequence[Result], console: Console) -> None:
     """Print the table, and write it and the plot to the sweep's folder."""
     scores = _scores(plan, results)
-    failed = [f"{r.trial.name} failed: {r.error}" for r in results if r.error is not None]
+    failed = failures(results)
     seeds = "1 seed" if plan.num_seeds == 1 else f"mean ± sd of {plan.num_seeds} seeds"
     title = f"{plan.name}: {plan.metric} of the best checkpoint, {seeds}"
     if len(plan.rungs()) > 1:
         title += ", by the share of the budget"
-    text = f"# {title}\n\n{report.summary_markdown(scores)}"
-    if failed:
-        text += "\nFailed trials, which are in no mean:\n\n"
-        text += "".join(f"- {sentence}\n" for sentence in failed)
+    text = f"# {title}\n\n{report.summary_markdown(scores)}{paragraph(failed)}"
     write_whole(plan.directory / "sweep.md", text)
     console.print(f"\n{title}", soft_wrap=True)  # above the table it would be as narrow as that
     console.print(report.summary_table(scores))

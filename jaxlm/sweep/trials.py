@@ -26,10 +26,11 @@ from rich.console import Console
 from jaxlm import config as configs
 from jaxlm.config import Config, FinetuneConfig
 from jaxlm.data.labelled.dataset import fingerprint
+from jaxlm.data.prepared import INFO, read_info
 from jaxlm.errors import InputError
 from jaxlm.evaluate.metrics import higher_is_better
 from jaxlm.runs import best, folder
-from jaxlm.runtime.storage import on_disk, write_whole
+from jaxlm.runtime.storage import locate, on_disk, write_whole
 from jaxlm.sweep.process import TRIAL, RunTrial
 from jaxlm.sweep.space import Settings, label, replaced, short_label
 from jaxlm.train.metrics import read_jsonl
@@ -121,6 +122,21 @@ class Result:
     """The encoder that it began with, and the fingerprint of that."""
 
 
+class AllFailed(InputError):
+    """No trial of a sweep has a score."""
+
+
+def failures(results: Sequence[Result], of: str = "") -> list[str]:
+    """A sentence for each trial that failed; ``of`` is put before its name."""
+    return [f"{of}{r.trial.name} failed: {r.error}" for r in results if r.error is not None]
+
+
+def paragraph(failed: Sequence[str]) -> str:
+    """Of a report that holds these sentences, if there are any."""
+    lines = "".join(f"- {sentence}\n" for sentence in failed)
+    return f"\nFailed trials, which are in no mean:\n\n{lines}" if failed else ""
+
+
 def watched(config: Config, metric: str | None) -> tuple[str, Monitor]:
     """The metric of a sweep, and what says which checkpoint of a trial is best."""
     if not isinstance(config, FinetuneConfig):
@@ -171,7 +187,7 @@ def run_all(
                 console.print(f"{number}/{total} {_line(result, plan)}{left}", soft_wrap=True)
         alive = ranked(plan, [r for r in results if r.trial.share == share])
     if not any(result.error is None for result in results):
-        raise InputError(f"all {len(results)} trials failed, the first with: {results[0].error}")
+        raise AllFailed(f"all {len(results)} trials failed, the first with: {results[0].error}")
 
 
 def ranked(plan: Plan, results: Sequence[Result]) -> list[Settings]:
@@ -196,13 +212,13 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
     directory, began = plan.directory / trial.name, time.monotonic()
     try:
         config = trial.make(plan)
-        data = fingerprint(config.data) if isinstance(config, FinetuneConfig) else None
+        data = _data(config)
     except InputError as error:
         return Result(trial=trial, error=str(error))
     _check_same(directory, config)
     found = (directory / RESULT).is_file()
     before = _read_result(directory / RESULT) if found else {}
-    if before.get("data", data) != data:
+    if None not in (data, before.get("data")) and before["data"] != data:
         raise InputError(
             f"{directory} was run with other data than {config.data} names now: restore them, or "
             "give the sweep another --name"
@@ -212,7 +228,8 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
             directory.mkdir(parents=True, exist_ok=True)
             write_whole(directory / TRIAL, configs.to_json(config))
             run_trial(config)
-        evaluations = _evaluations(directory)
+        # Its checkpoints may be deleted since.
+        evaluations = {before["step"]: before["metrics"]} if found else _evaluations(directory)
         name = config.base
         kept = (
             before
@@ -239,16 +256,27 @@ def _run(trial: Trial, plan: Plan, run_trial: RunTrial) -> Result:
     else:
         seconds = time.monotonic() - began
         record = {"step": step, "seconds": round(seconds, 1), "metrics": evaluations[step]}
-        record |= {"data": data, "base_sha256": sha256}
+        record |= {"data": _data(config), "base_sha256": sha256}
         write_whole(directory / RESULT, json.dumps(record, indent=2) + "\n")
     base = (name, sha256) if name and sha256 else None
     return Result(trial=trial, score=score, step=step, seconds=seconds, found=found, base=base)
 
 
+def _data(config: Config) -> Any:
+    """What tells a trial's data from others; None: they are yet to be prepared."""
+    if isinstance(config, FinetuneConfig):
+        return fingerprint(config.data)
+    paths = [locate(path) for path in config.data.paths]
+    if not all((path / INFO).is_file() for path in paths):
+        return None
+    return [read_info(path).fingerprint for path in paths]
+
+
 def _read_result(path: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return result | {"seconds": float(result["seconds"])}
+        numbers = {"seconds": float(result["seconds"]), "step": int(result["step"])}
+        return result | numbers | {"metrics": dict(result["metrics"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} is damaged ({type(error).__name__}: {error}): delete it, and the same command "

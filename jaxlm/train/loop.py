@@ -138,6 +138,7 @@ def fit(
 
     def save(metrics: dict[str, float]) -> None:
         read()
+        view.flush(step, share)  # a run that resumes here goes on with a line of its own
         now = {
             "examples_seen": examples_after(step - first),
             "tokens_seen": view.tokens_seen,
@@ -186,6 +187,7 @@ def fit(
             best, since_best = None, 0  # it may have been interrupted there, and counted already
             evaluate_and_save()
         clock.start()
+        view.started()
         stop = False
         while (share := clock.share(step)) < 1 and not (stop := must_stop(step)) and not is_stale():
             if int(share * config.num_evals) > evals_done:

@@ -1,7 +1,9 @@
 """Where numbers go: a JSON line, TensorBoard, Weights & Biases; and how fast the run is."""
 
+import hashlib
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -100,7 +102,7 @@ class TensorBoardWriter:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(
-            str(directory), purge_step=step + 1 if step else None, filename_suffix=f".{step}"
+            str(directory), purge_step=step + 1, filename_suffix=f".{step}"
         )
 
     def write(self, step: int, values: Values) -> None:
@@ -115,7 +117,7 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases; a run folder of the same name is continued."""
+    """Weights & Biases; the run of a folder goes on where that is resumed, moved or not."""
 
     def __init__(self, directory: Path, *, project: str, config: Mapping[str, Any]):
         try:
@@ -127,8 +129,8 @@ class WandbWriter:
         directory = directory.absolute()
         self._run = wandb.init(
             project=project,
-            name=directory.name,
-            id=re.sub(r"[^\w-]", "-", directory.name),
+            name=str(config.get("name", directory.name)),
+            id=_wandb_id(directory),
             resume="allow",
             dir=str(directory),
             config=dict(config),
@@ -141,6 +143,17 @@ class WandbWriter:
     def close(self) -> None:
         """Upload what is left."""
         self._run.finish()
+
+
+def _wandb_id(directory: Path) -> str:
+    """That of the folder's newest run, or a new one; folders of one name have not the same."""
+    begun = [path for path in (directory / "wandb").glob("*run-*-*") if path.is_dir()]
+    if begun:
+        newest = max(begun, key=lambda path: path.stat().st_mtime).name
+        return newest.partition("run-")[2].partition("-")[2]
+    sha256 = hashlib.sha256(os.fsencode(directory)).hexdigest()
+    name = re.sub(r"[^\w-]", "-", directory.name)
+    return f"{name[:100]}-{sha256[:8]}"
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -168,9 +181,10 @@ class Throughput:
             flops_per_token / (num_devices * peak) if flops_per_token and peak else None
         )
         self._clock = clock
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Training begins now; what was before does not count."""
         self._tokens = 0
         self._since = self._clock()
 
@@ -190,6 +204,6 @@ class Throughput:
     def read(self) -> dict[str, float]:
         """``tokens_per_s``, and ``mfu`` if the peak is known, since the last reading."""
         rate = self._tokens / max(self._clock() - self._since, 1e-9)
-        self._start()
+        self.start()
         mfu = {} if self._mfu_per_rate is None else {"mfu": rate * self._mfu_per_rate}
         return {"tokens_per_s": rate} | mfu

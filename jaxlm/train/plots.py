@@ -76,14 +76,26 @@ def plot_loss(metrics_jsonl: Path, out_png: Path, reference: Reference) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     token_steps, tokens = _series(records, "tokens")
     if token_steps.size and token_steps[-1] > 0:
-        rate = tokens[-1] / token_steps[-1]
-        second = axes.secondary_xaxis("top", functions=(lambda s: s * rate, lambda t: t / rate))
+        token_steps, tokens = np.append(0.0, token_steps), np.append(0.0, tokens)
+        ways = (
+            lambda x: _along(x, token_steps, tokens),
+            lambda x: _along(x, tokens, token_steps),
+        )
+        second = axes.secondary_xaxis("top", functions=ways)
         second.set_xlabel("tokens")
         second.xaxis.set_major_formatter(EngFormatter(sep=""))
     if steps.size or eval_steps.size:
         axes.legend(frameon=False)
     with whole(out_png) as unfinished:
         FigureCanvasAgg(figure).print_png(unfinished)
+
+
+def _along(x: Any, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Between known points on straight lines, beyond the last as before it: batches may grow."""
+    x = np.asarray(x, float)
+    slope = (values[-1] - values[-2]) / (known[-1] - known[-2])
+    beyond = np.maximum(x - known[-1], 0) + np.minimum(x, 0)
+    return np.interp(x, known, values) + slope * beyond
 
 
 def _as_it_is(loss: Any) -> Any:

@@ -52,9 +52,16 @@ class View:
     def __enter__(self) -> "View":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for writer in self._writers:
-            writer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What ended the run is not hidden by what it brings about here.
+        faults = self._disk_faults() if kind is None else contextlib.suppress(OSError)
+        with faults, contextlib.ExitStack() as stack:
+            for writer in self._writers:
+                stack.callback(writer.close)
+
+    def started(self) -> None:
+        """Training begins: what restored and compiled before is no part of its speed."""
+        self._throughput.start()
 
     def add(self, step: int, share: float, sums: Sums) -> None:
         """The sums of a training step, on the host; every ``log_every``-th time they are shown."""
@@ -62,7 +69,12 @@ class View:
         tokens = float(sums.counts["tokens"])
         self.tokens_seen += tokens
         self._throughput.add(int(tokens))
-        if len(self._window) < self._log_every:
+        if len(self._window) >= self._log_every:
+            self.flush(step, share)
+
+    def flush(self, step: int, share: float) -> None:
+        """Show what was added since the last line, if anything, so that no step is lost."""
+        if not self._window:
             return
         total = add_all(self._window)
         self._window = []

@@ -406,10 +406,14 @@ def test_a_run_of_minutes_is_made_longer(config: PretrainConfig) -> None:
     facts = {"data": ["a"], "tokenizer_sha256": "b", "base_sha256": None, "monitor": "loss"}
     start = resume.make_cursor(minutes, **facts)
     done = {"share": 1.0, "elapsed_s": 60.0, "evals_done": 2, "best": 3.0, "since_best": 1}
+    done |= {"examples_seen": 8}
     longer = replace(minutes, train=replace(minutes.train, minutes=4.0))
     cursor = resume.resume_cursor(longer, start | done, resume.make_cursor(longer, **facts))
     assert (cursor["share"], cursor["since_best"], cursor["best"]) == (0.25, 0, 3.0)
     assert "evals_done" not in cursor
+    untrained = start | done | {"examples_seen": 0, "elapsed_s": 120.0}
+    cursor = resume.resume_cursor(longer, untrained, resume.make_cursor(longer, **facts))
+    assert cursor["share"] == 0.0  # the warm-up is yet to come
     same = resume.resume_cursor(minutes, start | done, start)
     assert same == start | done
     accepting = replace(minutes, accept_changes=True)

@@ -409,6 +409,7 @@ def test_the_card_says_what_was_measured_and_no_paths(base, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     card = model_card.write(run, tmp_path)
     assert "| accuracy | 0.7500 |" in card
+    assert "| metric |" not in model_card.write(replace(run, averaged=(5, 0)), tmp_path)
     assert "f1" not in card
     assert "eval" not in card
     for known in ('pipeline_tag: "text-classification"', "- labels: no, yes, so", "data: none.csv"):

@@ -82,6 +82,29 @@ def test_what_fails_is_left_out(argv: list[str]) -> None:
     assert list(json.loads((directory / "curve.json").read_text())["accuracy"]["tiny"]) == ["8"]
 
 
+def test_a_config_that_fails_does_not_end_the_others(argv: list[str]) -> None:
+    def run_trial(config: Config) -> None:
+        if config.directory.parent.name == "tiny":
+            raise InputError("out of memory")
+        train(config)
+
+    asked, plans = load([*argv, "--seeds", "2"])
+    directory = curve(asked, plans, run_trial, Console(file=StringIO(), width=200))
+    scores = json.loads((directory / "curve.json").read_text())["accuracy"]
+    assert (scores["tiny"], sorted(scores["scratch"])) == ({}, ["32", "8"])
+    text = (directory / "curve.md").read_text()
+    assert "Failed trials, which are in no mean:" in text
+    assert "- tiny/few_shot=8_seed=0 failed: out of memory" in text
+
+    def fail(config: Config) -> None:
+        raise InputError("no disk")
+
+    for one in directory.rglob("result.json"):
+        one.unlink()
+    with pytest.raises(InputError, match=r"all 8 trials failed, the first: .*few_shot=8.*no disk"):
+        curve(asked, plans, fail, Console(file=StringIO(), width=200))
+
+
 def test_another_encoder_under_another_seed_is_refused(argv: list[str]) -> None:
     def run_trial(config: Config) -> None:
         leave_run(config, {3: {"loss": 0.5, "accuracy": 0.5}}, 3, base=f"{config.train.seed}")

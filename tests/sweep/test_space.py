@@ -60,6 +60,7 @@ def test_values_have_the_types_of_their_fields(config: FinetuneConfig) -> None:
         (LR, "names no values"),
         (f"{LR}=", "names no values"),
         ("train.seed=1,2", "--seeds says"),
+        ("train.average=None,3", "compared by single checkpoints"),
         ("monitor=loss,accuracy", "--metric sets it"),
         (f"{LR}=1e-3..1e-5", "its ends must be finite and ascending"),
         (f"{LR}=0..1e-5:log", "its ends must be finite and ascending, above 0"),

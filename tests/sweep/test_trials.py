@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,42 @@ def test_finished_trials_are_not_run_again(config: FinetuneConfig) -> None:
     more = Fake()
     run_quietly(plan_of(config, f"{LR}=1e-3,1e-4,1e-5,1e-6", seeds=2), more)
     assert len(more.ran) == 5
+
+
+def test_a_finished_trial_needs_no_checkpoints(config: FinetuneConfig) -> None:
+    plan, again = plan_of(config, f"{LR}=1e-3,1e-4"), Fake()
+    run_quietly(plan, Fake())
+    for folder in plan.directory.glob("*/checkpoints"):
+        shutil.rmtree(folder)
+    said = run_quietly(plan, again)
+    assert (again.ran, said.count("finished before")) == ([], 2)
+    assert "failed" not in said
+
+
+def test_other_prepared_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = PretrainConfig(
+        name="p",
+        runs=tmp_path,
+        data=DataConfig(paths=("x",)),
+        model=BERT,
+        train=TrainConfig(steps=4),
+    )
+    plan = plan_of(config, f"{LR}=1e-3")
+    run_quietly(plan, Fake())  # nothing is known of data that are not there
+    (result,) = plan.directory.glob("*/result.json")
+    found = json.loads(result.read_text())
+    assert found["data"] is None
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "info.json").write_text("{}")
+    config = replace(config, data=DataConfig(paths=(str(tmp_path / "x"),)), name="q")
+    for name, content in (("one", "a"), ("one", "a"), ("one", "b")):
+        info = SimpleNamespace(fingerprint=content)
+        monkeypatch.setattr("jaxlm.sweep.trials.read_info", lambda path, info=info: info)
+        plan = plan_of(config, f"{LR}=1e-3", name=name)
+        if content == "a":
+            run_quietly(plan, Fake())
+    with pytest.raises(InputError, match="was run with other data"):
+        run_quietly(plan, Fake())
 
 
 def test_a_stopped_trial_is_not_finished(config: FinetuneConfig) -> None:

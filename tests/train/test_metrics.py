@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_a_cut_last_line_is_left_out_but_not_one_inside(tmp_path):
 
 def test_tensorboard_reads_one_history(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for start, steps, loss in ((0, [1, 2, 3], 5.0), (1, [2], 4.0)):
+    for start, steps, loss in ((0, [1, 2, 4], 6.0), (0, [1, 2, 3], 5.0), (1, [2], 4.0)):
         writer = TensorBoardWriter(tmp_path, step=start)
         for step in steps:
             writer.write(step, {"train/loss": loss, "lr": 1e-3})
@@ -63,6 +64,29 @@ def test_tensorboard_reads_one_history(tmp_path):
     events.Reload()
     assert events.Tags()["scalars"] == ["train/loss", "lr"]
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 5.0), (2, 4.0)]
+
+
+def test_tensorboard_is_told_to_forget_what_a_start_anew_repeats(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("tensorboardX.SummaryWriter", lambda *_, **given: told.append(given))
+    for step in (0, 7):
+        TensorBoardWriter(tmp_path, step=step)
+    assert [given["purge_step"] for given in told] == [1, 8]
+
+
+def test_wandb_runs_belong_to_folders(tmp_path, monkeypatch):
+    """Not to their names; and go on where a folder is moved, or was begun by an older version."""
+    asked = []
+    fake = SimpleNamespace(init=lambda **given: asked.append(given["id"]))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder in ("a/x", "b/x", "a/x"):
+        WandbWriter(tmp_path / folder, project="p", config={})
+    assert asked[0] == asked[2] != asked[1]
+    assert asked[0].startswith("x-")
+    (tmp_path / "c/x/wandb/run-20260101_101010-old-id").mkdir(parents=True)
+    (tmp_path / "c/x/wandb/latest-run").symlink_to("run-20260101_101010-old-id")
+    WandbWriter(tmp_path / "c/x", project="p", config={})
+    assert asked[-1] == "old-id"
 
 
 def test_wandb_is_asked_for_in_words(tmp_path, monkeypatch):

@@ -58,6 +58,29 @@ def test_numbers_are_drawn_in_their_unit(tmp_path, monkeypatch):
     assert drawn == [400, 400, 200, 400]
 
 
+def test_tokens_of_batches_that_grow(tmp_path, monkeypatch):
+    """To either side of a point, and beyond the last; and back from tokens to steps."""
+    lines = [(1000, {"train/loss": 2.0, "tokens": 32}), (2000, {"train/loss": 1.0, "tokens": 288})]
+    write_metrics(tmp_path / "m.jsonl", lines)
+    ways = []
+    own = plots.Figure.add_subplot
+
+    def add_subplot(figure, *args):
+        axes = own(figure, *args)
+        second = axes.secondary_xaxis
+        axes.secondary_xaxis = lambda where, functions: (
+            ways.extend(functions) or second(where, functions=functions)
+        )
+        return axes
+
+    monkeypatch.setattr(plots.Figure, "add_subplot", add_subplot)
+    plot_loss(tmp_path / "m.jsonl", tmp_path / "x.png", Reference())
+    forth, back = ways
+    steps, tokens = [0, 500, 1000, 1500, 2000, 3000], [0, 16, 32, 160, 288, 544]
+    assert forth(steps) == pytest.approx(tokens)
+    assert back(tokens) == pytest.approx(steps)
+
+
 def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
     write_metrics(tmp_path / "metrics.jsonl", [(1, {"train/loss": 2.0})])
     out = tmp_path / "loss.png"
