@@ -28,10 +28,11 @@ from typing import IO, Any, Literal
 
 import tyro
 from benchmark_protocol import PREFIX, Chunk, Ready, Work, wait_until_quiet
-from benchmark_report import Result, is_clean, peak_flops, summarize, to_markdown
+from benchmark_report import Result, is_clean, summarize, to_markdown
 
 from jaxlm.errors import InputError
 from jaxlm.runtime.allocator import allocator
+from jaxlm.train.metrics import peak_flops
 
 ATTEMPTS = 4
 """Turns of one round, until one is clean."""
@@ -227,6 +228,8 @@ def make_variants(
     )
     shipped = replace(tuned, recipe="shipped")
     on_cpu = device == "cpu"
+    # A GPU's float32 products are TF32 to JAX, and to torch where it is told so.
+    exact = "float32" if on_cpu else "TF32"
     best = allocator()
     torch_env, torch_allocator = best if on_cpu else ({}, "torch")
     compile_env = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
@@ -245,7 +248,7 @@ def make_variants(
         # A compile time read from a cache would be no compile time.
         env = env | {"JAX_PLATFORMS": device, "JAX_ENABLE_COMPILATION_CACHE": "false"}
         return Variant(
-            label=f"jaxlm, {dtype}",
+            label=f"jaxlm, {exact if dtype == 'float32' else dtype}",
             command=jaxlm_command,
             work=tuned,
             env=env,
@@ -261,7 +264,7 @@ def make_variants(
         variants.append(torch(f"{name} as shipped, float32", reference, {}, default))
     if dtype == "bfloat16":
         variants.append(torch(f"{name} as shipped, bf16 autocast", shipped, {}, default))
-    how = "float32" if dtype == "float32" else "bf16 autocast"
+    how = exact if dtype == "float32" else "bf16 autocast"
     variants.append(torch(f"{fast}, {how}", tuned, torch_env, torch_allocator))
     if not on_cpu:
         compiled = replace(tuned, recipe="compiled")

@@ -16,6 +16,7 @@ from jaxlm.runtime.allocator import tune_process
 tune_process()
 
 # ruff: noqa: E402  (the allocator is settled before JAX starts)
+import copy
 import os
 import statistics
 import tempfile
@@ -145,7 +146,8 @@ def with_transformers(options: Options, model: Any, dtype: str, how: dict[str, s
     """``generate`` as it is shipped, or with other arguments."""
     import torch
 
-    model = model.to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    # The given one is read again in the next dtype, whose weights are not to be rounded before.
+    model = copy.deepcopy(model).to(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
 
     def write(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         tokens = torch.tensor(prompts)

@@ -8,9 +8,6 @@ from benchmark_protocol import Chunk, Ready, Work
 MAX_SHARE = 0.04
 """CPU time of others, or stolen, above which a chunk is not trusted."""
 
-# Dense bfloat16 FLOP/s from the vendor's data sheets, by a part of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L4": 121e12}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -29,8 +26,9 @@ def step_flops(work: Work) -> float:
 
     For B rows of S positions and N layers, ``3 B (S N (2 (4 H² + 2 H F) + 4 S H) + head)``, since
     backward counts twice forward. The head is ``P (2 H² + 2 H V)`` for P positions of a row
-    projected to V entries, ``2 H² + 2 H C`` for C classes. LoRA gives N layers ``2 · 4 H r`` more,
-    and leaves out the gradients of their weights: ``2 (4 H² + 2 H F)`` counts twice, not 3 times.
+    projected to V entries, of causal models without the H², ``2 H² + 2 H C`` for C classes. LoRA
+    gives N layers ``2 · 4 H r`` more, and leaves out the gradients of their weights: ``2 (4 H² +
+    2 H F)`` counts twice, not 3 times.
     ModernBERT's gated blocks have ``3 H F``; its windows are counted as whole rows.
     """
     h = work.hidden_dim
@@ -40,7 +38,8 @@ def step_flops(work: Work) -> float:
         layer += 3 * 2 * 4 * h * work.rank - weights
     outputs = work.vocab_size if work.pretrains else work.num_labels
     projected = work.num_projected if work.pretrains else 1
-    head = 3 * projected * (2 * h * h + 2 * h * outputs)
+    transform = 0 if work.task == "clm" else 2 * h * h
+    head = 3 * projected * (transform + 2 * h * outputs)
     return work.batch_size * (work.row_length * work.num_layers * layer + head)
 
 
@@ -76,11 +75,6 @@ def _steady_mib(result: Result) -> float | None:
 
 def _peak_mib(result: Result) -> float | None:
     return max(result.ready.peak_mib or 0.0, _steady_mib(result) or 0.0) or None
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a known accelerator."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def summarize(results: list[Result], peak: float | None) -> list[dict[str, str]]:

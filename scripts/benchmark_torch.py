@@ -167,6 +167,8 @@ def main() -> None:
     """Build the step and serve it."""
     work = read_work()
     torch.manual_seed(0)
+    if work.recipe != "shipped" and work.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX multiplies on a GPU
     model, loss_of_batch = MAKERS[work.task](work)
     if work.recipe == "compiled":
         loss_of_batch = torch.compile(loss_of_batch)

@@ -236,8 +236,18 @@ def _read(row: Row, found: Found, scales: Mapping[str, float], model: TaskModel)
     there = {layer: found[name] for layer, name in enumerate(names) if name in found}
     if not there:
         return None
-    inputs, outputs = (math.prod(model.sizes[axis] for axis in axes) for axes in _axes(row))
     table = row.ours.endswith("/embedding")
+    if table and row.theirs in model.scoring:
+        raise InputError(
+            f"{names[0]} has an adapter and also scores the vocabulary, which PEFT does without it "
+            "and one table here cannot: train one without it among target_modules"
+        )
+    if row.unused and any("lora_magnitude_vector" in one for one in there.values()):
+        raise InputError(
+            f"{names[0]} has {row.unused} rows there that stand for nothing, which the lengths of "
+            "DoRA count: train one with use_dora=False, or without it among target_modules"
+        )
+    inputs, outputs = (math.prod(model.sizes[axis] for axis in axes) for axes in _axes(row))
     part = slice(row.part * outputs, (row.part + 1) * outputs)
     a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if table else ("lora_A", "lora_B")
     rank = max(one[a_name].shape[0] for one in there.values() if a_name in one)

@@ -5,6 +5,7 @@ A counter-based hash instead of the key's own generator: a step costs 1 % more i
 Inside ``jax.shard_map`` positions are those of a device: fold its ``axis_index`` into the key.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -30,21 +31,27 @@ def hash_bits(
     ``at`` these indices, which may be traced.
     """
     words = jax.random.key_data(key).ravel()
-    position = jnp.zeros(shape, jnp.uint32)
-    for axis, stride in enumerate(_strides(within or shape)):
-        index = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        if at is not None:
-            index += jnp.asarray(at[axis]).astype(jnp.uint32)
-        position += index * np.uint32(stride % 2**32)
-    z = position * np.uint32(0x9E3779B9) + words[0]
+    whole = within or shape
+    ends = len(whole)
+    # The last axes whose elements 32 bits count have a number; those before them, another.
+    begins = next(axis for axis in range(ends + 1) if math.prod(whole[axis:]) <= 2**32)
+
+    def number(first: int, until: int) -> Array:
+        found = jnp.zeros(shape, jnp.uint32)
+        for axis in range(first, until):
+            index = lax.broadcasted_iota(jnp.uint32, shape, axis)
+            if at is not None:
+                index += jnp.asarray(at[axis]).astype(jnp.uint32)
+            found += index * np.uint32(math.prod(whole[axis + 1 : until]) % 2**32)
+        return found
+
+    z = number(begins, ends) * np.uint32(0x9E3779B9) + words[0]
     z = (z ^ (z >> 16)) * np.uint32(0x85EBCA6B) + words[-1]
+    if begins > 0:
+        z += number(0, begins) * np.uint32(0xC2B2AE35)
     z = (z ^ (z >> 13)) * np.uint32(0xC2B2AE35)
     z = (z ^ (z >> 16)) * np.uint32(0x27D4EB2F)
     return z ^ (z >> 15)
-
-
-def _strides(shape: tuple[int, ...]) -> list[int]:
-    return [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
 
 
 @custom_vjp.dropout

@@ -59,8 +59,8 @@ def scan_stack(
         dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         body = nn.remat(
             body,
-            # Inside a loop XLA cannot undo the recomputation, so the barriers are not needed.
-            prevent_cse=unroll is None,
+            # Inside a loop XLA cannot undo the recomputation; what stands outside needs barriers.
+            prevent_cse=unroll is None or unroll >= num_layers or num_layers % unroll > 0,
             policy=dots if remat == "dots" else None,
         )
     scan = nn.scan(

@@ -107,6 +107,8 @@ def adapt(apply: Apply) -> Apply:
 
 def _multiply(call: Call, leaves: Leaves) -> Array:
     (bias,) = call.arguments or (None,)
+    if call.kind == "conv":
+        return call.run(call.x)  # by the weight as it is read from bytes
     if call.kind == "look_up":
         values, scale = leaves["embedding_values"], leaves["embedding_scale"]
         rows = jnp.take(values, call.x, axis=0, mode="clip")
@@ -116,7 +118,8 @@ def _multiply(call: Call, leaves: Leaves) -> Array:
         return y if bias is None else add_bias(y, bias)
     values, scale, module = leaves["kernel_values"], leaves["kernel_scale"], call.module
     inputs, outputs = values.shape[: len(call.axes)], values.shape[len(call.axes) :]
-    x = call.x.reshape(*call.x.shape[: call.x.ndim - len(inputs)], -1)
+    x = jnp.moveaxis(call.x, call.axes, range(-len(inputs), 0))
+    x = x.reshape(*x.shape[: x.ndim - len(inputs)], -1)
     y = int8_product(x, values.reshape(x.shape[-1], -1), scale.reshape(-1))
     if module.has_variable("params", "bias"):
         y = add_bias(y, module.get_variable("params", "bias").reshape(-1))

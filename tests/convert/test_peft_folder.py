@@ -317,6 +317,22 @@ def test_what_peft_has_not(make, tmp_path):
         task_model.read(made.folder, "MultipleChoice")
 
 
+def test_what_peft_has_and_one_table_here_has_not(make, tmp_path):
+    """Values that would be others, without a word."""
+    made, config = make("gpt2"), LoraConfig(targets=(r"token_embed/embedding",), rank=2)
+    untied = replace(made.model, scoring=frozenset())
+    peft_save.save(tmp_path / "tied", made.adapter(config), made.params, untied, "base")
+    peft_load.load(tmp_path / "tied", made.params, untied)  # the control
+    with pytest.raises(InputError, match=r"wte has an adapter and also scores the vocabulary"):
+        peft_load.load(tmp_path / "tied", made.params, made.model)
+    made = make("bert")
+    config = LoraConfig(targets=(r"position_embed/embedding",), rank=2, kind="dora")
+    made.save(tmp_path / "dora", config)
+    rows = (replace(row, unused=2 * ("position" in row.ours)) for row in made.model.encoder)
+    with pytest.raises(InputError, match=r"position_embeddings has 2 rows there .*DoRA"):
+        peft_load.load(tmp_path / "dora", made.params, replace(made.model, encoder=tuple(rows)))
+
+
 @pytest.mark.parametrize(
     ("saved", "tensor", "kind", "is_read"),
     [

@@ -72,6 +72,32 @@ def test_rows_and_columns_are_uncorrelated():
         assert abs(correlations[distance]) < 4
 
 
+@pytest.mark.parametrize(
+    ("within", "first", "second"),
+    [
+        ((512, 12, 1024, 1024), (0, 0, 0, 0), (341, 4, 0, 0)),
+        ((8, 16, 8192, 8192), (0, 0, 0, 0), (4, 0, 0, 0)),
+        ((2048, 12, 512, 512), (0, 0, 0, 0), (1365, 4, 0, 0)),
+        ((2, 2, 65536, 65536), (0, 0, 0, 0), (0, 1, 0, 0)),
+        ((2, 2, 65536, 65536 * 2), (0, 0, 0, 0), (0, 0, 32768, 0)),
+    ],
+)
+def test_no_mask_repeats_in_an_array_of_more_elements_than_32_bits_count(within, first, second):
+    a, b = (
+        np.asarray(hash_bits(jax.random.key(0), (1, 1, 64, 64), within, at))
+        for at in (first, second)
+    )
+    assert len(np.unique([a, b])) > 0.99 * 2 * a.size
+    assert abs(correlation(a < 2**31, b < 2**31)) < 4.5
+
+
+def test_masks_are_those_of_earlier_versions():
+    whole = [[710047597, 870108672, 1381982466], [3654406376, 1170314280, 2794192275]]
+    assert np.asarray(hash_bits(jax.random.key(3), (2, 3))).tolist() == whole
+    block = hash_bits(jax.random.key(3), (1, 2), (2, 3), (1, 1))
+    assert np.asarray(block).tolist() == [whole[1][1:]]
+
+
 def test_backward_uses_the_same_mask_and_keeps_none():
     x = jnp.asarray(np.random.default_rng(0).normal(size=SHAPE), jnp.float32)
     key = jax.random.key(5)

@@ -102,6 +102,19 @@ def by_hand(dtype="float32"):
     return value_and_gradients(apply)
 
 
+@pytest.mark.parametrize(
+    ("unroll", "loops", "has_barrier"),
+    [(None, 0, True), (1, 2, False), (2, 2, False), (3, 2, True), (4, 0, True), (5, 0, True)],
+)
+def test_what_is_computed_again_stays_apart_outside_of_a_loop(unroll, loops, has_barrier):
+    """Where XLA would merge it with what it repeats, and keep all of it."""
+    apply = Stacked(unroll=unroll, remat="full").apply
+    gradient = jax.grad(lambda params: apply({"params": params}, X, SHIFT).sum())
+    text = jax.jit(gradient).lower(PARAMS).as_text()
+    assert text.count("stablehlo.while") == loops
+    assert ("optimization_barrier" in text) == has_barrier
+
+
 def test_every_parameter_has_a_leading_layer_axis():
     assert {leaf.shape[0] for leaf in jax.tree.leaves(PARAMS)} == {NUM_LAYERS}
     assert PARAMS["layers"]["mlp"]["up"]["kernel"].shape == (NUM_LAYERS, 4, 5)

@@ -126,6 +126,28 @@ def test_adapters_learn_on_a_quantized_base(dtype):
     assert 0 < np.abs(np.float32(y) - np.float32(full)).max() < limit
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.DenseGeneral(5, axis=1),
+        nn.DenseGeneral((5, 2), axis=(-1, 1)),
+        nn.Einsum((4, 5), "blh,lo->bho"),
+        nn.DenseGeneral(5),
+        nn.Conv(5, (3,)),
+    ],
+    ids=["axis 1", "axes -1 and 1", "einsum", "the last", "convolution"],
+)
+def test_any_axis_is_multiplied(module):
+    """Not the last alone, which is as long here; and of convolutions the weights are rounded."""
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 4, 4)), jnp.float32)
+    params = module.init(jax.random.key(0), x)["params"]
+    packed = quantize(params, find_sites(lambda v: module.apply(v, x), {"params": params}))
+    expected = np.asarray(module.apply({"params": dequantize(packed)}, x))
+    found = np.asarray(adapt(module.apply)({"params": packed}, x))
+    assert any(isinstance(leaf, Quantized) for leaf in packed.values())
+    assert np.abs(found - expected).max() < 0.02 * np.abs(expected).max()
+
+
 def test_a_site_of_another_model_raises():
     with pytest.raises(InputError, match="there is no stray/kernel to quantize"):
         quantize({"kernel": weight(6, 4)}, {"stray/kernel": Site(0, 1)})
