@@ -132,7 +132,7 @@ def failures(results: Sequence[Result], of: str = "") -> list[str]:
 
 
 def paragraph(failed: Sequence[str]) -> str:
-    """Of a report that holds these sentences, if there are any."""
+    """What a report says of these sentences, if there are any."""
     lines = "".join(f"- {sentence}\n" for sentence in failed)
     return f"\nFailed trials, which are in no mean:\n\n{lines}" if failed else ""
 

@@ -109,15 +109,13 @@ def test_lower_is_better_of_a_loss(config: FinetuneConfig) -> None:
     assert [row["loss"] for row in table] == [[0.001], [0.01]]
 
 
+def pretraining(runs: Path) -> PretrainConfig:
+    data, train = DataConfig(paths=("x",)), TrainConfig(steps=4)
+    return PretrainConfig(name="p", runs=runs, data=data, model=BERT, train=train)
+
+
 def test_pretraining_keeps_the_best_loss(tmp_path: Path) -> None:
-    config = PretrainConfig(
-        name="p",
-        runs=tmp_path,
-        data=DataConfig(paths=("x",)),
-        model=BERT,
-        train=TrainConfig(steps=4),
-    )
-    plan = plan_of(config, f"{LR}=1e-3", metric="accuracy")
+    plan = plan_of(pretraining(tmp_path), f"{LR}=1e-3", metric="accuracy")
     run_quietly(plan, Fake())
     (trial,) = json.loads((plan.directory / "sweep.json").read_text())["trials"]
     assert (trial["step"], trial["score"]) == (4, pytest.approx(0.6))  # where the loss is lowest
@@ -153,13 +151,7 @@ def test_a_finished_trial_needs_no_checkpoints(config: FinetuneConfig) -> None:
 
 
 def test_other_prepared_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = PretrainConfig(
-        name="p",
-        runs=tmp_path,
-        data=DataConfig(paths=("x",)),
-        model=BERT,
-        train=TrainConfig(steps=4),
-    )
+    config = pretraining(tmp_path)
     plan = plan_of(config, f"{LR}=1e-3")
     run_quietly(plan, Fake())  # nothing is known of data that are not there
     (result,) = plan.directory.glob("*/result.json")
