@@ -36,7 +36,6 @@ from jaxlm.evaluate import report
 from jaxlm.nn.choose import Wanted
 from jaxlm.runs import phase, pretrained, published_task
 from jaxlm.runs.finetuned import FinetunedRun
-from jaxlm.runs.finite import damaged, not_finite
 from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run, read_config
 from jaxlm.runs.published import open_published
 from jaxlm.runs.writing import GREEDY_BEAM, chosen_way
@@ -274,8 +273,6 @@ def evaluate_pretrained(
     if loaded.attends:
         print(loaded.attends)
     metrics = pretrained.measure(loaded.placement, loaded.state, batches, loaded.task, infos, split)
-    if not math.isfinite(metrics["loss"]) and damaged(loaded.variables) is not None:
-        raise not_finite(loaded.variables)
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
     for name, unlearned in pretrained.unlearned(loaded.task, infos, split).items():
