@@ -36,6 +36,7 @@ from jaxlm.evaluate import report
 from jaxlm.nn.choose import Wanted
 from jaxlm.runs import phase, pretrained, published_task
 from jaxlm.runs.finetuned import FinetunedRun
+from jaxlm.runs.finite import require_finite_loss
 from jaxlm.runs.folder import CONFIG, TOKENIZER, is_run, read_config
 from jaxlm.runs.published import open_published
 from jaxlm.runs.writing import GREEDY_BEAM, chosen_way
@@ -273,6 +274,7 @@ def evaluate_pretrained(
     if loaded.attends:
         print(loaded.attends)
     metrics = pretrained.measure(loaded.placement, loaded.state, batches, loaded.task, infos, split)
+    require_finite_loss(metrics, loaded.variables)
     print(f"{directory} at {at(loaded.averaged)}, {split} split of {where}:")
     show(metrics)
     for name, unlearned in pretrained.unlearned(loaded.task, infos, split).items():

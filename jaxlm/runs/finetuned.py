@@ -348,13 +348,14 @@ def open_finetuned(
     base: Base | str | None = None,
     step: int | None = None,
     attention: Wanted | None = None,
+    choosing: bool = False,
 ) -> FinetunedRun:
     """Read a fine-tuned run: its best checkpoint, the mean of its last, or that of ``step``.
 
     ``base`` is the encoder's path, if it is no longer the config's, or is that encoder, read
     once for several adapters; it is not needed if all parameters were tuned. ``attention``: how it
-    is computed, if not as suits the devices. Raises :class:`InputError` where the encoder is
-    another than the adapters' own.
+    is computed, if not as suits the devices. ``choosing``: thresholds are to be chosen, those there
+    are are not read. Raises :class:`InputError` where the encoder is not the adapters' own.
     """
     directory = locate(directory)
     config = read_config(directory, FinetuneConfig)
@@ -392,7 +393,7 @@ def open_finetuned(
     frozen = make_state(config, labels, loaded, placement).frozen if is_frozen else {}
     state = TrainState(jnp.asarray(restored.step), restored.state["trainable"], frozen, ())
     averaged = tuple(chosen or [restored.step])
-    if isinstance(config.task, Thresholded) and config.task.chooses_thresholds:
+    if isinstance(config.task, Thresholded) and config.task.chooses_thresholds and not choosing:
         config = replace(config, task=thresholds.read(config.task, directory, averaged))
     about = restored.cursor, averaged, source_tokenizer, attends
     return FinetunedRun(config, tokenizer, labels, state, placement, unlabelled, *about)

@@ -373,10 +373,10 @@ def _choose_thresholds(
     directory: StoragePath, examples: Sequence[Any], base: Base | None
 ) -> Iterator[str]:
     """Write a run's thresholds, the best of its best checkpoint on these examples; says them."""
-    loaded = finetuned.open_finetuned(directory, base=base)
+    loaded = finetuned.open_finetuned(directory, base=base, choosing=True)
     assert isinstance(loaded.task, Thresholded)
     _, outputs = loaded.outputs(examples)
-    before = loaded.task.with_thresholds({}).metrics(examples, loaded.labels, outputs)
+    before = loaded.task.metrics(examples, loaded.labels, outputs)
     chosen = loaded.task.chosen_thresholds(examples, loaded.labels, outputs)
     if jax.process_index() == 0:
         thresholds.write(directory, loaded.averaged, chosen)

@@ -1,5 +1,7 @@
 """Answers that are no numbers, and the weights that they are of."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -51,6 +53,12 @@ def require_finite(outputs: Outputs, params: PyTree) -> None:
         error = not_finite(params)
         error.everywhere = bool(some.all())
         raise error
+
+
+def require_finite_loss(metrics: Mapping[str, float], params: PyTree) -> None:
+    """Raises :class:`NotFinite` where the loss is not finite for these weights are not."""
+    if not math.isfinite(metrics["loss"]) and damaged(params) is not None:
+        raise not_finite(params)
 
 
 def _broken(rows: Any) -> Any:

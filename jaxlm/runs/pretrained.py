@@ -30,7 +30,7 @@ from jaxlm.objectives.masking import Vocabulary
 from jaxlm.peft import quantize
 from jaxlm.runs import phase, steps
 from jaxlm.runs.answers import ERROR, Answer, Answered, answered, as_records, joined
-from jaxlm.runs.finite import damaged, not_finite
+from jaxlm.runs.finite import not_finite
 from jaxlm.runs.folder import CHECKPOINTS, check_tokenizer, read_config, read_tokenizer
 from jaxlm.runtime.batch_rows import ALL_ROWS, BatchRows
 from jaxlm.runtime.storage import StoragePath, locate
@@ -183,13 +183,8 @@ def measure(
     infos: Sequence[PreparedInfo],
     split: str,
 ) -> dict[str, float]:
-    """Means over batches of a split, the loss first, and what the task makes of the loss.
-
-    Raises :class:`NotFinite` where weights, such as those of a base, hold what is no number.
-    """
+    """Means over batches of a split, the loss first, and what the task makes of the loss."""
     means = evaluate(placement, state, batches)
-    if not math.isfinite(means["loss"]) and damaged(state.variables) is not None:
-        raise not_finite(state.variables)
     loss = means.pop("loss")
     return {"loss": loss, **task.metrics(loss, infos, split), **means}
 

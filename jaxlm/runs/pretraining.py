@@ -22,6 +22,7 @@ from jaxlm.models.model import ModelConfig
 from jaxlm.runs import attention, folder, phase, pretrained, resume, steps
 from jaxlm.runs import base as bases
 from jaxlm.runs.base import Base
+from jaxlm.runs.finite import require_finite_loss
 from jaxlm.runs.folder import CHECKPOINTS
 from jaxlm.runs.train import Job, train
 from jaxlm.runtime import distributed
@@ -105,7 +106,10 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> Stora
             batch_rows=placement.batch_rows,
             before=before,
         )
-        return pretrained.measure(placement, state, rows, config.task, infos, "validation")
+        found = pretrained.measure(placement, state, rows, config.task, infos, "validation")
+        if int(state.step) == 0:  # of a base; later ones are not updated by what is not finite
+            require_finite_loss(found, state.variables)
+        return found
 
     known = {} if base is None else loss_of_base(config, base, tokenizer)
     monitor = Monitor()

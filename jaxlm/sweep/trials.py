@@ -316,7 +316,8 @@ def _evaluations(directory: Path) -> dict[int, dict[str, float]]:
 def _check_same(directory: Path, config: Config) -> None:
     """A folder that holds checkpoints is resumed as what it was begun as, or not at all."""
     path = directory / TRIAL
-    if not path.is_file() or not list_steps(directory / folder.CHECKPOINTS):
+    begun = (directory / RESULT).is_file() or list_steps(directory / folder.CHECKPOINTS)
+    if not path.is_file() or not begun:
         return
     saved, now = configs.flatten(configs.read_file(path)), configs.flatten(config)
     # Types first: where they differ, so do the fields.

@@ -138,7 +138,6 @@ def fit(
 
     def save(metrics: dict[str, float]) -> None:
         read()
-        view.flush(step, share)  # a run that resumes here goes on with a line of its own
         now = {
             "examples_seen": examples_after(step - first),
             "tokens_seen": view.tokens_seen,
@@ -202,6 +201,8 @@ def fit(
             pending = sums
             step += 1
             batch = next(stream)
+        read()
+        view.flush(step, share)
         if stop:
             save({})
             view.print(f"stopped at step {step} and saved: the same command resumes from there")

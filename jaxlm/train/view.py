@@ -64,16 +64,16 @@ class View:
         self._throughput.start()
 
     def add(self, step: int, share: float, sums: Sums) -> None:
-        """The sums of a training step, on the host; every ``log_every``-th time they are shown."""
+        """The sums of a training step, on the host; at each ``log_every``-th they are shown."""
         self._window.append(sums)
         tokens = float(sums.counts["tokens"])
         self.tokens_seen += tokens
         self._throughput.add(int(tokens))
-        if len(self._window) >= self._log_every:
+        if step % self._log_every == 0:  # at the same steps wherever a run is resumed
             self.flush(step, share)
 
     def flush(self, step: int, share: float) -> None:
-        """Show what was added since the last line, if anything, so that no step is lost."""
+        """Show what was added since the last line, if anything: where training ends."""
         if not self._window:
             return
         total = add_all(self._window)

@@ -14,7 +14,7 @@ from jaxlm.data import tabular
 from jaxlm.data.labelled.records import Record
 from jaxlm.errors import InputError
 from jaxlm.runs.answers import answered, as_records, joined, write_table
-from jaxlm.runs.finite import damaged, require_finite
+from jaxlm.runs.finite import damaged, require_finite, require_finite_loss
 
 
 def rows(*texts, **columns):
@@ -77,6 +77,13 @@ def test_where_nothing_is_finite_it_is_asked_once():
     with pytest.raises(InputError, match="not finite, although its weights are"):
         list(answered(rows("a", "b", "c"), lambda record: record.text("text"), answer))
     assert asked == [["a", "b", "c"]]
+
+
+def test_a_loss_is_not_finite_for_its_weights_or_for_something_else():
+    require_finite_loss({"loss": 1.0}, {"a": np.full(2, np.nan)})
+    require_finite_loss({"loss": np.nan}, {"a": np.ones(2)})
+    with pytest.raises(InputError, match="its weights a are not: copy or download"):
+        require_finite_loss({"loss": np.nan}, {"a": np.full(2, np.nan)})
 
 
 def test_weights_that_are_not_finite_are_named():

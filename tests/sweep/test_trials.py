@@ -148,6 +148,9 @@ def test_a_finished_trial_needs_no_checkpoints(config: FinetuneConfig) -> None:
     said = run_quietly(plan, again)
     assert (again.ran, said.count("finished before")) == ([], 2)
     assert "failed" not in said
+    changed = replace(plan, config=replace(config, train=TrainConfig(steps=400)))
+    with pytest.raises(InputError, match=r"seed=0 was begun with train\.epochs=.*, which is now"):
+        run_quietly(changed, again)
 
 
 def test_other_prepared_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

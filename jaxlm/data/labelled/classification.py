@@ -32,6 +32,9 @@ class TextFields:
     """Stands between the labels of one record, where they are no list."""
     names: tuple[str, ...] | None = None
     """Names of labels that the data give as numbers from 0, or as rows of 0 and 1."""
+    row_size: int | None = None
+    """How many zeros and ones a row of labels has; 0: rows are lists of labels; None: as most
+    records show."""
     decimal_commas: bool | None = None
     """Numbers are written as 3,5, so that 1,250 is one and a quarter; those with a point are read
     as well. None: as the data show, and what training data show holds for what is evaluated."""
@@ -45,6 +48,8 @@ class TextFields:
             raise InputError(
                 "task.fields.separator is empty: name what stands between labels, such as |"
             )
+        if self.row_size is not None and self.row_size < 0:
+            raise InputError(f"task.fields.row_size={self.row_size} is below 0; 0 is lists")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +96,7 @@ def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
     """The examples of all records."""
     examples, rows, records = [], [], list(records)
     commas = bool(decided(fields, records).decimal_commas)
+    as_written = fields.as_written and fields.label is not None and fields.target != "number"
     for record in records:
         text = record.text(fields.text)
         pair = None if fields.pair is None else record.text(fields.pair)
@@ -102,19 +108,22 @@ def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
                 label=label,
                 origin=record.origin,
                 written=written,
-                as_written=fields.as_written,
+                as_written=as_written,
             )
         )
-        rows.append(labels.read_hot(record, fields.label) if fields.target == "labels" else None)
-    width = _width(rows, fields.names)
-    if width is not None:
+        rows.append(_row(record, fields))
+    size = _row_size(rows, fields.names) if fields.row_size is None else fields.row_size
+    if size:
         found = zip(records, examples, rows, strict=True)
-        examples = [_hot(record, example, row, width, fields) for record, example, row in found]
+        examples = [_hot(record, example, row, size, fields) for record, example, row in found]
     return spelling.alike(examples)
 
 
 def decided(fields: TextFields, records: Sequence[Record]) -> TextFields:
-    """With how numbers are written, as these records show together; one alone may not."""
+    """With how numbers are written, or rows of labels, as these records show together."""
+    if fields.target == "labels" and fields.row_size is None:
+        rows = [_row(record, fields) for record in records]
+        return replace(fields, row_size=_row_size(rows, fields.names))
     if fields.target != "number" or fields.label is None or fields.decimal_commas is not None:
         return fields
     return replace(fields, decimal_commas=labels.has_decimal_commas(records, fields.label))
@@ -132,27 +141,34 @@ def settled(
     return replace(fields, decimal_commas=True) if is_so else fields
 
 
-def _width(rows: Sequence[list[bool] | None], names: Sequence[str] | None) -> int | None:
-    """How many zeros and ones each row is to have; None: rows are lists of labels.
+def _row(record: Record, fields: TextFields) -> list[bool] | None:
+    """The zeros and ones that a record has for labels, if it does."""
+    return labels.read_hot(record, fields.label) if fields.target == "labels" else None
 
-    One that has either twice is no list of the labels 0 and 1.
+
+def _row_size(rows: Sequence[list[bool] | None], names: Sequence[str] | None) -> int:
+    """How many zeros and ones each row is to have; 0: rows are lists of labels.
+
+    One that has either twice is no list of the labels 0 and 1, unless most others are lists.
     """
-    sure = Counter(len(row) for row in rows if row and len(row) > len(set(row)))
-    if sure:
-        return len(names) if names else sure.most_common(1)[0][0]
-    lengths = {len(row) if row else None for row in rows}
-    return lengths.pop() if len(lengths) == 1 else None
+    sizes = Counter(len(row or ()) for row in rows)
+    size, count = max(sizes.items(), key=lambda pair: pair[1], default=(0, 0))
+    is_sure = any(row and len(row) > len(set(row)) for row in rows)
+    if count <= (len(rows) / 2 if is_sure else len(rows) - 1):
+        return 0
+    return len(names) if names and is_sure and size else size
 
 
 def _hot(
-    record: Record, example: TextExample, row: list[bool] | None, width: int, fields: TextFields
+    record: Record, example: TextExample, row: list[bool] | None, size: int, fields: TextFields
 ) -> TextExample:
     """With the labels whose places hold 1."""
-    if row is None or len(row) != width:
+    if row is None or len(row) != size:
         why = "one for each of --task.fields.names" if fields.names else "as others have"
         raise InputError(
-            f"{record.origin}: {fields.label} is {record.fields[str(fields.label)]!r:.40}, where "
-            f"{width} zeros and ones are expected, {why}: correct it"
+            f"{record.origin}: {fields.label} is {record.fields.get(str(fields.label))!r:.40}, "
+            f"where {size} zeros and ones are expected, {why}: correct it, or read lists of labels "
+            "with --task.fields.row-size 0"
         )
     numbers = [str(i) for i, is_one in enumerate(row) if is_one]
     own = [labels.named(i, fields.names, str(fields.label), example.origin) for i in numbers]

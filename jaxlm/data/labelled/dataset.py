@@ -65,8 +65,8 @@ class LabelledConfig:
     augment: AugmentConfig | None = None
     """Random changes to training texts."""
     on_bad_row: Literal["raise", "skip"] = "raise"
-    """What to do about records that cannot be used, such as those with an empty text or label:
-    name the first of them and stop, or leave all of them out and say how many."""
+    """What to do about records that cannot be used, such as those with an empty text, or a label
+    that training lacks: name the first of them and stop, or leave all out and say how many."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "batch_size", "batch_tokens", "num_buckets"):

@@ -108,10 +108,12 @@ def _flat(entry: Any, path: Path, number: int) -> Row:
 
 def _with_columns(entry: dict[str, Any]) -> dict[str, Any]:
     """A record as it is, but answers in a list as lists of their texts and starts."""
-    match entry.get("answers"):
-        case [{"text": _, "answer_start": _}, *_] as answers:
-            return entry | {"answers": _columns(answers)}
-    return entry
+    answers = entry.get("answers")
+    if not isinstance(answers, list) or not answers:
+        return entry
+    if not all(isinstance(x, dict) and {"text", "answer_start"} <= x.keys() for x in answers):
+        return entry
+    return entry | {"answers": _columns(answers)}
 
 
 def _columns(answers: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

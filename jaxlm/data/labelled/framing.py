@@ -81,16 +81,28 @@ class Framer:
             for encoding in self._tokenizer.encode_batch_fast(chunk, add_special_tokens=False):
                 yield np.array(encoding.ids, np.int32)
 
-    def encodings(self, texts: Sequence[str] | Sequence[list[str]]) -> Iterator[Encoding]:
-        """The same with the offsets of tokens in texts, or in lists of words."""
+    def encodings(
+        self,
+        texts: Sequence[str] | Sequence[list[str]],
+        spaced: Sequence[Sequence[bool] | None] | None = None,
+    ) -> Iterator[Encoding]:
+        """The same with the offsets of tokens in texts, or in lists of words.
+
+        ``spaced`` says of the words of each list before which there is a space; None: before all.
+        """
         for start in range(0, len(texts), _CHUNK):
             chunk: list[Any] = list(texts[start : start + _CHUNK])
             words = not isinstance(chunk[0], str)
             if words and self._space:
-                chunk = [[self._space + word.lstrip(" ") for word in text] for text in chunk]
+                gaps = (spaced or [None] * len(texts))[start : start + _CHUNK]
+                chunk = [list(self._spelled(*pair)) for pair in zip(chunk, gaps, strict=True)]
             yield from self._tokenizer.encode_batch(
                 chunk, is_pretokenized=words, add_special_tokens=False
             )
+
+    def _spelled(self, words: list[str], spaced: Sequence[bool] | None) -> Iterator[str]:
+        for word, gap in zip(words, spaced or [True] * len(words), strict=True):
+            yield (self._space if gap else "") + word.lstrip(" ")
 
     def frame(self, *texts: Ids) -> Framed:
         """Frame one or two texts; the longer is cut at its end until they fit."""

@@ -76,7 +76,10 @@ def read_hot(record: Record, name: str | None) -> list[bool] | None:
     value = None if name is None else record.fields.get(name)
     if not isinstance(value, list | str) or not str(value).lstrip().startswith("["):
         return None
-    items = [spelling.key(str(item)) for item in read_list(record, str(name), ",")]
+    try:
+        items = [spelling.key(str(item)) for item in read_list(record, str(name), ",")]
+    except InputError:
+        return None
     if len(items) < 2 or not set(items) <= {"0", "1", "true", "false"}:
         return None
     return [item in ("1", "true") for item in items]

@@ -42,7 +42,7 @@ def _given(record: Record) -> tuple[str, list[Any]] | None:
     lists = {name: x for name, x in held.items() if isinstance(x, list)}
     alike = {name: x for name, x in lists.items() if any(isinstance(y, list | dict) for y in x)}
     spans = {name: x for name, x in alike.items() if any(map(_edges, x))}
-    if len(set(map(str, spans.values()))) > 1:
+    if len({frozenset(map(_edges, x)) for x in spans.values()}) > 1:
         raise InputError(
             f"{record.origin}: {' and '.join(spans)} hold other spans each: leave one of them out"
         )

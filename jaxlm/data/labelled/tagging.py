@@ -48,7 +48,14 @@ class Sentence:
     is_cut: bool = False
     """A span begins or ends inside of a word."""
     of_spans: bool = False
-    """Words and tags are made of a text with spans of characters."""
+    """Words are cut from a text as where it has spans of characters."""
+
+    @property
+    def spaced(self) -> list[bool] | None:
+        """Of each word, whether white space is before it; None: words stand by themselves."""
+        if not self.of_spans or self.given is None:
+            return None
+        return [start == 0 or self.given[start - 1].isspace() for start, _ in self.places]
 
     @property
     def text(self) -> str:
@@ -99,11 +106,12 @@ def read(records: Iterable[Record], fields: TagFields, split: Split = "space") -
         is_cut = fields.tags is not None and spans.are_cut(record, fields.words, unit)
         if fields.tags is None and (name := _plain(record, fields.words)):
             given = record.text(name)
-            words = split_words(given, split)
+            words, of_spans = split_words(given, split), split == "fine"
         else:
             if fields.tags is not None:
                 own, record = record, spans.as_words(record, fields.words, fields.tags, unit)
                 of_spans = record is not own
+                given = record.text("text") if of_spans else None
             words = record.texts(fields.words)
         if not words or not all(words):
             raise InputError(f"{origin}: {'an empty word' if words else 'no words'}; remove it")
@@ -192,7 +200,8 @@ def encode(
             f"task.doc_stride={shared} is not below the {room} tokens of a text that have room in "
             f"rows of {framer.max_length}: lower it{framer.or_longer}"
         )
-    encodings = framer.encodings([sentence.words for sentence in sentences])
+    spaced = [sentence.spaced for sentence in sentences]
+    encodings = framer.encodings([sentence.words for sentence in sentences], spaced)
     for number, (sentence, encoding) in enumerate(zip(sentences, encodings, strict=True)):
         ids = np.array(encoding.ids, np.int32)
         present, firsts = np.unique(np.array(encoding.word_ids, int), return_index=True)

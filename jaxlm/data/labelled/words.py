@@ -11,7 +11,7 @@ Split = Literal["space", "punctuation", "characters", "fine"]
 
 _CHINESE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 # Thai and Lao, Burmese, Khmer, which have no spaces between words either.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff" + _CHINESE
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\uff66-\uff9f" + _CHINESE
 _ALONE = "。，、；：！？「」『』（）《》…"  # which no space need follow
 _ABBREVIATION = re.compile(r"(\w\.){2,}")  # such as U.S., which keeps its last point
 _JOINERS = "\u200c\u200d"

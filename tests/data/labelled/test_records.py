@@ -178,6 +178,12 @@ def test_squad_in_a_flat_list_or_a_line_each(write, ending):
         assert (asked.answers, asked.starts, none.answers) == (("Anna",), (0,), ())
 
 
+@pytest.mark.parametrize("answers", [[{"text": "q", "answer_start": 0}, {"text": "r"}], [None], {}])
+def test_answers_of_another_form_stay_as_they_are(write, answers):
+    line = {"text": "a", "label": "x", "answers": answers}
+    assert len(list(JsonLines(path=write("a.jsonl", json.dumps(line))).records())) == 1
+
+
 def test_squad(write):
     answered = {"id": "1", "question": "Where?", "answers": [{"text": "Rome", "answer_start": 3}]}
     impossible = {"id": "2", "question": "Who?", "answers": [], "is_impossible": True}

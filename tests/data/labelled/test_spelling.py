@@ -7,7 +7,7 @@ import pytest
 
 from jaxlm.data.labelled import labels, spelling
 from jaxlm.data.labelled.classification import TextFields, label_array
-from jaxlm.data.labelled.dataset import LabelledConfig, read_splits
+from jaxlm.data.labelled.dataset import LabelledConfig, read_splits, reading
 from jaxlm.data.labelled.records import Conll, JsonLines, Record, Table
 from jaxlm.data.labelled.tagging import TagFields
 from jaxlm.errors import InputError
@@ -155,6 +155,28 @@ def test_a_row_of_zeros_and_ones_that_is_like_no_other_is_named(odd, names):
     if names:  # which say how many there are, of each record by itself
         with pytest.raises(InputError, match=r"one for each of --task\.fields\.names: correct it"):
             classes_of([[0, 0, 1]], names=names)
+
+
+def test_lists_of_numbers_with_one_twice_are_lists():
+    values = [[3, 7], [1, 1], [2, 5]]
+    assert classes_of(values) == [("3", "7"), ("1",), ("2", "5")]
+    rows = [[0, 2, 2], [0, 0, 0], [1, 1, 1]]
+    with pytest.raises(InputError, match=r"or read lists .* with --task\.fields\.row-size 0"):
+        classes_of(rows)
+    assert classes_of(rows, row_size=0) == [("0", "2"), ("0",), ("1",)]
+    with pytest.raises(InputError, match=r"row_size=-1 is below 0"):
+        TextFields(row_size=-1)
+
+
+@pytest.mark.parametrize("odd", ["[0,0,1,0]", "[]", "[1]", "[0, 1"])
+def test_an_odd_row_can_be_left_out(tmp_path, odd, capsys):
+    path, rows = tmp_path / "x.tsv", ["[0,1,0]", "[1,0,1]", odd, "[0,1,1]"] * 2
+    path.write_text("text\tlabel\n" + "".join(f"t{i}\t{row}\n" for i, row in enumerate(rows)))
+    config = LabelledConfig(train=Table(path=str(path)), on_bad_row="skip")
+    task = Classification(fields=TextFields(target="labels"))
+    splits = read_splits(config, reading(task), task.check)
+    assert len(splits.train) + len(splits.validation) + splits.duplicates == 6
+    assert "2 of 8 records cannot be used, and are left out: " in capsys.readouterr().err
 
 
 def test_labels_are_taken_as_they_stand_in_validation_too(tmp_path):

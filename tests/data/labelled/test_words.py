@@ -1,8 +1,11 @@
 """Texts split into words, and where the words stand."""
 
 import pytest
+from tokenizers import pre_tokenizers
 
+from jaxlm.data import tokenizers
 from jaxlm.data.labelled import spans, tagging
+from jaxlm.data.labelled.framing import Framer
 from jaxlm.data.labelled.records import Conll, Record
 from jaxlm.data.labelled.tagging import TagFields
 from jaxlm.data.labelled.words import find_split, split_words
@@ -49,6 +52,7 @@ def test_words_of_texts_with_spans_keep_their_marks(text, count):
     [
         ("他住在ABC市。", [3, 7, "LOC"], "他|住|在|ABC|市|。"),
         ("東京大学の山田さん", [5, 7, "PER"], "東|京|大|学|の|山|田|さ|ん"),
+        ("佐々木とｶﾅ", [0, 3, "PER"], "佐|々|木|と|ｶ|ﾅ"),
         ("คนที่เมือง", [2, 5, "LOC"], "ค|น|ที่|เ|มื|อ|ง"),
         ("រស់នៅ U.S.-based", [6, 10, "LOC"], "រ|ស់|នៅ|U|.|S|.|-|based"),
         ("Anna's pro-Trump O'Neill", [0, 4, "PER"], "Anna|'|s|pro|-|Trump|O|'|Neill"),
@@ -68,6 +72,21 @@ def test_words_do_not_depend_on_spans(text, span, words):
             assert not one.is_cut
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_words_of_a_text_with_spans_have_the_spaces_of_the_text(labelled):
+    """To a byte-level tokenizer " s" is another token than the s of "Anna's"."""
+    bpe = tokenizers.train("bpe", ["Anna's (big) dog's bone"] * 9, 300)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fields = {"text": "Anna's (big) dog", "label": [[0, 4, "PER"]]}
+    task = Tagging(split="fine")
+    (one,) = task.read([Record(fields=fields, origin="x")], labelled=labelled)
+    assert one.words == ["Anna", "'", "s", "(", "big", ")", "dog"]
+    (encoding,) = Framer(bpe, 32).encodings([one.words], [one.spaced])
+    assert bpe.decode(encoding.ids) == " Anna's (big) dog"
+    (given,) = Framer(bpe, 32).encodings([one.words])
+    assert bpe.decode(given.ids) == " Anna ' s ( big ) dog"
+
+
 @pytest.mark.parametrize("text", ["Anna met Bob", "Анна у Боба", "هو والقاهرة", "foo_bar baz"])
 def test_a_span_inside_of_a_word_is_noticed_in_any_script(text):
     (one,) = Tagging().read([Record(fields={"text": text, "label": [[1, 2, "X"]]}, origin="x")])
@@ -83,6 +102,13 @@ def test_spans_are_in_the_field_that_has_them(empty):
         assert one.tags == ["B-PER", "O"]
         (none,) = Tagging().read([Record(fields=fields | {"entities": []}, origin="x")])
         assert none.tags == ["O", "O"]
+
+
+def test_the_same_spans_in_two_fields_are_the_same():
+    spans_of = {"entities": [[5, 9, "X"], {"start": 0, "end": 4, "label": "PER"}]}
+    fields = {"text": "Anna went", "spans": [[0, 4, "PER"], [5, 9, "X"]], **spans_of}
+    (one,) = Tagging().read([Record(fields=fields, origin="x")])
+    assert one.tags == ["B-PER", "B-X"]
 
 
 @pytest.mark.parametrize(
