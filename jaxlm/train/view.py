@@ -47,6 +47,7 @@ class View:
                 self._writers.append(JsonlWriter(directory / METRICS, step=step))
                 self._writers.append(TensorBoardWriter(directory / TENSORBOARD, step=step))
         self._window: list[Sums] = []
+        self._speed: dict[str, float] = {}
         self.tokens_seen = tokens_seen
 
     def __enter__(self) -> "View":
@@ -76,21 +77,22 @@ class View:
         """Show what was added since the last line, if anything: where training ends."""
         if not self._window:
             return
-        total = add_all(self._window)
+        total, is_full = add_all(self._window), len(self._window) == self._log_every
         self._window = []
         counts = {name: float(count) for name, count in total.counts.items()}
         steps = counts["steps"]
         means = total.means()
-        speed = self._throughput.read()
+        # Steps are dispatched ahead: the time between the last few tells nothing of theirs.
+        self._speed = self._throughput.read() if is_full else self._speed
         self._write(
             step,
             {f"train/{name}": mean for name, mean in means.items()}
             | {name: counts[name] / steps for name in ("lr", "grad_norm") if name in counts}
             | {name: counts[name] for name in ("overflow", "skipped") if name in counts}
             | {"tokens": self.tokens_seen}
-            | speed,
+            | (self._speed if is_full else {}),
         )
-        self._progress.update(step, share, means | speed)
+        self._progress.update(step, share, means | self._speed)
         if counts["skipped"]:
             self._progress.warn(
                 f"{counts['skipped']:.0f} updates up to step {step} were skipped: their gradients "

@@ -90,6 +90,7 @@ def test_a_flush_shows_the_steps_since_the_last_line(tmp_path):
     lines = read_jsonl(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["tokens"]) for line in lines] == [(4, 32), (6, 48), (8, 64)]
     assert lines[1]["skipped"] == 1
+    assert [("tokens_per_s" in line) for line in lines] == [True, False, False]
     assert "1 updates up to step 6 were skipped" in out.getvalue()
 
 
