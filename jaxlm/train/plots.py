@@ -43,7 +43,8 @@ def plot_loss(metrics_jsonl: Path, out_png: Path, reference: Reference) -> None:
     steps, losses = _series(records, "train/loss")
     if steps.size:
         axes.plot(steps, shown(losses), color=TRAIN, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, shown(_smooth(losses)), color=TRAIN, linewidth=2, label="training")
+        smooth = _smooth(losses, np.diff(steps, prepend=0))
+        axes.plot(steps, shown(smooth), color=TRAIN, linewidth=2, label="training")
     eval_steps, eval_losses = _series(records, "eval/loss")
     if eval_steps.size:
         axes.plot(
@@ -102,8 +103,11 @@ def _as_it_is(loss: Any) -> Any:
     return loss
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average with weights that fall off on both sides, so that a falling curve is not delayed."""
+def _smooth(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Average with weights that fall off on both sides, so that a falling curve is not delayed.
+
+    ``counts``: of how many steps each value is the mean; the last may be of few.
+    """
     decay = math.exp(-1 / max(1.0, len(values) / 60))
 
     def one_sided(values: np.ndarray) -> np.ndarray:
@@ -116,7 +120,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     def both_sides(values: np.ndarray) -> np.ndarray:
         return one_sided(values) + one_sided(values[::-1])[::-1] - values
 
-    return both_sides(values) / both_sides(np.ones_like(values))
+    return both_sides(values * counts) / both_sides(counts)
 
 
 def _series(records: list[dict[str, float | int]], name: str) -> tuple[np.ndarray, np.ndarray]:

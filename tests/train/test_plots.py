@@ -98,8 +98,15 @@ def test_a_failed_drawing_leaves_the_old_picture(tmp_path, monkeypatch):
 
 
 def test_smoothing_is_unbiased_and_undelayed():
-    assert _smooth(np.full(50, 3.0)) == pytest.approx(np.full(50, 3.0))
+    assert _smooth(np.full(50, 3.0), np.ones(50)) == pytest.approx(np.full(50, 3.0))
     line = np.arange(600.0)
-    assert _smooth(line)[100:500] == pytest.approx(line[100:500], abs=1e-2)
+    assert _smooth(line, np.ones(600))[100:500] == pytest.approx(line[100:500], abs=1e-2)
     noise = np.random.default_rng(0).normal(size=6000)
-    assert _smooth(noise).std() < 0.2
+    assert _smooth(noise, np.ones(6000)).std() < 0.2
+
+
+def test_the_mean_of_a_few_last_steps_does_not_bend_the_curve():
+    losses, counts = np.full(40, 3.0), np.full(40, 10)
+    losses[-1], counts[-1] = 4.0, 1
+    assert _smooth(losses, counts)[-1] < 3.2
+    assert _smooth(losses, np.full(40, 10))[-1] > 3.5
