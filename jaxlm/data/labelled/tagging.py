@@ -52,7 +52,7 @@ class Sentence:
 
     @property
     def spaced(self) -> list[bool] | None:
-        """Of each word, whether white space is before it; None: words stand by themselves."""
+        """Whether white space is before each word; None: words stand by themselves."""
         if not self.of_spans or self.given is None:
             return None
         return [start == 0 or self.given[start - 1].isspace() for start, _ in self.places]
