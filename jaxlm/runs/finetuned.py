@@ -354,8 +354,8 @@ def open_finetuned(
 
     ``base`` is the encoder's path, if it is no longer the config's, or is that encoder, read
     once for several adapters; it is not needed if all parameters were tuned. ``attention``: how it
-    is computed, if not as suits the devices. ``choosing``: thresholds are to be chosen, those there
-    are are not read. Raises :class:`InputError` where the encoder is not the adapters' own.
+    is computed, if not as suits the devices. ``choosing``: thresholds are to be chosen, and those
+    that were are not read. Raises :class:`InputError` where the encoder is not the adapters' own.
     """
     directory = locate(directory)
     config = read_config(directory, FinetuneConfig)

@@ -94,8 +94,9 @@ class TextExample:
 
 def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
     """The examples of all records."""
-    examples, rows, records = [], [], list(records)
-    commas = bool(decided(fields, records).decimal_commas)
+    examples, records = [], list(records)
+    fields = decided(fields, records)
+    commas = bool(fields.decimal_commas)
     as_written = fields.as_written and fields.label is not None and fields.target != "number"
     for record in records:
         text = record.text(fields.text)
@@ -111,11 +112,9 @@ def read(records: Iterable[Record], fields: TextFields) -> list[TextExample]:
                 as_written=as_written,
             )
         )
-        rows.append(_row(record, fields))
-    size = _row_size(rows, fields.names) if fields.row_size is None else fields.row_size
-    if size:
-        found = zip(records, examples, rows, strict=True)
-        examples = [_hot(record, example, row, size, fields) for record, example, row in found]
+    if fields.row_size:
+        pairs = zip(examples, records, strict=True)
+        examples = [_hot(example, record, fields) for example, record in pairs]
     return spelling.alike(examples)
 
 
@@ -159,16 +158,15 @@ def _row_size(rows: Sequence[list[bool] | None], names: Sequence[str] | None) ->
     return len(names) if names and is_sure and size else size
 
 
-def _hot(
-    record: Record, example: TextExample, row: list[bool] | None, size: int, fields: TextFields
-) -> TextExample:
+def _hot(example: TextExample, record: Record, fields: TextFields) -> TextExample:
     """With the labels whose places hold 1."""
-    if row is None or len(row) != size:
+    row = _row(record, fields)
+    if row is None or len(row) != fields.row_size:
         why = "one for each of --task.fields.names" if fields.names else "as others have"
         raise InputError(
             f"{record.origin}: {fields.label} is {record.fields.get(str(fields.label))!r:.40}, "
-            f"where {size} zeros and ones are expected, {why}: correct it, or read lists of labels "
-            "with --task.fields.row-size 0"
+            f"where {fields.row_size} zeros and ones are expected, {why}: correct it, or read "
+            "lists of labels with --task.fields.row-size 0"
         )
     numbers = [str(i) for i, is_one in enumerate(row) if is_one]
     own = [labels.named(i, fields.names, str(fields.label), example.origin) for i in numbers]
